@@ -1,0 +1,10 @@
+"""LaDiMo: turn a dense LLaMA into a Mixture-of-Experts by layer-wise distillation.
+
+Importing the package registers the checkpoint type "ladimo_llama" with transformers.
+"""
+
+from ladimo.hf import register
+
+__version__ = "0.1.0"
+
+register()

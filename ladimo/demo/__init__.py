@@ -1,0 +1,1 @@
+"""The embedded dense demo model and the script that trained it."""

@@ -1,0 +1,195 @@
+"""What a checkpoint is: the LLaMA architecture and, per layer, whether its FFN is dense or split into experts.
+
+Field names are those of Hugging Face's config.json; `from_dict` reads both the dense source (model_type "llama") and the
+converted checkpoint (model_type "ladimo_llama").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DENSE_TYPE = "llama"
+MOE_TYPE = "ladimo_llama"
+ROPE_TYPES = ("default", "linear", "llama3")
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+ExpertWeight = Literal["score", "one"]
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayerConfig:
+    """One expert layer.
+
+    `num_experts_per_tok` is the number of experts the layer was distilled for (policy `full`); a policy may choose any
+    number up to `num_experts`. With `score_norm_top_k` = k the softmax scores are divided by the sum of the k largest, so
+    that a layer distilled with k renormalised experts keeps an expert's weight when its neighbour is dropped.
+    `expert_weight` says whether a chosen expert counts with its score or with one (an exact partition sums with one).
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    score_function: ScoreFunction = "softmax"
+    score_norm_top_k: int | None = None
+    expert_weight: ExpertWeight = "score"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok must be in 1..{self.num_experts}, got {self.num_experts_per_tok}")
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size must be positive, got {self.moe_intermediate_size}")
+        if self.score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"score_function must be softmax or sigmoid, got {self.score_function!r}")
+        if self.expert_weight not in ("score", "one"):
+            raise ValueError(f"expert_weight must be score or one, got {self.expert_weight!r}")
+        if self.score_norm_top_k is not None and not 1 <= self.score_norm_top_k <= self.num_experts:
+            raise ValueError(f"score_norm_top_k must be null or in 1..{self.num_experts}, got {self.score_norm_top_k}")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding. `factor` and the three llama3 fields are used by the types that need them."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The architecture. `layers[i]` is None where layer i keeps its dense FFN."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope: RopeConfig
+    layers: tuple[MoeLayerConfig | None, ...]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+        """Read a Hugging Face config.json.
+
+        Raises ValueError naming the field when this is not a LLaMA or is one we cannot run exactly.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in (DENSE_TYPE, MOE_TYPE):
+            raise ValueError(f"model_type is {model_type!r}; supported: {DENSE_TYPE}, {MOE_TYPE}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
+        if raw.get("mlp_bias", False):
+            raise ValueError("mlp_bias is true; only FFNs without bias are supported")
+        hidden_size = _positive_int(raw, "hidden_size")
+        num_heads = _positive_int(raw, "num_attention_heads")
+        num_layers = _positive_int(raw, "num_hidden_layers")
+        num_kv_heads = _positive_int(raw, "num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        head_dim = _positive_int(raw, "head_dim", hidden_size // num_heads)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}")
+        return cls(
+            vocab_size=_positive_int(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_positive_int(raw, "intermediate_size"),
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=_positive_int(raw, "max_position_embeddings", 2048),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            rope=_rope(raw),
+            layers=_moe_layers(raw, num_layers) if model_type == MOE_TYPE else (None,) * num_layers,
+        )
+
+    @property
+    def moe_layer_indices(self) -> tuple[int, ...]:
+        return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
+
+    @property
+    def max_num_experts(self) -> int:
+        """Largest number of experts in any layer; 1 for a dense model, so that tables never have width zero."""
+        return max((layer.num_experts for layer in self.layers if layer is not None), default=1)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense source that one token passes through, embeddings and output head excluded."""
+        ffn = 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (self._attention_parameters + ffn) + self.hidden_size
+
+    def active_parameters_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
+        """Active / dense parameters per token, embeddings excluded, when layer i runs `experts_per_token[i]` experts.
+
+        The router counts as active. Entries of dense layers are ignored.
+        """
+        active = float(self.num_hidden_layers * self._attention_parameters + self.hidden_size)
+        for layer, experts in zip(self.layers, experts_per_token, strict=True):
+            if layer is None:
+                active += 3 * self.hidden_size * self.intermediate_size
+            else:
+                assert experts is not None
+                expert = 3 * self.hidden_size * layer.moe_intermediate_size
+                active += self.hidden_size * layer.num_experts + experts * expert
+        return active / self.dense_parameters
+
+    @property
+    def _attention_parameters(self) -> int:
+        """Attention and the two norms of one layer."""
+        heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias = heads + 2 * kv_heads + self.hidden_size if self.attention_bias else 0
+        return 2 * self.hidden_size * (heads + kv_heads) + bias + 2 * self.hidden_size
+
+
+def moe_layers_to_json(layers: tuple[MoeLayerConfig | None, ...]) -> list[dict[str, Any] | None]:
+    """The value of `moe_layers` in a converted checkpoint's config.json; the inverse of what `from_dict` reads."""
+    return [
+        None if layer is None else {name: getattr(layer, name) for name in MoeLayerConfig.__dataclass_fields__}
+        for layer in layers
+    ]
+
+
+def _positive_int(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    # transformers 5 writes rope_parameters; older releases write rope_theta and rope_scaling side by side.
+    parameters = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope type is {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
+    theta = parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    known = {name: parameters[name] for name in RopeConfig.__dataclass_fields__ if name in parameters and name != "type"}
+    if rope_type != "default" and "factor" not in known:
+        raise ValueError(f"rope type {rope_type!r} needs a factor")
+    return RopeConfig(theta=float(theta), type=rope_type, **known)
+
+
+def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
+    entries = raw.get("moe_layers")
+    if not isinstance(entries, list) or len(entries) != num_layers:
+        raise ValueError(f"moe_layers must be a list with one entry for each of the {num_layers} layers")
+    layers = []
+    for index, entry in enumerate(entries):
+        try:
+            layers.append(None if entry is None else MoeLayerConfig(**entry))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"moe_layers[{index}]: {error}") from error
+    return tuple(layers)

@@ -1,0 +1,86 @@
+"""The dense building blocks of a LLaMA layer: RMSNorm, rotary embedding, the SwiGLU feed-forward network.
+
+Legend: T tokens, D hidden_size, F intermediate_size, H heads, C head_dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ladimo.model.config import ModelConfig, RopeConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in fp32, rounded before the weight is applied as transformers' LLaMA does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down_proj(silu(gate_proj x) * up_proj x), weights [F, D] and [D, F]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return out
+
+
+def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Inverse frequencies [C / 2] in fp32, scaled as the rope type says.
+
+    "llama3" follows the Llama 3.1 release: long wavelengths are divided by `factor`, short ones kept, the band between
+    interpolated.
+    """
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.type == "linear":
+        return inverse / rope.factor
+    if rope.type == "llama3":
+        wavelength = 2 * math.pi / inverse
+        context = rope.original_max_position_embeddings
+        smooth = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
+        scaled = torch.where(wavelength > context / rope.low_freq_factor, inverse / rope.factor, blended)
+        return torch.where(wavelength < context / rope.high_freq_factor, inverse, scaled)
+    return inverse
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of every position up to the context length, computed once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("table", torch.empty(0), persistent=False)
+
+    def materialise(self, device: torch.device | str) -> None:
+        """Fill the table [positions, 2, C]; separate from construction because models are built on the meta device."""
+        inverse = rope_inverse_frequencies(self.config.rope, self.config.head_dim)
+        angles = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)[:, None] * inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        self.table = torch.stack((angles.cos(), angles.sin()), dim=1).to(device)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions [T] -> cos, sin, each [T, 1, C]."""
+        cos_sin = self.table[positions].to(dtype)
+        return cos_sin[:, 0, None], cos_sin[:, 1, None]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, H, C]; the two halves of C form the pairs (Hugging Face's order)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,35 @@
+"""The expert layer: a router decides, experts compute; all that passes between them is (topk_weights, topk_ids)."""
+
+import torch
+from torch import Tensor, nn
+
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.experts import apply_experts
+from ladimo.model.routing import select_experts
+
+
+class Experts(nn.Module):
+    """The experts of one layer as two stacked tensors: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+
+    def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
+        super().__init__()
+        num_experts, size = layer.num_experts, layer.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.zeros(num_experts, 2 * size, hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, size))
+
+
+class ExpertLayer(nn.Module):
+    """Replaces a dense FFN: `gate` is the router [E, D], `experts` the split network."""
+
+    def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
+        super().__init__()
+        self.config = layer
+        self.gate = nn.Linear(hidden_size, layer.num_experts, bias=False)
+        self.experts = Experts(hidden_size, layer)
+
+    def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D] under rules rows [T, 4] and masks allowed [T, E] -> output [T, D], topk_ids [T, E]."""
+        router_logits = self.gate(hidden_states)
+        topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config)
+        out = apply_experts(hidden_states, topk_weights, topk_ids, self.experts.gate_up_proj, self.experts.down_proj)
+        return out, topk_ids

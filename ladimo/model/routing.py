@@ -1,0 +1,50 @@
+"""The one routing rule. A policy is a row of four numbers and a mask; this function reads them and never branches on them.
+
+Legend: T tokens, E experts, K = E places per token (the shape never depends on a policy).
+"""
+
+import torch
+from torch import Tensor
+
+from ladimo.model.config import MoeLayerConfig
+
+
+def expert_scores(
+    router_logits: Tensor, selection_bias: Tensor | None, allowed: Tensor, layer: MoeLayerConfig
+) -> tuple[Tensor, Tensor]:
+    """Scores of all experts, best first, and their numbers: both [T, E]. Experts outside `allowed` [T, E] come last, scored 0.
+
+    Softmax runs over the allowed experts; sigmoid scores are independent. `selection_bias` [E] enters the order, not the score.
+    """
+    router_logits = router_logits.float()
+    if layer.score_function == "softmax":
+        scores = router_logits.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num()
+    else:
+        scores = router_logits.sigmoid() * allowed
+    order = scores if selection_bias is None else scores + selection_bias
+    ids = order.masked_fill(~allowed, -torch.inf).topk(scores.shape[-1], dim=-1).indices
+    scores = scores.gather(-1, ids)
+    if layer.score_norm_top_k is not None:
+        scores = scores / scores[:, : layer.score_norm_top_k].sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    return scores, ids
+
+
+def select_experts(
+    router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply each token's rule: rows [T, 4] of (top_k, mass, floor, renormalize) and masks [T, E].
+
+    Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first. Rank r is kept while r < top_k, the scores before
+    it sum to less than mass and its own is at least floor; rank 0 always stays. Dropped places have weight 0 and id -1. A
+    row of zeros with an empty mask (padding, dense layer) keeps nothing.
+    """
+    scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
+    top_k, mass, floor, renormalize = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
+    rank = torch.arange(ids.shape[1], device=ids.device)
+    mass_before = scores.cumsum(dim=-1) - scores
+    enough = ((mass_before < mass) & (scores >= floor)) | (rank == 0)
+    kept = enough & (rank < top_k) & allowed.gather(-1, ids)
+    weights = kept.to(scores.dtype) if layer.expert_weight == "one" else scores * kept
+    total = weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    weights = torch.where(renormalize > 0, weights / total, weights)
+    return weights, ids.masked_fill(~kept, -1)

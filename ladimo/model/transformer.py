@@ -1,0 +1,110 @@
+"""The whole model: a LLaMA whose FFNs may be expert layers. Parameter names are Hugging Face's.
+
+Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, D hidden_size, M expert layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ladimo.model.attention import Attention
+from ladimo.model.config import ModelConfig
+from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.kv_cache import KVCache
+from ladimo.model.layers import GatedMLP, RMSNorm, RotaryEmbedding
+from ladimo.model.moe import ExpertLayer
+
+
+class StepOutput(NamedTuple):
+    logits: Tensor  # [R, V]
+    expert_ids: Tensor | None  # [L, T, E], -1 where no expert ran (everywhere in dense layers); None for a dense model
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        moe = config.layers[layer]
+        self.mlp: nn.Module = (
+            GatedMLP(config.hidden_size, config.intermediate_size) if moe is None else ExpertLayer(config.hidden_size, moe)
+        )
+
+    def attend(
+        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
+    ) -> Tensor:
+        """The first half of the layer: hidden states [T, D] plus attention."""
+        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), rope, inputs, kv_cache)
+        return hidden_states + attended
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        inputs: StepInputs,
+        kv_cache: KVCache | None,
+        tables: RoutingTables,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [T, D] -> the same after the layer, and the experts that ran [T, E] (None in a dense layer)."""
+        hidden_states = self.attend(hidden_states, rope, inputs, kv_cache)
+        ffn_inputs = self.post_attention_layernorm(hidden_states)
+        if not isinstance(self.mlp, ExpertLayer):
+            return hidden_states + self.mlp(ffn_inputs), None
+        num_experts = self.mlp.config.num_experts
+        rows = tables.rows[inputs.policy_ids, self.layer]
+        allowed = tables.allowed[inputs.policy_ids, self.layer, :num_experts]
+        out, topk_ids = self.mlp(ffn_inputs, rows, allowed)
+        return hidden_states + out, topk_ids
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MoeTransformer(nn.Module):
+    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(self, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:
+        """One step. Free of host synchronisation and data-dependent shapes when nothing but decode rows are in it and the
+        experts run on a device."""
+        hidden_states = self.model.embed_tokens(inputs.input_ids)
+        rope = self.rotary(inputs.positions, hidden_states.dtype)
+        expert_ids: list[Tensor | None] = []
+        for layer in self.model.layers:
+            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, tables)
+            expert_ids.append(topk_ids)
+        if inputs.logit_indices is not None:
+            hidden_states = hidden_states[inputs.logit_indices]
+        return StepOutput(self.logits(hidden_states), self._stack(expert_ids))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and output head: [R, D] -> [R, V]."""
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(self.model.norm(hidden_states), head)
+
+    def _stack(self, expert_ids: list[Tensor | None]) -> Tensor | None:
+        """Per-layer ids [T, E_l] -> one tensor [L, T, E] padded with -1."""
+        chosen = [ids for ids in expert_ids if ids is not None]
+        if not chosen:
+            return None
+        width = self.config.max_num_experts
+        none = chosen[0].new_full((chosen[0].shape[0], width), -1)
+        padded = [none if ids is None else F.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in expert_ids]
+        return torch.stack(padded)

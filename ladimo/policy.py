@@ -1,0 +1,248 @@
+"""Routing policies and the accuracy/cost frontier: values that are written, hashed, validated and shipped. Plain Python.
+
+A policy is one `LayerRule` per expert layer and None per dense layer. `to_rows` turns it into the table of numbers that
+kernels read, so that nothing downstream ever branches on a policy.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ladimo.model.config import ModelConfig
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RULE_FIELDS = ("top_k", "mass", "floor", "renormalize", "experts")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """Which of a token's experts run in one layer.
+
+    top_k: at most this many experts. mass: stop once the kept scores sum to this (None = no limit). floor: drop experts
+    scored below this. renormalize: divide the kept weights by their sum. experts: the experts that may be chosen (None =
+    all). Rank 0 is always kept.
+    """
+
+    top_k: int
+    mass: float | None = None
+    floor: float = 0.0
+    renormalize: bool = True
+    experts: tuple[int, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        experts = None if self.experts is None else list(self.experts)
+        return {
+            "top_k": self.top_k,
+            "mass": self.mass,
+            "floor": self.floor,
+            "renormalize": self.renormalize,
+            "experts": experts,
+        }
+
+
+@dataclass(frozen=True)
+class RoutingPolicy:
+    """A named rule per layer. Equal content has an equal `version`, on every machine."""
+
+    name: str
+    description: str
+    layers: tuple[LayerRule | None, ...]
+
+    @classmethod
+    def from_dict(cls, raw: object) -> "RoutingPolicy":
+        """Read policy JSON. Raises ValueError whose message begins with the JSON path of the first wrong field."""
+        if not isinstance(raw, Mapping):
+            raise ValueError("policy: must be a JSON object")
+        unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers"})
+        if unknown:
+            raise ValueError(f"{unknown[0]}: unknown field")
+        name = raw.get("name")
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+            raise ValueError("name: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or digit")
+        description = raw.get("description", "")
+        if not isinstance(description, str):
+            raise ValueError("description: must be a string")
+        layers = raw.get("layers")
+        if not isinstance(layers, list):
+            raise ValueError("layers: must be a list with one entry per layer")
+        rules = tuple(_rule(entry, f"layers[{index}]") for index, entry in enumerate(layers))
+        return cls(name=name, description=description, layers=rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [None if rule is None else rule.to_dict() for rule in self.layers]
+        return {"name": self.name, "description": self.description, "layers": layers}
+
+    @cached_property
+    def version(self) -> str:
+        """First 12 hex digits of the SHA-256 of the canonical JSON (sorted keys, no spaces, UTF-8)."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def validate(self, config: ModelConfig) -> None:
+        """Raises ValueError naming the first field that does not fit the model."""
+        if len(self.layers) != config.num_hidden_layers:
+            raise ValueError(f"layers: has {len(self.layers)} entries, the model has {config.num_hidden_layers} layers")
+        for index, (rule, layer) in enumerate(zip(self.layers, config.layers, strict=True)):
+            path = f"layers[{index}]"
+            if layer is None or rule is None:
+                if rule is not None:
+                    raise ValueError(f"{path}: must be null, the layer is dense")
+                if layer is not None:
+                    raise ValueError(f"{path}: must be a rule, the layer has {layer.num_experts} experts")
+                continue
+            if rule.top_k > layer.num_experts:
+                raise ValueError(f"{path}.top_k: is {rule.top_k}, the layer has {layer.num_experts} experts")
+            if rule.experts is not None and max(rule.experts) >= layer.num_experts:
+                raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
+
+    def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
+        """Rows [L][4] of (top_k, mass, floor, renormalize) and masks [L][num_experts] of experts that may be chosen."""
+        rows, allowed = [], []
+        for rule in self.layers:
+            if rule is None:
+                rows.append([0.0, math.inf, 0.0, 0.0])
+                allowed.append([False] * num_experts)
+                continue
+            mass = math.inf if rule.mass is None else rule.mass
+            rows.append([float(rule.top_k), mass, rule.floor, float(rule.renormalize)])
+            allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
+        return rows, allowed
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One measured operating point.
+
+    batch: the batch size whose cost the point was chosen for. experts_per_token: per layer, None where dense.
+    perplexity_ratio: to the dense source on the same text.
+    """
+
+    batch: int
+    policy: str
+    active_parameters_ratio: float
+    perplexity: float
+    perplexity_ratio: float
+    experts_per_token: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "experts_per_token": list(self.experts_per_token)
+        }
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Measured points, cheapest first, perplexity falling as cost rises; the range that the knob walks."""
+
+    points: tuple[FrontierPoint, ...]
+
+    @classmethod
+    def from_dict(cls, raw: object) -> "Frontier":
+        """Raises ValueError when a point lacks a field."""
+        try:
+            points = raw["points"]  # type: ignore[index]
+            return cls(
+                tuple(FrontierPoint(**{**point, "experts_per_token": tuple(point["experts_per_token"])}) for point in points)
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"frontier: missing or unknown field: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"points": [point.to_dict() for point in self.points]}
+
+    def for_batch(self, batch: int) -> "Frontier":
+        """The points chosen for this batch size. Raises ValueError when there are none."""
+        points = tuple(point for point in self.points if point.batch == batch)
+        if not points:
+            known = sorted({point.batch for point in self.points})
+            raise ValueError(f"the frontier has no points for batch {batch}; it has {known}")
+        return Frontier(points)
+
+    @property
+    def lowest(self) -> float:
+        return min(point.active_parameters_ratio for point in self.points)
+
+    @property
+    def highest(self) -> float:
+        return max(point.active_parameters_ratio for point in self.points)
+
+    def choose(self, accuracy: float) -> FrontierPoint:
+        """The knob: the most accurate point whose cost is at most lowest + accuracy * (highest - lowest).
+
+        Raises ValueError unless accuracy is in [0, 1].
+        """
+        if not 0.0 <= accuracy <= 1.0:  # also refuses NaN
+            raise ValueError(f"accuracy must be between 0 and 1, got {accuracy}")
+        # The tolerance keeps a point reachable at the accuracy that `position` reports for it.
+        limit = self.lowest + accuracy * (self.highest - self.lowest) + 1e-9
+        affordable = [point for point in self.points if point.active_parameters_ratio <= limit]
+        return min(affordable, key=lambda point: (point.perplexity, point.active_parameters_ratio))
+
+    def position(self, policy: str) -> float | None:
+        """Where the knob stands when it serves this policy; None when the policy is not on the frontier."""
+        span = self.highest - self.lowest
+        for point in self.points:
+            if point.policy == policy:
+                return 1.0 if span == 0 else (point.active_parameters_ratio - self.lowest) / span
+        return None
+
+
+def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """The points that no cheaper or equally cheap point beats, cheapest first: cost and accuracy both strictly rise."""
+    kept: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (point.active_parameters_ratio, point.perplexity)):
+        if not kept or point.perplexity < kept[-1].perplexity:
+            if kept and point.active_parameters_ratio == kept[-1].active_parameters_ratio:
+                kept.pop()
+            kept.append(point)
+    return tuple(kept)
+
+
+def _rule(raw: object, path: str) -> LayerRule | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path}: must be null or an object")
+    unknown = sorted(str(key) for key in set(raw) - set(RULE_FIELDS))
+    if unknown:
+        raise ValueError(f"{path}.{unknown[0]}: unknown field")
+    top_k = raw.get("top_k")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"{path}.top_k: must be an integer of at least 1")
+    mass = raw.get("mass")
+    if mass is not None and not (_is_number(mass) and mass >= 0):
+        raise ValueError(f"{path}.mass: must be null or a number of at least 0")
+    floor = raw.get("floor", 0.0)
+    if not (_is_number(floor) and 0 <= floor <= 1):
+        raise ValueError(f"{path}.floor: must be a number between 0 and 1")
+    renormalize = raw.get("renormalize", True)
+    if not isinstance(renormalize, bool):
+        raise ValueError(f"{path}.renormalize: must be true or false")
+    return LayerRule(
+        top_k=top_k,
+        mass=None if mass is None else float(mass),
+        floor=float(floor),
+        renormalize=renormalize,
+        experts=_experts(raw.get("experts"), f"{path}.experts"),
+    )
+
+
+def _experts(raw: object, path: str) -> tuple[int, ...] | None:
+    if raw is None:
+        return None
+    numbers = raw if isinstance(raw, list) else []
+    valid = all(isinstance(expert, int) and not isinstance(expert, bool) and expert >= 0 for expert in numbers)
+    if not numbers or not valid or len(set(numbers)) != len(numbers):
+        raise ValueError(f"{path}: must be null or a non-empty list of different expert numbers")
+    return tuple(sorted(numbers))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**53  # also false for NaN, infinity and integers that no float can hold

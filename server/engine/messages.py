@@ -1,0 +1,131 @@
+"""What crosses the border of the engine thread, in both directions. Plain values; no tensor, no asyncio.
+
+Legend: L layers, E experts (the most any layer has).
+"""
+
+from dataclasses import dataclass, field
+
+from ladimo.policy import RoutingPolicy
+from server.engine.request import FinishReason, GenerationRequest
+
+
+class EngineDead(Exception):
+    """The engine has stopped, on purpose or by a failed step; nothing will be computed any more."""
+
+
+class PolicyTableFull(Exception):
+    """Every row of the policy table is in use by a running request or a resident policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Start a request. Answered by `TokenEvent`s, the last of which has a finish reason or an error."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The client has left: free what the request holds. No event follows. Unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """Make `policies` resident, and no others: the set that stays in the table without a request. Answered by `Activated`.
+
+    Rows of running requests are not touched; policies already resident keep their row.
+    """
+
+    call_id: int
+    policies: tuple[RoutingPolicy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadExperts:
+    """Copy the expert counters out. Answered by `ExpertSnapshot`."""
+
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the engine loop after the current step."""
+
+
+Command = Submit | Abort | Activate | ReadExperts | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """A finished request, in seconds and tokens. `experts_per_token` is measured: per layer, None where dense."""
+
+    request_id: str
+    policy: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    generation_tokens: int
+    queue_seconds: float
+    time_to_first_token_seconds: float | None
+    e2e_seconds: float
+    experts_per_token: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set."""
+
+    request_id: str
+    token_id: int | None
+    finished: RequestStats | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Activated:
+    call_id: int
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSnapshot:
+    """Running totals since start.
+
+    expert_tokens[policy][layer][expert]: times chosen. routed_tokens[policy]: tokens computed under it.
+    distinct_experts[layer][n]: steps in which exactly n experts of the layer were chosen. Dense layers are all zeros.
+    """
+
+    call_id: int
+    expert_tokens: dict[str, list[list[int]]]
+    routed_tokens: dict[str, int]
+    distinct_experts: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One engine step. Latencies are (policy name, seconds) per token emitted in the step."""
+
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+    kv_cache_usage_ratio: float
+    preemptions: int
+    first_token_seconds: list[tuple[str, float]] = field(default_factory=list)
+    inter_token_seconds: list[tuple[str, float]] = field(default_factory=list)
+    prompt_tokens: dict[str, int] = field(default_factory=dict)
+    generation_tokens: dict[str, int] = field(default_factory=dict)
+    finished: list[RequestStats] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Everything a step hands to the event loop, delivered in one call."""
+
+    events: list[TokenEvent]
+    stats: StepStats
+
+
+Report = StepResult | TokenEvent | Activated | ExpertSnapshot

@@ -1,0 +1,74 @@
+"""The nouns of the engine: what a request asks for and what the engine knows of it while it runs."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ladimo.policy import RoutingPolicy
+
+
+class FinishReason(StrEnum):
+    """`stop`: end of text or a stop token; `length`: max_tokens or the context is full; `abort`: the client left."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Validated at the HTTP edge; the engine asserts.
+
+    temperature 0 is greedy. top_p and top_k narrow the choice (1.0 and 0 = no limit). Draws depend only on `seed` and the
+    token's position, never on the rest of the batch; `seed` None draws a fresh one.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to complete, under the one policy version it keeps until it ends."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    policy: RoutingPolicy
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request inside the engine. Times are `time.monotonic()` seconds.
+
+    `num_computed` counts the tokens whose keys and values are in the cache; everything after them is to be computed. After
+    a preemption it is 0 and prompt and output so far are computed again.
+    """
+
+    request: GenerationRequest
+    policy_row: int
+    seed: int
+    arrived: float
+    expert_counts: list[int]  # per layer: experts that ran, summed over all computed tokens
+    output_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_routed: int = 0  # tokens computed, recomputed ones included: what expert_counts is a sum over
+    scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop of prompt and output together."""
+        prompt = self.request.prompt_ids
+        if start >= len(prompt):
+            return self.output_ids[start - len(prompt) : stop - len(prompt)]
+        return [*prompt[start:stop], *self.output_ids[: max(0, stop - len(prompt))]]
