@@ -26,9 +26,11 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The client has left: free what the request holds. No event follows. Unknown ids are ignored."""
+    """End a request now and free what it holds: its client has left, or (`reason` STOP) its text is complete. No event
+    follows. Unknown ids are ignored."""
 
     request_id: str
+    reason: FinishReason = FinishReason.ABORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,14 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set."""
+    """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set.
+
+    `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense.
+    """
 
     request_id: str
     token_id: int | None
+    experts_per_token: tuple[float | None, ...] = ()
     finished: RequestStats | None = None
     error: Exception | None = None
 

@@ -1,0 +1,46 @@
+# Two commands: `make serve` and `make test`. Both work on a fresh machine with Python 3.11+, make and gcc.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+DEMO := models/demo
+MODEL ?= $(DEMO)
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test check fix clean
+
+serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
+	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
+
+test: check
+	$(BIN)/pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) models build *.egg-info
+
+# The converter renames a finished checkpoint into place, so config.json is there only when everything is. A conversion that
+# was interrupted goes on where it stopped.
+$(DEMO)/config.json: | $(VENV)/.installed
+	$(BIN)/ladimo convert ladimo/demo/model $(DEMO) --recipe ladimo/recipes/demo.toml
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("LaDiMo needs Python 3.11 to 3.13; set PYTHON=") if not (3, 11) <= sys.version_info[:2] <= (3, 13) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(VENV)/.installed $@

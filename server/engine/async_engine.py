@@ -1,0 +1,211 @@
+"""The engine on its own thread, as asyncio sees it: one stream per request, calls that are awaited, a way to learn it died.
+
+The thread blocks on its mailbox when idle and hands everything a step produced to the event loop in one call.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from enum import StrEnum
+from itertools import count
+
+from ladimo.policy import RoutingPolicy
+from server.engine.config import EngineLimits
+from server.engine.core import EngineCore
+from server.engine.messages import (
+    Abort,
+    Activate,
+    Activated,
+    Command,
+    EngineDead,
+    ExpertSnapshot,
+    ReadExperts,
+    Report,
+    StepResult,
+    StepStats,
+    Stop,
+    Submit,
+    TokenEvent,
+)
+from server.engine.request import FinishReason, GenerationRequest
+
+IDLE_HEARTBEAT_SECONDS = 0.5
+
+
+class EngineState(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class AsyncEngine:
+    """Everything but `heartbeat` is to be used from one event loop."""
+
+    def __init__(self, build_core: Callable[[], EngineCore], on_step: Callable[[StepStats], None]) -> None:
+        self.state = EngineState.LOADING
+        self.heartbeat = time.monotonic()
+        self._build_core, self._on_step = build_core, on_step
+        self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._calls: dict[int, asyncio.Future[Activated | ExpertSnapshot]] = {}
+        self._call_ids = count()
+        self._limits: EngineLimits | None = None
+        self._dead = asyncio.Event()
+        self._cause: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def limits(self) -> EngineLimits:
+        assert self._limits is not None, "known once the engine is ready"
+        return self._limits
+
+    async def start(self) -> None:
+        """Build the core on the engine thread and return when it is ready. Raises what building raised."""
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[EngineLimits] = loop.create_future()
+        self._thread = threading.Thread(target=self._run, args=(loop, ready), name="engine", daemon=True)
+        self._thread.start()
+        try:
+            self._limits = await asyncio.shield(ready)
+        except BaseException as error:
+            self._die(error)
+            raise
+        self.state = EngineState.READY
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """The request's tokens as they come. Closing the generator early aborts the request.
+
+        Raises EngineDead when the engine is or becomes dead, PolicyTableFull when no row is free for the request's policy.
+        """
+        self._check_alive()
+        assert request.request_id not in self._streams
+        stream: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        self._mailbox.put(Submit(request))
+        over = False
+        try:
+            while not over:
+                event = await stream.get()
+                over = event.finished is not None or event.error is not None
+                if event.error is not None:
+                    raise event.error
+                yield event
+        finally:
+            # `finish` may have taken the stream away already; then there is nothing left to abort.
+            if self._streams.pop(request.request_id, None) is not None and not over:
+                self._mailbox.put(Abort(request.request_id))
+
+    def finish(self, request_id: str) -> None:
+        """End a request whose text is complete (a stop string): it counts as stopped, not as aborted."""
+        if self._streams.pop(request_id, None) is not None:
+            self._mailbox.put(Abort(request_id, FinishReason.STOP))
+
+    async def activate(self, policies: Sequence[RoutingPolicy]) -> None:
+        """Keep exactly these policies resident, besides those in use. Raises PolicyTableFull, EngineDead."""
+        reply = await self._call(lambda call_id: Activate(call_id, tuple(policies)))
+        assert isinstance(reply, Activated)
+        if reply.error is not None:
+            raise reply.error
+
+    async def read_experts(self) -> ExpertSnapshot:
+        """Exact expert counters, read between two steps. Raises EngineDead."""
+        reply = await self._call(ReadExperts)
+        assert isinstance(reply, ExpertSnapshot)
+        return reply
+
+    async def wait_dead(self) -> BaseException | None:
+        """Returns when the engine has ended: the exception that killed it, None after `stop`."""
+        await self._dead.wait()
+        return self._cause
+
+    async def stop(self) -> None:
+        """End the loop after the current step; running requests get EngineDead."""
+        if self._thread is None or self._dead.is_set():
+            return
+        self._mailbox.put(Stop())
+        await self._dead.wait()
+        self._thread.join()
+
+    async def _call(self, command: Callable[[int], Command]) -> Activated | ExpertSnapshot:
+        self._check_alive()
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Activated | ExpertSnapshot] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            self._mailbox.put(command(call_id))
+            return await future
+        finally:
+            del self._calls[call_id]
+
+    def _check_alive(self) -> None:
+        if self.state is not EngineState.READY:
+            raise EngineDead(f"the engine is {self.state}")
+
+    def _deliver(self, reports: list[Report]) -> None:
+        for report in reports:
+            match report:
+                case StepResult(events, stats):
+                    for event in events:
+                        self._put(event)
+                    self._on_step(stats)
+                case TokenEvent():
+                    self._put(report)
+                case Activated(call_id) | ExpertSnapshot(call_id):
+                    future = self._calls.get(call_id)
+                    if future is not None and not future.done():
+                        future.set_result(report)
+
+    def _put(self, event: TokenEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is not None:  # None: aborted, and the event was on its way
+            stream.put_nowait(event)
+
+    def _die(self, cause: BaseException | None) -> None:
+        if self._dead.is_set():
+            return
+        self.state, self._cause = EngineState.DEAD, cause
+        dead = EngineDead("the engine has stopped" if cause is None else f"a step failed: {type(cause).__name__}")
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(TokenEvent(request_id, None, error=dead))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(dead)
+        self._dead.set()
+
+    def _run(self, loop: asyncio.AbstractEventLoop, ready: "asyncio.Future[EngineLimits]") -> None:
+        """The engine thread."""
+        try:
+            core = self._build_core()
+        except BaseException as error:
+            loop.call_soon_threadsafe(ready.set_exception, error)
+            return
+        loop.call_soon_threadsafe(ready.set_result, core.limits)
+        cause: BaseException | None = None
+        try:
+            while (commands := self._receive(core.has_work)) is not None:
+                reports = [report for command in commands if (report := core.handle(command)) is not None]
+                if core.has_work:
+                    reports.append(core.step())
+                if reports:
+                    loop.call_soon_threadsafe(self._deliver, reports)
+        except BaseException as error:
+            cause = error
+        loop.call_soon_threadsafe(self._die, cause)
+
+    def _receive(self, busy: bool) -> list[Command] | None:
+        """Everything in the mailbox, waiting for the first command only when idle; None after Stop."""
+        commands: list[Command] = []
+        while True:
+            self.heartbeat = time.monotonic()
+            try:
+                block = not busy and not commands
+                command = self._mailbox.get(block=block, timeout=IDLE_HEARTBEAT_SECONDS if block else None)
+            except queue.Empty:
+                if busy or commands:
+                    return commands
+                continue
+            if isinstance(command, Stop):
+                return None
+            commands.append(command)

@@ -1,0 +1,126 @@
+"""The resident routing policies: which table row holds which policy, who uses it, and what it has done so far.
+
+A policy becomes resident by one small copy between two steps. Rows, masks and counters keep their addresses for the life of
+the engine, so nothing is recompiled or recaptured.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ladimo.model.config import ModelConfig
+from ladimo.model.inputs import RoutingTables
+from ladimo.policy import RoutingPolicy
+from server.engine.messages import ExpertSnapshot, PolicyTableFull
+
+NONE_ROW = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    policy: RoutingPolicy
+    users: int = 0
+    resident: bool = False
+    last_used: int = 0
+
+
+class PolicyTable:
+    """Rows 1 .. num_rows - 1 hold policies; row 0 is the policy "none" of padded tokens.
+
+    A row is taken by a running request (`acquire`, `release`) or by residence (`set_resident`); a row that is neither keeps its
+    policy until the place is needed.
+    """
+
+    def __init__(self, config: ModelConfig, num_rows: int, device: torch.device) -> None:
+        assert num_rows >= 2
+        self.config = config
+        self.tables = RoutingTables.empty(num_rows, config.num_hidden_layers, config.max_num_experts, device)
+        self._rows: list[_Row | None] = [None] * num_rows
+        self._by_version: dict[str, int] = {}
+        self._clock = 0
+        self._expert_tokens: dict[str, torch.Tensor] = {}  # totals of policies whose row has been reused
+        self._routed_tokens: Counter[str] = Counter()
+
+    def acquire(self, policy: RoutingPolicy) -> int:
+        """The row of this policy version, written if need be, held until `release`. Raises PolicyTableFull."""
+        row = self._by_version.get(policy.version)
+        if row is None:
+            row = self._write(policy)
+        entry = self._entry(row)
+        entry.users += 1
+        return row
+
+    def release(self, row: int) -> None:
+        entry = self._entry(row)
+        assert entry.users > 0
+        entry.users -= 1
+        self._clock += 1
+        entry.last_used = self._clock
+
+    def set_resident(self, policies: Sequence[RoutingPolicy]) -> None:
+        """Keep exactly these policies resident besides those in use. Raises PolicyTableFull and changes nothing when there are
+        too few rows."""
+        wanted = {policy.version: policy for policy in policies}
+        missing = [policy for version, policy in wanted.items() if version not in self._by_version]
+        held = sum(row is not None and (row.users > 0 or row.policy.version in wanted) for row in self._rows[1:])
+        if held + len(missing) > len(self._rows) - 1:
+            raise PolicyTableFull(f"{held} of {len(self._rows) - 1} rows are held, {len(missing)} more are asked for")
+        for row in self._rows[1:]:
+            if row is not None:
+                row.resident = row.policy.version in wanted
+        for policy in missing:
+            self._entry(self._write(policy)).resident = True
+
+    def add_routed(self, row: int, num_tokens: int) -> None:
+        self._routed_tokens[self._entry(row).policy.name] += num_tokens
+
+    def snapshot(self, call_id: int) -> ExpertSnapshot:
+        """Totals since start, read from the device."""
+        current = self.tables.expert_tokens.cpu()
+        totals = {name: counts.clone() for name, counts in self._expert_tokens.items()}
+        for row, entry in enumerate(self._rows):
+            if entry is not None:
+                name = entry.policy.name
+                totals[name] = totals[name] + current[row] if name in totals else current[row]
+        return ExpertSnapshot(
+            call_id=call_id,
+            expert_tokens={name: counts.tolist() for name, counts in totals.items()},
+            routed_tokens=dict(self._routed_tokens),
+            distinct_experts=self.tables.distinct_experts.tolist(),
+        )
+
+    def _entry(self, row: int) -> _Row:
+        entry = self._rows[row]
+        assert entry is not None
+        return entry
+
+    def _write(self, policy: RoutingPolicy) -> int:
+        row = self._take_row()
+        rows, allowed = policy.to_rows(self.config.max_num_experts)
+        self.tables.write(row, rows, allowed)
+        self._rows[row] = _Row(policy)
+        self._by_version[policy.version] = row
+        return row
+
+    def _take_row(self) -> int:
+        """An empty row, or the one unused for longest, whose counts move to the totals of its policy."""
+        free = [(-1, row) for row, entry in enumerate(self._rows) if row != NONE_ROW and entry is None]
+        idle = [
+            (entry.last_used, row)
+            for row, entry in enumerate(self._rows)
+            if entry is not None and entry.users == 0 and not entry.resident
+        ]
+        if not free and not idle:
+            raise PolicyTableFull(f"all {len(self._rows) - 1} rows of the policy table are in use")
+        row = min(free or idle)[1]
+        entry = self._rows[row]
+        if entry is not None:
+            counts = self.tables.expert_tokens[row].cpu().clone()
+            name = entry.policy.name
+            self._expert_tokens[name] = self._expert_tokens[name] + counts if name in self._expert_tokens else counts
+            self.tables.expert_tokens[row].zero_()
+            del self._by_version[entry.policy.version]
+            self._rows[row] = None
+        return row

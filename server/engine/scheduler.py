@@ -1,0 +1,138 @@
+"""Which sequences the next step works on. Host integers only; no tensor, no clock.
+
+Contract: the engine calls `schedule()`, has the batch computed, then calls `update()` with the tokens drawn, before it calls
+`schedule()` again. In between it may `add` and `remove`.
+"""
+
+from collections import deque
+
+from server.engine.batch import Batch, samples
+from server.engine.block_manager import BlockManager
+from server.engine.request import FinishReason, Sequence
+
+
+class Scheduler:
+    """One token budget per step: running sequences decode first, the rest goes to prompts in chunks, oldest first.
+
+    Blocks are taken as tokens come. When they run out, the newest running sequence is preempted: it gives its blocks back and
+    returns to the head of the queue to be computed again. One sequence always fits (`max_model_len` is no larger than the
+    cache), so the oldest always makes progress.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_step_tokens: int, max_model_len: int) -> None:
+        assert blocks.blocks_for(max_model_len) < blocks.num_blocks
+        self.blocks = blocks
+        self.max_num_seqs, self.max_step_tokens, self.max_model_len = max_num_seqs, max_step_tokens, max_model_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Forget a request wherever it is and free its blocks; None when it is not here (any more)."""
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                if sequence.request.request_id == request_id:
+                    queue.remove(sequence)
+                    self.blocks.release(sequence.block_table)
+                    return sequence
+        return None
+
+    def schedule(self) -> Batch:
+        batch = Batch()
+        preemptions = self.preemptions
+        self._schedule_decodes(batch)
+        self._schedule_running_prompts(batch)
+        if self.preemptions == preemptions:  # else memory is short: admitting would only move blocks back and forth
+            self._admit(batch)
+        assert batch.num_tokens > 0 or not self.has_work
+        return batch
+
+    def update(
+        self, batch: Batch, token_ids: list[int], eos_token_ids: frozenset[int]
+    ) -> list[tuple[Sequence, FinishReason | None]]:
+        """Append the drawn tokens (one per sequence whose end was reached, in batch order) and retire what is finished.
+
+        Returns the sequences that got a token, each with its finish reason or None.
+        """
+        drawn = iter(token_ids)
+        outcomes: list[tuple[Sequence, FinishReason | None]] = []
+        for sequence, count in batch.scheduled:
+            reaches_end = samples(sequence, count)
+            sequence.num_computed += count
+            if not reaches_end:
+                continue
+            sequence.output_ids.append(next(drawn))
+            reason = self._finish_reason(sequence, eos_token_ids)
+            if reason is not None:
+                self.running.remove(sequence)
+                self.blocks.release(sequence.block_table)
+            outcomes.append((sequence, reason))
+        assert next(drawn, None) is None
+        return outcomes
+
+    def _finish_reason(self, sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        sampling, token = sequence.request.sampling, sequence.output_ids[-1]
+        if token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos):
+            return FinishReason.STOP
+        if len(sequence.output_ids) >= sampling.max_tokens or sequence.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _schedule_decodes(self, batch: Batch) -> None:
+        index = 0
+        while index < len(self.running) and batch.num_tokens < self.max_step_tokens:
+            sequence = self.running[index]
+            index += 1
+            if sequence.num_tokens - sequence.num_computed == 1:
+                if not self._make_room(sequence, sequence.num_tokens):
+                    return
+                batch.decode.append(sequence)
+
+    def _schedule_running_prompts(self, batch: Batch) -> None:
+        index = 0
+        while index < len(self.running) and batch.num_tokens < self.max_step_tokens:
+            sequence = self.running[index]
+            index += 1
+            remaining = sequence.num_tokens - sequence.num_computed
+            if remaining == 1:
+                continue
+            count = min(remaining, self.max_step_tokens - batch.num_tokens)
+            end = sequence.num_computed + count
+            # When others run they will finish and free blocks; only when nothing can run must the newest make room.
+            fits = self.blocks.extend(sequence.block_table, end) if batch.num_tokens else self._make_room(sequence, end)
+            if not fits:
+                return
+            batch.prefill.append((sequence, count))
+
+    def _admit(self, batch: Batch) -> None:
+        while self.waiting and batch.num_tokens < self.max_step_tokens and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if self.blocks.blocks_for(sequence.num_tokens) > self.blocks.num_free:
+                return
+            count = min(sequence.num_tokens, self.max_step_tokens - batch.num_tokens)
+            taken = self.blocks.extend(sequence.block_table, count)
+            assert taken
+            self.running.append(self.waiting.popleft())
+            if sequence.num_tokens == 1:
+                batch.decode.append(sequence)
+            else:
+                batch.prefill.append((sequence, count))
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` of a running sequence, preempting newer ones; False when it had to go itself."""
+        while not self.blocks.extend(sequence.block_table, num_tokens):
+            newest = self.running.pop()
+            self.blocks.release(newest.block_table)
+            newest.num_computed = 0
+            self.waiting.appendleft(newest)
+            self.preemptions += 1
+            if newest is sequence:
+                return False
+        return True

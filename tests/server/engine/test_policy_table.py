@@ -1,0 +1,82 @@
+"""The policy table: rows are shared, held, reused, and nothing that was counted is ever lost."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.messages import PolicyTableFull
+from server.engine.policy_table import NONE_ROW, PolicyTable
+from tests.server.fakes import FAKE_CONFIG, fake_policy
+
+
+def make_table(num_policies: int = 3) -> PolicyTable:
+    return PolicyTable(FAKE_CONFIG, num_policies + 1, torch.device("cpu"))
+
+
+def test_equal_policies_share_a_row_and_writing_keeps_addresses() -> None:
+    table = make_table()
+    addresses = (table.tables.rows.data_ptr(), table.tables.allowed.data_ptr(), table.tables.expert_tokens.data_ptr())
+    first, again, other = table.acquire(fake_policy("a")), table.acquire(fake_policy("a")), table.acquire(fake_policy("b", 1))
+    assert first == again != other
+    assert NONE_ROW not in (first, other)
+    assert table.tables.rows[first, :, 0].tolist() == [2.0, 0.0, 2.0]
+    assert table.tables.rows[other, :, 0].tolist() == [1.0, 0.0, 1.0]
+    assert not table.tables.rows[NONE_ROW].any()
+    now = (table.tables.rows.data_ptr(), table.tables.allowed.data_ptr(), table.tables.expert_tokens.data_ptr())
+    assert now == addresses
+
+
+def test_same_name_with_other_content_is_another_row() -> None:
+    table = make_table()
+    assert table.acquire(fake_policy("a", 1)) != table.acquire(fake_policy("a", 2))
+
+
+def test_full_table_refuses_until_a_row_is_released() -> None:
+    table = make_table(2)
+    rows = [table.acquire(fake_policy("a")), table.acquire(fake_policy("b"))]
+    with pytest.raises(PolicyTableFull):
+        table.acquire(fake_policy("c"))
+    table.release(rows[0])
+    assert table.acquire(fake_policy("c")) == rows[0]
+
+
+def test_residents_stay_and_a_refused_set_changes_nothing() -> None:
+    table = make_table(2)
+    table.set_resident([fake_policy("a"), fake_policy("b")])
+    with pytest.raises(PolicyTableFull):
+        table.acquire(fake_policy("c"))
+    row = table.acquire(fake_policy("a"))
+    with pytest.raises(PolicyTableFull):
+        table.set_resident([fake_policy("c"), fake_policy("d")])
+    assert table.acquire(fake_policy("b")) != row
+    table.release(row)
+    table.release(table._by_version[fake_policy("b").version])
+    table.set_resident([fake_policy("c"), fake_policy("d")])
+    with pytest.raises(PolicyTableFull):
+        table.acquire(fake_policy("a"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 3), st.integers(1, 4)), max_size=30))
+def test_counts_survive_the_reuse_of_rows(uses: list[tuple[str, int, int]]) -> None:
+    table = make_table(2)
+    expected: dict[str, list[list[int]]] = {}
+    for name, tokens, top_k in uses:
+        row = table.acquire(fake_policy(name, top_k))
+        expert_ids = torch.full((3, tokens, 4), -1)
+        expert_ids[[0, 2], :, :top_k] = torch.arange(top_k)
+        table.tables.record(expert_ids, torch.full((tokens,), row))
+        table.add_routed(row, tokens)
+        table.release(row)
+        totals = expected.setdefault(name, [[0] * 4 for _ in range(3)])
+        for layer in (0, 2):
+            for expert in range(top_k):
+                totals[layer][expert] += tokens
+    snapshot = table.snapshot(7)
+    assert snapshot.call_id == 7
+    assert snapshot.expert_tokens == expected
+    assert snapshot.routed_tokens == {
+        name: sum(tokens for other, tokens, _ in uses if other == name) for name in {name for name, _, _ in uses}
+    }
+    assert sum(snapshot.distinct_experts[0]) == len(uses)

@@ -1,0 +1,88 @@
+"""An engine without a network: the real scheduler, policy table and threads over a runner that counts upwards."""
+
+import threading
+
+import torch
+
+from ladimo.model.config import ModelConfig
+from ladimo.policy import LayerRule, RoutingPolicy
+from server.engine.batch import Batch, samples
+from server.engine.block_manager import BlockManager
+from server.engine.config import EngineLimits
+from server.engine.core import EngineCore
+from server.engine.model_runner import BatchOutput
+from server.engine.policy_table import PolicyTable
+from server.engine.scheduler import Scheduler
+
+FAKE_VOCAB = 300
+FAKE_CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "ladimo_llama",
+        "vocab_size": FAKE_VOCAB,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "moe_layers": [
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4},
+            None,
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4},
+        ],
+    }
+)
+
+
+def fake_policy(name: str, top_k: int = 2, description: str = "") -> RoutingPolicy:
+    return RoutingPolicy(name, description, (LayerRule(top_k), None, LayerRule(top_k)))
+
+
+class FakeRunner:
+    """The next token is the last one plus one (modulo the vocabulary); each token runs `top_k` experts, numbers 0 .. top_k - 1.
+
+    `gate` holds every step back while it is cleared; `fail_with` is raised by the next step.
+    """
+
+    def __init__(self, table: PolicyTable, vocab_size: int = FAKE_VOCAB) -> None:
+        self.table, self.vocab_size = table, vocab_size
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail_with: Exception | None = None
+        self.batches: list[list[tuple[str, int]]] = []
+
+    def execute(self, batch: Batch) -> BatchOutput:
+        self.gate.wait()
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.batches.append([(sequence.request.request_id, count) for sequence, count in batch.scheduled])
+        token_ids = [
+            (sequence.token_ids(sequence.num_tokens - 1, sequence.num_tokens)[0] + 1) % self.vocab_size
+            for sequence, count in batch.scheduled
+            if samples(sequence, count)
+        ]
+        return BatchOutput(token_ids, [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled])
+
+    def _count(self, row: int, num_tokens: int) -> list[int]:
+        top_k = self.table.tables.rows[row, :, 0].long()
+        for layer, k in enumerate(top_k.tolist()):
+            self.table.tables.expert_tokens[row, layer, :k] += num_tokens
+        return (top_k * num_tokens).tolist()
+
+
+def fake_core(
+    *,
+    max_num_seqs: int = 4,
+    max_model_len: int = 64,
+    num_blocks: int = 65,
+    block_size: int = 4,
+    max_step_tokens: int = 32,
+    max_policies: int = 8,
+    eos_token_ids: frozenset[int] = frozenset(),
+    config: ModelConfig = FAKE_CONFIG,
+) -> tuple[EngineCore, FakeRunner]:
+    """An engine core over a FakeRunner, small enough to run out of everything."""
+    table = PolicyTable(config, max_policies + 1, torch.device("cpu"))
+    runner = FakeRunner(table, config.vocab_size)
+    limits = EngineLimits(max_model_len, max_num_seqs, num_blocks, block_size, config.vocab_size, max_policies)
+    scheduler = Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, max_step_tokens, max_model_len)
+    return EngineCore(runner, scheduler, table, limits, eos_token_ids), runner
