@@ -6,7 +6,6 @@ renames a finished directory into place, so a reader never meets half of anythin
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -56,12 +55,14 @@ def resolve_directory(model: str | Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError naming the file when it is missing or not JSON."""
+    """Raises ValueError naming the file when it is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, an endless number, a bottomless list
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -100,7 +101,10 @@ class TensorReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if (directory / INDEX).exists():
-            weight_map = read_json(directory / INDEX).get("weight_map", {})
+            index = read_json(directory / INDEX)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"{directory / INDEX}: weight_map must name a file for each tensor")
             self.files = {name: directory / Path(file).name for name, file in weight_map.items()}
         elif (directory / "model.safetensors").exists():
             file = directory / "model.safetensors"
@@ -141,7 +145,12 @@ class TensorReader:
                     f"{self._file(prefix + name)}: {prefix + name} has shape {list(self.shape(prefix + name))}, "
                     f"config.json asks for {list(parameter.shape)}"
                 )
-            tensors[name] = self.get(prefix + name).to(device=device, dtype=dtype)
+            stored = self.get(prefix + name)
+            if stored.dtype not in DTYPES.values():  # quantised weights mean nothing without their scales
+                raise ValueError(
+                    f"{self._file(prefix + name)}: {prefix + name} is {stored.dtype}; supported: {', '.join(DTYPES)}"
+                )
+            tensors[name] = stored.to(device=device, dtype=dtype)
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -220,6 +229,14 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
     return model.eval()
 
 
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file. Raises OSError naming it when it cannot be written."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from error
+
+
 def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30) -> None:
     """Write model.safetensors, or shards with an index, holding at most one shard in memory."""
     shards: list[list[str]] = []
@@ -228,7 +245,7 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_sh
 
     def flush() -> None:
         if pending:
-            save_file(pending, directory / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+            save_tensors(directory / f"shard-{len(shards)}.safetensors", pending)
             shards.append(list(pending))
             pending.clear()
 
@@ -290,7 +307,7 @@ def read_policies(directory: Path, config: ModelConfig) -> dict[str, RoutingPoli
 
 
 def read_frontier(directory: Path) -> Frontier | None:
-    """The measured frontier, or None where the checkpoint has none (a dense model)."""
+    """The measured frontier, or None where the checkpoint has none (a dense model). Raises ValueError naming the file."""
     path = directory / FRONTIER
     if not path.exists():
         return None
@@ -298,8 +315,8 @@ def read_frontier(directory: Path) -> Frontier | None:
         frontier = Frontier.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not frontier.points or not all(math.isfinite(point.perplexity) for point in frontier.points):
-        raise ValueError(f"{path}: has no points, or one without a finite perplexity")
+    if not frontier.points:
+        raise ValueError(f"{path}: has no points")
     return frontier
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import initialization as init
 
-from ladimo.model.config import MOE_TYPE, MoeLayerConfig
-from ladimo.model.moe import ExpertLayer
+from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
+from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.policy import LayerRule, RoutingPolicy
 
 
@@ -28,7 +29,7 @@ class _HiddenStatesExpertLayer(ExpertLayer):
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(hidden_size, layer)
-        self.rule = LayerRule(top_k=layer.num_experts_per_tok)
+        self.rule = LayerRule(top_k=layer.num_experts_per_tok, renormalize=layer.expert_weight == "score")
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         flat = hidden_states.flatten(0, -2)
@@ -40,32 +41,38 @@ class _HiddenStatesExpertLayer(ExpertLayer):
         return out.view_as(hidden_states)
 
 
+class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
+    config_class = LadimoLlamaConfig
+
+    def __init__(self, config: LadimoLlamaConfig) -> None:
+        super().__init__(config)
+        for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
+            if entry is not None:
+                layer.mlp = _HiddenStatesExpertLayer(config.hidden_size, MoeLayerConfig(**entry))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, 0.0, self.config.initializer_range)
+            init.normal_(module.down_proj, 0.0, self.config.initializer_range)
+
+
 class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     config_class = LadimoLlamaConfig
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
         super().__init__(config)
-        for layer, entry in zip(self.model.layers, config.moe_layers or [], strict=True):
-            if entry is not None:
-                layer.mlp = _HiddenStatesExpertLayer(config.hidden_size, MoeLayerConfig(**entry))
+        self.model = LadimoLlamaModel(config)
         self.post_init()
 
     def set_policy(self, rules: Sequence[LayerRule | None]) -> None:
         """Run under these rules, one per layer, None where the layer is dense. Raises ValueError when they do not fit."""
-        if len(rules) != len(self.model.layers):
-            raise ValueError(f"policy has {len(rules)} layers, the model has {len(self.model.layers)}")
+        RoutingPolicy("policy", "", tuple(rules)).validate(ModelConfig.from_dict(self.config.to_dict()))
         for layer, rule in zip(self.model.layers, rules, strict=True):
-            if isinstance(layer.mlp, _HiddenStatesExpertLayer) != (rule is not None):
-                raise ValueError("policy has a rule for a dense layer, or none for an expert layer")
             if rule is not None:
                 layer.mlp.rule = rule
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ExpertLayer):
-            for parameter in (module.experts.gate_up_proj, module.experts.down_proj):
-                parameter.normal_(0.0, self.config.initializer_range)
 
 
 def register() -> None:

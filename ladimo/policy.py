@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,8 +39,8 @@ class LayerRule:
         experts = None if self.experts is None else list(self.experts)
         return {
             "top_k": self.top_k,
-            "mass": self.mass,
-            "floor": self.floor,
+            "mass": None if self.mass is None else _canonical(self.mass),
+            "floor": _canonical(self.floor),
             "renormalize": self.renormalize,
             "experts": experts,
         }
@@ -65,8 +66,8 @@ class RoutingPolicy:
         if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             raise ValueError("name: must be 1 to 64 letters, digits, '.', '_' or '-', and begin with a letter or digit")
         description = raw.get("description", "")
-        if not isinstance(description, str):
-            raise ValueError("description: must be a string")
+        if not isinstance(description, str) or not _is_unicode(description):
+            raise ValueError("description: must be a string of valid Unicode")
         layers = raw.get("layers")
         if not isinstance(layers, list):
             raise ValueError("layers: must be a list with one entry per layer")
@@ -143,14 +144,11 @@ class Frontier:
 
     @classmethod
     def from_dict(cls, raw: object) -> "Frontier":
-        """Raises ValueError when a point lacks a field."""
-        try:
-            points = raw["points"]  # type: ignore[index]
-            return cls(
-                tuple(FrontierPoint(**{**point, "experts_per_token": tuple(point["experts_per_token"])}) for point in points)
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"frontier: missing or unknown field: {error}") from error
+        """Read frontier JSON. Raises ValueError whose message begins with the JSON path of the first wrong field."""
+        points = raw.get("points") if isinstance(raw, Mapping) else None
+        if not isinstance(points, list):
+            raise ValueError("points: must be a list")
+        return cls(tuple(_point(point, f"points[{index}]") for index, point in enumerate(points)))
 
     def to_dict(self) -> dict[str, Any]:
         return {"points": [point.to_dict() for point in self.points]}
@@ -197,10 +195,27 @@ def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
     kept: list[FrontierPoint] = []
     for point in sorted(points, key=lambda point: (point.active_parameters_ratio, point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
-            if kept and point.active_parameters_ratio == kept[-1].active_parameters_ratio:
-                kept.pop()
             kept.append(point)
     return tuple(kept)
+
+
+def _point(raw: object, path: str) -> FrontierPoint:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path}: must be an object")
+    wrong = sorted(str(key) for key in set(raw) ^ set(FrontierPoint.__dataclass_fields__))
+    if wrong:
+        raise ValueError(f"{path}.{wrong[0]}: missing or unknown field")
+    if isinstance(raw["batch"], bool) or not isinstance(raw["batch"], int) or raw["batch"] < 1:
+        raise ValueError(f"{path}.batch: must be an integer of at least 1")
+    if not isinstance(raw["policy"], str):
+        raise ValueError(f"{path}.policy: must be a string")
+    for name in ("active_parameters_ratio", "perplexity", "perplexity_ratio"):
+        if not (_is_number(raw[name]) and raw[name] > 0):
+            raise ValueError(f"{path}.{name}: must be a number above 0")
+    experts = raw["experts_per_token"]
+    if not isinstance(experts, list) or not all(x is None or (_is_number(x) and x >= 0) for x in experts):
+        raise ValueError(f"{path}.experts_per_token: must be a list of null or numbers of at least 0")
+    return FrontierPoint(**{**raw, "experts_per_token": tuple(experts)})
 
 
 def _rule(raw: object, path: str) -> LayerRule | None:
@@ -242,7 +257,17 @@ def _experts(raw: object, path: str) -> tuple[int, ...] | None:
     return tuple(sorted(numbers))
 
 
+def _canonical(value: float) -> float:
+    """The one spelling of equal numbers: 1 becomes 1.0 and -0.0 becomes 0.0, so that equal rules have equal versions."""
+    return float(value) + 0.0
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return abs(value) < 2**53  # also false for NaN, infinity and integers that no float can hold
+    return abs(value) <= sys.float_info.max  # also false for NaN, infinity and integers that no float can hold

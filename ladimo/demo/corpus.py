@@ -4,22 +4,23 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
-# Folders and files that are tests, generated tables or other people's packages, not library code.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "ensurepip"}
-SKIPPED_FILES = ("_sysconfigdata", "topics.py", "cp", "iso8859", "mac_", "koi8")
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+# Other people's packages, and files that are generated tables rather than code.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "lib2to3", "__pycache__", "ensurepip"}
+LONGEST_LINE = 400
 
 
-def library_sources() -> dict[str, str]:
-    """Relative path -> text of every library module worth reading, in sorted order."""
+def library_sources(tests: bool = False) -> dict[str, str]:
+    """Relative path -> text of the library's modules (or of its tests, where they are installed), in sorted order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        skipped_table = relative.parts[0] == "encodings" and relative.name.startswith(SKIPPED_FILES)
-        if SKIPPED_FOLDERS & set(relative.parts) or skipped_table or relative.name.startswith(SKIPPED_FILES[:2]):
+        folders = set(relative.parts[:-1])
+        if folders & SKIPPED_FOLDERS or bool(folders & TEST_FOLDERS) != tests or _is_table(relative):
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if text.strip():
+        if text.strip() and max(map(len, text.splitlines())) <= LONGEST_LINE:
             sources[str(relative)] = text
     return sources
 
@@ -27,3 +28,9 @@ def library_sources() -> dict[str, str]:
 def is_held_out(name: str) -> bool:
     """One file in 25, chosen by name so that the choice is the same on every machine."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 25 == 0
+
+
+def _is_table(relative: Path) -> bool:
+    if relative.parts[0] == "encodings":
+        return relative.name.startswith(("cp", "iso8859", "mac_", "koi8"))
+    return relative.name.startswith("_sysconfigdata") or relative.name == "topics.py"

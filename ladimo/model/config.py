@@ -4,6 +4,7 @@ Field names are those of Hugging Face's config.json; `from_dict` reads both the 
 converted checkpoint (model_type "ladimo_llama").
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 DENSE_TYPE = "llama"
 MOE_TYPE = "ladimo_llama"
 ROPE_TYPES = ("default", "linear", "llama3")
+MAX_LAYERS = 4096  # far above any LLaMA; keeps a broken number from being taken for a model to build
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 ExpertWeight = Literal["score", "one"]
@@ -34,15 +36,16 @@ class MoeLayerConfig:
     expert_weight: ExpertWeight = "score"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            _positive_int({name: getattr(self, name)}, name)
+        _positive_int({"score_norm_top_k": self.score_norm_top_k}, "score_norm_top_k", default=1)
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok must be in 1..{self.num_experts}, got {self.num_experts_per_tok}")
-        if self.moe_intermediate_size < 1:
-            raise ValueError(f"moe_intermediate_size must be positive, got {self.moe_intermediate_size}")
         if self.score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"score_function must be softmax or sigmoid, got {self.score_function!r}")
         if self.expert_weight not in ("score", "one"):
             raise ValueError(f"expert_weight must be score or one, got {self.expert_weight!r}")
-        if self.score_norm_top_k is not None and not 1 <= self.score_norm_top_k <= self.num_experts:
+        if self.score_norm_top_k is not None and self.score_norm_top_k > self.num_experts:
             raise ValueError(f"score_norm_top_k must be null or in 1..{self.num_experts}, got {self.score_norm_top_k}")
 
 
@@ -87,11 +90,13 @@ class ModelConfig:
             raise ValueError(f"model_type is {model_type!r}; supported: {DENSE_TYPE}, {MOE_TYPE}")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
-        if raw.get("mlp_bias", False):
+        if _flag(raw, "mlp_bias"):
             raise ValueError("mlp_bias is true; only FFNs without bias are supported")
         hidden_size = _positive_int(raw, "hidden_size")
         num_heads = _positive_int(raw, "num_attention_heads")
         num_layers = _positive_int(raw, "num_hidden_layers")
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {num_layers}")
         num_kv_heads = _positive_int(raw, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
@@ -106,10 +111,10 @@ class ModelConfig:
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive_number(raw, "rms_norm_eps", 1e-6),
             max_position_embeddings=_positive_int(raw, "max_position_embeddings", 2048),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            attention_bias=_flag(raw, "attention_bias"),
             rope=_rope(raw),
             layers=_moe_layers(raw, num_layers) if model_type == MOE_TYPE else (None,) * num_layers,
         )
@@ -169,17 +174,46 @@ def _positive_int(raw: Mapping[str, Any], name: str, default: int | None = None)
     return value
 
 
+def _positive_number(raw: Mapping[str, Any], name: str, default: float) -> float:
+    value = raw.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters; older releases write rope_theta and rope_scaling side by side.
-    parameters = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    for name in ("rope_parameters", "rope_scaling"):
+        if raw.get(name) is not None and not isinstance(raw[name], Mapping):
+            raise ValueError(f"{name} must be null or an object, got {raw[name]!r}")
+    parameters = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope type is {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
-    theta = parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    known = {name: parameters[name] for name in RopeConfig.__dataclass_fields__ if name in parameters and name != "type"}
-    if rope_type != "default" and "factor" not in known:
+    default = RopeConfig()
+    theta = _positive_number(parameters, "rope_theta", default.theta)
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    if parameters.get("factor") is None:
         raise ValueError(f"rope type {rope_type!r} needs a factor")
-    return RopeConfig(theta=float(theta), type=rope_type, **known)
+    factor = _positive_number(parameters, "factor", default.factor)
+    if rope_type == "linear":
+        return RopeConfig(theta=theta, type=rope_type, factor=factor)
+    low = _positive_number(parameters, "low_freq_factor", default.low_freq_factor)
+    high = _positive_number(parameters, "high_freq_factor", default.high_freq_factor)
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
+    original = _positive_int(parameters, "original_max_position_embeddings", default.original_max_position_embeddings)
+    return RopeConfig(theta, rope_type, factor, low, high, original)
 
 
 def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:

@@ -2,8 +2,8 @@
 
     (hidden_states [T, D], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2F, D], down_proj [E, D, F]) -> [T, D]
 
-An id of -1 is no expert. Gate rows come before up rows, as in transformers. Legend: T tokens, K places, E experts, D
-hidden_size, F moe_intermediate_size.
+An id of -1 is no expert; its weight is 0. Gate rows come before up rows, as in transformers. Legend: T tokens, K places,
+E experts, D hidden_size, F moe_intermediate_size.
 """
 
 import torch
@@ -68,7 +68,7 @@ def apply_experts_masked(
 ) -> Tensor:
     """Every expert on every token, weighted by zero where not chosen. The reference, and fit for capture at any size."""
     dense_weights = topk_weights.new_zeros(topk_ids.shape[0], gate_up_proj.shape[0])
-    dense_weights.scatter_add_(1, topk_ids.clamp(min=0), topk_weights * (topk_ids >= 0))
+    dense_weights.scatter_add_(1, topk_ids.clamp(min=0), topk_weights)
     gate, up = torch.einsum("td,efd->etf", hidden_states, gate_up_proj).chunk(2, dim=-1)
     hidden = F.silu(gate) * up * dense_weights.to(hidden_states.dtype).t().unsqueeze(-1)
     return torch.einsum("etf,edf->td", hidden, down_proj)

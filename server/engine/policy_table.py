@@ -84,11 +84,15 @@ class PolicyTable:
             if entry is not None:
                 name = entry.policy.name
                 totals[name] = totals[name] + current[row] if name in totals else current[row]
+        distinct = self.tables.distinct_experts.tolist()
+        for layer, moe in enumerate(self.config.layers):
+            if moe is None:  # counted as "no expert", which says nothing
+                distinct[layer] = [0] * len(distinct[layer])
         return ExpertSnapshot(
             call_id=call_id,
             expert_tokens={name: counts.tolist() for name, counts in totals.items()},
             routed_tokens=dict(self._routed_tokens),
-            distinct_experts=self.tables.distinct_experts.tolist(),
+            distinct_experts=distinct,
         )
 
     def _entry(self, row: int) -> _Row:

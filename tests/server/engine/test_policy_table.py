@@ -80,3 +80,4 @@ def test_counts_survive_the_reuse_of_rows(uses: list[tuple[str, int, int]]) -> N
         name: sum(tokens for other, tokens, _ in uses if other == name) for name in {name for name, _, _ in uses}
     }
     assert sum(snapshot.distinct_experts[0]) == len(uses)
+    assert snapshot.distinct_experts[1] == [0] * 5

@@ -1,0 +1,26 @@
+"""Shared fixtures: tiny checkpoints, written once per run. Read them, never change them; `tests.factories` makes your own."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.factories import make_dense, make_moe, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense LLaMA in fp32: grouped-query attention, untied embeddings, 3 layers."""
+    return make_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def moe_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dense_dir` converted: 4 experts, 2 per token, layer 1 dense; policies full, quality, balanced, fast and a frontier."""
+    return make_moe(tmp_path_factory.mktemp("moe"), dense=dense_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; BOS is 256, EOS 257."""
+    return make_tokenizer()

@@ -1,0 +1,203 @@
+"""Tiny models, checkpoints and a tokenizer for tests. Everything is seeded; nothing is downloaded.
+
+    save_tokenizer(path)                 a byte-level tokenizer: one token per byte, then BOS and EOS
+    make_dense(path, **config)           a random dense LLaMA written by transformers, tokenizer beside it
+    make_moe(path, ...)                  a converted checkpoint: FFNs split into experts, random gates, policies, frontier
+
+Random weights are drawn wide (initializer_range 0.2), so that logits are far apart and greedy decoding is never a coin toss.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ladimo.checkpoint import (
+    FRONTIER,
+    TensorReader,
+    copy_tokenizer,
+    moe_config_json,
+    read_config,
+    read_json,
+    write_json,
+    write_policy,
+    write_tensors,
+)
+from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
+from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+BOS_ID, EOS_ID = 256, 257
+VOCAB_SIZE = 258
+CONTEXT = 256
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is one token and every string round-trips; BOS is put in front."""
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=CONTEXT,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(path: Path) -> None:
+    make_tokenizer().save_pretrained(path)
+
+
+def make_dense(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **config: Any
+) -> Path:
+    """Write a random dense LLaMA: hidden 32, FFN 96, 3 layers, 4 query over 2 key/value heads; `config` overrides."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**fields, **config}))
+        for name, parameter in model.named_parameters():  # norms and biases start at one and zero, which would hide mistakes
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    save_tokenizer(path)
+    return path
+
+
+def make_moe(
+    path: Path,
+    *,
+    dense: Path | None = None,
+    seed: int = 0,
+    num_experts: int = 4,
+    top_k: int = 2,
+    dense_layers: Sequence[int] = (1,),
+    max_shard_bytes: int = 2**30,
+    layer: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """Write a converted checkpoint of `dense` (or of a fresh `make_dense(seed=seed, **config)`).
+
+    Experts are contiguous slices of the dense FFN; gates are random. `layer` sets further `MoeLayerConfig` fields of every
+    converted layer. Policies: full, quality, balanced, fast; the frontier's costs are exact for its experts per token, its
+    perplexities are made up but in order.
+    """
+    if dense is None:
+        with TemporaryDirectory() as temporary:
+            return make_moe(
+                path,
+                dense=make_dense(Path(temporary), seed=seed, **config),
+                seed=seed,
+                num_experts=num_experts,
+                top_k=top_k,
+                dense_layers=dense_layers,
+                max_shard_bytes=max_shard_bytes,
+                layer=layer,
+            )
+    source = read_config(dense)
+    assert source.intermediate_size % num_experts == 0
+    expert_layer = MoeLayerConfig(
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=source.intermediate_size // num_experts,
+        **(layer or {}),
+    )
+    layers = tuple(None if index in dense_layers else expert_layer for index in range(source.num_hidden_layers))
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", moe_config_json(read_json(dense / "config.json"), moe_layers_to_json(layers)))
+    write_tensors(path, _moe_tensors(TensorReader(dense), layers, seed), max_shard_bytes)
+    copy_tokenizer(dense, path)
+    _write_policies(path, layers, top_k)
+    return path
+
+
+def split_ffn(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Contiguous slices of a SwiGLU FFN: [F, D], [F, D], [D, F] -> gate_up_proj [E, 2F/E, D], down_proj [E, D, F/E]."""
+    gates, ups = gate_proj.chunk(num_experts), up_proj.chunk(num_experts)
+    gate_up = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+    return gate_up, torch.stack(down_proj.chunk(num_experts, dim=1))
+
+
+def _moe_tensors(reader: TensorReader, layers: tuple[MoeLayerConfig | None, ...], seed: int) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    converted = {f"model.layers.{index}.mlp": layer for index, layer in enumerate(layers) if layer is not None}
+    for name in reader.files:
+        if name.split(".mlp.")[0] + ".mlp" not in converted:
+            yield name, reader.get(name)
+    for prefix, layer in converted.items():
+        gate_proj, up_proj, down_proj = (reader.get(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
+        gate_up, down = split_ffn(gate_proj, up_proj, down_proj, layer.num_experts)
+        router = torch.randn(layer.num_experts, gate_proj.shape[1], generator=generator) / 4
+        yield f"{prefix}.gate.weight", router.to(down.dtype)
+        yield f"{prefix}.experts.gate_up_proj", gate_up
+        yield f"{prefix}.experts.down_proj", down
+
+
+def make_policies(layers: Sequence[MoeLayerConfig | None], top_k: int) -> list[RoutingPolicy]:
+    """full, quality, balanced, fast: from every place filled down to one expert per token."""
+    rules = {
+        "full": LayerRule(top_k=top_k),
+        "quality": LayerRule(top_k=top_k, mass=0.8),
+        "balanced": LayerRule(top_k=top_k, mass=0.5, renormalize=False),
+        "fast": LayerRule(top_k=1),
+    }
+    return [
+        RoutingPolicy(name, f"test policy {name}", tuple(None if layer is None else rule for layer in layers))
+        for name, rule in rules.items()
+    ]
+
+
+def _write_policies(path: Path, layers: tuple[MoeLayerConfig | None, ...], top_k: int) -> None:
+    config = read_config(path)
+    policies = make_policies(layers, top_k)
+    points = []
+    for policy, share, perplexity in zip(policies, (1.0, 0.8, 0.5, 0.0), (10.0, 10.4, 11.0, 14.0), strict=True):
+        write_policy(path, policy)
+        experts = tuple(None if layer is None else 1.0 + share * (top_k - 1) for layer in layers)
+        point = FrontierPoint(
+            batch=1,
+            policy=policy.name,
+            active_parameters_ratio=config.active_parameters_ratio(experts),
+            perplexity=perplexity,
+            perplexity_ratio=perplexity / 9.5,
+            experts_per_token=experts,
+        )
+        points.append(point)
+    write_json(path / FRONTIER, Frontier(tuple(reversed(points))).to_dict())

@@ -1,0 +1,187 @@
+"""transformers' view of a converted checkpoint is the engine's model."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ladimo.checkpoint import load_model, read_policies
+from ladimo.hf import LadimoLlamaForCausalLM, register
+from ladimo.model.inputs import StepInputs
+from ladimo.model.transformer import MoeTransformer
+from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe
+from tests.ladimo.stepping import Stepper, make_tables
+
+IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def ours(directory: Path) -> MoeTransformer:
+    return load_model(directory, torch.float32, torch.device("cpu"))
+
+
+def theirs(directory: Path) -> LadimoLlamaForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert isinstance(model, LadimoLlamaForCausalLM)
+    return model
+
+
+@torch.no_grad()
+def logits_under(model: MoeTransformer, policy: RoutingPolicy) -> Tensor:
+    out = model(StepInputs.whole_sequences(IDS), None, make_tables(model, [policy]))
+    logits: Tensor = out.logits.view(*IDS.shape, -1)
+    return logits
+
+
+@torch.no_grad()
+def test_importing_the_package_is_enough(moe_dir: Path) -> None:
+    """In a fresh interpreter; and nothing of the checkpoint is executed for it."""
+    code = (
+        "import sys, ladimo; from transformers import AutoModelForCausalLM; "
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(moe_dir)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "LadimoLlamaForCausalLM"
+    assert not list(moe_dir.glob("*.py"))
+
+
+def test_registering_twice_is_harmless(moe_dir: Path) -> None:
+    register()
+    assert AutoConfig.from_pretrained(moe_dir).moe_layers[0]["num_experts"] == 4
+
+
+@torch.no_grad()
+def test_logits_under_policy_full(moe_dir: Path) -> None:
+    model = ours(moe_dir)
+    expected = logits_under(model, read_policies(moe_dir, model.config)["full"])
+    assert expected.abs().max() > 1
+    assert (theirs(moe_dir)(IDS).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        ({"tie_word_embeddings": True}, {"score_norm_top_k": 2}),
+        ({"attention_bias": True, "head_dim": 16}, {"score_function": "sigmoid"}),
+        ({}, {"expert_weight": "one"}),
+    ],
+)
+@torch.no_grad()
+def test_logits_of_other_shapes(tmp_path: Path, config: dict[str, Any], layer: dict[str, Any]) -> None:
+    """`full` runs each layer's own number of experts; experts of weight one are summed, not averaged."""
+    directory = make_moe(tmp_path, layer=layer, **config)
+    model = ours(directory)
+    renormalize = layer.get("expert_weight") != "one"
+    full = tuple(None if entry is None else LayerRule(2, renormalize=renormalize) for entry in model.config.layers)
+    expected = logits_under(model, RoutingPolicy("full", "", full))
+    assert (theirs(directory)(IDS).logits - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_set_policy(moe_dir: Path) -> None:
+    model, reference = ours(moe_dir), theirs(moe_dir)
+    masked = RoutingPolicy("masked", "", (LayerRule(2, experts=(1, 2)), None, LayerRule(1, experts=(0, 3))))
+    seen = []
+    for policy in [*read_policies(moe_dir, model.config).values(), masked]:
+        reference.set_policy(policy.layers)
+        seen.append(reference(IDS).logits)
+        assert (seen[-1] - logits_under(model, policy)).abs().max() < 1e-4
+    assert all((first - second).abs().max() > 1e-2 for first, second in zip(seen, seen[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ([LayerRule(1), None], "2 entries"),
+        ([LayerRule(1), LayerRule(1), LayerRule(1)], r"layers\[1\]"),
+        ([LayerRule(1), None, None], r"layers\[2\]"),
+        ([LayerRule(1), None, LayerRule(5)], r"layers\[2\].top_k"),
+        ([LayerRule(1, experts=(4,)), None, LayerRule(1)], r"layers\[0\].experts"),
+    ],
+)
+@torch.no_grad()
+def test_set_policy_refuses_what_does_not_fit(moe_dir: Path, rules: list[LayerRule | None], named: str) -> None:
+    reference = theirs(moe_dir)
+    before = reference(IDS).logits
+    with pytest.raises(ValueError, match=named):
+        reference.set_policy(rules)
+    assert torch.equal(reference(IDS).logits, before)
+
+
+def test_generate_is_our_greedy_decode(moe_dir: Path) -> None:
+    """transformers' generation with its own cache against ours through paged blocks, under three policies."""
+    model, reference = ours(moe_dir), theirs(moe_dir)
+    answers = []
+    for name in ("full", "balanced", "fast"):
+        policy = read_policies(moe_dir, model.config)[name]
+        reference.set_policy(policy.layers)
+        prompt = IDS[:1, :9]
+        generated = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=EOS_ID
+        )
+        answers.append(generated[0, 9:].tolist())
+        assert answers[-1] == Stepper(model, make_tables(model, [policy])).greedy(prompt[0].tolist(), 24, stop=EOS_ID)
+    assert answers[0] != answers[2]
+
+
+@torch.no_grad()
+def test_save_and_load_again(moe_dir: Path, tmp_path: Path) -> None:
+    """transformers' own saving keeps the checkpoint readable by both."""
+    reference = theirs(moe_dir)
+    reference.save_pretrained(tmp_path)
+    again = theirs(tmp_path)
+    assert isinstance(again, LadimoLlamaForCausalLM)
+    expected = reference(IDS).logits
+    assert torch.equal(again(IDS).logits, expected)
+    model = ours(tmp_path)
+    full = read_policies(moe_dir, model.config)["full"]
+    assert (logits_under(model, full) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_every_weight_comes_from_the_checkpoint(moe_dir: Path) -> None:
+    """Nothing missing, nothing unexpected, nothing newly initialised."""
+    _, info = AutoModelForCausalLM.from_pretrained(moe_dir, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+
+
+def test_fresh_model_has_no_empty_experts(moe_dir: Path) -> None:
+    """Built from its configuration alone, the model initialises its experts as it does other weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LadimoLlamaForCausalLM(AutoConfig.from_pretrained(moe_dir))
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            assert 0.15 < parameter.std() < 0.25, name
+
+
+@torch.no_grad()
+def test_training_mode_reaches_experts_and_router(moe_dir: Path) -> None:
+    """The transformers model can be trained further: gradients arrive everywhere that ran."""
+    reference = theirs(moe_dir)
+    with torch.enable_grad():
+        reference(IDS, labels=IDS).loss.backward()
+    for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        gradient = reference.get_parameter(f"model.layers.0.mlp.{name}").grad
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+
+
+def test_tokenizer_comes_along(moe_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(moe_dir)
+    text = "def f(x):\n    return 'ä✓'\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id == EOS_ID
+
+
+def test_dense_checkpoint_is_untouched(tmp_path: Path) -> None:
+    """A plain LLaMA directory still loads as transformers' own class."""
+    assert type(AutoModelForCausalLM.from_pretrained(make_dense(tmp_path))).__name__ == "LlamaForCausalLM"

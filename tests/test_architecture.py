@@ -1,0 +1,246 @@
+"""The import table of the design, and the rules that keep it honest: read from the source, nothing is imported.
+
+Each rule is a function of one module, tried on made-up modules below, so that a rule that finds nothing is known to be able to.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAKING_HALF = ("ladimo.convert", "ladimo.cli", "ladimo.__main__", "ladimo.demo")
+SHARED_HALF = ("ladimo.model", "ladimo.policy", "ladimo.checkpoint", "ladimo.hf")
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    source: str
+
+    def within(self, *packages: str) -> bool:
+        return within(self.name, *packages)
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+    @property
+    def imports(self) -> set[str]:
+        """Everything imported anywhere in the module, as dotted names; `from a import b` counts as a.b."""
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.name}: relative import"
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        return found
+
+    def imported(self, *packages: str) -> set[str]:
+        return {name for name in self.imports if within(name, *packages)}
+
+    def imported_outside(self, *packages: str) -> set[str]:
+        """Imports of our own code or of distributions (the standard library apart) that are not in `packages`."""
+        return {
+            name for name in self.imports if name.split(".")[0] not in sys.stdlib_module_names and not within(name, *packages)
+        }
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def modules() -> Iterator[Module]:
+    for package in ("ladimo", "server"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            yield Module(name, path.read_text(encoding="utf-8"))
+
+
+# One row per room: what it may import besides the standard library (None = anything not forbidden), and what it may not.
+# A name stands for itself and everything under it. All rows that match a module hold for it.
+WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client")
+TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
+    ("ladimo", None, ("server", *WEB)),
+    ("ladimo.model", ("torch", "triton", "ladimo.model"), ()),
+    ("ladimo.policy", ("ladimo.model.config",), ()),
+    ("ladimo.checkpoint", ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy"), ()),
+    ("ladimo.hf", ("torch", "transformers", "ladimo.model", "ladimo.policy"), ()),
+    ("ladimo.convert", None, ("ladimo.cli",)),
+    ("ladimo.demo", None, ("ladimo.convert", "ladimo.cli")),
+    ("server", None, MAKING_HALF),
+    ("server.engine", ("torch", "numpy", *SHARED_HALF, "server.engine"), ("ladimo.hf",)),
+    ("server.policies", None, ("torch", "server.api", "server.app", *WEB)),
+    ("server.text", None, ("torch", "server.api", "server.app", "server.engine", *WEB)),
+    ("server.api", None, ("torch", "server.app", "server.settings")),
+    ("server.metrics", ("prometheus_client", "server.engine.messages", "server.engine.request"), ()),
+]
+SEEN_FROM_API = (
+    "ladimo.__version__",
+    "ladimo.policy",
+    "ladimo.model.config",
+    "server.engine.async_engine",
+    "server.engine.messages",
+    "server.engine.request",
+)
+
+
+def import_table(module: Module) -> set[str]:
+    found = set()
+    for room, allowed, forbidden in TABLE:
+        if module.within(room):
+            found |= module.imported(*forbidden)
+            if allowed is not None:
+                found |= module.imported_outside(*allowed)
+    return found
+
+
+def shared_half_knows_nothing_of_the_making_half(module: Module) -> set[str]:
+    return module.imported(*MAKING_HALF) if module.name == "ladimo" or module.within(*SHARED_HALF) else set()
+
+
+def server_knows_only_the_shared_half(module: Module) -> set[str]:
+    if not module.within("server"):
+        return set()
+    return {
+        name
+        for name in module.imported("ladimo")
+        if name not in ("ladimo", "ladimo.__version__") and not within(name, *SHARED_HALF)
+    }
+
+
+def asyncio_only_at_the_border_of_the_engine(module: Module) -> set[str]:
+    if not module.within("server.engine") or module.name == "server.engine.async_engine":
+        return set()
+    return module.imported("asyncio", "anyio")
+
+
+def api_sees_only_values_and_the_border_of_the_engine(module: Module) -> set[str]:
+    if not module.within("server.api"):
+        return set()
+    return module.imported("ladimo", "server.engine") - {"ladimo"} - module.imported(*SEEN_FROM_API)
+
+
+def environment_only_in_settings(module: Module) -> set[str]:
+    if module.name == "server.settings":
+        return set()
+    return uses(module, "os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
+
+
+def nothing_stored_is_executed(module: Module) -> set[str]:
+    """No pickle in any disguise, no code from a checkpoint, no text run as code."""
+    found = module.imported("pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
+    found |= uses(module, "torch.load", "torch.save", "torch.hub", "numpy.load", "np.load", "eval", "exec")
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            found |= {node.arg} if ast.unparse(node.value) != "False" else set()
+    return found
+
+
+def uses(module: Module, *names: str) -> set[str]:
+    """Which of the dotted names the module reads or imports."""
+    read = {ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, (ast.Attribute, ast.Name))}
+    return (read | module.imports) & set(names)
+
+
+RULES: list[Callable[[Module], set[str]]] = [
+    import_table,
+    shared_half_knows_nothing_of_the_making_half,
+    server_knows_only_the_shared_half,
+    asyncio_only_at_the_border_of_the_engine,
+    api_sees_only_values_and_the_border_of_the_engine,
+    environment_only_in_settings,
+    nothing_stored_is_executed,
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_holds(rule: Callable[[Module], set[str]]) -> None:
+    broken = {module.name: sorted(found) for module in modules() if (found := rule(module))}
+    assert not broken
+
+
+def test_every_room_is_inhabited() -> None:
+    """A row of the table that no module matches would hold nothing."""
+    names = [module.name for module in modules()]
+    assert [room for room, _, _ in TABLE if not any(within(name, room) for name in names)] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (import_table, "ladimo.checkpoint", "import server"),
+        (import_table, "ladimo.convert.pipeline", "from server.engine import core"),
+        (import_table, "ladimo.cli", "def f():\n    from fastapi import FastAPI"),
+        (import_table, "ladimo.model.moe", "import safetensors.torch"),
+        (import_table, "ladimo.model", "from ladimo.policy import LayerRule"),
+        (import_table, "ladimo.model.experts", "import numpy"),
+        (import_table, "ladimo.policy", "import torch"),
+        (import_table, "ladimo.policy", "from ladimo.model.moe import ExpertLayer"),
+        (import_table, "ladimo.checkpoint", "import transformers"),
+        (import_table, "ladimo.hf", "from ladimo.checkpoint import load_model"),
+        (import_table, "ladimo.convert.split", "import ladimo.cli"),
+        (import_table, "server.engine.core", "import fastapi"),
+        (import_table, "server.engine.core", "from prometheus_client import Counter"),
+        (import_table, "server.engine.config", "import pydantic"),
+        (import_table, "server.engine.core", "from server.metrics import Metrics"),
+        (import_table, "server.engine.model_runner", "from ladimo.hf import register"),
+        (import_table, "server.policies.store", "import torch"),
+        (import_table, "server.text.tokenizer", "from server.api import schemas"),
+        (import_table, "server.api.completions", "import torch.nn"),
+        (import_table, "server.metrics", "from server.policies.store import PolicyStore"),
+        (shared_half_knows_nothing_of_the_making_half, "ladimo", "import ladimo.convert"),
+        (shared_half_knows_nothing_of_the_making_half, "ladimo.checkpoint", "from ladimo import convert"),
+        (shared_half_knows_nothing_of_the_making_half, "ladimo.hf", "from ladimo.demo.corpus import library_sources"),
+        (server_knows_only_the_shared_half, "server.app", "from ladimo import cli"),
+        (server_knows_only_the_shared_half, "server.engine.core", "import ladimo.convert.evaluate"),
+        (server_knows_only_the_shared_half, "server.text.tokenizer", "from ladimo.demo.train import CHAT_TEMPLATE"),
+        (asyncio_only_at_the_border_of_the_engine, "server.engine.core", "import asyncio"),
+        (asyncio_only_at_the_border_of_the_engine, "server.engine.scheduler", "from asyncio import Queue"),
+        (api_sees_only_values_and_the_border_of_the_engine, "server.api.routing", "from server.engine.core import EngineCore"),
+        (api_sees_only_values_and_the_border_of_the_engine, "server.api.ops", "from server.engine import core"),
+        (
+            api_sees_only_values_and_the_border_of_the_engine,
+            "server.api.services",
+            "from ladimo.model.transformer import MoeTransformer",
+        ),
+        (environment_only_in_settings, "server.app", "import os\nx = os.environ['A']"),
+        (environment_only_in_settings, "ladimo.cli", "import os\nos.environ.setdefault('A', 'b')"),
+        (environment_only_in_settings, "ladimo.hf", "from os import environ"),
+        (environment_only_in_settings, "ladimo.convert.teacher", "import os\nx = os.getenv('A')"),
+        (nothing_stored_is_executed, "ladimo.checkpoint", "import pickle"),
+        (nothing_stored_is_executed, "ladimo.checkpoint", "def f():\n    from pickle import load"),
+        (nothing_stored_is_executed, "ladimo.convert.pipeline", "import torch\nx = torch.load('a')"),
+        (nothing_stored_is_executed, "ladimo.convert.pipeline", "from torch import load"),
+        (nothing_stored_is_executed, "server.text.tokenizer", "AutoTokenizer.from_pretrained(p, trust_remote_code=True)"),
+        (nothing_stored_is_executed, "server.app", "eval('1')"),
+    ],
+)
+def test_rule_can_fail(rule: Callable[[Module], set[str]], name: str, source: str) -> None:
+    assert rule(Module(name, source))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (
+            "ladimo.model.moe",
+            "import math\nimport torch\nfrom torch import nn\nfrom ladimo.model.routing import select_experts",
+        ),
+        ("ladimo.policy", "import json\nfrom ladimo.model.config import ModelConfig"),
+        ("ladimo.convert.pipeline", "from ladimo import checkpoint\nfrom ladimo.demo.corpus import library_sources"),
+        ("server.engine.async_engine", "import asyncio\nfrom server.engine.core import EngineCore"),
+        ("server.engine.core", "import os\nimport torch\nfrom ladimo.checkpoint import load_model\nx = os.path.sep"),
+        ("server.settings", "import os\nx = os.environ"),
+        ("server.app", "import ladimo\nfrom ladimo import __version__\nfrom fastapi import FastAPI"),
+        ("server.api.ops", "import asyncio\nfrom server.engine.messages import EngineDead\nfrom ladimo.policy import Frontier"),
+        ("server.text.tokenizer", "AutoTokenizer.from_pretrained(p, trust_remote_code=False)\nmodel.eval()"),
+    ],
+)
+def test_rules_accept_what_is_in_order(name: str, source: str) -> None:
+    assert [rule(Module(name, source)) for rule in RULES] == [set()] * len(RULES)
