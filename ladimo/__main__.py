@@ -1,0 +1,7 @@
+"""`python -m ladimo`."""
+
+import sys
+
+from ladimo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,226 @@
+"""The `ladimo` command: parse, call, print. Exit codes: 0 done, 1 failed, 2 bad usage."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import ladimo
+from ladimo.checkpoint import read_config, read_frontier, read_json, read_policies, resolve_directory
+from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
+from ladimo.convert.methods import METHODS
+from ladimo.convert.pipeline import convert
+from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
+from ladimo.convert.report import REPORT, render_report
+
+logger = logging.getLogger("ladimo")
+
+
+class ProgressHandler(logging.Handler):
+    """Lines on stderr that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    handler = ProgressHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("ladimo: interrupted; the same command resumes a conversion", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"ladimo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"ladimo: unexpected {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
+        return 1
+    finally:
+        logger.removeHandler(handler)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    on_device = argparse.ArgumentParser(add_help=False)
+    on_device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, CUDA where there is one)")
+    with_dense = argparse.ArgumentParser(add_help=False)
+    with_dense.add_argument("--dense", type=Path, metavar="DIR", help="where the dense source is now, if it was moved")
+
+    parser = argparse.ArgumentParser(
+        prog="ladimo",
+        description="Turn a dense LLaMA into a Mixture-of-Experts by layer-wise distillation, and measure what it costs.",
+        epilog="`ladimo COMMAND --help` explains a command. Exit codes: 0 done, 1 failed, 2 bad usage.",
+    )
+    parser.add_argument("--version", action="version", version=f"ladimo {ladimo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "convert",
+        parents=[on_device, common],
+        help="make a MoE checkpoint from a dense LLaMA",
+        description="Make the MoE checkpoint OUT from DENSE. Interrupted, the same command resumes. Flags override the recipe.",
+    )
+    command.add_argument("source", metavar="DENSE", help="LLaMA directory in Hugging Face layout, or a hub id")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears whole or not at all")
+    command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: ladimo)")
+    command.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="calibration text, UTF-8 (default: Python's standard library)"
+    )
+    command.add_argument("--tokens", type=int, metavar="N", help="calibration tokens (default: 100000)")
+    command.add_argument("--experts", type=int, metavar="E", help="experts per converted layer (default: 8)")
+    command.add_argument("--top-k", type=int, metavar="K", help="experts per token that layers are trained for (default: 2)")
+    command.add_argument("--layers", type=layers_flag, metavar="auto|all|0,3,5-9", help="layers to convert (default: auto)")
+    command.add_argument(
+        "--target-active", type=float, metavar="R", help="active / dense parameters that auto goes down to (default: 0.8)"
+    )
+    command.add_argument("--recipe", type=Path, metavar="FILE.toml", help="values for all of these and the training")
+    command.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    command.set_defaults(run=run_convert)
+
+    command = commands.add_parser(
+        "evaluate",
+        parents=[with_dense, on_device, common],
+        help="perplexity and cost of policies on a text",
+        description="Perplexity, cost and agreement with the dense source of a model's policies. Works on dense models too.",
+    )
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory, or a hub id")
+    command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to score, UTF-8")
+    command.add_argument("--policy", default="all", metavar="NAME|all", help="default: all")
+    command.add_argument(
+        "--tokens", type=positive_flag, metavar="N", help="score the first N tokens, in whole blocks (default: all)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=run_evaluate)
+
+    command = commands.add_parser(
+        "profile",
+        parents=[with_dense, on_device, common],
+        help="re-profile routing weights and rebuild policies and frontier, without training",
+        description="Profile the routing weights on another text and rebuild policies, frontier and report in place.",
+    )
+    command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
+    command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text like that which will be served, UTF-8")
+    command.set_defaults(run=run_profile)
+
+    command = commands.add_parser("policies", parents=[common], help="list a model's policies with versions and figures")
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=run_policies)
+
+    command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json")
+    command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
+    command.set_defaults(run=run_report)
+    return parser
+
+
+def layers_flag(value: str) -> str:
+    if not LAYERS_PATTERN.fullmatch(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not auto, all, or numbers and ranges such as 0,3,5-9")
+    return value
+
+
+def positive_flag(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
+    return int(value)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    recipe = (load_recipe(options.recipe) if options.recipe else Recipe()).override(
+        {
+            "method": options.method,
+            "tokens": options.tokens,
+            "layers": options.layers,
+            "target_active": options.target_active,
+            "seed": options.seed,
+            "split.experts": options.experts,
+            "split.top_k": options.top_k,
+        }
+    )
+    made = convert(options.source, options.out, recipe, options.text, options.device)
+    if not made:
+        print(f"{options.out}: is complete already, made with the same arguments; nothing was changed")
+        return
+    report = read_json(options.out / REPORT)
+    print_figures(report["policies"], report["source"]["perplexity"])
+    print(f"{options.out}: done; report.md and report.html tell how")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    result = evaluate_checkpoint(options.model, options.text, options.policy, options.tokens, options.dense, options.device)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['text']}: {result['tokens']:,} tokens scored")
+    print_figures(result["policies"], result["dense"]["perplexity"])
+
+
+def run_profile(options: argparse.Namespace) -> None:
+    report = profile_checkpoint(options.model, options.text, options.dense, options.device)
+    print_figures(report["policies"], report["source"]["perplexity"])
+
+
+def run_policies(options: argparse.Namespace) -> None:
+    directory = resolve_directory(options.model)
+    policies = read_policies(directory, read_config(directory))
+    frontier = read_frontier(directory)
+    measured = {entry["policy"]: entry for entry in read_json(directory / REPORT)["policies"]} if frontier else {}
+    entries = [
+        {
+            **policy.to_dict(),
+            "version": policy.version,
+            # Figures hold for the rules they were measured with, not for a policy edited since.
+            "figures": figures if (figures := measured.get(name)) and figures["version"] == policy.version else None,
+        }
+        for name, policy in policies.items()
+    ]
+    if options.json:
+        points = frontier.to_dict()["points"] if frontier else []
+        print(json.dumps({"model": options.model, "policies": entries, "frontier": points}))
+        return
+    for entry in entries:
+        figures = entry["figures"]
+        cost = "not measured"
+        if figures:
+            cost = f"{100 * figures['active_parameters_ratio']:5.1f}%  perplexity {figures['perplexity']:.3f}"
+        print(f"{entry['name']:<12} {entry['version']}  {cost}  {entry['description']}")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    directory = resolve_directory(options.model)
+    render_report(directory)
+    print(f"{directory / 'report.md'} and {directory / 'report.html'} written")
+
+
+def print_figures(entries: Sequence[dict[str, Any]], dense: float | None) -> None:
+    print(f"{'policy':<12} {'active':>7} {'perplexity':>11} {'to dense':>9} {'agreement':>10}")
+    print(f"{'dense':<12} {'100.0%':>7} {_cell(dense, '.3f'):>11} {'1.000':>9}")
+    for entry in entries:
+        cells = (
+            f"{_cell(100 * entry['active_parameters_ratio'], '.1f')}%",
+            _cell(entry["perplexity"], ".3f"),
+            _cell(entry["perplexity_ratio"], ".3f"),
+            _cell(entry["next_token_agreement"], ".3f"),
+        )
+        print(f"{entry['policy']:<12} {cells[0]:>7} {cells[1]:>11} {cells[2]:>9} {cells[3]:>10}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,122 @@
+"""Layer-wise distillation: one expert layer is regressed on the outputs of the FFN it replaces.
+
+Legend: T tokens, D hidden_size, E experts, K experts per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ladimo.convert.losses import balance_loss, target_variance
+from ladimo.convert.recipe import TrainRecipe
+from ladimo.model.experts import apply_experts_grouped
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.routing import select_experts
+from ladimo.policy import LayerRule, RoutingPolicy
+
+CURVE_POINTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LayerData:
+    """One FFN's inputs and outputs in the dense model, [T, D] each, on the host."""
+
+    fit_inputs: Tensor
+    fit_targets: Tensor
+    holdout_inputs: Tensor
+    holdout_targets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Squared error over the target's variance after `step` steps: mean over the steps since the last point, and held out."""
+
+    step: int
+    fit: float
+    holdout: float
+
+
+def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs [T, D] -> router_logits [T, E], and of the rule's top_k places topk_weights and topk_ids [T, K]."""
+    rows, allowed = RoutingPolicy("rule", "", (rule,)).to_rows(layer.config.num_experts)
+    router_logits = layer.gate(inputs)
+    row = torch.tensor(rows, device=inputs.device).expand(len(inputs), 4)
+    mask = torch.tensor(allowed, device=inputs.device).expand(len(inputs), -1)
+    topk_weights, topk_ids = select_experts(router_logits, row, mask, layer.config)
+    return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
+
+
+def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """[T, D] -> [T, D]; grouped by expert on every device: many tokens, gradients, and no graph to capture."""
+    return apply_experts_grouped(inputs, topk_weights, topk_ids, layer.experts.gate_up_proj, layer.experts.down_proj)
+
+
+def full_rule(layer: ExpertLayer) -> LayerRule:
+    """The rule of policy `full`: as many experts as the layer is trained for, their weights summing to one."""
+    return LayerRule(top_k=layer.config.num_experts_per_tok)
+
+
+@torch.no_grad()
+def layer_error(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
+    """Squared error under `full` over the variance of the targets: 0 is the FFN itself, 1 its mean."""
+    total, device = 0.0, layer.gate.weight.device
+    for chunk, target in zip(inputs.split(8192), targets.split(8192), strict=True):
+        x = chunk.to(device, torch.float32)
+        _, topk_weights, topk_ids = route(layer, x, full_rule(layer))
+        total += (run_experts(layer, x, topk_weights, topk_ids) - target.to(device)).pow(2).sum().item()
+    return total / targets.numel() / target_variance(targets)
+
+
+def distill_layer(layer: ExpertLayer, data: LayerData, recipe: TrainRecipe, generator: torch.Generator) -> list[CurvePoint]:
+    """Train router and experts in place, in fp32, computing only the chosen experts.
+
+    The loss is the squared error over the variance of the targets (so that one `balance` fits every layer) plus
+    balance * `balance_loss`. Raises ValueError when it diverges.
+    """
+    device = layer.gate.weight.device
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(layer.experts.parameters()), "lr": recipe.expert_lr},
+            {"params": [layer.gate.weight], "lr": recipe.gate_lr},
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    variance, rule = target_variance(data.fit_targets), full_rule(layer)
+    reports = {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
+    curve: list[CurvePoint] = []
+    running: list[Tensor] = []
+    order = torch.empty(0, dtype=torch.int64)
+    for step in tqdm(range(1, recipe.steps + 1), desc="  steps", leave=False, disable=None):
+        if len(order) < min(recipe.batch_tokens, len(data.fit_inputs)):
+            order = torch.randperm(len(data.fit_inputs), generator=generator)
+        batch, order = order[: recipe.batch_tokens], order[recipe.batch_tokens :]
+        inputs, targets = (source[batch].to(device, torch.float32) for source in (data.fit_inputs, data.fit_targets))
+        router_logits, topk_weights, topk_ids = route(layer, inputs, rule)
+        error = F.mse_loss(run_experts(layer, inputs, topk_weights, topk_ids), targets) / variance
+        (error + recipe.balance * balance_loss(router_logits, topk_ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        running.append(error.detach())
+        if step in reports:
+            fit = torch.stack(running).mean().item()
+            if not math.isfinite(fit):
+                raise ValueError(f"training diverged at step {step}; lower train.expert_lr or train.gate_lr")
+            curve.append(CurvePoint(step, fit, layer_error(layer, data.holdout_inputs, data.holdout_targets)))
+            running.clear()
+    return curve
+
+
+def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    warmup = recipe.warmup * recipe.steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, recipe.steps - warmup)))

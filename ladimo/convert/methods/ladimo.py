@@ -1,0 +1,66 @@
+"""LaDiMo (arXiv 2408.04278): experts are slices of the FFN, router and experts are regressed on the FFN's outputs.
+
+Where the paper's details are not public this is our reading: equal contiguous slices, a bias-free softmax router, the k
+largest renormalised (Mixtral), squared error plus the Switch load-balance term.
+"""
+
+import torch
+from torch import Tensor
+
+from ladimo.convert.distill import CurvePoint, LayerData, distill_layer, full_rule, route, run_experts
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.split import contiguous_partition, split_ffn
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+
+
+class Ladimo:
+    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+        """Raises ValueError when there are more experts than neurons."""
+        split, hidden_size, intermediate_size = recipe.split, mlp.gate_proj.in_features, mlp.gate_proj.out_features
+        if split.experts > intermediate_size:
+            raise ValueError(f"split.experts: is {split.experts}, the FFN has {intermediate_size} neurons")
+        partition = contiguous_partition(intermediate_size, split.experts)
+        # With scores divided by the sum of the k largest, a rule of mass tau that does not renormalise is DYN(tau) with the
+        # best expert keeping the weight it was trained with.
+        layer = MoeLayerConfig(
+            num_experts=split.experts,
+            num_experts_per_tok=split.top_k,
+            moe_intermediate_size=partition.shape[1],
+            score_norm_top_k=split.top_k,
+        )
+        gate = torch.randn(split.experts, hidden_size, generator=generator) * split.gate_std
+        expert_layer = split_ffn(mlp, partition, layer, gate)
+        factor = {"none": 1.0, "experts": float(split.experts), "fit": 0.0}[split.output_scale]
+        if split.output_scale == "fit":
+            batch = recipe.train.batch_tokens
+            factor = best_scale(expert_layer, data.fit_inputs[:batch], data.fit_targets[:batch])
+        with torch.no_grad():
+            expert_layer.experts.down_proj.mul_(factor)
+        return expert_layer
+
+    def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
+        return distill_layer(layer, data, recipe.train, generator)
+
+    def describe(self, recipe: Recipe) -> str:
+        split, train = recipe.split, recipe.train
+        return (
+            f"LaDiMo (arXiv 2408.04278), our reading where the paper is silent. Each FFN is cut into {split.experts} equal "
+            f"contiguous experts (output scale {split.output_scale!r}); a softmax router without bias keeps the {split.top_k} "
+            f"largest, renormalised. Router and experts of each layer are trained on the original model's FFN inputs with "
+            f"squared error plus {train.balance:g} x the Switch load-balance loss: AdamW, {train.steps} steps of "
+            f"{train.batch_tokens} tokens, learning rates {train.expert_lr:g} (experts) and {train.gate_lr:g} (router). "
+            f"Policies are training-free: TOP1, TOP{split.top_k} or DYN(tau) per layer from profiled routing weights."
+        )
+
+
+@torch.no_grad()
+def best_scale(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
+    """The scalar s that minimises the squared error of s * layer(inputs) to the targets, both [T, D], under `full`."""
+    device = layer.gate.weight.device
+    x, y = inputs.to(device, torch.float32), targets.to(device, torch.float32)
+    _, topk_weights, topk_ids = route(layer, x, full_rule(layer))
+    out = run_experts(layer, x, topk_weights, topk_ids)
+    power = out.pow(2).sum().item()
+    return (out * y).sum().item() / power if power > 0 else 1.0

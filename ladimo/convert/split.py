@@ -1,0 +1,44 @@
+"""Cutting an FFN's neurons into experts. All experts with weight one are the FFN, whatever the partition.
+
+Legend: D hidden_size, E experts, F moe_intermediate_size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+
+
+def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
+    """Neuron numbers [E, ceil(size / E)]: equal runs of neighbours, -1 where the last ones are padded."""
+    size = -(-intermediate_size // num_experts)
+    neurons = torch.arange(num_experts * size)
+    return neurons.masked_fill(neurons >= intermediate_size, -1).view(num_experts, size)
+
+
+def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, gate: Tensor) -> ExpertLayer:
+    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e] and whose router is gate [E, D].
+
+    A neuron of -1 has zero weights, so it adds exactly nothing and, both its factors being zero, stays zero in training.
+    """
+    device = mlp.gate_proj.weight.device
+    with torch.device(device):
+        expert_layer = ExpertLayer(mlp.gate_proj.in_features, layer)
+    partition = partition.to(device)
+    gate_proj, up_proj, down_rows = (
+        _take(weight.float(), partition) for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t())
+    )
+    with torch.no_grad():
+        expert_layer.experts.gate_up_proj.copy_(torch.cat((gate_proj, up_proj), dim=1))
+        expert_layer.experts.down_proj.copy_(down_rows.transpose(1, 2))
+        expert_layer.gate.weight.copy_(gate)
+    return expert_layer
+
+
+def _take(rows: Tensor, partition: Tensor) -> Tensor:
+    """Rows [N, D] at partition [E, F] -> [E, F, D], zero where the partition says -1."""
+    padded = F.pad(rows, (0, 0, 0, 1))
+    return padded[partition]  # -1 is the padded row

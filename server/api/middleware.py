@@ -1,0 +1,190 @@
+"""Pure ASGI middleware, outermost first: request context, keys, bodies.
+
+(Starlette's BaseHTTPMiddleware hides the client's disconnect from the routes.)
+"""
+
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from hmac import compare_digest
+
+from pydantic_core import from_json
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import (
+    BadRequest,
+    BodyTooLarge,
+    Forbidden,
+    ServiceError,
+    Unauthorized,
+    UnsupportedMediaType,
+    error_response,
+    to_service_error,
+)
+
+access_log = logging.getLogger("server.access")
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+ADMIN_PREFIX = "/admin/"
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class RequestContext:
+    """Gives every request an id, every reply its headers and one log line, and every escaped exception an answer.
+
+    X-Routing-Policy names the policy the request was resolved to, else the one a request without a choice would get.
+    """
+
+    def __init__(self, app: ASGIApp, default_policy: Callable[[], str], on_failure: Callable[[ServiceError], None]) -> None:
+        self._app, self._default_policy, self._on_failure = app, default_policy, on_failure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status, started = 0, time.monotonic()
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Routing-Policy"] = state.get("routing_policy") or self._default_policy()
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            failure = to_service_error(error)
+            if failure.status == 500:
+                logger.exception("a request failed", extra={"request_id": request_id})
+            self._on_failure(failure)
+            if status:
+                raise
+            await error_response(failure)(scope, receive, send_with_headers)
+        finally:
+            level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+            seconds = time.monotonic() - started
+            access_log.log(
+                level,
+                "%s %s %d %.3fs",
+                scope["method"],
+                ascii(scope["path"])[1:-1],
+                status,
+                seconds,
+                extra={"request_id": request_id, "status": status, "seconds": round(seconds, 6)},
+            )
+
+
+class Keys:
+    """Bearer keys: an API key for everything but the page, health and metrics; the admin key for /admin.
+
+    Without API keys the API is open. Without an admin key /admin is closed, unless `open_admin`: then it is open to callers
+    that address this machine by a loopback name and do not come from another site's page. The path is the ASGI scope's, never
+    the URL's, which a Host header can bend.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Iterable[str], admin_key: str | None, open_admin: bool) -> None:
+        self._app, self._open_admin = app, open_admin
+        self._admin = [] if admin_key is None else [_digest(admin_key)]
+        self._api = [_digest(key) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope["path"], Headers(scope=scope))
+        await self._app(scope, receive, send)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        if path in OPEN_PATHS:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        presented = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        if path.startswith(ADMIN_PREFIX):
+            self._check_admin(presented, headers)
+        elif self._api and not _matches(presented, [*self._api, *self._admin]):
+            raise Unauthorized("a valid API key is needed: send the header Authorization: Bearer KEY")
+
+    def _check_admin(self, presented: bytes, headers: Headers) -> None:
+        if self._admin:
+            if not _matches(presented, self._admin):
+                raise Unauthorized("the admin key is needed: send the header Authorization: Bearer KEY")
+            return
+        if not self._open_admin:
+            raise Forbidden("admin routes are closed: the server was started without --admin-key")
+        host = headers.get("host", "")
+        if re.sub(r":\d+$", "", host) not in LOOPBACK_NAMES:
+            raise Forbidden("admin routes without a key are open to this machine's own names only")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise Forbidden("admin routes without a key are closed to other sites' pages")
+
+
+class JsonBodies:
+    """Reads request bodies whole, bounded, before anything else does, and takes nothing but JSON.
+
+    The check is stricter than Python's own parser: UTF-8 without lone surrogates, nested less deep than its recursion.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            self._refuse()
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_bytes:
+                self._refuse()
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if body and media_type != "application/json":
+            raise UnsupportedMediaType("the body must be JSON: send the header Content-Type: application/json")
+        if body:
+            try:
+                from_json(body)
+            except ValueError as error:
+                raise BadRequest(f"the body is not valid JSON: {error}") from error
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal whole
+            if whole is not None:
+                message, whole = whole, None
+                return message
+            return await receive()
+
+        await self._app(scope, replay, send)
+
+    def _refuse(self) -> None:
+        raise BodyTooLarge(f"the body is larger than {self._max_bytes} bytes")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _matches(presented: bytes, accepted: list[bytes]) -> bool:
+    """Compares with every key, each in constant time."""
+    return sum(compare_digest(presented, key) for key in accepted) > 0

@@ -1,0 +1,125 @@
+"""Operation: health, metrics, version, models, tokens, the page."""
+
+import asyncio
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import FileResponse, JSONResponse, Response
+
+import ladimo
+from server.api.routing_choice import split_model
+from server.api.schemas import DetokenizeRequest, TokenizeRequest
+from server.api.services import Services, ServicesDep
+from server.api.streaming import until_disconnect
+from server.engine.async_engine import EngineState
+from server.engine.messages import EngineDead, ExpertSnapshot
+from server.errors import BadRequest, Dead, UnknownModel, error_response
+
+router = APIRouter()
+
+PAGE = Path(__file__).parent.parent / "web" / "index.html"
+# The engine loop turns at least once a second while idle; one step of a large model on a CPU may take many.
+STALLED_SECONDS = 120.0
+SCRAPE_SECONDS = 5.0
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(PAGE, media_type="text/html")
+
+
+@router.get("/health")
+@router.get("/health/live")
+async def live(services: ServicesDep) -> Response:
+    """Alive: loading counts, a dead or stalled engine does not."""
+    state, age = services.engine.state, time.monotonic() - services.engine.heartbeat
+    if state is EngineState.DEAD or (state is EngineState.READY and age > STALLED_SECONDS):
+        return error_response(Dead(f"the engine is {state} and last turned {age:.0f} s ago", retry_after=30))
+    return JSONResponse({"status": str(state)})
+
+
+@router.get("/health/ready")
+async def ready(services: ServicesDep) -> Response:
+    """Takes requests now."""
+    error = services.admission.unavailable()
+    return JSONResponse({"status": "ready"}) if error is None else error_response(error)
+
+
+@router.get("/metrics")
+async def metrics(services: ServicesDep) -> Response:
+    """Expert counters are read from the engine for each scrape, so they are exact."""
+    return Response(services.metrics.render(await _experts(services)), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": ladimo.__version__, "python": platform.python_version()}
+
+
+@router.get("/v1/models")
+async def models(services: ServicesDep) -> dict[str, Any]:
+    """The model, and the model under each policy."""
+    names = [services.model_name, *(f"{services.model_name}:{name}" for name in services.store.policies())]
+    return {"object": "list", "data": [_model(name, services) for name in names]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, services: ServicesDep) -> dict[str, Any]:
+    policy = split_model(model, services.model_name)
+    if policy is not None and policy not in services.store.policies():
+        raise UnknownModel(f"the model {model!r} is not served here", param="model")
+    return _model(model, services)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDep) -> dict[str, Any]:
+    split_model(body.model, services.model_name)
+    if body.messages is not None:
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        encoding = services.tokenizer.encode_chat(messages)
+    else:
+        encoding = services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+    try:
+        tokens = await until_disconnect(request, encoding)
+    except ValueError as error:
+        raise BadRequest(str(error), param="messages") from error
+    ready = services.engine.state is EngineState.READY
+    context = services.engine.limits.max_model_len if ready else services.config.max_position_embeddings
+    return {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str, str]:
+    split_model(body.model, services.model_name)
+    if body.tokens and max(body.tokens) >= services.config.vocab_size:
+        raise BadRequest(f"tokens: {max(body.tokens)} is not below the vocabulary's size", param="tokens")
+    return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(services: ServicesDep) -> dict[str, Any]:
+    return services.tokenizer.info
+
+
+def _model(name: str, services: Services) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": services.created,
+        "owned_by": "ladimo",
+        "parent": None if name == services.model_name else services.model_name,
+        "max_model_len": services.engine.limits.max_model_len if services.engine.state is EngineState.READY else None,
+    }
+
+
+async def _experts(services: Services) -> ExpertSnapshot | None:
+    """None when the engine cannot answer now; the last figures stand then."""
+    try:
+        async with asyncio.timeout(SCRAPE_SECONDS):
+            return await services.engine.read_experts()
+    except (EngineDead, TimeoutError):
+        return None

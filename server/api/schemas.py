@@ -1,0 +1,261 @@
+"""The wire: what request bodies look like. Translation into engine terms is `api.generation`'s.
+
+Null means "not given". A field of OpenAI's or vLLM's that is not honoured is declared with the one value that asks for
+nothing, so that it is refused rather than ignored; fields nobody knows are ignored.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from server.errors import UnsupportedParameter
+
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+MAX_STOPS = 32
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKENS = 128
+SEEDS = 2**63
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+def _only(*neutral: object) -> AfterValidator:
+    """A field that is not honoured: the values that ask for nothing pass."""
+
+    def check(value: object) -> object:
+        if not any(type(value) is type(each) and value == each for each in neutral):
+            hint = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
+            raise PydanticCustomError(UnsupportedParameter.code, "not supported by this server; {hint}", {"hint": hint})
+        return value
+
+    return AfterValidator(check)
+
+
+def _or_else(message: str) -> WrapValidator:
+    """One message for a union, in place of one per member."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("wrong_type", "{expected}", {"expected": message}) from None
+
+    return WrapValidator(validate)
+
+
+def _as_prompts(value: object) -> object:
+    """One prompt as a list of one: text, or a list of token ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, int) for item in value)):
+        return [value]
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_policy(value: object) -> object:
+    return {"policy": value} if isinstance(value, str) else value
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Prompt = Annotated[Text | TokenIds, _or_else("must be a non-empty string or a non-empty list of token ids")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Zero = Annotated[Any, _only(0, 0.0)]
+One = Annotated[Any, _only(1, 1.0)]
+Off = Annotated[Any, _only(False)]
+On = Annotated[Any, _only(True)]
+Absent = Annotated[Any, _only()]
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class RoutingField(WireModel):
+    """How to route this request: a policy or a position of the knob."""
+
+    policy: str | None = Field(None, description='A policy\'s name, or "auto".')
+    accuracy: Share | None = Field(None, description="The knob: 1 is most accurate, 0 cheapest.")
+    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy down to here.")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "RoutingField":
+        if (self.policy is None) == (self.accuracy is None):
+            raise PydanticCustomError("routing", "name either a policy or an accuracy")
+        return self
+
+
+class StreamOptions(WireModel):
+    include_usage: bool = False
+    continuous_usage_stats: Off = False
+
+
+class GenerationFields(WireModel):
+    """What both completion endpoints take."""
+
+    model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
+    routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: no limit.")
+    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
+    stop: Annotated[
+        list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+    ] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] = []
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    n: One = 1
+    presence_penalty: Zero = 0
+    frequency_penalty: Zero = 0
+    repetition_penalty: One = 1
+    logit_bias: Annotated[Any, _only({})] = {}
+    min_p: Zero = 0
+    min_tokens: Zero = 0
+    response_format: Annotated[Any, _only({"type": "text"})] = {"type": "text"}
+    priority: Zero = 0
+    cache_salt: Absent = None
+    prompt_logprobs: Absent = None
+    structured_outputs: Absent = None
+    guided_json: Absent = None
+    guided_regex: Absent = None
+    guided_choice: Absent = None
+    guided_grammar: Absent = None
+    allowed_token_ids: Absent = None
+    bad_words: Annotated[Any, _only([])] = []
+    logits_processors: Absent = None
+    truncate_prompt_tokens: Absent = None
+    use_beam_search: Off = False
+    length_penalty: One = 1
+    include_stop_str_in_output: Off = False
+    skip_special_tokens: On = True
+    spaces_between_special_tokens: On = True
+    return_token_ids: Off = False
+    return_tokens_as_token_ids: Off = False
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> "GenerationFields":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
+        return self
+
+
+class CompletionRequest(GenerationFields):
+    prompt: Annotated[
+        list[Prompt],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    add_special_tokens: bool = True
+
+    best_of: One = 1
+    echo: Off = False
+    logprobs: Absent = None
+    suffix: Annotated[Any, _only("")] = ""
+    prompt_embeds: Absent = None
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(WireModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
+    name: str | None = None
+
+    tool_calls: Annotated[Any, _only([])] = []
+    tool_call_id: Absent = None
+    function_call: Absent = None
+    audio: Absent = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+class ChatCompletionRequest(GenerationFields):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
+
+    logprobs: Off = False
+    top_logprobs: Zero = 0
+    tools: Annotated[Any, _only([])] = []
+    tool_choice: Annotated[Any, _only("none", "auto")] = "none"
+    parallel_tool_calls: bool = True
+    functions: Annotated[Any, _only([])] = []
+    function_call: Annotated[Any, _only("none", "auto")] = "none"
+    modalities: Annotated[Any, _only(["text"])] = ["text"]
+    audio: Absent = None
+    prediction: Absent = None
+    reasoning_effort: Absent = None
+    verbosity: Absent = None
+    web_search_options: Absent = None
+    store: Off = False
+    service_tier: Annotated[Any, _only("auto", "default")] = "auto"
+    chat_template: Absent = None
+    chat_template_kwargs: Annotated[Any, _only({})] = {}
+    add_generation_prompt: On = True
+    continue_final_message: Off = False
+    add_special_tokens: Off = False
+    documents: Absent = None
+    echo: Off = False
+
+
+class TokenizeRequest(WireModel):
+    """Text, or messages as the chat endpoint would render them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(WireModel):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def parse_share(text: str) -> float | None:
+    """A number between 0 and 1 from a header; None when it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and 0 <= value <= 1 else None

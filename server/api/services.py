@@ -1,0 +1,41 @@
+"""What the routes work with. Built once by the application, handed to routes as a dependency."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from ladimo.model.config import ModelConfig
+from server.api.admission import Admission
+from server.engine.async_engine import AsyncEngine
+from server.metrics import Metrics
+from server.policies.store import PolicyStore
+from server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """`created`: Unix seconds of the server's start. `frontier_batch`: the batch size whose frontier the knob walks.
+
+    `admin_lock`: one admin action at a time, since each builds on the state that the last one left.
+    """
+
+    engine: AsyncEngine
+    admission: Admission
+    store: PolicyStore
+    tokenizer: Tokenizer
+    metrics: Metrics
+    config: ModelConfig
+    model_name: str
+    frontier_batch: int = 1
+    created: int = field(default_factory=lambda: int(time.time()))
+    admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def _services(request: Request) -> Services:
+    return cast(Services, request.app.state.services)
+
+
+ServicesDep = Annotated[Services, Depends(_services)]

@@ -1,0 +1,146 @@
+"""The application as a function of its parts, and its life: HTTP answers at once, the engine loads beside it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+import ladimo
+from server.api import completions, ops, routing
+from server.api.middleware import JsonBodies, Keys, RequestContext
+from server.api.services import Services
+from server.engine.async_engine import EngineState
+from server.errors import ServiceError, to_service_error
+from server.policies.controller import ControllerState, RecentLatencies, decide
+
+logger = logging.getLogger(__name__)
+
+CONTROL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may call and how much they may send. `open_admin` opens /admin without a key."""
+
+    api_keys: Sequence[str] = ()
+    admin_key: str | None = None
+    open_admin: bool = False
+    max_body_bytes: int = 8 * 2**20
+
+
+def create_app(
+    services: Services,
+    latencies: RecentLatencies,
+    access: Access = Access(),
+    on_ready: Callable[[], None] = lambda: None,
+    on_dead: Callable[[BaseException], None] = lambda error: None,
+) -> FastAPI:
+    """The ASGI application. `latencies` is fed by the engine's `on_step`.
+
+    `on_ready` is called once requests are taken; `on_dead` when the engine could not start or a step failed.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(_run_engine(services, on_ready, on_dead)),
+            asyncio.create_task(_control(services, latencies)),
+        ]
+        try:
+            yield
+        finally:
+            if services.engine.state is EngineState.LOADING:
+                tasks[0].cancel()  # an engine that is still loading cannot be stopped; nobody waits for it any more
+            else:
+                await services.engine.stop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            services.tokenizer.close()
+
+    app = FastAPI(
+        title="LaDiMo",
+        version=ladimo.__version__,
+        description="OpenAI-style completions, each request under its own routing policy.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(
+                RequestContext, default_policy=lambda: services.store.resolve().policy.name, on_failure=_count(services)
+            ),
+            Middleware(Keys, api_keys=access.api_keys, admin_key=access.admin_key, open_admin=access.open_admin),
+            Middleware(JsonBodies, max_bytes=access.max_body_bytes),
+        ],
+        exception_handlers={HTTPException: _to_context, RequestValidationError: _to_context},
+    )
+    app.state.services = services
+    for router in (completions.router, routing.router, routing.admin, ops.router):
+        app.include_router(router)
+    routing.show_policies(services)
+    return app
+
+
+async def drain(services: Services, timeout_seconds: float) -> None:
+    """Take no more requests and wait for those that run; after the timeout the rest end with an error."""
+    services.admission.draining = True
+    logger.info("draining: %d sequences to finish", services.admission.in_flight)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await services.admission.wait_idle()
+    except TimeoutError:
+        logger.warning("shutdown timeout: %d sequences are cut off", services.admission.in_flight)
+        await services.engine.stop()
+        await services.admission.wait_idle()
+
+
+async def _to_context(request: Request, error: Exception) -> Response:
+    """Hand the framework's own errors to RequestContext, which renders all of them."""
+    raise to_service_error(error)
+
+
+def _count(services: Services) -> Callable[[ServiceError], None]:
+    return lambda error: services.metrics.request_failures.labels(error.code).inc()
+
+
+async def _run_engine(services: Services, on_ready: Callable[[], None], on_dead: Callable[[BaseException], None]) -> None:
+    """Start the engine, and tell when it is ready and when it dies."""
+    try:
+        await services.engine.start()
+        await services.engine.activate([services.store.resolve().policy])
+    except Exception as error:
+        on_dead(error)
+        return
+    on_ready()
+    cause = await services.engine.wait_dead()
+    if cause is not None:
+        on_dead(cause)
+
+
+async def _control(services: Services, latencies: RecentLatencies) -> None:
+    """While the default is automatic, let the controller move the knob once a second."""
+    store, metrics = services.store, services.metrics
+    objective, state = None, ControllerState(1.0, 0.0)
+    while True:
+        await asyncio.sleep(CONTROL_SECONDS)
+        now = time.monotonic()
+        if store.objective is None:
+            objective = None
+            continue
+        if store.objective != objective:  # switched on, or told new targets: from the top
+            objective, state = store.objective, ControllerState(1.0, now)
+            store.auto_accuracy = 1.0
+        direction, state = decide(state, objective, latencies.measured(now), now)
+        metrics.controller_decisions.labels(direction).inc()
+        if direction != "hold":
+            store.auto_accuracy = state.accuracy
+            logger.info("automatic control: accuracy %s to %.2f", direction, state.accuracy)
+            routing.show_policies(services)

@@ -1,0 +1,182 @@
+"""Puts the parts together and runs them under uvicorn: the first signal drains, the second ends at once."""
+
+import asyncio
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+import ladimo
+from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
+from ladimo.model.config import ModelConfig
+from server.api.admission import Admission
+from server.api.services import Services
+from server.app import Access, create_app, drain
+from server.engine.async_engine import AsyncEngine
+from server.engine.config import EngineConfig
+from server.engine.core import build_core
+from server.engine.messages import StepStats
+from server.errors import ServiceError
+from server.metrics import Metrics
+from server.policies.controller import RecentLatencies
+from server.policies.store import PolicyStore
+from server.settings import ServerSettings
+from server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# After draining nothing should be left; a client that does not read its last bytes is not waited for longer than this.
+CLOSE_SECONDS = 5
+
+
+def launch(settings: ServerSettings) -> int:
+    """Serve until told to end. Returns the exit code: 0 after a drain, 1 when something failed."""
+    latencies = RecentLatencies()
+    try:
+        services = _build_services(settings, latencies)
+    except (ValueError, ServiceError, OSError) as error:
+        print(f"ladimo-server: {error}", file=sys.stderr)
+        return 1
+    return _Run(settings, services, latencies).run()
+
+
+class _Run:
+    """One run of the server and its outcome."""
+
+    def __init__(self, settings: ServerSettings, services: Services, latencies: RecentLatencies) -> None:
+        self._settings, self._services = settings, services
+        self._failed = False
+        access = Access(
+            api_keys=[key.get_secret_value() for key in settings.api_key],
+            admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
+            open_admin=settings.insecure_admin and settings.is_loopback,
+            max_body_bytes=settings.max_body_bytes,
+        )
+        if settings.insecure_admin and not settings.is_loopback:
+            logger.warning("--insecure-admin is ignored: %s is not a loopback address", settings.host)
+        app = create_app(services, latencies, access, on_ready=self._ready, on_dead=self._dead)
+        self._server = _Server(app, settings, self._drain)
+
+    def run(self) -> int:
+        self._server.run()
+        return int(self._failed or not self._server.started)
+
+    async def _drain(self) -> None:
+        await drain(self._services, self._settings.shutdown_timeout)
+        self._server.should_exit = True
+
+    def _dead(self, error: BaseException) -> None:
+        self._failed = True
+        self._server.should_exit = True
+        if isinstance(error, ValueError):  # a model or a size that cannot be served
+            print(f"ladimo-server: {error}", file=sys.stderr)
+        else:
+            logger.critical("the engine died: %s", error, exc_info=error)
+
+    def _ready(self) -> None:
+        address = f"http://{self._server.address}"
+        body = '{"prompt": "def main(", "max_tokens": 64, "routing": {"accuracy": 0.5}}'
+        if self._services.store.frontier is None:
+            body = '{"prompt": "def main(", "max_tokens": 64}'
+        key = " -H 'Authorization: Bearer KEY'" if self._settings.api_key else ""
+        print(f"\n  page  {address}/", flush=True)
+        print(
+            f"  try   curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}\n",
+            flush=True,
+        )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app: ASGIApp, settings: ServerSettings, drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="on",
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self._begin_drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+
+    @property
+    def address(self) -> str:
+        """Host and port that are really bound."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def serve(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's own handling would close the listening socket at once and raise the signal again at the end."""
+        self._signals += 1
+        if self._signals > 1:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._draining = asyncio.create_task(self._begin_drain())
+
+
+def _build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
+    """Everything but the weights, which the engine loads on its own thread. Raises ValueError, UnknownPolicy, NoFrontier."""
+    assert settings.model is not None
+    directory = resolve_directory(settings.model)
+    config = read_config(directory)
+    frontier = read_frontier(directory)
+    store = PolicyStore(
+        config,
+        read_policies(directory, config),
+        None if frontier is None else frontier.for_batch(settings.frontier_batch),
+        settings.default_target,
+        settings.policies_dir,
+    )
+    name = settings.served_model_name or Path(settings.model).resolve().name
+    metrics = _build_metrics(config, name)
+
+    def on_step(stats: StepStats) -> None:
+        metrics.record(stats)
+        latencies.observe(stats)
+
+    engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
+    return Services(
+        engine=engine,
+        admission=Admission(engine, settings.max_queue, lambda code: metrics.admission_rejections.labels(code).inc()),
+        store=store,
+        tokenizer=Tokenizer(directory),
+        metrics=metrics,
+        config=config,
+        model_name=name,
+        frontier_batch=settings.frontier_batch,
+    )
+
+
+def _build_metrics(config: ModelConfig, name: str) -> Metrics:
+    num_experts = {index: layer.num_experts for index, layer in enumerate(config.layers) if layer is not None}
+    metrics = Metrics(CollectorRegistry(), num_experts, config.active_parameters_ratio)
+    metrics.build_info.labels(ladimo.__version__, platform.python_version(), torch.__version__).set(1)
+    metrics.model_info.labels(name, str(config.num_hidden_layers), str(len(num_experts))).set(1)
+    return metrics
+
+
+def _engine_config(settings: ServerSettings) -> EngineConfig:
+    return EngineConfig(**{field: getattr(settings, field) for field in EngineConfig.__dataclass_fields__})

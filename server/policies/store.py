@@ -1,0 +1,245 @@
+"""The named policies, the default and its history; how a request's choice becomes one policy version.
+
+Everything that can change is one immutable `State`. An admin action makes the next state, has the engine accept it, and then
+commits it: to disk whole, then to memory. Requests hold the `RoutingPolicy` they resolved to and see nothing of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from ladimo.checkpoint import read_json, write_json
+from ladimo.model.config import ModelConfig
+from ladimo.policy import Frontier, RoutingPolicy
+from server.errors import Conflict, InvalidPolicy, NoFrontier, NoPreviousDefault, PolicyInUse, UnknownPolicy
+from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, Named, Objective, Target, parse_default
+
+STATE_FILE = "routing.json"
+MAX_HISTORY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One request's routing: the policy version it keeps, where the knob stands, and why."""
+
+    policy: RoutingPolicy
+    accuracy: float | None
+    reason: str
+    requested: str  # a policy's name, "accuracy", "auto" or "default"
+
+
+@dataclass(frozen=True, slots=True)
+class PastDefault:
+    """A default and, where it names a policy, the version that name had."""
+
+    target: Target
+    policy: RoutingPolicy | None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """`stored`: policies put by admins, which hide checkpoint policies of the same name. `history`: oldest first."""
+
+    stored: Mapping[str, RoutingPolicy]
+    default: Target
+    history: tuple[PastDefault, ...] = ()
+
+
+class PolicyStore:
+    """`frontier`: the points the knob walks, all of one batch size; None for a dense model.
+
+    `default` None takes the persisted default, or `full`. Raises ValueError naming the file or policy that is wrong.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Mapping[str, RoutingPolicy],
+        frontier: Frontier | None,
+        default: Target | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.config, self.frontier = config, frontier
+        self.checkpoint = MappingProxyType(dict(checkpoint))
+        self.auto_accuracy = 1.0  # where automatic control has the knob
+        self._file = None if directory is None else directory / STATE_FILE
+        for point in () if frontier is None else frontier.points:
+            if point.policy not in checkpoint:
+                raise ValueError(f"the frontier names the policy {point.policy!r}, which the checkpoint lacks")
+        self.state = self._load()
+        if default is not None and default != self.state.default:
+            self._check_default(self.state, default)
+            self.state = self._next(self.state.stored, default)
+
+    # Reading
+
+    def policies(self, state: State | None = None) -> dict[str, RoutingPolicy]:
+        return {**self.checkpoint, **(state or self.state).stored}
+
+    def get(self, name: str, param: str | None = None, state: State | None = None) -> RoutingPolicy:
+        """Raises UnknownPolicy."""
+        policy = (state or self.state).stored.get(name) or self.checkpoint.get(name)
+        if policy is None:
+            raise UnknownPolicy(f"there is no routing policy {name!r}; GET /v1/routing lists them", param=param)
+        return policy
+
+    def position(self, policy: RoutingPolicy) -> float | None:
+        """Where the knob stands when it serves this version; None when it was not measured."""
+        if self.frontier is None or self.checkpoint.get(policy.name) != policy:
+            return None
+        return self.frontier.position(policy.name)
+
+    @property
+    def objective(self) -> Objective | None:
+        """What automatic control is to hold; None while it is off."""
+        return self.state.default.objective if isinstance(self.state.default, Automatic) else None
+
+    def resolve(self, ask: Ask | None = None, state: State | None = None) -> Route:
+        """The policy version a request runs under. Raises UnknownPolicy, NoFrontier."""
+        state = state or self.state
+        if ask is None:
+            return self._default_route(state, None, "default")
+        if isinstance(ask.target, Automatic):
+            return replace(self._default_route(state, ask.min_accuracy, AUTO), reason=AUTO)
+        if isinstance(ask.target, Named):
+            policy = self.get(ask.target.policy, param=ask.param, state=state)
+            route = Route(policy, self.position(policy), ask.source, policy.name)
+        else:
+            route = self._at(ask.target.accuracy, ask.source, "accuracy")
+        # A request that names a floor lets automatic control lower it that far.
+        if isinstance(state.default, Automatic) and ask.min_accuracy is not None and route.accuracy is not None:
+            allowed = max(self._level(state.default.objective), ask.min_accuracy)
+            if route.accuracy > allowed:
+                return self._at(allowed, AUTO, route.requested)
+        return route
+
+    # Next states
+
+    def put(self, name: str, raw: Mapping[str, object]) -> State:
+        """Store a policy under `name`. Raises InvalidPolicy naming the first wrong field."""
+        try:
+            policy = RoutingPolicy.from_dict({"name": name, **raw})
+            if policy.name != name:
+                raise ValueError(f"name: is {policy.name!r}, the path says {name!r}")
+            if name == AUTO:
+                raise ValueError(f"name: {AUTO!r} means automatic control and cannot name a policy")
+            policy.validate(self.config)
+        except ValueError as error:
+            raise InvalidPolicy(str(error), param=_field(error)) from error
+        return self._next({**self.state.stored, name: policy}, self.state.default)
+
+    def remove(self, name: str) -> State:
+        """Forget a stored policy; a checkpoint policy that it hid is visible again.
+
+        Raises UnknownPolicy, PolicyInUse, and Conflict for a checkpoint's own policy.
+        """
+        self.get(name)
+        if self.state.default == Named(name):
+            raise PolicyInUse(f"{name!r} is the default; set another default first")
+        if name not in self.state.stored:
+            raise Conflict(f"{name!r} belongs to the checkpoint and cannot be removed")
+        return self._next({key: policy for key, policy in self.state.stored.items() if key != name}, self.state.default)
+
+    def set_default(self, raw: object) -> State:
+        """Raises InvalidPolicy, UnknownPolicy, NoFrontier."""
+        try:
+            target = parse_default(raw)
+        except ValueError as error:
+            raise InvalidPolicy(str(error), param=_field(error)) from error
+        self._check_default(self.state, target)
+        return self._next(self.state.stored, target)
+
+    def roll_back(self) -> State:
+        """The previous default, with the policy version that it named then. Raises NoPreviousDefault."""
+        if not self.state.history:
+            raise NoPreviousDefault("the default has not been changed; there is nothing to roll back to")
+        *history, previous = self.state.history
+        stored = dict(self.state.stored)
+        if previous.policy is not None and self.policies().get(previous.policy.name) != previous.policy:
+            stored[previous.policy.name] = previous.policy
+        return State(stored, previous.target, tuple(history))
+
+    def commit(self, state: State) -> None:
+        """Make a state the current one; on disk first, so that what was answered survives a crash."""
+        if self._file is not None:
+            write_json(self._file, _to_dict(state))
+        self.state = state
+
+    # Parts
+
+    def _default_route(self, state: State, min_accuracy: float | None, requested: str) -> Route:
+        match state.default:
+            case Named(name):
+                policy = self.get(name, state=state)
+                route = Route(policy, self.position(policy), "default", requested)
+            case AtAccuracy(accuracy):
+                route = self._at(accuracy, "default", requested)
+            case Automatic(objective):
+                route = self._at(self._level(objective), AUTO, requested)
+        if min_accuracy is not None and route.accuracy is not None and route.accuracy < min_accuracy:
+            return self._at(min_accuracy, route.reason, requested)
+        return route
+
+    def _at(self, accuracy: float, reason: str, requested: str) -> Route:
+        if self.frontier is None:
+            raise NoFrontier("this checkpoint has no measured frontier, so accuracy cannot be chosen; name a policy")
+        # The frontier was measured with the checkpoint's versions, so the knob serves those whatever hides them.
+        return Route(self.checkpoint[self.frontier.choose(accuracy).policy], accuracy, reason, requested)
+
+    def _level(self, objective: Objective) -> float:
+        return max(self.auto_accuracy, objective.min_accuracy)
+
+    def _check_default(self, state: State, target: Target) -> None:
+        match target:
+            case Named(name):
+                self.get(name, param="policy", state=state)
+            case AtAccuracy(accuracy):
+                self._at(accuracy, "default", "default")
+            case Automatic():
+                self._at(1.0, AUTO, AUTO)
+
+    def _next(self, stored: Mapping[str, RoutingPolicy], default: Target) -> State:
+        state = State(stored, default, self.state.history)
+        before, after = self._past(self.state), self._past(state)
+        return state if before == after else replace(state, history=(*state.history, before)[-MAX_HISTORY:])
+
+    def _past(self, state: State) -> PastDefault:
+        named = self.get(state.default.policy, state=state) if isinstance(state.default, Named) else None
+        return PastDefault(state.default, named)
+
+    def _load(self) -> State:
+        if self._file is None or not self._file.exists():
+            return State({}, Named("full"))
+        raw = read_json(self._file)
+        try:
+            stored = {name: self._policy(policy) for name, policy in raw["policies"].items()}
+            history = tuple(
+                PastDefault(parse_default(past["default"]), None if past["policy"] is None else self._policy(past["policy"]))
+                for past in raw["history"]
+            )
+            state = State(stored, parse_default(raw["default"]), history)
+            self._check_default(state, state.default)
+        except (ValueError, KeyError, TypeError, AttributeError, UnknownPolicy, NoFrontier) as error:
+            raise ValueError(f"{self._file}: does not fit this model ({error})") from error
+        return state
+
+    def _policy(self, raw: object) -> RoutingPolicy:
+        policy = RoutingPolicy.from_dict(raw)
+        policy.validate(self.config)
+        return policy
+
+
+def _to_dict(state: State) -> dict[str, object]:
+    return {
+        "default": state.default.to_dict(),
+        "policies": {name: policy.to_dict() for name, policy in state.stored.items()},
+        "history": [
+            {"default": past.target.to_dict(), "policy": None if past.policy is None else past.policy.to_dict()}
+            for past in state.history
+        ],
+    }
+
+
+def _field(error: ValueError) -> str:
+    return str(error).partition(": ")[0]

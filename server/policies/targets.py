@@ -1,0 +1,100 @@
+"""What the operator or a request can ask for: a policy by name, a position of the knob, or automatic control."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Latencies to hold, 90th percentile in milliseconds (None = no target), and the accuracy not to go under."""
+
+    itl_ms: float | None = None
+    ttft_ms: float | None = None
+    min_accuracy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    policy: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"policy": self.policy}
+
+
+@dataclass(frozen=True, slots=True)
+class AtAccuracy:
+    accuracy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy}
+
+
+@dataclass(frozen=True, slots=True)
+class Automatic:
+    """As a default it has an objective; a request only says that it follows whatever the server does."""
+
+    objective: Objective = Objective()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {AUTO: {name: getattr(self.objective, name) for name in Objective.__dataclass_fields__}}
+
+
+Target = Named | AtAccuracy | Automatic
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request's own choice and where it came from: `source` is "body", "header" or "model", `param` the field or header.
+
+    `min_accuracy`: automatic control may lower the choice this far (None: not at all).
+    """
+
+    target: Target
+    source: str
+    param: str
+    min_accuracy: float | None = None
+
+
+def parse_default(raw: object) -> Target:
+    """Read a default as operators write it. Raises ValueError whose message begins with the first wrong field."""
+    if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in ("policy", "accuracy", AUTO):
+        raise ValueError('default: must be {"policy": NAME}, {"accuracy": X} or {"auto": {...}}')
+    ((kind, value),) = raw.items()
+    if kind == "policy":
+        if not isinstance(value, str) or value == AUTO:
+            raise ValueError("policy: must be the name of a policy")
+        return Named(value)
+    if kind == "accuracy":
+        return AtAccuracy(_share(value, "accuracy"))
+    return Automatic(_objective(value))
+
+
+def _objective(raw: object) -> Objective:
+    if not isinstance(raw, Mapping):
+        raise ValueError("auto: must be an object")
+    unknown = sorted(str(key) for key in set(raw) - set(Objective.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"auto.{unknown[0]}: unknown field")
+    latencies = {}
+    for name in ("itl_ms", "ttft_ms"):
+        value = raw.get(name)
+        if value is not None and not (_is_number(value) and 0 < value <= 1e9):
+            raise ValueError(f"auto.{name}: must be a positive number of milliseconds")
+        latencies[name] = None if value is None else float(value)
+    if set(latencies.values()) == {None}:
+        raise ValueError("auto.itl_ms: automatic control needs itl_ms, ttft_ms or both")
+    return Objective(**latencies, min_accuracy=_share(raw.get("min_accuracy", 0.0), "auto.min_accuracy"))
+
+
+def _share(value: object, path: str) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{path}: must be a number between 0 and 1")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53 and math.isfinite(value)

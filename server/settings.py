@@ -1,0 +1,96 @@
+"""How the server is run: flags and LADIMO_<FLAG> environment variables. The only reader of the environment."""
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict, SettingsError
+
+from server.policies.targets import AtAccuracy, Named, Target
+
+
+def _split(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+class ServerSettings(BaseSettings):
+    """Serve a LLaMA, dense or converted, over an OpenAI-style HTTP API. Each flag is also read from LADIMO_<FLAG>."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LADIMO_",
+        env_ignore_empty=True,
+        extra="ignore",
+        cli_prog_name="ladimo-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    model: CliPositionalArg[str | None] = Field(None, description="Directory in Hugging Face layout, or a hub id.")
+    host: str = Field("127.0.0.1", description="Address to bind.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = Field(
+        [], description="Key that clients must send; may be repeated or separated by commas. None: the API is open."
+    )
+    admin_key: SecretStr | None = Field(None, description="Key for the /admin routes. None: they are closed.")
+    insecure_admin: bool = Field(False, description="Open the /admin routes without a key; only when bound to loopback.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
+    served_model_name: str | None = Field(None, description="Name in /v1/models; the directory's name if not given.")
+    max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences that run at once.")
+    max_model_len: int | None = Field(None, ge=2, description="Longest context in tokens; the model's own if not given.")
+    max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step.")
+    kv_cache_blocks: int | None = Field(None, ge=2, description="Blocks of the KV cache; what memory allows if not given.")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV cache block.")
+    max_policies: int = Field(64, ge=1, le=4096, description="Different policy versions that can run at once.")
+    max_queue: int = Field(256, ge=0, description="Sequences that may wait; more are answered 429.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
+    policy: str | None = Field(None, description="Default routing policy by name; full if nothing is given.")
+    accuracy: float | None = Field(None, ge=0, le=1, description="Default position of the knob, 0 cheapest to 1.")
+    frontier_batch: int = Field(1, ge=1, description="Batch size whose frontier the knob walks.")
+    policies_dir: Path | None = Field(
+        None, description="Where policies and defaults set over /admin are kept; in memory only if not given."
+    )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests have left on SIGTERM."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log lines shown.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServerSettings":
+        if self.model is None:
+            raise ValueError("MODEL is missing: name a directory or a hub id")
+        if self.policy is not None and self.accuracy is not None:
+            raise ValueError("--policy and --accuracy exclude each other")
+        if any(not key.get_secret_value() for key in [*self.api_key, *([self.admin_key] if self.admin_key else [])]):
+            raise ValueError("a key must not be empty")
+        return self
+
+    @property
+    def default_target(self) -> Target | None:
+        if self.policy is not None:
+            return Named(self.policy)
+        return None if self.accuracy is None else AtAccuracy(self.accuracy)
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def read_settings(arguments: Sequence[str]) -> ServerSettings:
+    """Raises SystemExit for --help and wrong flags, ValueError with one line for wrong values."""
+    try:
+        return ServerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        flag = f"--{name.replace('_', '-')} (or LADIMO_{name.upper()}): " if name else ""
+        raise ValueError(flag + first["msg"].removeprefix("Value error, ")) from error
+    except SettingsError as error:
+        raise ValueError(str(error)) from error

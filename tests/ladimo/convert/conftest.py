@@ -1,0 +1,60 @@
+"""One small conversion that many tests read: dense source, text, recipe, result."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ladimo.convert.pipeline import convert
+from ladimo.convert.recipe import Recipe
+from tests.factories import make_dense
+
+WORDS = ("def", "return", "value", "if", "else", "for", "in", "range", "self", "None", "x", "y", "\n", "(", ")", ":", "=")
+
+
+def make_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
+    """Words in random order: with the byte tokenizer about five tokens each."""
+    path.write_text(" ".join(random.Random(seed).choices(WORDS, k=words)), encoding="utf-8")
+    return path
+
+
+def small_recipe(**flags: object) -> Recipe:
+    """A conversion of about a second: 4 experts, 2 per token, all layers, 60 steps."""
+    defaults = {
+        "layers": "all",
+        "tokens": 3000,
+        "split.experts": 4,
+        "train.steps": 60,
+        "train.batch_tokens": 256,
+        "train.expert_lr": 3e-3,
+        "train.gate_lr": 1e-2,
+    }
+    return Recipe().override({**defaults, **flags})
+
+
+@dataclass(frozen=True)
+class Made:
+    dense: Path
+    text: Path
+    out: Path
+    recipe: Recipe
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense LLaMA with blocks of 32 tokens whose FFN width is not a multiple of the experts."""
+    return make_dense(tmp_path_factory.mktemp("source"), max_position_embeddings=32, intermediate_size=90)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def made(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Read it, never change it."""
+    out = tmp_path_factory.mktemp("made") / "moe"
+    assert convert(str(source), out, small_recipe(), [text])
+    return Made(source, text, out, small_recipe())

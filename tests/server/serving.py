@@ -1,0 +1,198 @@
+"""A whole server over the fake runner, for HTTP tests: tokens are bytes, and every next byte is the last one plus one.
+
+A completion of "a" is "bcd...". `serving` talks ASGI and has no socket; `serving_http` is uvicorn on a free port, for streams
+and for clients that leave.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from ladimo.model.config import ModelConfig
+from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
+from server.api.admission import Admission
+from server.api.services import Services
+from server.app import Access, create_app
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.engine.batch import Batch
+from server.engine.core import EngineCore
+from server.engine.messages import StepStats
+from server.engine.model_runner import BatchOutput
+from server.metrics import Metrics
+from server.policies.controller import RecentLatencies
+from server.policies.store import PolicyStore
+from server.policies.targets import Target
+from server.text.tokenizer import Tokenizer
+from tests.factories import save_tokenizer
+from tests.server.fakes import FAKE_CONFIG, FakeRunner, fake_core, fake_policy
+
+CONFIG = replace(FAKE_CONFIG, vocab_size=258)
+CONTEXT = 64
+MODEL = "tiny"
+TOP_K = {"fast": 1, "balanced": 2, "quality": 3, "full": 4}
+ADMIN = {"Authorization": "Bearer admin-key"}
+
+
+def policies() -> dict[str, RoutingPolicy]:
+    return {name: fake_policy(name, top_k) for name, top_k in TOP_K.items()}
+
+
+def frontier(config: ModelConfig = CONFIG) -> Frontier:
+    points = []
+    for name, top_k in TOP_K.items():
+        experts = (float(top_k), None, float(top_k))
+        points.append(FrontierPoint(1, name, config.active_parameters_ratio(experts), 20.0 - top_k, 2.0 - top_k / 10, experts))
+    return Frontier(tuple(points))
+
+
+def make_store(default: Target | None = None, directory: Path | None = None) -> PolicyStore:
+    return PolicyStore(CONFIG, policies(), frontier(), default, directory)
+
+
+@dataclass
+class Server:
+    client: httpx.AsyncClient
+    app: FastAPI
+    services: Services
+    runner: FakeRunner
+    died: list[BaseException]
+    releases: list[threading.Event] = field(default_factory=list)
+
+    async def complete(self, prompt: Any = "a", **fields: Any) -> dict[str, Any]:
+        reply = await self.client.post("/v1/completions", json={"prompt": prompt, **fields})
+        assert reply.status_code == 200, reply.text
+        body: dict[str, Any] = reply.json()
+        return body
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample on /metrics by its name and labels as they are written there."""
+        lines = (await self.client.get("/metrics")).text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    def hold_after(self, steps: int) -> threading.Event:
+        """Let the engine do so many more steps and hold the next one back until the returned event is set."""
+        execute, left, release = self.runner.execute, steps, threading.Event()
+        self.releases.append(release)
+
+        def held(batch: Batch) -> BatchOutput:
+            nonlocal left
+            if left == 0:
+                release.wait()
+            left = max(left - 1, 0)
+            return execute(batch)
+
+        self.runner.execute = held  # type: ignore[method-assign]
+        return release
+
+    def release(self) -> None:
+        """Hold nothing back any more, so that the engine can stop."""
+        for event in (self.runner.gate, *self.releases):
+            event.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing runs and the engine has said so."""
+        await self.until(lambda: self.services.admission.in_flight == 0)
+        await self.services.engine.read_experts()
+
+
+@dataclass
+class Parts:
+    """What a test may want other than usual."""
+
+    access: Access = Access(admin_key="admin-key")
+    max_queue: int = 8
+    default: Target | None = None
+    directory: Path | None = None
+    build: Callable[[EngineCore], EngineCore] = lambda core: core
+    wait_ready: bool = True
+
+
+@asynccontextmanager
+async def make_server(
+    tmp_path: Path, parts: Parts, **core: Any
+) -> AsyncIterator[tuple[FastAPI, Services, FakeRunner, list[BaseException]]]:
+    save_tokenizer(tmp_path / "tokenizer")
+    built, runner = fake_core(config=CONFIG, max_model_len=CONTEXT, **core)
+    num_experts = {index: layer.num_experts for index, layer in enumerate(CONFIG.layers) if layer is not None}
+    metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies()
+
+    def on_step(stats: StepStats) -> None:
+        metrics.record(stats)
+        latencies.observe(stats)
+
+    engine = AsyncEngine(lambda: parts.build(built), on_step)
+    services = Services(
+        engine=engine,
+        admission=Admission(engine, parts.max_queue, lambda code: metrics.admission_rejections.labels(code).inc()),
+        store=make_store(parts.default, parts.directory),
+        tokenizer=Tokenizer(tmp_path / "tokenizer"),
+        metrics=metrics,
+        config=CONFIG,
+        model_name=MODEL,
+    )
+    died: list[BaseException] = []
+    app = create_app(services, latencies, parts.access, on_dead=died.append)
+    yield app, services, runner, died
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path, parts: Parts | None = None, **core: Any) -> AsyncIterator[Server]:
+    """A server behind httpx's ASGI transport, which hands over streams only when they are complete."""
+    parts = parts or Parts()
+    async with (
+        make_server(tmp_path, parts, **core) as (app, services, runner, died),
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+    ):
+        server = Server(client, app, services, runner, died)
+        if parts.wait_ready:
+            await server.until(lambda: services.engine.state is not EngineState.LOADING)
+        try:
+            yield server
+        finally:
+            server.release()
+
+
+@asynccontextmanager
+async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) -> AsyncIterator[Server]:
+    """A server on a socket."""
+    async with make_server(tmp_path, parts or Parts(), **core) as (app, services, runner, died):
+        uvicorn_server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        )
+        task = asyncio.create_task(uvicorn_server.serve())
+        while not uvicorn_server.started or services.engine.state is EngineState.LOADING:
+            await asyncio.sleep(0.005)
+        port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        server = Server(client, app, services, runner, died)
+        try:
+            async with client:
+                yield server
+        finally:
+            server.release()
+            uvicorn_server.should_exit = True
+            await task
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of a finished stream's events; asserts that it ended with [DONE]."""
+    parts = text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]

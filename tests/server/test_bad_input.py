@@ -1,0 +1,213 @@
+"""Every wrong request gets one clear error in OpenAI's shape, and the next request is served."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import Access
+from tests.server.serving import CONTEXT, MODEL, Parts, serving
+
+GOOD = {"prompt": "a", "max_tokens": 1}
+
+BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"prompt": ""}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": []}, 400, "invalid_request", "prompt"),
+    ({"prompt": [[]]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": [""]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": 5}, 400, "invalid_request", "prompt"),
+    ({"prompt": ["a", 5]}, 400, "invalid_request", "prompt[1]"),
+    ({"prompt": [1.5]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": [True]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": [-1]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": [258]}, 400, "invalid_request", "prompt"),
+    ({"prompt": [10**30]}, 400, "invalid_request", "prompt[0]"),
+    ({"prompt": {"a": 1}}, 400, "invalid_request", "prompt"),
+    ({"prompt": ["a"] * 13}, 400, "invalid_request", "prompt"),
+    ({"prompt": ["a"] * 2000}, 400, "invalid_request", "prompt"),
+    ({"prompt": [1] * CONTEXT}, 400, "context_length_exceeded", "prompt"),
+    ({"prompt": "x" * 5000}, 400, "context_length_exceeded", "prompt"),
+    ({"prompt": ["a", "x" * 5000]}, 400, "context_length_exceeded", "prompt[1]"),
+    ({"max_tokens": CONTEXT - 1}, 400, "context_length_exceeded", "max_tokens"),
+    ({"max_tokens": 10**30}, 400, "context_length_exceeded", "max_tokens"),
+    ({"max_tokens": 0}, 400, "invalid_request", "max_tokens"),
+    ({"max_tokens": -1}, 400, "invalid_request", "max_tokens"),
+    ({"max_tokens": "3"}, 400, "invalid_request", "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "invalid_request", "max_tokens"),
+    ({"temperature": -0.1}, 400, "invalid_request", "temperature"),
+    ({"temperature": 2.1}, 400, "invalid_request", "temperature"),
+    ({"temperature": "hot"}, 400, "invalid_request", "temperature"),
+    ({"top_p": 0}, 400, "invalid_request", "top_p"),
+    ({"top_p": 1.01}, 400, "invalid_request", "top_p"),
+    ({"top_k": -2}, 400, "invalid_request", "top_k"),
+    ({"top_k": 10**30}, 400, "invalid_request", "top_k"),
+    ({"seed": 2**63}, 400, "invalid_request", "seed"),
+    ({"stop": ""}, 400, "invalid_request", "stop[0]"),
+    ({"stop": ["a", 3]}, 400, "invalid_request", "stop[1]"),
+    ({"stop": ["x"] * 33}, 400, "invalid_request", "stop"),
+    ({"stop_token_ids": [258]}, 400, "invalid_request", "stop_token_ids"),
+    ({"stream": "yes"}, 400, "invalid_request", "stream"),
+    ({"model": "gpt-4"}, 404, "model_not_found", "model"),
+    ({"model": f"{MODEL}:nope"}, 404, "unknown_policy", "model"),
+    ({"routing": "nope"}, 404, "unknown_policy", "routing"),
+    ({"routing": {"policy": "nope"}}, 404, "unknown_policy", "routing"),
+    ({"routing": {"accuracy": 1.5}}, 400, "invalid_request", "routing.accuracy"),
+    ({"routing": {"accuracy": -0.1}}, 400, "invalid_request", "routing.accuracy"),
+    ({"routing": {"accuracy": "high"}}, 400, "invalid_request", "routing.accuracy"),
+    ({"routing": {"policy": "fast", "min_accuracy": 2}}, 400, "invalid_request", "routing.min_accuracy"),
+    ({"routing": {}}, 400, "invalid_request", "routing"),
+    ({"routing": {"policy": "fast", "accuracy": 1}}, 400, "invalid_request", "routing"),
+    ({"routing": 3}, 400, "invalid_request", "routing"),
+    ({"n": 2}, 400, "unsupported_parameter", "n"),
+    ({"n": 10**9}, 400, "unsupported_parameter", "n"),
+    ({"best_of": 3}, 400, "unsupported_parameter", "best_of"),
+    ({"logprobs": 1}, 400, "unsupported_parameter", "logprobs"),
+    ({"logprobs": "1"}, 400, "unsupported_parameter", "logprobs"),
+    ({"echo": True}, 400, "unsupported_parameter", "echo"),
+    ({"suffix": "b"}, 400, "unsupported_parameter", "suffix"),
+    ({"presence_penalty": 0.5}, 400, "unsupported_parameter", "presence_penalty"),
+    ({"frequency_penalty": -1}, 400, "unsupported_parameter", "frequency_penalty"),
+    ({"repetition_penalty": 1.1}, 400, "unsupported_parameter", "repetition_penalty"),
+    ({"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
+    ({"min_p": 0.1}, 400, "unsupported_parameter", "min_p"),
+    ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+    ({"guided_json": {"type": "object"}}, 400, "unsupported_parameter", "guided_json"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, 400, "unsupported_parameter",
+     "stream_options.continuous_usage_stats"),
+]  # fmt: skip
+
+USER = {"role": "user", "content": "hi"}
+BAD_CHATS: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"messages": []}, 400, "invalid_request", "messages"),
+    ({"messages": "hi"}, 400, "invalid_request", "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_request", "messages[0].role"),
+    ({"messages": [USER, {"role": "user"}]}, 400, "invalid_request", "messages[1].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, 400,
+     "invalid_request", "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "context_length_exceeded", "messages"),
+    ({"max_completion_tokens": CONTEXT}, 400, "context_length_exceeded", "max_tokens"),
+    ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+    ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
+    ({"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
+    ({"top_logprobs": 2}, 400, "unsupported_parameter", "top_logprobs"),
+    ({"chat_template": "{{ 1 }}"}, 400, "unsupported_parameter", "chat_template"),
+    ({"chat_template_kwargs": {"tokenize": True}}, 400, "unsupported_parameter", "chat_template_kwargs"),
+]  # fmt: skip
+
+
+def check_error(reply: httpx.Response, status: int, code: str, param: str | None) -> None:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["message"]
+    assert len(reply.content) < 1500
+    assert reply.headers["x-request-id"]
+    assert reply.headers["x-routing-policy"]
+
+
+async def test_bad_completion_fields(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for fields, status, code, param in BAD_COMPLETIONS:
+            check_error(await server.client.post("/v1/completions", json={**GOOD, **fields}), status, code, param)
+            assert server.services.admission.in_flight == 0
+        assert server.runner.batches == []  # nothing reached the engine
+        assert (await server.complete(**GOOD))["choices"][0]["text"] == "b"
+
+
+async def test_bad_chat_fields(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for fields, status, code, param in BAD_CHATS:
+            reply = await server.client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 1, **fields})
+            check_error(reply, status, code, param)
+        assert server.runner.batches == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b'"text"', None),
+        (b"null", None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        (b'{"prompt": ' + b'{"a": ' * 50_000 + b"1" + b"}" * 50_000 + b"}", None),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": Infinity}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "routing": {"accuracy": NaN}}', "routing.accuracy"),
+        (b'{"prompt": "a", "top_k": ' + b"9" * 5000 + b"}", None),
+        (b'{"prompt": "\\ud800"}', None),
+        (b'{"prompt": "a", "stop": "\\udfff"}', None),
+        (b'{"prompt": "a", "unknown": "\\ud800"}', None),
+        (b'{"max_tokens": 1}', "prompt"),
+    ],
+)
+async def test_malformed_bodies(tmp_path: Path, body: bytes, param: str | None) -> None:
+    async with serving(tmp_path) as server:
+        headers = {"Content-Type": "application/json"}
+        reply = await server.client.post("/v1/completions", content=body, headers=headers)
+        check_error(reply, 400, "invalid_request", param)
+        assert (await server.complete(**GOOD))["choices"][0]["text"] == "b"
+
+
+async def test_content_type_size_route_and_method(tmp_path: Path) -> None:
+    access = Access(max_body_bytes=2000)
+    async with serving(tmp_path, Parts(access=access)) as server:
+        client = server.client
+        check_error(await client.post("/v1/completions", content=b"{}"), 415, "unsupported_media_type", None)
+        form = await client.post("/v1/completions", data={"prompt": "a"})
+        check_error(form, 415, "unsupported_media_type", None)
+        check_error(await client.post("/v1/completions", json={"prompt": "a" * 3000}), 413, "body_too_large", None)
+
+        async def chunks() -> Any:
+            for _ in range(5):
+                yield b" " * 1000
+
+        check_error(await client.post("/v1/completions", content=chunks()), 413, "body_too_large", None)
+        check_error(await client.get("/nowhere"), 404, "not_found", None)
+        check_error(await client.get("/metrics/"), 404, "not_found", None)
+        wrong = await client.get("/v1/completions")
+        check_error(wrong, 405, "method_not_allowed", None)
+        assert wrong.headers["allow"] == "POST"
+        charset = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await client.post("/v1/completions", content=b'{"prompt": "a"}', headers=charset)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code", "param"),
+    [
+        ({"X-Routing-Policy": "nope"}, 404, "unknown_policy", "X-Routing-Policy"),
+        ({"X-Routing-Accuracy": "much"}, 400, "invalid_request", "X-Routing-Accuracy"),
+        ({"X-Routing-Accuracy": "nan"}, 400, "invalid_request", "X-Routing-Accuracy"),
+        ({"X-Routing-Accuracy": "1.01"}, 400, "invalid_request", "X-Routing-Accuracy"),
+        ({"X-Routing-Accuracy": "1", "X-Routing-Policy": "fast"}, 400, "invalid_request", "X-Routing-Accuracy"),
+    ],
+)
+async def test_bad_routing_headers(tmp_path: Path, headers: dict[str, str], status: int, code: str, param: str) -> None:
+    async with serving(tmp_path) as server:
+        check_error(await server.client.post("/v1/completions", json=GOOD, headers=headers), status, code, param)
+
+
+async def test_stream_options_need_a_stream(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        reply = await server.client.post("/v1/completions", json={**GOOD, "stream_options": {"include_usage": True}})
+        assert reply.status_code == 400
+        assert "stream" in reply.json()["error"]["message"]
+
+
+async def test_token_routes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for path, body in [
+            ("/tokenize", {}),
+            ("/tokenize", {"prompt": "a", "messages": [USER]}),
+            ("/detokenize", {"tokens": [258]}),
+            ("/detokenize", {"tokens": ["a"]}),
+            ("/detokenize", {}),
+        ]:
+            reply = await server.client.post(path, json=body)
+            assert reply.status_code == 400, (path, body)
+            assert reply.json()["error"]["code"] == "invalid_request"

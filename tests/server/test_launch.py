@@ -1,0 +1,174 @@
+"""The command itself: settings, exit codes, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.__main__ import main
+from server.policies.targets import AtAccuracy, Named
+from server.settings import read_settings
+from tests.factories import make_dense, make_moe
+
+
+def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADIMO_PORT", "9001")
+    monkeypatch.setenv("LADIMO_API_KEY", "a,b")
+    monkeypatch.setenv("LADIMO_ACCURACY", "0.5")
+    settings = read_settings(["model"])
+    assert (settings.model, settings.port, settings.default_target) == ("model", 9001, AtAccuracy(0.5))
+    assert [key.get_secret_value() for key in settings.api_key] == ["a", "b"]
+    assert "a" not in repr(settings.api_key)
+    monkeypatch.delenv("LADIMO_ACCURACY")
+    flags = ["model", "--port", "9002", "--api-key", "c", "--api-key", "d", "--policy", "fast", "--insecure-admin"]
+    settings = read_settings(flags)
+    assert (settings.port, settings.default_target, settings.insecure_admin) == (9002, Named("fast"), True)
+    assert [key.get_secret_value() for key in settings.api_key] == ["c", "d"]
+    assert settings.is_loopback
+    assert not read_settings(["model", "--host", "0.0.0.0"]).is_loopback
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "MODEL"),
+        (["m", "--port", "x"], "--port"),
+        (["m", "--port", "70000"], "--port"),
+        (["m", "--accuracy", "2"], "--accuracy"),
+        (["m", "--accuracy", "nan"], "--accuracy"),
+        (["m", "--policy", "a", "--accuracy", "0.5"], "exclude"),
+        (["m", "--max-num-seqs", "0"], "--max-num-seqs"),
+        (["m", "--shutdown-timeout", "inf"], "--shutdown-timeout"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("ladimo-server: ")
+    assert complaint in line
+
+
+def test_unknown_flags_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as wrong:
+        main(["model", "--no-such-flag"])
+    assert wrong.value.code == 2
+    with pytest.raises(SystemExit) as helped:
+        main(["--help"])
+    assert helped.value.code == 0
+    assert "--frontier-batch" in capsys.readouterr().out
+
+
+def broken_policy(moe: Path) -> None:
+    (moe / "routing/policies/fast.json").write_text('{"name": "fast", "layers": [{"top_k": 0}, null, null]}')
+
+
+def truncated_weights(moe: Path) -> None:
+    weights = moe / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def other_architecture(moe: Path) -> None:
+    config = json.loads((moe / "config.json").read_text())
+    (moe / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+
+
+def no_tokenizer(moe: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (moe / name).unlink()
+
+
+def arguments(model: Path, *flags: str) -> list[str]:
+    return [str(model), "--port", "0", "--device", "cpu", *flags]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "complaint"),
+    [
+        (broken_policy, (), "fast.json"),
+        (truncated_weights, (), "model.safetensors"),
+        (other_architecture, (), "gpt2"),
+        (no_tokenizer, (), "tokenizer"),
+        (lambda moe: None, ("--policy", "nope"), "nope"),
+        (lambda moe: None, ("--frontier-batch", "7"), "batch 7"),
+        (lambda moe: None, ("--max-model-len", "100000"), "max_model_len"),
+    ],
+)
+def test_models_that_cannot_be_served_are_one_line_and_exit_1(
+    tmp_path: Path,
+    dense_dir: Path,
+    spoil: Callable[[Path], None],
+    flags: tuple[str, ...],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.logs.configure", lambda level: None)  # leave pytest's logging alone
+    moe = make_moe(tmp_path / "moe", dense=dense_dir)
+    spoil(moe)
+    capsys.readouterr()
+    assert main(arguments(moe, *flags)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("ladimo-server: ")
+    assert complaint in line
+
+
+@contextmanager
+def running_server(model: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The command, once it has printed its address."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "server", *arguments(model, *flags)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            for line in server.stdout:
+                if line.strip().startswith("page"):
+                    break
+            else:
+                raise AssertionError(server.communicate()[1])
+            yield server, line.split()[-1]
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_stream_finish_and_exits_0(moe_dir: Path) -> None:
+    with running_server(moe_dir, "--shutdown-timeout", "60") as (server, url):
+        body = {"prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        with httpx.stream("POST", f"{url}v1/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 30
+            while (ready := httpx.get(f"{url}health/ready")).status_code == 200:
+                assert time.monotonic() < deadline
+            assert ready.json()["error"]["code"] == "draining"
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert events[-1]["usage"]["completion_tokens"] == 240
+        assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_a_dense_model_is_served_under_its_one_policy(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with running_server(dense, "--served-model-name", "dense-one") as (server, url):
+        body = {"prompt": "a", "max_tokens": 3, "model": "dense-one:full"}
+        routing = httpx.post(f"{url}v1/completions", json=body).json()["routing"]
+        assert (routing["policy"], routing["experts_per_token"], routing["active_parameters_ratio"]) == ("full", None, 1.0)
+        refused = httpx.post(f"{url}v1/completions", json={"prompt": "a", "routing": {"accuracy": 0.5}})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_frontier")
+        assert httpx.get(f"{url}metrics").status_code == 200
+        assert httpx.put(f"{url}admin/routing/default", json={"policy": "full"}).status_code == 403
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
