@@ -1,9 +1,15 @@
-"""Logs: text on a terminal, one JSON object per line elsewhere. Keys and prompts are never logged."""
+"""Logs: text on a terminal, one JSON object per line elsewhere. Keys and prompts are never logged.
+
+Every line written while a request is served carries its id, from whatever module it comes.
+"""
 
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -17,8 +23,11 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            "request_id": request_id.get(),
             **{name: value for name, value in vars(record).items() if name not in _STANDARD},
         }
+        if entry["request_id"] is None:
+            del entry["request_id"]
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
@@ -30,8 +39,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        request_id = getattr(record, "request_id", None)
-        return text if request_id is None else f"{text} [{request_id}]"
+        current = request_id.get()
+        return text if current is None else f"{text} [{current}]"
 
 
 def configure(level: str = "INFO") -> None:

@@ -164,7 +164,7 @@ async def _events(
     except Exception as error:
         failure = to_service_error(error)
         if isinstance(failure, InternalError):
-            logger.exception("a stream failed", extra={"request_id": generation.request_id})
+            logger.exception("a stream failed")
         services.metrics.request_failures.labels(failure.code).inc()
         yield sse(failure.to_dict())
     yield DONE

@@ -68,8 +68,8 @@ class Choice:
 class Generation:
     """The choices of one HTTP request under one route. `deltas` may be run once."""
 
-    def __init__(self, request_id: str, route: Route, choices: Sequence[Choice], services: Services) -> None:
-        self.request_id, self.route, self.choices = request_id, route, choices
+    def __init__(self, completion_id: str, route: Route, choices: Sequence[Choice], services: Services) -> None:
+        self.completion_id, self.route, self.choices = completion_id, route, choices
         self._services = services
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -93,7 +93,7 @@ class Generation:
                         metrics.request_success.labels(item.finish_reason, policy).inc()
                     yield item
             except (GeneratorExit, asyncio.CancelledError):
-                logger.info("aborted: the client left", extra={"request_id": self.request_id})
+                logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
                 aborted = sum(choice.finish_reason is None for choice in self.choices)
                 metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
                 raise
@@ -131,7 +131,7 @@ class Generation:
 
 
 def make_generation(
-    request_id: str,
+    completion_id: str,
     prompts: Sequence[Sequence[int]],
     fields: GenerationFields,
     max_tokens: int | None,
@@ -162,9 +162,9 @@ def make_generation(
         _check_ids(prompt, limits.vocab_size, name)
         tokens = max_tokens or min(default_max_tokens or room, room)
         sampling = _sampling(fields, tokens, limits.vocab_size)
-        request = GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, route.policy)
+        request = GenerationRequest(f"{completion_id}-{index}", tuple(prompt), sampling, route.policy)
         choices.append(Choice(index, request, fields.stop, services))
-    return Generation(request_id, route, choices, services)
+    return Generation(completion_id, route, choices, services)
 
 
 async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> None:

@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
 from server.errors import (
     BadRequest,
     BodyTooLarge,
@@ -51,8 +52,8 @@ class RequestContext:
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        logs.request_id.set(request_id)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
         status, started = 0, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:
@@ -69,7 +70,7 @@ class RequestContext:
         except Exception as error:
             failure = to_service_error(error)
             if failure.status == 500:
-                logger.exception("a request failed", extra={"request_id": request_id})
+                logger.exception("a request failed")
             self._on_failure(failure)
             if status:
                 raise
@@ -84,7 +85,7 @@ class RequestContext:
                 ascii(scope["path"])[1:-1],
                 status,
                 seconds,
-                extra={"request_id": request_id, "status": status, "seconds": round(seconds, 6)},
+                extra={"status": status, "seconds": round(seconds, 6)},
             )
 
 

@@ -155,5 +155,5 @@ def _point(point: FrontierPoint, services: Services) -> dict[str, Any]:
 def _audit(request: Request, action: str, **facts: str | Mapping[str, Any] | None) -> None:
     client = None if request.client is None else request.client.host
     text = " ".join(f"{name}={value}" for name, value in facts.items())
-    extra = {"request_id": request.state.request_id, "client": client, "action": action, **facts}
+    extra = {"client": client, "action": action, **facts}
     audit_log.info("%s %s", action, text, extra=extra)

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,6 +124,36 @@ def test_models_that_cannot_be_served_are_one_line_and_exit_1(
     (line,) = captured.err.splitlines()
     assert line.startswith("ladimo-server: ")
     assert complaint in line
+
+
+def test_a_failed_step_ends_the_process_with_1(
+    moe_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("server.logs.configure", lambda level: None)
+    monkeypatch.setattr("server.engine.model_runner.ModelRunner.execute", fail)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{url}/health/ready").status_code == 200:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.01)
+        replies.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a"}))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    assert main([str(moe_dir), "--port", str(port), "--device", "cpu"]) == 1
+    client.join()
+    assert (replies[0].status_code, replies[0].json()["error"]["code"]) == (503, "engine_dead")
 
 
 @contextmanager
