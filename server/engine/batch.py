@@ -30,6 +30,13 @@ def samples(sequence: Sequence, count: int) -> bool:
     return sequence.num_computed + count == sequence.num_tokens
 
 
+def num_logits(sequence: Sequence, count: int) -> int:
+    """Of the next `count` tokens of the sequence, how many last ones need logits."""
+    if sequence.request.sampling.prompt_logprobs is not None and sequence.num_computed < len(sequence.request.prompt_ids):
+        return count
+    return int(samples(sequence, count))
+
+
 def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInputs:
     """Lay the batch out as tensors: decode rows first, then the prefill segments one after another."""
     scheduled = batch.scheduled
@@ -49,8 +56,7 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
         slots += [sequence.block_table[p // block_size] * block_size + p % block_size for p in range(begin, end)]
         policy_ids += [sequence.policy_row] * count
         context_lens.append(end)
-        if samples(sequence, count):
-            logit_indices.append(len(input_ids) - 1)
+        logit_indices += range(len(input_ids) - num_logits(sequence, count), len(input_ids))
     width = -(-max(context_lens) // block_size)
     tables = [(sequence.block_table + [0] * width)[:width] for sequence, _ in scheduled]
 

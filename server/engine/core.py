@@ -90,14 +90,24 @@ class EngineCore:
         stats = _Tally()
         if batch.num_tokens:
             output = self._runner.execute(batch)
-            self._count_experts(batch, output)
-            outcomes = self._scheduler.update(batch, output.token_ids, self._eos_token_ids)
+            self._account(batch, output)
+            drawn_ids = [drawn.token_id for drawn in output.drawn]
+            outcomes = self._scheduler.update(batch, drawn_ids, self._eos_token_ids)
             now = time.monotonic()
-            for sequence, reason in outcomes:
+            for (sequence, reason), drawn in zip(outcomes, output.drawn, strict=True):
+                first = sequence.first_token is None
                 stats.token(sequence, now)
                 finished = None if reason is None else self._retire(sequence, reason, now)
-                measured = self._experts_per_token(sequence) if finished is None else finished.experts_per_token
-                events.append(TokenEvent(sequence.request.request_id, sequence.output_ids[-1], measured, finished))
+                events.append(
+                    TokenEvent(
+                        request_id=sequence.request.request_id,
+                        token_id=drawn.token_id,
+                        experts_per_token=self._experts_per_token(sequence),
+                        finished=finished,
+                        logprobs=drawn.logprobs,
+                        prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+                    )
+                )
         preemptions = self._scheduler.preemptions - self._preemptions_reported
         self._preemptions_reported = self._scheduler.preemptions
         finished_now, self._finished = self._finished, []
@@ -134,14 +144,19 @@ class EngineCore:
                 seed=secrets.randbits(63) if seed is None else seed,
                 arrived=time.monotonic(),
                 expert_counts=[0] * self._table.config.num_hidden_layers,
+                prompt_logprobs=[None] if request.sampling.prompt_logprobs is not None else [],
             )
         )
         return None
 
-    def _count_experts(self, batch: Batch, output: BatchOutput) -> None:
-        for (sequence, count), experts in zip(batch.scheduled, output.expert_counts, strict=True):
+    def _account(self, batch: Batch, output: BatchOutput) -> None:
+        """What the step says of its sequences besides new tokens. Runs before `update` moves `num_computed`."""
+        figures = zip(batch.scheduled, output.expert_counts, output.prompt_logprobs, strict=True)
+        for (sequence, count), experts, logprobs in figures:
             sequence.num_routed += count
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]
+            if logprobs:  # from the token after the first computed one on; a recomputed prompt says the same again
+                sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
             self._table.add_routed(sequence.policy_row, count)
 
     def _experts_per_token(self, sequence: Sequence) -> tuple[float | None, ...]:
@@ -210,8 +225,8 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
         max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies
     )
     scheduler = Scheduler(blocks, config.max_num_seqs, config.max_step_tokens, max_model_len)
-    runner = ModelRunner(model, kv_cache, table.tables)
-    return EngineCore(runner, scheduler, table, limits, eos_token_ids(directory))
+    eos = eos_token_ids(directory)
+    return EngineCore(ModelRunner(model, kv_cache, table.tables, eos), scheduler, table, limits, eos)
 
 
 def eos_token_ids(directory: Path) -> frozenset[int]:

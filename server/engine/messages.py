@@ -6,7 +6,7 @@ Legend: L layers, E experts (the most any layer has).
 from dataclasses import dataclass, field
 
 from ladimo.policy import RoutingPolicy
-from server.engine.request import FinishReason, GenerationRequest
+from server.engine.request import FinishReason, GenerationRequest, TokenLogprobs
 
 
 class EngineDead(Exception):
@@ -78,7 +78,8 @@ class RequestStats:
 class TokenEvent:
     """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set.
 
-    `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense.
+    `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense. `logprobs` and, on
+    the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for.
     """
 
     request_id: str
@@ -86,6 +87,8 @@ class TokenEvent:
     experts_per_token: tuple[float | None, ...] = ()
     finished: RequestStats | None = None
     error: Exception | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class StepStats:
     waiting: int
     kv_cache_usage_ratio: float
     preemptions: int
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     first_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     inter_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     prompt_tokens: dict[str, int] = field(default_factory=dict)

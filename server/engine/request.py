@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ladimo.policy import RoutingPolicy
 
@@ -14,12 +18,25 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class TokenConstraint(Protocol):
+    """A grammar's state after the tokens generated so far; one object per sequence, used by the engine thread only."""
+
+    def allowed_tokens(self) -> NDArray[np.bool_]:
+        """Which tokens may come next: [vocab_size], at least one True. End of text is among them once the text is complete."""
+
+    def advance(self, token_id: int) -> None:
+        """The token was generated."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Validated at the HTTP edge; the engine asserts.
 
-    temperature 0 is greedy. top_p and top_k narrow the choice (1.0 and 0 = no limit). Draws depend only on `seed` and the
-    token's position, never on the rest of the batch; `seed` None draws a fresh one.
+    temperature 0 is greedy. top_p, top_k and min_p narrow the choice (1.0, 0 and 0.0 = no limit). Draws depend only on `seed`
+    and the token's position, never on the rest of the batch; `seed` None draws a fresh one. repetition_penalty looks at prompt
+    and answer, the presence and frequency penalties at the answer only. logit_bias: (token id, bias) pairs. logprobs: None for
+    none, else how many rivals to report beside each generated token; prompt_logprobs the same for the prompt's tokens. Both are
+    of the model's own distribution, before penalties and temperature.
     """
 
     max_tokens: int
@@ -29,19 +46,43 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: TokenConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to complete, under the one policy version it keeps until it ends."""
+    """One sequence to complete, under the one policy version it keeps until it ends.
+
+    priority: lower runs earlier; equal ones in order of arrival. cache_salt: requests share cached prefixes only under the
+    same salt.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     policy: RoutingPolicy
+    priority: int = 0
+    cache_salt: str = ""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's log-probability, and the `top` most likely tokens of its place with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A request inside the engine. Times are `time.monotonic()` seconds.
 
@@ -55,12 +96,18 @@ class Sequence:
     arrived: float
     expert_counts: list[int]  # per layer: experts that ran, summed over all computed tokens
     output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_routed: int = 0  # tokens computed, recomputed ones included: what expert_counts is a sum over
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Who goes first: smaller before larger."""
+        return self.request.priority, self.arrived
 
     @property
     def num_tokens(self) -> int:

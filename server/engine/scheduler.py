@@ -4,7 +4,8 @@ Contract: the engine calls `schedule()`, has the batch computed, then calls `upd
 `schedule()` again. In between it may `add` and `remove`.
 """
 
-from collections import deque
+from bisect import insort
+from operator import attrgetter
 
 from server.engine.batch import Batch, samples
 from server.engine.block_manager import BlockManager
@@ -12,19 +13,19 @@ from server.engine.request import FinishReason, Sequence
 
 
 class Scheduler:
-    """One token budget per step: running sequences decode first, the rest goes to prompts in chunks, oldest first.
+    """One token budget per step: running sequences decode first, the rest goes to prompts in chunks, by priority and then age.
 
-    Blocks are taken as tokens come. When they run out, the newest running sequence is preempted: it gives its blocks back and
-    returns to the head of the queue to be computed again. One sequence always fits (`max_model_len` is no larger than the
-    cache), so the oldest always makes progress.
+    Blocks are taken as tokens come. When they run out, the last running sequence in that order is preempted: it gives its
+    blocks back and returns to the queue to be computed again. One sequence always fits (`max_model_len` is no larger than the
+    cache), so the first always makes progress.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_step_tokens: int, max_model_len: int) -> None:
         assert blocks.blocks_for(max_model_len) < blocks.num_blocks
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens, self.max_model_len = max_num_seqs, max_step_tokens, max_model_len
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # both in order of rank
+        self.running: list[Sequence] = []
         self.preemptions = 0
 
     @property
@@ -32,7 +33,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=attrgetter("rank"))
 
     def remove(self, request_id: str) -> Sequence | None:
         """Forget a request wherever it is and free its blocks; None when it is not here (any more)."""
@@ -105,7 +106,7 @@ class Scheduler:
                 continue
             count = min(remaining, self.max_step_tokens - batch.num_tokens)
             end = sequence.num_computed + count
-            # When others run they will finish and free blocks; only when nothing can run must the newest make room.
+            # When others run they will finish and free blocks; only when nothing can run must the last make room.
             fits = self.blocks.extend(sequence.block_table, end) if batch.num_tokens else self._make_room(sequence, end)
             if not fits:
                 return
@@ -119,20 +120,20 @@ class Scheduler:
             count = min(sequence.num_tokens, self.max_step_tokens - batch.num_tokens)
             taken = self.blocks.extend(sequence.block_table, count)
             assert taken
-            self.running.append(self.waiting.popleft())
+            insort(self.running, self.waiting.pop(0), key=attrgetter("rank"))
             if sequence.num_tokens == 1:
                 batch.decode.append(sequence)
             else:
                 batch.prefill.append((sequence, count))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for the first `num_tokens` of a running sequence, preempting newer ones; False when it had to go itself."""
+        """Blocks for the first `num_tokens` of a running sequence, preempting later ones; False when it had to go itself."""
         while not self.blocks.extend(sequence.block_table, num_tokens):
-            newest = self.running.pop()
-            self.blocks.release(newest.block_table)
-            newest.num_computed = 0
-            self.waiting.appendleft(newest)
+            last = self.running.pop()
+            self.blocks.release(last.block_table)
+            last.num_computed = 0
+            self.add(last)
             self.preemptions += 1
-            if newest is sequence:
+            if last is sequence:
                 return False
         return True

@@ -10,7 +10,7 @@ from server.engine.batch import Batch, samples
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineLimits
 from server.engine.core import EngineCore
-from server.engine.model_runner import BatchOutput
+from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
 from server.engine.scheduler import Scheduler
 
@@ -40,17 +40,28 @@ def fake_policy(name: str, top_k: int = 2, description: str = "") -> RoutingPoli
 class FakeRunner:
     """The next token is the last one plus one (modulo the vocabulary); each token runs `top_k` experts, numbers 0 .. top_k - 1.
 
-    `gate` holds every step back while it is cleared; `fail_with` is raised by the next step.
+    `gate` holds every step back while it is cleared, `let(n)` lets n steps through and then holds; `fail_with` is raised by the
+    next step.
     """
 
     def __init__(self, table: PolicyTable, vocab_size: int = FAKE_VOCAB) -> None:
         self.table, self.vocab_size = table, vocab_size
         self.gate = threading.Event()
         self.gate.set()
+        self._steps_left: int | None = None
         self.fail_with: Exception | None = None
         self.batches: list[list[tuple[str, int]]] = []
 
+    def let(self, steps: int) -> None:
+        self._steps_left = steps
+        self.gate.set()
+
     def execute(self, batch: Batch) -> BatchOutput:
+        if self._steps_left == 0:
+            self._steps_left = None
+            self.gate.clear()
+        elif self._steps_left is not None:
+            self._steps_left -= 1
         self.gate.wait()
         if self.fail_with is not None:
             raise self.fail_with
@@ -60,7 +71,8 @@ class FakeRunner:
             for sequence, count in batch.scheduled
             if samples(sequence, count)
         ]
-        return BatchOutput(token_ids, [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled])
+        counts = [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled]
+        return BatchOutput([Drawn(token_id) for token_id in token_ids], counts, [[] for _ in counts])
 
     def _count(self, row: int, num_tokens: int) -> list[int]:
         top_k = self.table.tables.rows[row, :, 0].long()

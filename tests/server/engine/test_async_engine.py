@@ -81,30 +81,31 @@ async def test_stop_tokens_and_end_of_text_end_a_request() -> None:
 @pytest.mark.parametrize("received", [0, 1, 3])
 async def test_closing_the_stream_aborts(received: int) -> None:
     async with running() as (engine, runner, steps):
+        runner.let(received)
         stream = engine.generate(request("gone", max_tokens=50))
         for _ in range(received):
             await anext(stream)
-        if not received:
-            runner.gate.clear()
-            waiting = asyncio.ensure_future(anext(stream))
-            await asyncio.sleep(0.01)
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-            runner.gate.set()
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
         await stream.aclose()
+        runner.gate.set()
         await eventually(lambda: any(step.finished for step in steps))
         (stats,) = [stats for step in steps for stats in step.finished]
         assert stats.finish_reason is FinishReason.ABORT
-        assert stats.generation_tokens < 50
+        assert stats.generation_tokens <= received + 1  # the step that was held had begun
         assert (steps[-1].running, steps[-1].waiting, steps[-1].kv_cache_usage_ratio) == (0, 0, 0.0)
 
 
 async def test_finish_counts_as_stop() -> None:
-    async with running() as (engine, _, steps):
+    async with running() as (engine, runner, steps):
+        runner.let(1)
         stream = engine.generate(request("text", max_tokens=50))
         await anext(stream)
         engine.finish("text")
         await stream.aclose()
+        runner.gate.set()
         await eventually(lambda: any(step.finished for step in steps))
         assert [stats.finish_reason for step in steps for stats in step.finished] == [FinishReason.STOP]
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from server.engine.sampler import SamplingInputs, sample, uniform
 
 
-def draw(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u: float) -> int:
-    inputs = SamplingInputs(torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([top_k]), torch.tensor([u]))
+def draw(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u: float, min_p: float = 0.0) -> int:
+    inputs = SamplingInputs(
+        torch.tensor([temperature]), torch.tensor([top_p]), torch.tensor([top_k]), torch.tensor([min_p]), torch.tensor([u])
+    )
     return int(sample(logits[None], inputs)[0])
 
 
@@ -56,7 +58,9 @@ def test_frequencies_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     rows = 4000
     uniforms = torch.tensor([uniform(7, position) for position in range(rows)])
-    inputs = SamplingInputs(torch.ones(rows), torch.ones(rows), torch.zeros(rows, dtype=torch.int64), uniforms)
+    inputs = SamplingInputs(
+        torch.ones(rows), torch.ones(rows), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows), uniforms
+    )
     counts = torch.bincount(sample(logits.expand(rows, 4), inputs), minlength=4) / rows
     # Three standard deviations of a share are below 0.024 here; the numbers are fixed by the seed.
     assert (counts - logits.softmax(0)).abs().max() < 0.024
@@ -65,7 +69,11 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_rows_are_independent_and_zero_temperature_is_greedy() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     inputs = SamplingInputs(
-        torch.tensor([0.0, 1.0, 0.7]), torch.tensor([1.0, 0.9, 1.0]), torch.tensor([0, 0, 5]), torch.tensor([0.9, 0.2, 0.6])
+        torch.tensor([0.0, 1.0, 0.7]),
+        torch.tensor([1.0, 0.9, 1.0]),
+        torch.tensor([0, 0, 5]),
+        torch.zeros(3),
+        torch.tensor([0.9, 0.2, 0.6]),
     )
     together = sample(logits, inputs).tolist()
     alone = [

@@ -1,0 +1,81 @@
+"""Structured output: grammars compiled by llguidance, walked token by token.
+
+A `Grammar` is checked and compiled at the HTTP edge; the engine sees only the `TokenConstraint` protocol of its own.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+
+class GrammarCompiler:
+    """`tokenizer` is a transformers fast tokenizer; `vocab_size` the model's. Building takes a moment; share one."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
+        self._vocab_size = vocab_size
+
+    def json_schema(self, schema: dict[str, Any] | None) -> "Grammar":
+        """Text that is JSON of this schema; None is any JSON object. Raises ValueError."""
+        source = json.dumps({"type": "object"} if schema is None else schema)
+        # One spelling of white space: a small model that may add blanks for ever does.
+        return self._compile(partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}), source)
+
+    def regex(self, pattern: str) -> "Grammar":
+        """Text that the pattern matches from beginning to end. Raises ValueError."""
+        return self._compile(LLMatcher.grammar_from_regex, pattern)
+
+    def choice(self, choices: Sequence[str]) -> "Grammar":
+        """One of these texts. Raises ValueError."""
+        if not choices or not all(choices):
+            raise ValueError("choices must be a list of non-empty strings")
+        rule = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        return self._compile(LLMatcher.grammar_from_lark, f"start: {rule}")
+
+    def _compile(self, read: Callable[[str], str], source: str) -> "Grammar":
+        try:
+            grammar = read(source)
+        except ValueError as error:
+            raise ValueError(_first_line(str(error))) from error
+        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if problem:
+            raise ValueError(_first_line(problem))
+        return Grammar(self._tokenizer, grammar, self._vocab_size)
+
+
+class Grammar:
+    """A valid grammar. `start` gives each sequence its own state."""
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> None:
+        self._tokenizer, self._grammar, self._vocab_size = tokenizer, grammar, vocab_size
+
+    def start(self) -> "GrammarState":
+        return GrammarState(LLMatcher(self._tokenizer, self._grammar, log_level=0), self._vocab_size)
+
+
+class GrammarState:
+    """Implements the engine's `TokenConstraint`."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def allowed_tokens(self) -> NDArray[np.bool_]:
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits: NDArray[np.bool_] = np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        assert bits.any(), self._matcher.get_error()
+        return bits
+
+    def advance(self, token_id: int) -> None:
+        consumed = self._matcher.consume_token(token_id)
+        # What follows the end of a complete text (end of text, ignore_eos) is no longer the grammar's business.
+        assert consumed or self._matcher.is_stopped(), self._matcher.get_error()
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:200]
