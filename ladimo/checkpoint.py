@@ -231,8 +231,11 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file. Raises OSError naming it when it cannot be written."""
+    file.touch()
+    mode = file.stat().st_mode  # safetensors leaves files that only their owner may read
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{file}: cannot be written ({error})") from error
 

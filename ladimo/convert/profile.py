@@ -16,7 +16,7 @@ from ladimo.model.routing import expert_scores
 from ladimo.policy import LayerRule
 
 HISTOGRAM_BINS = 50
-TAUS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+TAUS = tuple(round(0.02 * step, 2) for step in range(1, 50))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ class SplitRecipe:
     """How an FFN is cut into experts.
 
     output_scale: what is multiplied into `down_proj` at the start, because kept weights sum to one while the dense FFN counts
-    each expert with one. "none" is the literal reading of LaDiMo; "experts" is the number of experts; "fit" is the scalar with
-    the least squared error on the first batch of calibration tokens: it starts lower and pays in short training only. gate_std: standard deviation of the router's random start.
+    each expert with one. "none" is the literal reading of LaDiMo and the best after a full training; "experts" is the number of
+    experts; "fit" is the scalar with the least squared error on the first batch of calibration tokens, which starts lower and
+    pays when training is short. gate_std: standard deviation of the router's random start.
     """
 
     experts: int = 8

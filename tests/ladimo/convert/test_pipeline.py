@@ -51,6 +51,8 @@ def test_the_directory_is_that_of_the_contract(made: Made) -> None:
     assert {"full", "quality", "balanced", "fast"} <= set(policies)
     assert frontier is not None
     assert {point.policy for point in frontier.points} <= set(policies)
+    modes = {(made.out / name).stat().st_mode for name in CONTRACT}
+    assert len(modes) == 1  # weights are no harder to read than the rest
     raw = read_json(made.out / "config.json")
     assert raw["model_type"] == "ladimo_llama"
     AutoTokenizer.from_pretrained(made.out)
