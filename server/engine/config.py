@@ -18,6 +18,7 @@ class EngineConfig:
     block_size: int = 16
     max_step_tokens: int = 512
     max_policies: int = 64
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)

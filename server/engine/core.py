@@ -52,7 +52,7 @@ class EngineCore:
         self._eos_token_ids = eos_token_ids
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
-        self._preemptions_reported = 0
+        self._reported = (0, 0, 0)
 
     @property
     def has_work(self) -> bool:
@@ -105,11 +105,13 @@ class EngineCore:
                         experts_per_token=self._experts_per_token(sequence),
                         finished=finished,
                         logprobs=drawn.logprobs,
+                        cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_ids)),
                         prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
                     )
                 )
-        preemptions = self._scheduler.preemptions - self._preemptions_reported
-        self._preemptions_reported = self._scheduler.preemptions
+        totals = (self._scheduler.preemptions, self._scheduler.prefix_queries, self._scheduler.prefix_hits)
+        preemptions, queries, hits = (now - before for now, before in zip(totals, self._reported, strict=True))
+        self._reported = totals
         finished_now, self._finished = self._finished, []
         return StepResult(
             events,
@@ -121,6 +123,8 @@ class EngineCore:
                 waiting=len(self._scheduler.waiting),
                 kv_cache_usage_ratio=self._scheduler.blocks.usage_ratio,
                 preemptions=preemptions,
+                prefix_cache_queries=queries,
+                prefix_cache_hits=hits,
                 first_token_seconds=stats.first_token_seconds,
                 inter_token_seconds=stats.inter_token_seconds,
                 prompt_tokens=dict(stats.prompt_tokens),
@@ -174,6 +178,7 @@ class EngineCore:
             finish_reason=reason,
             prompt_tokens=len(sequence.request.prompt_ids),
             generation_tokens=len(sequence.output_ids),
+            cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_ids)),
             queue_seconds=(sequence.scheduled or now) - sequence.arrived,
             time_to_first_token_seconds=None if first is None else first - sequence.arrived,
             e2e_seconds=now - sequence.arrived,
@@ -224,7 +229,9 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     limits = EngineLimits(
         max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies
     )
-    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_step_tokens, max_model_len)
+    scheduler = Scheduler(
+        blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
+    )
     eos = eos_token_ids(directory)
     return EngineCore(ModelRunner(model, kv_cache, table.tables, eos), scheduler, table, limits, eos)
 

@@ -68,6 +68,7 @@ class RequestStats:
     finish_reason: FinishReason
     prompt_tokens: int
     generation_tokens: int
+    cached_tokens: int
     queue_seconds: float
     time_to_first_token_seconds: float | None
     e2e_seconds: float
@@ -80,6 +81,7 @@ class TokenEvent:
 
     `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense. `logprobs` and, on
     the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for.
+    `cached_tokens`: prompt tokens that were found in the prefix cache and not computed again.
     """
 
     request_id: str
@@ -89,6 +91,7 @@ class TokenEvent:
     error: Exception | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +125,8 @@ class StepStats:
     waiting: int
     kv_cache_usage_ratio: float
     preemptions: int
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
+    prefix_cache_queries: int = 0  # tokens of admitted sequences that were looked up
+    prefix_cache_hits: int = 0  # of these, tokens that were found
     first_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     inter_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     prompt_tokens: dict[str, int] = field(default_factory=dict)

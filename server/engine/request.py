@@ -1,5 +1,6 @@
 """The nouns of the engine: what a request asks for and what the engine knows of it while it runs."""
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -98,7 +99,9 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0  # tokens found in the prefix cache when it was last admitted
     num_routed: int = 0  # tokens computed, recomputed ones included: what expert_counts is a sum over
     scheduled: float | None = None
     first_token: float | None = None
@@ -112,6 +115,19 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    def prefix_keys(self, count: int, block_size: int) -> list[bytes]:
+        """Keys of the first `count` full blocks: a hash chain over all tokens up to the block's end.
+
+        It begins with the policy version, because hidden states depend on it, and the request's salt.
+        """
+        while len(self.block_keys) < count:
+            index = len(self.block_keys)
+            root = f"{self.request.policy.version}\0{self.request.cache_salt}".encode()
+            previous = self.block_keys[-1] if index else hashlib.sha256(root).digest()
+            tokens = self.token_ids(index * block_size, (index + 1) * block_size)
+            self.block_keys.append(hashlib.sha256(previous + np.asarray(tokens, dtype=np.int64).tobytes()).digest())
+        return self.block_keys[:count]
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop of prompt and output together."""

@@ -20,13 +20,21 @@ class Scheduler:
     cache), so the first always makes progress.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_step_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        max_model_len: int,
+        prefix_caching: bool = True,
+    ) -> None:
         assert blocks.blocks_for(max_model_len) < blocks.num_blocks
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens, self.max_model_len = max_num_seqs, max_step_tokens, max_model_len
         self.waiting: list[Sequence] = []  # both in order of rank
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.prefix_caching = prefix_caching
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0  # ever
 
     @property
     def has_work(self) -> bool:
@@ -66,7 +74,7 @@ class Scheduler:
         outcomes: list[tuple[Sequence, FinishReason | None]] = []
         for sequence, count in batch.scheduled:
             reaches_end = samples(sequence, count)
-            sequence.num_computed += count
+            self._compute(sequence, count)
             if not reaches_end:
                 continue
             sequence.output_ids.append(next(drawn))
@@ -77,6 +85,16 @@ class Scheduler:
             outcomes.append((sequence, reason))
         assert next(drawn, None) is None
         return outcomes
+
+    def _compute(self, sequence: Sequence, count: int) -> None:
+        """`count` more tokens are in the cache; publish the blocks that this filled."""
+        size = self.blocks.block_size
+        filled = range(sequence.num_computed // size, (sequence.num_computed + count) // size)
+        sequence.num_computed += count
+        if self.prefix_caching and filled:
+            keys = sequence.prefix_keys(filled.stop, size)
+            for index in filled:
+                self.blocks.publish(sequence.block_table[index], keys[index])
 
     def _finish_reason(self, sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
         sampling, token = sequence.request.sampling, sequence.output_ids[-1]
@@ -115,16 +133,36 @@ class Scheduler:
     def _admit(self, batch: Batch) -> None:
         while self.waiting and batch.num_tokens < self.max_step_tokens and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if self.blocks.blocks_for(sequence.num_tokens) > self.blocks.num_free:
+            cached = self._cached_prefix(sequence)
+            missing = self.blocks.blocks_for(sequence.num_tokens) - len(cached)
+            if missing > self.blocks.num_free - self.blocks.num_idle(cached):
                 return
-            count = min(sequence.num_tokens, self.max_step_tokens - batch.num_tokens)
-            taken = self.blocks.extend(sequence.block_table, count)
+            self.blocks.hold(cached)
+            sequence.block_table += cached
+            sequence.num_computed = sequence.num_cached = len(cached) * self.blocks.block_size
+            if self._may_share(sequence):
+                self.prefix_queries += sequence.num_tokens
+                self.prefix_hits += sequence.num_cached
+            remaining = sequence.num_tokens - sequence.num_computed
+            count = min(remaining, self.max_step_tokens - batch.num_tokens)
+            taken = self.blocks.extend(sequence.block_table, sequence.num_computed + count)
             assert taken
             insort(self.running, self.waiting.pop(0), key=attrgetter("rank"))
-            if sequence.num_tokens == 1:
+            if remaining == 1:
                 batch.decode.append(sequence)
             else:
                 batch.prefill.append((sequence, count))
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        # The log-probabilities of a prompt need every one of its tokens computed.
+        return self.prefix_caching and sequence.request.sampling.prompt_logprobs is None
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the sequence's first tokens already; the last token is always left to compute."""
+        if not self._may_share(sequence):
+            return []
+        size = self.blocks.block_size
+        return self.blocks.find(sequence.prefix_keys((sequence.num_tokens - 1) // size, size))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` of a running sequence, preempting later ones; False when it had to go itself."""

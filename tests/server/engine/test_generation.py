@@ -16,7 +16,7 @@ from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
-from server.engine.messages import TokenEvent
+from server.engine.messages import StepStats, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=9, block_size=4, max_step_tokens=24, max_policies=12)
@@ -106,6 +106,30 @@ async def test_preemption_changes_no_token(moe_dir: Path) -> None:
     assert [ids(answer) for answer in answers] == roomy
     needed = sum(len(one.prompt_ids) + 23 for one in asked)
     assert sum(snapshot.routed_tokens.values()) > needed, "nothing was preempted: the test does not test"
+
+
+async def test_a_cached_prefix_changes_no_token_and_is_never_shared_between_policies(moe_dir: Path) -> None:
+    policies = eight_policies(moe_dir)
+    prompt = prompts(8)[7]
+    steps: list[StepStats] = []
+    fresh = []
+    for policy in policies:
+        async with running(moe_dir, replace(CONFIG, prefix_caching=False)) as engine:
+            fresh.append(ids(await events(engine, request("r", policy, prompt))))
+    engine = AsyncEngine(lambda: build_core(moe_dir, CONFIG), steps.append)
+    await engine.start()
+    first = [await events(engine, request(f"a{i}", policy, prompt)) for i, policy in enumerate(policies)]
+    again = [await events(engine, request(f"b{i}", policy, prompt)) for i, policy in enumerate(policies)]
+    snapshot = await engine.read_experts()
+    await engine.stop()
+    assert [ids(answer) for answer in first] == [ids(answer) for answer in again] == fresh
+    cached = (len(prompt) - 1) // CONFIG.block_size * CONFIG.block_size
+    assert [answer[0].cached_tokens for answer in first] == [0] * 8
+    assert [answer[0].cached_tokens for answer in again] == [cached] * 8
+    assert sum(step.prefix_cache_hits for step in steps) == 8 * cached
+    assert sum(step.prefix_cache_queries for step in steps) == 16 * len(prompt)
+    for policy in policies:
+        assert snapshot.routed_tokens[policy.name] == 2 * (len(prompt) + 23) - cached
 
 
 async def test_sampling_depends_on_the_seed_and_nothing_else(moe_dir: Path) -> None:

@@ -5,6 +5,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ladimo.policy import RoutingPolicy
 from server.engine.block_manager import BlockManager
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams, Sequence
 from server.engine.scheduler import Scheduler
@@ -13,15 +14,14 @@ from tests.server.fakes import fake_policy
 POLICY = fake_policy("p")
 
 
-def make_sequence(name: str, prompt: int, max_tokens: int) -> Sequence:
-    request = GenerationRequest(name, tuple(range(1, prompt + 1)), SamplingParams(max_tokens=max_tokens), POLICY)
+def make_sequence(name: str, prompt: int, max_tokens: int, policy: RoutingPolicy = POLICY, salt: str = "") -> Sequence:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    request = GenerationRequest(name, tuple(range(1, prompt + 1)), sampling, policy, cache_salt=salt)
     return Sequence(request=request, policy_row=1, seed=0, arrived=time.monotonic(), expert_counts=[])
 
 
 def check_blocks(scheduler: Scheduler) -> None:
-    held = [block for sequence in scheduler.running for block in sequence.block_table]
-    free = scheduler.blocks._free
-    assert sorted(held + free) == list(range(1, scheduler.blocks.num_blocks))
+    scheduler.blocks.check([sequence.block_table for sequence in scheduler.running])
     assert all(not sequence.block_table and sequence.num_computed == 0 for sequence in scheduler.waiting)
 
 
@@ -33,10 +33,21 @@ def run_step(scheduler: Scheduler) -> list[tuple[Sequence, FinishReason | None]]
     tokens = []
     for sequence, count in batch.scheduled:
         assert len(sequence.block_table) >= scheduler.blocks.blocks_for(sequence.num_computed + count)
+        written = range(sequence.num_computed // scheduler.blocks.block_size, len(sequence.block_table))
+        others = {b for other in scheduler.running if other is not sequence for b in other.block_table}
+        assert not others & {sequence.block_table[index] for index in written}, "writes to a block that another one reads"
         if sequence.num_computed + count == sequence.num_tokens:
             tokens.append(sequence.num_tokens)
     assert len({id(sequence) for sequence, _ in batch.scheduled}) == len(batch.scheduled)
     return scheduler.update(batch, tokens, frozenset())
+
+
+def cached_tokens(scheduler: Scheduler, sequence: Sequence) -> int:
+    """Run a sequence to its end; how many of its tokens were not computed."""
+    scheduler.add(sequence)
+    while scheduler.has_work:
+        run_step(scheduler)
+    return sequence.num_cached
 
 
 requests = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(0, 5)), min_size=1, max_size=12)
@@ -73,6 +84,36 @@ def test_every_request_finishes_with_its_own_tokens(
         prompt, wanted = len(sequence.request.prompt_ids), sequence.request.sampling.max_tokens
         expected = min(wanted, max_model_len - prompt)
         assert sequence.output_ids == list(range(prompt, prompt + expected))
+
+
+def test_a_prefix_is_shared_under_the_same_policy_and_salt_only() -> None:
+    scheduler = Scheduler(BlockManager(60, 4), max_num_seqs=4, max_step_tokens=64, max_model_len=64)
+    assert cached_tokens(scheduler, make_sequence("first", 20, 3)) == 0
+    assert cached_tokens(scheduler, make_sequence("same", 20, 3)) == 16  # the last token is always computed
+    assert cached_tokens(scheduler, make_sequence("longer", 31, 3)) == 20
+    assert cached_tokens(scheduler, make_sequence("other policy", 20, 3, policy=fake_policy("q"))) == 0
+    assert cached_tokens(scheduler, make_sequence("other salt", 20, 3, salt="s")) == 0
+    assert cached_tokens(scheduler, make_sequence("same salt", 20, 3, salt="s")) == 16
+    scheduler.blocks.check([])
+
+
+def test_running_sequences_share_and_the_cache_gives_way_to_need() -> None:
+    scheduler = Scheduler(BlockManager(12, 4), max_num_seqs=4, max_step_tokens=64, max_model_len=40)
+    cached_tokens(scheduler, make_sequence("first", 17, 2))
+    both = [make_sequence("a", 17, 8), make_sequence("b", 17, 8)]
+    for sequence in both:
+        scheduler.add(sequence)
+    run_step(scheduler)
+    assert both[0].block_table[:4] == both[1].block_table[:4]
+    assert both[0].block_table[4] != both[1].block_table[4]
+    check_blocks(scheduler)
+    while scheduler.has_work:
+        run_step(scheduler)
+        check_blocks(scheduler)
+    other = make_sequence("other", 30, 9, policy=fake_policy("q"))  # needs nearly every block: cached ones are forgotten
+    assert cached_tokens(scheduler, other) == 0
+    assert other.output_ids == list(range(30, 39))
+    scheduler.blocks.check([])
 
 
 def test_running_requests_decode_beside_a_long_prompt() -> None:
