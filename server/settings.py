@@ -46,7 +46,15 @@ class ServerSettings(BaseSettings):
     kv_cache_blocks: int | None = Field(None, ge=2, description="Blocks of the KV cache; what memory allows if not given.")
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV cache block.")
     max_policies: int = Field(64, ge=1, le=4096, description="Different policy versions that can run at once.")
+    prefix_caching: bool = Field(True, description="Keep computed prompt prefixes and use them again under the same policy.")
     max_queue: int = Field(256, ge=0, description="Sequences that may wait; more are answered 429.")
+    max_queue_tokens: int | None = Field(
+        None, ge=1, description="Prompt tokens that may wait; more are answered 429. Any number if not given."
+    )
+    request_timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Seconds a request may take; then it is answered 504. Any if not given."
+    )
+    strict_fields: bool = Field(False, description="Refuse request fields that nobody knows; they are ignored otherwise.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     policy: str | None = Field(None, description="Default routing policy by name; full if nothing is given.")
     accuracy: float | None = Field(None, ge=0, le=1, description="Default position of the knob, 0 cheapest to 1.")
@@ -56,6 +64,9 @@ class ServerSettings(BaseSettings):
     )
     shutdown_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests have left on SIGTERM."
+    )
+    expert_metrics: Literal["full", "aggregate"] = Field(
+        "full", description="full: a counter per layer, expert and policy; aggregate: figures per layer only."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log lines shown.")
 

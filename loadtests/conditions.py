@@ -1,0 +1,57 @@
+"""What a number depends on besides the code: hardware, versions, commit, and how much else the machine was doing."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def conditions() -> dict[str, Any]:
+    """Everything that has to stand beside a measurement."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+class OtherLoad:
+    """Cores that other processes kept busy between two readings; on a shared machine a sample means little without it."""
+
+    def __init__(self) -> None:
+        self._total, self._own = _busy_seconds(), _own_seconds()
+
+    def cores(self, seconds: float) -> float:
+        """Since construction, which was `seconds` ago."""
+        others = (_busy_seconds() - self._total) - (_own_seconds() - self._own)
+        return max(0.0, others / seconds)
+
+
+def _busy_seconds() -> float:
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
