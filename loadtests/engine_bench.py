@@ -104,9 +104,8 @@ def main() -> None:
         rows[batch, PEER] = partial(transformers_round, peer, prompts, args.tokens)
         rows[batch, "dense"] = partial(engine_round, dense_core, dense_policy, prompts, args.tokens)
         for name in args.policies.split(","):
-            run = partial(engine_round, core, policies[name], prompts, args.tokens)
-            rows[batch, name] = run
-            distinct[batch, name] = distinct_experts(core, run)
+            rows[batch, name] = partial(engine_round, core, policies[name], prompts, args.tokens)
+            distinct[batch, name] = distinct_experts(core, rows[batch, name])
     for row in rows.values():
         row()  # warm
     load, started = OtherLoad(), time.perf_counter()
