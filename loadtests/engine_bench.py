@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
 
+    threads = torch.get_num_threads()
     config = read_config(args.model)
     policies = read_policies(args.model, config)
     batches = [int(batch) for batch in args.batch.split(",")]
@@ -112,6 +113,7 @@ def main() -> None:
     samples: dict[tuple[int, str], list[float]] = {key: [] for key in rows}
     for _ in range(args.rounds):
         for key, run in rows.items():
+            torch.set_num_threads(threads)  # the engine changes it as it sees fit
             samples[key].append(run())
     other = load.cores(time.perf_counter() - started)
     results = []

@@ -19,6 +19,9 @@ from server.engine.sampler import LogitAdjuster, make_sampling_inputs, sample
 # Of the memory that is free once the weights are loaded, this share goes to the cache unless the operator says a number.
 CUDA_CACHE_SHARE = 0.85
 CPU_CACHE_BYTES = 2 * 2**30
+# A smaller step (multiply-adds) runs on one CPU thread: others gain it little, and beside a busy neighbour, such as the HTTP
+# loop, waiting for them at every operation makes it many times slower.
+SERIAL_STEP = 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class ModelRunner:
         self.device = kv_cache.k.device
         self.block_size = kv_cache.k.shape[2]
         self.adjuster = LogitAdjuster(model.config.vocab_size, eos_token_ids, self.device)
+        self._num_threads = torch.get_num_threads()
+        self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> BatchOutput:
@@ -57,6 +62,9 @@ class ModelRunner:
 
         Synchronises with the host once; once more for each sequence that wants log-probabilities.
         """
+        if self.device.type == "cpu":
+            serial = self._multiply_adds * batch.num_tokens < SERIAL_STEP
+            torch.set_num_threads(1 if serial else self._num_threads)  # of this thread only
         inputs = make_step_inputs(batch, self.block_size, self.device)
         logits, expert_ids = self.model(inputs, self.kv_cache, self.tables)
         scheduled = batch.scheduled
