@@ -32,11 +32,11 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 # end in a line break.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# A demo model is no chat model: a conversation is rendered as Python comments, and the answer is the code that follows.
+# A demo model is no chat model: what a person says is rendered as a module's docstring, and the answer is the module.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n\n"
-    "{% else %}# {{ message['content'] | replace('\n', '\n# ') }}\n{% endif %}{% endfor %}"
+    '{% else %}"""{{ message[\'content\'] | replace(\'"\', "\'") }}"""\n\n{% endif %}{% endfor %}'
 )
 
 
