@@ -44,3 +44,8 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(VENV)/.installed $@
+
+# The server and Debian's Prometheus beside it; deploy/compose.yaml is the same with containers and Grafana.
+.PHONY: observe
+observe:
+	deploy/observe.sh $(HOST):$(PORT) $(MAKE) serve

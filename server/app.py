@@ -11,14 +11,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import ladimo
 from server.api import completions, ops, routing
 from server.api.middleware import JsonBodies, Keys, RequestContext
+from server.api.schemas import ErrorBody
 from server.api.services import Services
 from server.engine.async_engine import EngineState
-from server.errors import ServiceError, to_service_error
+from server.errors import ServiceError, statuses, to_service_error
 from server.policies.controller import ControllerState, RecentLatencies, decide
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,13 @@ CONTROL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may call and how much they may send. `open_admin` opens /admin without a key."""
+    """Who may call and how much they may send. `open_admin` opens /admin without a key; `allow_origins`: sites whose pages may
+    call from a browser."""
 
     api_keys: Sequence[str] = ()
     admin_key: str | None = None
     open_admin: bool = False
+    allow_origins: Sequence[str] = ()
     max_body_bytes: int = 8 * 2**20
 
 
@@ -71,9 +75,11 @@ def create_app(
         version=ladimo.__version__,
         description="OpenAI-style completions, each request under its own routing policy.",
         lifespan=lifespan,
+        responses={"default": {"model": ErrorBody, "description": "An error"}},
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
+            *_cors(access.allow_origins),
             Middleware(
                 RequestContext, default_policy=lambda: services.store.resolve().policy.name, on_failure=_count(services)
             ),
@@ -86,7 +92,27 @@ def create_app(
     for router in (completions.router, routing.router, routing.admin, ops.router):
         app.include_router(router)
     routing.show_policies(services)
+    services.metrics.requests_in_flight.set_function(lambda: services.admission.in_flight)
+    services.metrics.heartbeat_age.set_function(lambda: time.monotonic() - services.engine.heartbeat)
+    for code in statuses():
+        services.metrics.request_failures.labels(code)
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Outermost, so that errors can be read by the page that caused them."""
+    if not origins:
+        return []
+    exposed = ["X-Request-Id", "X-Routing-Policy", "Retry-After"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=exposed,
+        )
+    ]
 
 
 async def drain(services: Services, timeout_seconds: float) -> None:

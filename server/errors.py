@@ -19,12 +19,14 @@ ServiceError                       status  code
 ├── BodyTooLarge                   413     body_too_large
 ├── UnsupportedMediaType           415     unsupported_media_type
 ├── QueueFull                      429     queue_full
+├── HeadersTooLarge                431     headers_too_large
 ├── ClientDisconnected             499     client_disconnected    (nobody reads it; it is counted)
 ├── InternalError                  500     internal_error
-└── Unavailable                    503     unavailable
-    ├── Loading                    503     loading
-    ├── Draining                   503     draining
-    └── Dead                       503     engine_dead
+├── Unavailable                    503     unavailable
+│   ├── Loading                    503     loading
+│   ├── Draining                   503     draining
+│   └── Dead                       503     engine_dead
+└── DeadlineExceeded               504     deadline_exceeded
 """
 
 import json
@@ -133,6 +135,10 @@ class QueueFull(ServiceError):
     status, type, code = 429, "rate_limit_error", "queue_full"
 
 
+class HeadersTooLarge(ServiceError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
 class ClientDisconnected(ServiceError):
     status, type, code = 499, "invalid_request_error", "client_disconnected"
 
@@ -155,6 +161,19 @@ class Draining(Unavailable):
 
 class Dead(Unavailable):
     code = "engine_dead"
+
+
+class DeadlineExceeded(ServiceError):
+    status, code = 504, "deadline_exceeded"
+    headers = {"X-Should-Retry": "false"}  # official clients would do the same work again
+
+
+def statuses(error: type[ServiceError] = ServiceError) -> dict[str, int]:
+    """The HTTP status of every code in the tree."""
+    return {
+        error.code: error.status,
+        **{code: status for each in error.__subclasses__() for code, status in statuses(each).items()},
+    }
 
 
 def to_service_error(error: Exception) -> ServiceError:

@@ -20,6 +20,7 @@ import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
 from ladimo.model.config import ModelConfig
 from server.api.admission import Admission
+from server.api.http_protocol import BoundedHttpProtocol
 from server.api.services import Services
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine
@@ -43,7 +44,7 @@ def launch(settings: ServerSettings) -> int:
     """Serve until told to end. Returns the exit code: 0 after a drain, 1 when something failed."""
     latencies = RecentLatencies()
     try:
-        services = _build_services(settings, latencies)
+        services = build_services(settings, latencies)
     except (ValueError, ServiceError, OSError) as error:
         print(f"ladimo-server: {error}", file=sys.stderr)
         return 1
@@ -60,6 +61,7 @@ class _Run:
             api_keys=[key.get_secret_value() for key in settings.api_key],
             admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
             open_admin=settings.insecure_admin and settings.is_loopback,
+            allow_origins=settings.allow_origin,
             max_body_bytes=settings.max_body_bytes,
         )
         if settings.insecure_admin and not settings.is_loopback:
@@ -103,6 +105,7 @@ class _Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=BoundedHttpProtocol,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -137,7 +140,7 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._begin_drain())
 
 
-def _build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
+def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
     """Everything but the weights, which the engine loads on its own thread. Raises ValueError, UnknownPolicy, NoFrontier."""
     assert settings.model is not None
     directory = resolve_directory(settings.model)
@@ -151,28 +154,37 @@ def _build_services(settings: ServerSettings, latencies: RecentLatencies) -> Ser
         settings.policies_dir,
     )
     name = settings.served_model_name or Path(settings.model).resolve().name
-    metrics = _build_metrics(config, name)
+    metrics = _build_metrics(config, name, settings.expert_metrics == "full")
 
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
         latencies.observe(stats)
+        admission.rates.observe(stats)
+
+    def on_reject(code: str) -> None:
+        metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
+    admission = Admission(engine, settings.max_queue, on_reject, settings.max_queue_tokens)
+    tokenizer = Tokenizer(directory)
     return Services(
         engine=engine,
-        admission=Admission(engine, settings.max_queue, lambda code: metrics.admission_rejections.labels(code).inc()),
+        admission=admission,
         store=store,
-        tokenizer=Tokenizer(directory),
+        tokenizer=tokenizer,
+        grammars=tokenizer.grammar_compiler(config.vocab_size),
         metrics=metrics,
         config=config,
         model_name=name,
         frontier_batch=settings.frontier_batch,
+        request_timeout=settings.request_timeout,
+        strict_fields=settings.strict_fields,
     )
 
 
-def _build_metrics(config: ModelConfig, name: str) -> Metrics:
+def _build_metrics(config: ModelConfig, name: str, per_expert: bool) -> Metrics:
     num_experts = {index: layer.num_experts for index, layer in enumerate(config.layers) if layer is not None}
-    metrics = Metrics(CollectorRegistry(), num_experts, config.active_parameters_ratio)
+    metrics = Metrics(CollectorRegistry(), num_experts, config.active_parameters_ratio, per_expert)
     metrics.build_info.labels(ladimo.__version__, platform.python_version(), torch.__version__).set(1)
     metrics.model_info.labels(name, str(config.num_hidden_layers), str(len(num_experts))).set(1)
     return metrics

@@ -1,64 +1,27 @@
 """Every Prometheus metric, declared once, with the names of vLLM where it has them. Base units; prefix `ladimo_`."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from server.engine.messages import ExpertSnapshot, StepStats
+from server.engine.request import FinishReason
 
 REQUEST_SECONDS = (
-    0.01,
-    0.05,
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1,
-    1.5,
-    2,
-    2.5,
-    5,
-    10,
-    15,
-    20,
-    30,
-    40,
-    50,
-    60,
-    120,
-    240,
-    480,
-    960,
-    1920,
-    7680,
+    *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50),
+    *(60, 120, 240, 480, 960, 1920, 7680),
 )
 FIRST_TOKEN_SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
 )
 # Fine below 10 ms, where one token of a small model on a GPU lands.
 TOKEN_SECONDS = (
@@ -71,33 +34,109 @@ STEP_TOKENS = tuple(2**n for n in range(15))
 REQUEST_TOKENS = tuple(m * 10**e for e in range(5) for m in (1, 2, 5))
 
 
+PREFIX = "ladimo_"
+PHASES = ("prefill", "mixed", "decode")
+SWAP_RESULTS = ("ok", "failed")
+DIRECTIONS = ("down", "hold", "up")
+NO_GRAPHS = "Always 0: this build replays no CUDA graphs."
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A metric as it is exported. `name` is without the suffixes _bucket, _sum and _count; `buckets` are upper bounds, empty
+    where they depend on the model."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
+
+
+EXPERT_TOKENS = Declaration(
+    f"{PREFIX}expert_tokens_total",
+    "counter",
+    "Times an expert was chosen; not exported under --expert-metrics aggregate.",
+    ("layer", "expert", "policy"),
+)
+EXPERTS_PER_TOKEN = Declaration(
+    f"{PREFIX}layer_experts_per_token", "gauge", "Mean experts a token ran, since start.", ("layer", "policy")
+)
+DISTINCT_EXPERTS = Declaration(
+    f"{PREFIX}layer_distinct_experts_per_step",
+    "histogram",
+    "Different experts chosen in one step; one bucket per number of experts.",
+    ("layer",),
+)
+LOAD_IMBALANCE = Declaration(
+    f"{PREFIX}expert_load_imbalance", "gauge", "Busiest expert's tokens over the mean, since start; 1 is even.", ("layer",)
+)
+LOAD_ENTROPY = Declaration(
+    f"{PREFIX}expert_load_entropy_ratio",
+    "gauge",
+    "Entropy of the experts' tokens over that of an even load, since start; 1 is even, 0 is one expert.",
+    ("layer",),
+)
+NEVER_USED = Declaration(
+    f"{PREFIX}experts_never_used", "gauge", "Experts that no token has chosen since start, under any policy.", ("layer",)
+)
+ACTIVE_PARAMETERS = Declaration(
+    f"{PREFIX}active_parameters_ratio", "gauge", "Active over dense parameters per token, measured since start.", ("policy",)
+)
+EXPERT_METRICS = (
+    EXPERT_TOKENS,
+    EXPERTS_PER_TOKEN,
+    DISTINCT_EXPERTS,
+    LOAD_IMBALANCE,
+    LOAD_ENTROPY,
+    NEVER_USED,
+    ACTIVE_PARAMETERS,
+)
+
+
 class Metrics:
-    """`num_experts`: expert layers and how many experts each has. `active_parameters_ratio`: of experts per token by layer."""
+    """`num_experts`: expert layers and how many experts each has. `active_parameters_ratio`: of experts per token by layer.
+
+    `per_expert`: export a counter per layer, expert and policy; the figures per layer are always exported. Label values known
+    in advance begin at 0, so that the first event already counts in a rate.
+    """
 
     def __init__(
         self,
         registry: CollectorRegistry,
         num_experts: Mapping[int, int],
         active_parameters_ratio: Callable[[tuple[float | None, ...]], float],
+        per_expert: bool = True,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry
+        self.declarations: list[Declaration] = []
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
-        self.experts = ExpertCollector(num_experts, active_parameters_ratio)
-        registry.register(self.experts)
+
+        def declare(
+            name: str,
+            kind: Literal["counter", "gauge", "histogram"],
+            text: str,
+            labels: tuple[str, ...],
+            buckets: tuple[float, ...] = (),
+        ) -> Declaration:
+            self.declarations.append(Declaration(PREFIX + name, kind, text, labels, buckets))
+            return self.declarations[-1]
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"ladimo_{name}", text, labels, registry=registry)
+            return Counter(declare(name, "counter", text, labels).name, text, labels, registry=registry)
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"ladimo_{name}", text, labels, registry=registry)
+            return Gauge(declare(name, "gauge", text, labels).name, text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"ladimo_{name}", text, labels, registry=registry, buckets=buckets)
+            name = declare(name, "histogram", text, labels, buckets).name
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
-        self.requests_running = gauge("requests_running", "Sequences in the running batch.")
-        self.requests_waiting = gauge("requests_waiting", "Sequences waiting to be scheduled.")
+        self.requests_in_flight = gauge("requests_in_flight", "Sequences admitted and not yet over, counted at the door.")
+        self.requests_running = gauge("requests_running", "Sequences in the running batch, as of the last step.")
+        self.requests_waiting = gauge("requests_waiting", "Sequences waiting to be scheduled, as of the last step.")
         self.request_success = counter(
             "request_success_total", "Choices ended, by the finish reason told to the client.", "finish_reason", "policy"
         )
@@ -125,9 +164,18 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a finished sequence.", REQUEST_TOKENS, "policy"
         )
         self.kv_cache_usage = gauge("kv_cache_usage_ratio", "Share of KV cache blocks in use, 0 to 1.")
+        self.prefix_cache_queries = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_cache_hits = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
         self.preemptions = counter("preemptions_total", "Sequences sent back to the queue for lack of KV blocks.")
         self.step_seconds = histogram("engine_step_seconds", "One engine step.", STEP_SECONDS, "phase")
         self.step_tokens = histogram("step_tokens", "Tokens computed in one step.", STEP_TOKENS)
+        self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Since the engine loop last turned; below 1 while idle.")
+        counter("cuda_graph_replays_total", f"Steps replayed from a captured graph. {NO_GRAPHS}", "bucket")
+        counter("cuda_graph_misses_total", f"Steps for which no captured graph fitted. {NO_GRAPHS}")
+        counter("cuda_graph_captures_total", f"Graphs captured. {NO_GRAPHS}")
+        self.experts = ExpertCollector(num_experts, active_parameters_ratio, per_expert)
+        registry.register(self.experts)
+        self.declarations.extend(EXPERT_METRICS)
         self.policy_info = gauge("policy_info", "1 for every policy that can be asked for.", "policy", "version", "default")
         self.policy_swaps = counter("policy_swaps_total", "Changes of the default.", "result")
         self.policy_swap_duration = histogram(
@@ -137,11 +185,32 @@ class Metrics:
             "policy_requests_total", "Requests by what they asked for and what served them.", "requested", "served", "reason"
         )
         self.routing_accuracy = gauge("routing_accuracy", "Where the default has the knob, 0 to 1; NaN off the frontier.")
+        self.routing_accuracy_floor = gauge(
+            "routing_accuracy_floor", "Accuracy that automatic control may not go under; NaN while it is off."
+        )
         self.controller_decisions = counter(
             "slo_controller_decisions_total", "Decisions of automatic control, one a second while it is on.", "direction"
         )
         self.build_info = gauge("build_info", "1; the versions that run.", "version", "python", "torch")
         self.model_info = gauge("model_info", "1; the model that is served.", "model", "layers", "expert_layers")
+        self._by_policy: tuple[Counter | Histogram, ...] = (
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.time_to_first_token,
+            self.inter_token_latency,
+            self.time_per_output_token,
+            self.e2e_latency,
+            self.queue_time,
+            self.request_prompt_tokens,
+            self.request_generation_tokens,
+        )
+        for metric, values in (
+            (self.step_seconds, PHASES),
+            (self.policy_swaps, SWAP_RESULTS),
+            (self.controller_decisions, DIRECTIONS),
+        ):
+            for value in values:
+                metric.labels(value)
 
     def record(self, stats: StepStats) -> None:
         """The one place where engine figures become metrics."""
@@ -149,6 +218,8 @@ class Metrics:
         self.requests_waiting.set(stats.waiting)
         self.kv_cache_usage.set(stats.kv_cache_usage_ratio)
         self.preemptions.inc(stats.preemptions)
+        self.prefix_cache_queries.inc(stats.prefix_cache_queries)
+        self.prefix_cache_hits.inc(stats.prefix_cache_hits)
         tokens = stats.prefill_tokens + stats.decode_tokens
         if tokens:
             phase = "decode" if not stats.prefill_tokens else "mixed" if stats.decode_tokens else "prefill"
@@ -172,12 +243,20 @@ class Metrics:
                 per_token = (request.e2e_seconds - first) / (request.generation_tokens - 1)
                 self.time_per_output_token.labels(request.policy).observe(per_token)
 
-    def show_policies(self, versions: Mapping[str, str], default: str, accuracy: float | None) -> None:
-        """`versions` by policy name; `default` is the policy that requests without a choice run under now."""
+    def show_policies(
+        self, versions: Mapping[str, str], default: str, accuracy: float | None, floor: float | None = None
+    ) -> None:
+        """`versions` by policy name; `default` is the policy that requests without a choice run under now; `floor` is automatic
+        control's, None while it is off."""
         self.policy_info.clear()
         for name, version in versions.items():
             self.policy_info.labels(name, version, str(name == default).lower()).set(1)
-        self.routing_accuracy.set(float("nan") if accuracy is None else accuracy)
+            for metric in self._by_policy:
+                metric.labels(name)
+            for reason in FinishReason:
+                self.request_success.labels(reason.value, name)
+        self.routing_accuracy.set(math.nan if accuracy is None else accuracy)
+        self.routing_accuracy_floor.set(math.nan if floor is None else floor)
 
     def render(self, snapshot: ExpertSnapshot | None) -> bytes:
         """The exposition text; `snapshot` None repeats the last expert counters."""
@@ -190,62 +269,63 @@ class ExpertCollector(Collector):
     """Expert figures from the last snapshot. Only expert layers are exported; layers and experts are counted from 0."""
 
     def __init__(
-        self, num_experts: Mapping[int, int], active_parameters_ratio: Callable[[tuple[float | None, ...]], float]
+        self,
+        num_experts: Mapping[int, int],
+        active_parameters_ratio: Callable[[tuple[float | None, ...]], float],
+        per_expert: bool,
     ) -> None:
         self.snapshot: ExpertSnapshot | None = None
         self._num_experts, self._active_parameters_ratio = num_experts, active_parameters_ratio
+        self._per_expert = per_expert
 
     def collect(self) -> Iterable[Metric]:
-        tokens = CounterMetricFamily(
-            "ladimo_expert_tokens", "Times an expert was chosen.", labels=("layer", "expert", "policy")
-        )
-        per_token = GaugeMetricFamily("ladimo_layer_experts_per_token", "Mean experts a token ran.", labels=("layer", "policy"))
-        distinct = HistogramMetricFamily(
-            "ladimo_layer_distinct_experts_per_step", "Different experts chosen in one step.", labels=("layer",)
-        )
-        imbalance = GaugeMetricFamily(
-            "ladimo_expert_load_imbalance", "Busiest expert's tokens over the mean.", labels=("layer",)
-        )
-        ratio = GaugeMetricFamily(
-            "ladimo_active_parameters_ratio", "Active over dense parameters per token, measured.", labels=("policy",)
-        )
+        families = {metric: _family(metric) for metric in EXPERT_METRICS if self._per_expert or metric is not EXPERT_TOKENS}
         if self.snapshot is not None:
-            for policy, routed in self.snapshot.routed_tokens.items():
-                self._policy(policy, routed, tokens, per_token, ratio)
+            for policy, layers in self.snapshot.expert_tokens.items():
+                self._policy(policy, layers, self.snapshot.routed_tokens.get(policy, 0), families)
             for layer, experts in self._num_experts.items():
-                self._layer(layer, experts, distinct, imbalance)
-        return [tokens, per_token, distinct, imbalance, ratio]
+                self._layer(layer, experts, self.snapshot, families)
+        return families.values()
 
-    def _policy(
-        self,
-        policy: str,
-        routed: int,
-        tokens: CounterMetricFamily,
-        per_token: GaugeMetricFamily,
-        ratio: GaugeMetricFamily,
-    ) -> None:
-        assert self.snapshot is not None
-        layers = self.snapshot.expert_tokens.get(policy, [])
+    def _policy(self, policy: str, layers: list[list[int]], routed: int, families: dict[Declaration, Metric]) -> None:
         measured: list[float | None] = [None] * len(layers)
         for layer, experts in self._num_experts.items():
             counts = layers[layer][:experts]
-            for expert, count in enumerate(counts):
-                tokens.add_metric((str(layer), str(expert), policy), count)
+            if self._per_expert:
+                for expert, count in enumerate(counts):
+                    _set(families, EXPERT_TOKENS, count, layer=str(layer), expert=str(expert), policy=policy)
             if routed:
                 measured[layer] = sum(counts) / routed
-                per_token.add_metric((str(layer), policy), sum(counts) / routed)
+                _set(families, EXPERTS_PER_TOKEN, sum(counts) / routed, layer=str(layer), policy=policy)
         if routed:
-            ratio.add_metric((policy,), self._active_parameters_ratio(tuple(measured)))
+            _set(families, ACTIVE_PARAMETERS, self._active_parameters_ratio(tuple(measured)), policy=policy)
 
-    def _layer(self, layer: int, experts: int, distinct: HistogramMetricFamily, imbalance: GaugeMetricFamily) -> None:
-        assert self.snapshot is not None
-        steps = self.snapshot.distinct_experts[layer]
-        buckets, seen = [], 0
+    def _layer(self, layer: int, experts: int, snapshot: ExpertSnapshot, families: dict[Declaration, Metric]) -> None:
+        steps, seen = snapshot.distinct_experts[layer], 0
+        distinct, label = families[DISTINCT_EXPERTS], {"layer": str(layer)}
         for number in range(experts + 1):
             seen += steps[number]
-            buckets.append((str(float(number)), seen))
-        buckets.append(("+Inf", seen))
-        distinct.add_metric((str(layer),), buckets, sum(number * count for number, count in enumerate(steps)))
-        load = [sum(layers[layer][expert] for layers in self.snapshot.expert_tokens.values()) for expert in range(experts)]
+            distinct.add_sample(f"{DISTINCT_EXPERTS.name}_bucket", {**label, "le": str(float(number))}, seen)
+        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_bucket", {**label, "le": "+Inf"}, seen)
+        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_count", label, seen)
+        total = sum(number * count for number, count in enumerate(steps))
+        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_sum", label, total)
+        load = [sum(layers[layer][expert] for layers in snapshot.expert_tokens.values()) for expert in range(experts)]
         if any(load):
-            imbalance.add_metric((str(layer),), max(load) * experts / sum(load))
+            _set(families, LOAD_IMBALANCE, max(load) * experts / sum(load), **label)
+            _set(families, LOAD_ENTROPY, _entropy(load) / math.log(experts) if experts > 1 else 1.0, **label)
+            _set(families, NEVER_USED, load.count(0), **label)
+
+
+def _family(metric: Declaration) -> Metric:
+    return Metric(metric.name.removesuffix("_total"), metric.help, metric.type)
+
+
+def _set(families: dict[Declaration, Metric], metric: Declaration, value: float, **labels: str) -> None:
+    families[metric].add_sample(metric.name, labels, value)
+
+
+def _entropy(load: Sequence[int]) -> float:
+    """In nats."""
+    total = sum(load)
+    return -sum(count / total * math.log(count / total) for count in load if count)

@@ -1,18 +1,41 @@
 """How the server is run: flags and LADIMO_<FLAG> environment variables. The only reader of the environment."""
 
 import ipaddress
+import os
+import tomllib
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
+from server.help import HelpFormatter
 from server.policies.targets import AtAccuracy, Named, Target
 
 
 def _split(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _read_keys(path: Path) -> list[SecretStr]:
+    """Raises ValueError for a file that cannot be read or holds no key."""
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not any(lines):
+        raise ValueError(f"{path}: holds no key")
+    return [SecretStr(line) for line in lines if line]
 
 
 class ServerSettings(BaseSettings):
@@ -29,14 +52,31 @@ class ServerSettings(BaseSettings):
         cli_avoid_json=True,
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
     model: CliPositionalArg[str | None] = Field(None, description="Directory in Hugging Face layout, or a hub id.")
+    config: Path | None = Field(None, description="TOML file with any of these settings; flags and environment win over it.")
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
     api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = Field(
         [], description="Key that clients must send; may be repeated or separated by commas. None: the API is open."
     )
+    api_key_file: Path | None = Field(None, description="File of further keys, one per line; # begins a comment.")
     admin_key: SecretStr | None = Field(None, description="Key for the /admin routes. None: they are closed.")
+    admin_key_file: Path | None = Field(None, description="File that holds the admin key.")
     insecure_admin: bool = Field(False, description="Open the /admin routes without a key; only when bound to loopback.")
+    allow_origin: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
+        [], description="Site whose pages may call from a browser (CORS), such as https://a.example; may be repeated."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
     served_model_name: str | None = Field(None, description="Name in /v1/models; the directory's name if not given.")
@@ -76,6 +116,13 @@ class ServerSettings(BaseSettings):
             raise ValueError("MODEL is missing: name a directory or a hub id")
         if self.policy is not None and self.accuracy is not None:
             raise ValueError("--policy and --accuracy exclude each other")
+        if self.api_key_file is not None:
+            self.api_key = [*self.api_key, *_read_keys(self.api_key_file)]
+        if self.admin_key_file is not None:
+            keys = _read_keys(self.admin_key_file)
+            if self.admin_key is not None or len(keys) != 1:
+                raise ValueError("there must be one admin key: either --admin-key, or one line in --admin-key-file")
+            self.admin_key = keys[0]
         if any(not key.get_secret_value() for key in [*self.api_key, *([self.admin_key] if self.admin_key else [])]):
             raise ValueError("a key must not be empty")
         return self
@@ -95,9 +142,16 @@ class ServerSettings(BaseSettings):
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Raises SystemExit for --help and wrong flags, ValueError with one line for wrong values."""
+    """Flags win over the environment, the environment over the file that --config names.
+
+    Raises SystemExit for --help and wrong flags, ValueError with one line for wrong values.
+    """
+    flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(ServerSettings, formatter_class=HelpFormatter)
     try:
-        return ServerSettings(_cli_parse_args=list(arguments))  # type: ignore[call-arg]
+        source = flags(args=list(arguments))
+        path = source().get("config") or os.environ.get("LADIMO_CONFIG")
+        file = {} if not path else _read_file(Path(path))
+        return ServerSettings(_cli_settings_source=source, **file)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:1])
@@ -105,3 +159,16 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
         raise ValueError(flag + first["msg"].removeprefix("Value error, ")) from error
     except SettingsError as error:
         raise ValueError(str(error)) from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, by field name; both spellings of a flag's name are taken. Raises ValueError."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    settings = {name.replace("-", "_"): value for name, value in raw.items()}
+    unknown = sorted(settings.keys() - (ServerSettings.model_fields.keys() - {"config"}))
+    if unknown:
+        raise ValueError(f"{path}: there is no setting {unknown[0]!r}")
+    return settings

@@ -1,30 +1,75 @@
-"""Who may enter: a bounded number of sequences, and nobody while the engine loads, drains or is dead."""
+"""Who may enter: a bounded number of sequences and of waiting prompt tokens, and nobody while the engine loads, drains or is
+dead. Who is refused learns when to come back, from what waits and how fast the engine has been working."""
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from server.engine.async_engine import AsyncEngine, EngineState
+from server.engine.messages import StepStats
 from server.errors import BadRequest, Dead, Draining, Loading, QueueFull, ServiceError
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120  # official clients give up at once when told to wait longer
 LOADING_RETRY_SECONDS, DRAINING_RETRY_SECONDS, DEAD_RETRY_SECONDS = 2, 5, 30
-RATE_WINDOW = 64
+RATE_STEPS = 1024
+
+
+class Rates:
+    """How fast the engine has been over its last steps. Idle time does not count."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
+
+    def observe(self, stats: StepStats) -> None:
+        self._steps.append((stats.seconds, stats.prefill_tokens, len(stats.finished)))
+
+    @property
+    def sequences_per_second(self) -> float | None:
+        """Sequences that ended; None before the first."""
+        return _rate((seconds, finished) for seconds, _, finished in self._steps)
+
+    @property
+    def prompt_tokens_per_second(self) -> float | None:
+        """Prompt tokens, over the steps that computed any; None before the first."""
+        return _rate((seconds, tokens) for seconds, tokens, _ in self._steps if tokens)
+
+
+class Permit:
+    """Places for the sequences of one request, and its prompt tokens that still wait."""
+
+    def __init__(self, waiting_tokens: int, on_start: Callable[[int], None]) -> None:
+        self.waiting_tokens = waiting_tokens
+        self._on_start = on_start
+
+    def started(self, prompt_tokens: int) -> None:
+        """A sequence has its first token: its prompt waits no more."""
+        self.waiting_tokens -= prompt_tokens
+        self._on_start(prompt_tokens)
 
 
 class Admission:
-    """Permits for sequences: the engine's batch plus `max_queue` waiting ones. `on_reject` is told the code of each refusal."""
+    """Permits for sequences: the engine's batch plus `max_queue` waiting ones, with at most `max_queue_tokens` prompt tokens
+    waiting (None: any number; a request that finds nothing waiting always enters). A prompt counts whole until its sequence has
+    its first token. `on_reject` is told the code of each refusal.
+    """
 
-    def __init__(self, engine: AsyncEngine, max_queue: int, on_reject: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        max_queue: int,
+        on_reject: Callable[[str], None],
+        max_queue_tokens: int | None = None,
+    ) -> None:
         self.in_flight = 0
+        self.waiting_tokens = 0
         self.draining = False
-        self._engine, self._max_queue, self._on_reject = engine, max_queue, on_reject
+        self.rates = Rates()
+        self._engine, self._on_reject = engine, on_reject
+        self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ended: deque[float] = deque(maxlen=RATE_WINDOW)
 
     @property
     def capacity(self) -> int:
@@ -40,39 +85,68 @@ class Admission:
             return Draining("the server is shutting down and takes no new requests", retry_after=DRAINING_RETRY_SECONDS)
         return None
 
-    def check(self, sequences: int) -> None:
-        """Raises Loading, Dead, Draining, QueueFull, or BadRequest when so many could never be admitted together."""
+    def check(self, sequences: int, prompt_tokens: int = 0, deadline: float | None = None, param: str | None = None) -> None:
+        """`deadline`: the event loop's time by which the answer must be there. `param`: the field that asks for many sequences.
+
+        Raises Loading, Dead, Draining, QueueFull, or BadRequest when so many sequences could never be admitted together.
+        """
         error = self.unavailable()
         if error is None and sequences > self.capacity:
-            raise BadRequest(f"prompt: at most {self.capacity} prompts fit this server at once", param="prompt")
-        if error is None and self.in_flight + sequences > self.capacity:
-            error = QueueFull("too many requests are waiting", retry_after=self._retry_after(sequences))
+            message = f"{sequences} choices (prompts times n) were asked for; at most {self.capacity} fit this server at once"
+            raise BadRequest(message, param=param)
+        error = error or self._overload(sequences, prompt_tokens, deadline)
         if error is not None:
             self._on_reject(error.code)
             raise error
 
     @contextmanager
-    def permit(self, sequences: int) -> Iterator[None]:
+    def permit(self, sequences: int, prompt_tokens: int = 0, deadline: float | None = None) -> Iterator[Permit]:
         """Hold places for as long as the block runs. Raises what `check` raises."""
-        self.check(sequences)
+        self.check(sequences, prompt_tokens, deadline)
         self.in_flight += sequences
+        self.waiting_tokens += prompt_tokens
         self._idle.clear()
+        permit = Permit(prompt_tokens, self._start)
         try:
-            yield
+            yield permit
         finally:
             self.in_flight -= sequences
-            now = time.monotonic()
-            self._ended.extend([now] * sequences)
+            self.waiting_tokens -= permit.waiting_tokens
             if self.in_flight == 0:
                 self._idle.set()
 
     async def wait_idle(self) -> None:
         await self._idle.wait()
 
-    def _retry_after(self, sequences: int) -> int:
-        """Seconds until enough places will be free at the rate at which sequences have been ending."""
-        needed = self.in_flight + sequences - self.capacity
-        if not self._ended:
-            return MIN_RETRY_SECONDS
-        elapsed = time.monotonic() - self._ended[0]
-        return min(max(math.ceil(needed * elapsed / len(self._ended)), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+    def _start(self, prompt_tokens: int) -> None:
+        self.waiting_tokens -= prompt_tokens
+
+    def _overload(self, sequences: int, prompt_tokens: int, deadline: float | None) -> QueueFull | None:
+        too_many = self.in_flight + sequences - self.capacity
+        if too_many > 0:
+            return QueueFull(
+                "too many requests are waiting", retry_after=_retry_after(too_many, self.rates.sequences_per_second)
+            )
+        if not self.waiting_tokens:
+            return None
+        rate = self.rates.prompt_tokens_per_second
+        if self._max_queue_tokens is not None and self.waiting_tokens + prompt_tokens > self._max_queue_tokens:
+            too_many = self.waiting_tokens + prompt_tokens - self._max_queue_tokens
+            return QueueFull("too many prompt tokens are waiting", retry_after=_retry_after(too_many, rate))
+        if deadline is not None and rate and self.waiting_tokens / rate > deadline - asyncio.get_running_loop().time():
+            message = "what waits already would take longer than the request's deadline allows"
+            return QueueFull(message, retry_after=_retry_after(self.waiting_tokens, rate))
+        return None
+
+
+def _retry_after(amount: int, rate: float | None) -> int:
+    """Whole seconds until so much is done."""
+    seconds = MIN_RETRY_SECONDS if not rate else math.ceil(amount / rate)
+    return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+
+def _rate(amounts: Iterator[tuple[float, int]]) -> float | None:
+    seconds, total = 0.0, 0
+    for step_seconds, amount in amounts:
+        seconds, total = seconds + step_seconds, total + amount
+    return total / seconds if seconds and total else None

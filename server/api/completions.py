@@ -11,13 +11,24 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.generation import Delta, Generation, make_generation
+from server.api.constraints import make_grammar
+from server.api.deadline import request_deadline
+from server.api.generation import Delta, Generation, Prompt, Terms, make_echo, make_generation
+from server.api.logprobs import chat_logprobs, text_logprobs
 from server.api.routing_choice import routing_choice
-from server.api.schemas import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest, GenerationFields
+from server.api.sampling import check_ids, check_length, too_long
+from server.api.schemas import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+    StreamOptions,
+    unknown_field,
+)
 from server.api.services import Services, ServicesDep
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
-from server.errors import BadRequest, InternalError, to_service_error
-from server.policies.store import Route
+from server.errors import BadRequest, InternalError, UnsupportedParameter, to_service_error
+from server.text.tokenizer import Tokenizer
 
 router = APIRouter()
 logger = logging.getLogger(__name__)
@@ -25,34 +36,37 @@ logger = logging.getLogger(__name__)
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
-    services.admission.check(len(body.prompt))
-    route = _route(body, request, services)
-    dialect = TextDialect(body.model or services.model_name)
+    terms = _terms(body, len(body.prompt), request, services)
+    if body.best_of not in (None, body.n):
+        raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
+    dialect = TextDialect(body.model or services.model_name, services.tokenizer)
 
     async def generation() -> Generation:
-        prompts = [
-            await services.tokenizer.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-        return make_generation(dialect.id, prompts, body, body.max_tokens, DEFAULT_COMPLETION_TOKENS, route, services, "prompt")
+        prompts = [await _prompt(body, place, services) for place in range(len(body.prompt))]
+        grammar = await make_grammar(body, services)
+        default = DEFAULT_COMPLETION_TOKENS
+        return make_generation(dialect.id, prompts, body, body.max_tokens, default, terms, grammar, services)
 
     return await _answer(await until_disconnect(request, generation()), dialect, body, request, services)
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
-    services.admission.check(1)
-    route = _route(body, request, services)
-    dialect = ChatDialect(body.model or services.model_name)
+    terms = _terms(body, 1, request, services)
+    dialect = ChatDialect(body.model or services.model_name, services.tokenizer)
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
 
     async def generation() -> Generation:
+        _check_text("".join(message["content"] for message in messages), "messages", services)
         try:
-            prompt = await services.tokenizer.encode_chat(messages)
+            prompt = Prompt(await services.tokenizer.encode_chat(messages), "messages")
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from error
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return make_generation(dialect.id, [prompt], body, max_tokens, None, route, services, "messages")
+        grammar = await make_grammar(body, services)
+        return make_generation(dialect.id, [prompt], body, max_tokens, None, terms, grammar, services)
 
     return await _answer(await until_disconnect(request, generation()), dialect, body, request, services)
 
@@ -64,15 +78,13 @@ class Dialect(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._model, self._created = model, int(time.time())
+        self._model, self._tokenizer, self._created = model, tokenizer, int(time.time())
 
-    def answer(self, texts: Sequence[str], generation: Generation) -> dict[str, Any]:
-        choices = [
-            self.choice(choice.index, text, choice.finish_reason)
-            for choice, text in zip(generation.choices, texts, strict=True)
-        ]
+    def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
+        """`wholes`: each choice's deltas joined."""
+        choices = [self.choice(whole) for whole in wholes]
         return self._envelope(self.object, choices) | {"usage": generation.usage, "routing": generation.routing}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,40 +94,73 @@ class Dialect(ABC):
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
     @abstractmethod
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]: ...
+    def choice(self, whole: Delta) -> dict[str, Any]: ...
 
     @abstractmethod
-    def chunk_choice(self, delta: Delta, first: bool) -> dict[str, Any]: ...
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]: ...
 
 
 class TextDialect(Dialect):
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, whole: Delta) -> dict[str, Any]:
+        logprobs = text_logprobs(whole.tokens, self._tokenizer) if whole.tokens else None
+        return {"index": whole.index, "text": whole.text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
 
-    def chunk_choice(self, delta: Delta, first: bool) -> dict[str, Any]:
-        return self.choice(delta.index, delta.text, delta.finish_reason)
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        return self.choice(delta)
 
 
 class ChatDialect(Dialect):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, whole: Delta) -> dict[str, Any]:
+        return self._choice(whole, "message", {"role": "assistant", "content": whole.text})
 
-    def chunk_choice(self, delta: Delta, first: bool) -> dict[str, Any]:
-        role = {"role": "assistant"} if first else {}
-        content = {**role, "content": delta.text}
-        return {"index": delta.index, "delta": content, "logprobs": None, "finish_reason": delta.finish_reason}
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        role = {"role": "assistant"} if delta.first else {}
+        return self._choice(delta, "delta", {**role, "content": delta.text})
+
+    def _choice(self, delta: Delta, name: str, message: dict[str, str]) -> dict[str, Any]:
+        logprobs = chat_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
+        return {"index": delta.index, name: message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
 
-def _route(body: GenerationFields, request: Request, services: Services) -> Route:
+def _terms(body: GenerationFields, prompts: int, request: Request, services: Services) -> Terms:
+    """What is known before any work is done. Raises what admission, routing and wrong fields raise."""
+    services.admission.check(prompts * body.n, param="n" if body.n > 1 else "prompt")
+    unknown = unknown_field(body) if services.strict_fields else None
+    if unknown is not None:
+        raise UnsupportedParameter(f"{unknown}: unknown field", param=unknown)
+    deadline = request_deadline(request, services.request_timeout)
     ask = routing_choice(body.routing, request, body.model, services.model_name, services.store)
     route = services.store.resolve(ask)
     request.state.routing_policy = route.policy.name
-    return route
+    return Terms(route, deadline)
+
+
+async def _prompt(body: CompletionRequest, place: int, services: Services) -> Prompt:
+    """Encode one of the prompts, and lay out its echo when that is asked for."""
+    param = f"prompt[{place}]" if len(body.prompt) > 1 else "prompt"
+    prompt, tokenizer = body.prompt[place], services.tokenizer
+    if isinstance(prompt, str):
+        _check_text(prompt, param, services)
+        ids = await tokenizer.encode(prompt, body.add_special_tokens)
+    else:
+        ids = prompt
+    if not body.echo:
+        return Prompt(ids, param)
+    limits = services.engine.limits
+    check_length(ids, body.max_tokens, limits.max_model_len, param)  # before time is spent on each token
+    check_ids(ids, limits.vocab_size, param)
+    return Prompt(ids, param, await tokenizer.run(lambda: make_echo(ids, tokenizer.decode, whole=body.max_tokens == 0)))
+
+
+def _check_text(text: str, param: str, services: Services) -> None:
+    """Refuse what is hopelessly too long before any time is spent on encoding it."""
+    max_model_len = services.engine.limits.max_model_len
+    if services.tokenizer.cannot_fit(text, max_model_len):
+        raise too_long(f"has {len(text)} characters, which is too long", max_model_len, param)
 
 
 async def _answer(
@@ -123,20 +168,30 @@ async def _answer(
 ) -> Response:
     deltas = generation.deltas()
     if not body.stream:
-        texts = await until_disconnect(request, _collect(deltas, len(generation.choices)))
-        return JSONResponse(dialect.answer(texts, generation))
+        wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
+        return JSONResponse(dialect.answer(wholes, generation))
     # The first token is awaited before the response begins, so that what fails until then has its own HTTP status.
     first = await until_disconnect(request, anext(deltas))
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(first, deltas, generation, dialect, include_usage, services), deltas)
+    options = body.stream_options or StreamOptions.model_validate({})
+    return EventStream(_events(first, deltas, generation, dialect, options, services), deltas)
 
 
-async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[str]:
-    texts: list[list[str]] = [[] for _ in range(choices)]
+async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[Delta]:
+    """Each choice's deltas joined into one."""
+    parts: list[list[Delta]] = [[] for _ in range(choices)]
     async with aclosing(deltas):
         async for delta in deltas:
-            texts[delta.index].append(delta.text)
-    return ["".join(pieces) for pieces in texts]
+            parts[delta.index].append(delta)
+    return [
+        Delta(
+            index=index,
+            text="".join(part.text for part in choice),
+            finish_reason=choice[-1].finish_reason,
+            first=True,
+            tokens=tuple(token for part in choice for token in part.tokens),
+        )
+        for index, choice in enumerate(parts)
+    ]
 
 
 async def _events(
@@ -144,22 +199,23 @@ async def _events(
     deltas: AsyncGenerator[Delta, None],
     generation: Generation,
     dialect: Dialect,
-    include_usage: bool,
+    options: StreamOptions,
     services: Services,
 ) -> AsyncGenerator[bytes, None]:
     """One event per token; the last has the routing object; then usage if asked for; an error takes the place of the rest."""
-    begun: set[int] = set()
     running = len(generation.choices)
-    usage = {"usage": None} if include_usage else {}
     try:
         delta: Delta | None = first
         while delta is not None:
-            chunk = dialect.chunk([dialect.chunk_choice(delta, delta.index not in begun)])
-            begun.add(delta.index)
+            chunk = dialect.chunk([dialect.chunk_choice(delta)])
+            if options.include_usage:
+                chunk["usage"] = generation.usage if options.continuous_usage_stats else None
             running -= delta.finish_reason is not None
-            yield sse(chunk | usage | ({} if running else {"routing": generation.routing}))
+            if not running:
+                chunk["routing"] = generation.routing
+            yield sse(chunk)
             delta = await anext(deltas, None)
-        if include_usage:
+        if options.include_usage:
             yield sse(dialect.chunk([]) | {"usage": generation.usage, "routing": generation.routing})
     except Exception as error:
         failure = to_service_error(error)

@@ -5,89 +5,161 @@ prepare -> Generation -> deltas() -> completions.py renders them, streamed or wh
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from server.api.logprobs import ScoredToken
+from server.api.sampling import check_ids, check_length, choice_seed, make_sampling
 from server.api.schemas import GenerationFields
 from server.api.services import Services
-from server.engine.request import FinishReason, GenerationRequest, SamplingParams
-from server.errors import BadRequest, ContextLengthExceeded
+from server.engine.messages import TokenEvent
+from server.engine.request import FinishReason, GenerationRequest
+from server.errors import DeadlineExceeded
 from server.policies.store import Route
 from server.text.detokenizer import Detokenizer, StopStrings
+from server.text.grammar import Grammar
 
 logger = logging.getLogger(__name__)
 
-# Division by anything smaller overflows fp32 logits, and the outcome is the greedy one anyway.
-SMALLEST_TEMPERATURE = 1e-4
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never)."""
+
+    route: Route
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as the beginning of the answer: its text, and where in it each token begins."""
+
+    text: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`param` names it in errors."""
+
+    ids: Sequence[int]
+    param: str
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one generated token added to the choice `index`; the last one has a finish reason."""
+    """What one generated token added to the choice `index`; the last one has a finish reason. `tokens` are there when
+    log-probabilities were asked for, those of an echoed prompt in the first delta."""
 
     index: int
     text: str
     finish_reason: str | None
+    first: bool
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 class Choice:
-    """One sequence and its text so far."""
+    """One sequence and its text so far; `completion_tokens` are those handed out.
 
-    def __init__(self, index: int, request: GenerationRequest, stops: Sequence[str], services: Services) -> None:
+    `answer` False: the prompt alone was asked for (max_tokens 0); the engine draws a token all the same, which is not shown.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        stops: Sequence[str],
+        services: Services,
+        echo: Echo | None = None,
+        answer: bool = True,
+    ) -> None:
         self.index, self.request = index, request
         self.completion_tokens = 0
         self.experts_per_token: tuple[float | None, ...] = ()
         self.finish_reason: str | None = None
-        self._engine = services.engine
+        self.answer = answer
+        self._engine, self._echo = services.engine, echo
         self._detokenizer = Detokenizer(services.tokenizer.decode, request.prompt_ids)
         self._stops = StopStrings(stops)
+        self._offset = 0 if echo is None else len(echo.text)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
+        first = True
         async with aclosing(self._engine.generate(self.request)) as events:
             async for event in events:
-                assert event.token_id is not None
-                self.completion_tokens += 1
                 self.experts_per_token = event.experts_per_token
-                piece = self._detokenizer.push(event.token_id)
-                if event.finished is not None:
-                    piece += self._detokenizer.flush()
-                text, stopped = self._stops.push(piece)
-                if stopped:
-                    self._engine.finish(self.request.request_id)
-                    self.finish_reason = FinishReason.STOP.value
-                elif event.finished is not None:
-                    text += self._stops.flush()
-                    self.finish_reason = event.finished.finish_reason.value
-                yield Delta(self.index, text, self.finish_reason)
-                if stopped:
+                delta = self._prompt_delta(event) if first else Delta(self.index, "", None, first=False)
+                if self.answer:
+                    delta = self._extended(delta, event)
+                else:
+                    self.finish_reason = FinishReason.LENGTH.value
+                    delta = replace(delta, finish_reason=self.finish_reason)
+                first = False
+                yield delta
+                if delta.finish_reason is not None:
                     return
+
+    def _prompt_delta(self, event: TokenEvent) -> Delta:
+        """The first delta without the generated token: the echoed prompt, if any."""
+        if self._echo is None:
+            return Delta(self.index, "", None, first=True)
+        places = zip(self.request.prompt_ids, self._echo.offsets, event.prompt_logprobs or (), strict=False)
+        tokens = tuple(ScoredToken(token_id, offset, logprobs) for token_id, offset, logprobs in places)
+        return Delta(self.index, self._echo.text, None, first=True, tokens=tokens)
+
+    def _extended(self, delta: Delta, event: TokenEvent) -> Delta:
+        """The delta with the event's token."""
+        assert event.token_id is not None
+        tokens = delta.tokens
+        if event.logprobs is not None:
+            # The place of the token itself, however much of its text a stop string holds back or cuts off.
+            tokens = (*tokens, ScoredToken(event.token_id, self._offset, event.logprobs))
+        piece = self._detokenizer.push(event.token_id)
+        if event.finished is not None:
+            piece += self._detokenizer.flush()
+        self._offset += len(piece)
+        text, stopped = self._stops.push(piece)
+        if stopped:
+            self._engine.finish(self.request.request_id)
+            self.finish_reason = FinishReason.STOP.value
+        elif event.finished is not None:
+            text += self._stops.flush()
+            self.finish_reason = event.finished.finish_reason.value
+        return replace(delta, text=delta.text + text, finish_reason=self.finish_reason, tokens=tokens)
 
 
 class Generation:
-    """The choices of one HTTP request under one route. `deltas` may be run once."""
+    """The choices of one HTTP request, `n` for each prompt. `deltas` may be run once."""
 
-    def __init__(self, completion_id: str, route: Route, choices: Sequence[Choice], services: Services) -> None:
-        self.completion_id, self.route, self.choices = completion_id, route, choices
-        self._services = services
+    def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, services: Services) -> None:
+        self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
+        self._deadline, self._services = terms.deadline, services
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The choices' deltas as they come. Holds the permit; closing the generator early aborts what still runs.
 
-        Raises what admission and the engine raise.
+        Raises what admission and the engine raise, and DeadlineExceeded.
         """
         metrics, policy = self._services.metrics, self.route.policy.name
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        with self._services.admission.permit(len(self.choices)):
+        prompt_tokens = sum(len(choice.request.prompt_ids) for choice in self.choices)
+        with self._services.admission.permit(len(self.choices), prompt_tokens, self._deadline) as permit:
             metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
             tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
+            alarm = self._set_alarm(queue)
             try:
                 running = len(tasks)
                 while running:
                     item = await queue.get()
                     if isinstance(item, Exception):
                         raise item
+                    choice = self.choices[item.index]
+                    choice.completion_tokens += choice.answer
+                    if item.first:
+                        permit.started(len(choice.request.prompt_ids))
                     if item.finish_reason is not None:
                         running -= 1
                         metrics.request_success.labels(item.finish_reason, policy).inc()
@@ -98,13 +170,22 @@ class Generation:
                 metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
                 raise
             finally:
+                if alarm is not None:
+                    alarm.cancel()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)  # their errors came through the queue
 
+    def _set_alarm(self, queue: "asyncio.Queue[Delta | Exception]") -> asyncio.TimerHandle | None:
+        if self._deadline is None:
+            return None
+        late = DeadlineExceeded("the answer was not finished before the request's deadline")
+        return asyncio.get_running_loop().call_at(self._deadline, queue.put_nowait, late)
+
     @property
     def usage(self) -> dict[str, int]:
-        prompt = sum(len(choice.request.prompt_ids) for choice in self.choices)
+        """Tokens so far. A prompt counts once, however many choices it has."""
+        prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[:: self.n])
         completion = sum(choice.completion_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -132,39 +213,50 @@ class Generation:
 
 def make_generation(
     completion_id: str,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     fields: GenerationFields,
     max_tokens: int | None,
     default_max_tokens: int | None,
-    route: Route,
+    terms: Terms,
+    grammar: Grammar | None,
     services: Services,
-    param: str,
 ) -> Generation:
     """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
-    the rest of the context. `param` names the prompt in errors. Raises BadRequest, ContextLengthExceeded."""
+    the rest of the context. Raises BadRequest, ContextLengthExceeded."""
     limits = services.engine.limits
-    choices = []
-    for index, prompt in enumerate(prompts):
-        name = f"{param}[{index}]" if len(prompts) > 1 else param
-        room = limits.max_model_len - len(prompt)
-        if not prompt:
-            raise BadRequest(f"{name}: must not be empty", param=name)
-        if room < 1:
-            raise ContextLengthExceeded(
-                f"{name}: has {len(prompt)} tokens; the context is {limits.max_model_len} tokens, one of them for the answer",
-                param=name,
+    choices: list[Choice] = []
+    for prompt in prompts:
+        room = check_length(prompt.ids, max_tokens, limits.max_model_len, prompt.param)
+        check_ids(prompt.ids, limits.vocab_size, prompt.param)
+        tokens = min(default_max_tokens or room, room) if max_tokens is None else max(max_tokens, 1)
+        prompt_logprobs = None if prompt.echo is None else fields.num_logprobs
+        sampling = make_sampling(fields, tokens, prompt_logprobs, limits.vocab_size)
+        for choice in range(fields.n):
+            index = len(choices)
+            request = GenerationRequest(
+                request_id=f"{completion_id}-{index}",
+                prompt_ids=tuple(prompt.ids),
+                sampling=replace(
+                    sampling,
+                    seed=choice_seed(sampling.seed, choice),
+                    constraint=None if grammar is None else grammar.start(),
+                ),
+                policy=terms.route.policy,
+                priority=fields.priority,
+                cache_salt=fields.cache_salt,
             )
-        if max_tokens is not None and max_tokens > room:
-            raise ContextLengthExceeded(
-                f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {limits.max_model_len} tokens",
-                param="max_tokens",
-            )
-        _check_ids(prompt, limits.vocab_size, name)
-        tokens = max_tokens or min(default_max_tokens or room, room)
-        sampling = _sampling(fields, tokens, limits.vocab_size)
-        request = GenerationRequest(f"{completion_id}-{index}", tuple(prompt), sampling, route.policy)
-        choices.append(Choice(index, request, fields.stop, services))
-    return Generation(completion_id, route, choices, services)
+            choices.append(Choice(index, request, fields.stop, services, prompt.echo, answer=max_tokens != 0))
+    return Generation(completion_id, terms, choices, fields.n, services)
+
+
+def make_echo(prompt_ids: Sequence[int], decode: Callable[[Sequence[int]], str], whole: bool) -> Echo:
+    """`whole` False: an answer follows, which a last character that the prompt only begins belongs to."""
+    detokenizer = Detokenizer(decode)
+    text, offsets = "", []
+    for token_id in prompt_ids:
+        offsets.append(len(text))
+        text += detokenizer.push(token_id)
+    return Echo(text + detokenizer.flush() if whole else text, tuple(offsets))
 
 
 async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> None:
@@ -174,24 +266,6 @@ async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> 
                 queue.put_nowait(delta)
     except Exception as error:  # raised again by whoever reads the queue
         queue.put_nowait(error)
-
-
-def _sampling(fields: GenerationFields, max_tokens: int, vocab_size: int) -> SamplingParams:
-    _check_ids(fields.stop_token_ids, vocab_size, "stop_token_ids")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=fields.temperature if fields.temperature >= SMALLEST_TEMPERATURE else 0.0,
-        top_p=fields.top_p,
-        top_k=max(fields.top_k, 0),
-        seed=None if fields.seed is None else fields.seed % 2**63,
-        ignore_eos=fields.ignore_eos,
-        stop_token_ids=frozenset(fields.stop_token_ids),
-    )
-
-
-def _check_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    if token_ids and max(token_ids) >= vocab_size:
-        raise BadRequest(f"{param}: token id {max(token_ids)} is not below the vocabulary's size {vocab_size}", param=param)
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float:

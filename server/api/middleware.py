@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import logging
 import re
 import time
@@ -20,6 +21,7 @@ from server.errors import (
     BadRequest,
     BodyTooLarge,
     Forbidden,
+    HeadersTooLarge,
     ServiceError,
     Unauthorized,
     UnsupportedMediaType,
@@ -32,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
-QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/v1/routing"})  # asked again and again
+STATIC_PREFIX = "/static/"
 ADMIN_PREFIX = "/admin/"
+# What one request's line and headers may take together; `api.http_protocol` holds the connection to it, too.
+MAX_HEAD_BYTES = 64 * 2**10
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -66,6 +71,7 @@ class RequestContext:
             await send(message)
 
         try:
+            _check_head(scope)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             failure = to_service_error(error)
@@ -108,7 +114,7 @@ class Keys:
         await self._app(scope, receive, send)
 
     def _check(self, path: str, headers: Headers) -> None:
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or path.startswith(STATIC_PREFIX):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         presented = _digest(key.strip() if scheme.lower() == "bearer" else "")
@@ -135,7 +141,8 @@ class Keys:
 class JsonBodies:
     """Reads request bodies whole, bounded, before anything else does, and takes nothing but JSON.
 
-    The check is stricter than Python's own parser: UTF-8 without lone surrogates, nested less deep than its recursion.
+    The check is stricter than Python's own parser: UTF-8 without lone surrogates, nested less deep than its recursion, no name
+    twice in one object (of which another reader might take the other).
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -165,6 +172,7 @@ class JsonBodies:
         if body:
             try:
                 from_json(body)
+                json.loads(body, object_pairs_hook=_unique)
             except ValueError as error:
                 raise BadRequest(f"the body is not valid JSON: {error}") from error
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
@@ -180,6 +188,21 @@ class JsonBodies:
 
     def _refuse(self) -> None:
         raise BodyTooLarge(f"the body is larger than {self._max_bytes} bytes")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members: dict[str, object] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"the name {name!r} is there twice in one object")
+        members[name] = value
+    return members
+
+
+def _check_head(scope: Scope) -> None:
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+        raise HeadersTooLarge(f"the request's line and headers are larger than {MAX_HEAD_BYTES} bytes")
 
 
 def _digest(key: str) -> bytes:

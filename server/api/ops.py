@@ -17,19 +17,30 @@ from server.api.services import Services, ServicesDep
 from server.api.streaming import until_disconnect
 from server.engine.async_engine import EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
-from server.errors import BadRequest, Dead, UnknownModel, error_response
+from server.errors import BadRequest, Dead, NotFound, UnknownModel, error_response
 
 router = APIRouter()
 
-PAGE = Path(__file__).parent.parent / "web" / "index.html"
+WEB = Path(__file__).parent.parent / "web"
+ASSETS = {path.name: path for path in WEB.iterdir() if path.suffix in (".css", ".js")}
+# The page asks nobody but this server for anything, and runs no script that is written into it.
+PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 # The engine loop turns at least once a second while idle; one step of a large model on a CPU may take many.
 STALLED_SECONDS = 120.0
-SCRAPE_SECONDS = 5.0
+# Well below Prometheus's scrape timeout: a server whose engine hangs must be able to say so.
+SCRAPE_SECONDS = 1.0
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    return FileResponse(PAGE, media_type="text/html")
+    return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+
+
+@router.get("/static/{name}", include_in_schema=False)
+async def asset(name: str) -> Response:
+    if name not in ASSETS:
+        raise NotFound("there is no such file")
+    return FileResponse(ASSETS[name], headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
 
 
 @router.get("/health")
@@ -49,7 +60,7 @@ async def ready(services: ServicesDep) -> Response:
     return JSONResponse({"status": "ready"}) if error is None else error_response(error)
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(services: ServicesDep) -> Response:
     """Expert counters are read from the engine for each scrape, so they are exact."""
     return Response(services.metrics.render(await _experts(services)), media_type=CONTENT_TYPE_LATEST)

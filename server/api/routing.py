@@ -136,7 +136,8 @@ def show_policies(services: Services) -> None:
     store = services.store
     route = store.resolve()
     versions = {name: policy.version for name, policy in store.policies().items()}
-    services.metrics.show_policies(versions, route.policy.name, route.accuracy)
+    floor = None if store.objective is None else store.objective.min_accuracy
+    services.metrics.show_policies(versions, route.policy.name, route.accuracy, floor)
 
 
 def _default(services: Services) -> dict[str, Any]:

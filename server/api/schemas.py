@@ -1,9 +1,10 @@
 """The wire: what request bodies look like. Translation into engine terms is `api.generation`'s.
 
 Null means "not given". A field of OpenAI's or vLLM's that is not honoured is declared with the one value that asks for
-nothing, so that it is refused rather than ignored; fields nobody knows are ignored.
+nothing, so that it is refused rather than ignored; fields nobody knows are ignored, or refused under --strict-fields.
 """
 
+import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from server.errors import UnsupportedParameter
 
@@ -27,6 +28,12 @@ MAX_MESSAGES = 4096
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 128
+MAX_CHOICES = 16  # `n`
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_SALT_CHARACTERS = 256
+MAX_CONSTRAINT_CHARACTERS = 2**16
+MAX_CONSTRAINT_CHOICES = 1024
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -70,6 +77,22 @@ def _as_policy(value: object) -> object:
     return {"policy": value} if isinstance(value, str) else value
 
 
+def _as_json_object(value: object) -> object:
+    """A JSON schema may come as JSON text."""
+    if isinstance(value, str) and len(value) <= MAX_CONSTRAINT_CHARACTERS:
+        try:
+            return from_json(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(schema)) > MAX_CONSTRAINT_CHARACTERS:
+        raise ValueError("too long")
+    return schema
+
+
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
@@ -80,7 +103,20 @@ Text = Annotated[str, Field(min_length=1)]
 Prompt = Annotated[Text | TokenIds, _or_else("must be a non-empty string or a non-empty list of token ids")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Zero = Annotated[Any, _only(0, 0.0)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+JsonSchema = Annotated[
+    dict[str, Any],
+    BeforeValidator(_as_json_object),
+    AfterValidator(_of_bounded_size),
+    _or_else(f"must be a JSON schema of at most {MAX_CONSTRAINT_CHARACTERS} characters"),
+]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_CONSTRAINT_CHARACTERS)]
+Alternatives = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(min_length=1, max_length=MAX_CONSTRAINT_CHOICES),
+]
 One = Annotated[Any, _only(1, 1.0)]
 Off = Annotated[Any, _only(False)]
 On = Annotated[Any, _only(True)]
@@ -88,12 +124,24 @@ Absent = Annotated[Any, _only()]
 
 
 class WireModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+def unknown_field(model: WireModel) -> str | None:
+    """The JSON path of a field that nobody knows, wherever it is; None when there is none."""
+    for name in model.model_extra or {}:
+        return name
+    for name, value in model:
+        for place, item in enumerate(value) if isinstance(value, list) else ((None, value),):
+            inner = unknown_field(item) if isinstance(item, WireModel) else None
+            if inner is not None:
+                return f"{name}.{inner}" if place is None else f"{name}[{place}].{inner}"
+    return None
 
 
 class RoutingField(WireModel):
@@ -112,7 +160,39 @@ class RoutingField(WireModel):
 
 class StreamOptions(WireModel):
     include_usage: bool = False
-    continuous_usage_stats: Off = False
+    continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk.")
+
+
+class JsonSchemaFormat(WireModel):
+    name: str | None = None
+    description: str | None = None
+    schema_: JsonSchema = Field({}, alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(WireModel):
+    """`text` asks for nothing; `json_object` for any JSON object; `json_schema` for JSON that fits the schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema belongs to the type json_schema, and to no other")
+        return self
+
+
+class StructuredOutputs(WireModel):
+    """One constraint on the text, in vLLM's words."""
+
+    json_: JsonSchema | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: Regex | None = None
+    choice: Alternatives | None = None
+
+    grammar: Absent = None
+    structural_tag: Absent = None
 
 
 class GenerationFields(WireModel):
@@ -120,10 +200,17 @@ class GenerationFields(WireModel):
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
     routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
+    min_tokens: int = Field(0, ge=0, description="No end of text and no stop token before so many tokens.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: no limit.")
+    min_p: Share = Field(0.0, description="Drop tokens less likely than this share of the most likely one's probability.")
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_BIASES)] = {}
     seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
     stop: Annotated[
         list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list, json_schema_input_type=str | list[str])
@@ -133,23 +220,18 @@ class GenerationFields(WireModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: int = Field(0, ge=-(2**63), lt=2**63, description="Lower runs earlier.")
+    cache_salt: str = Field(
+        "", min_length=1, max_length=MAX_SALT_CHARACTERS, description="Cached prompts are shared under the same salt only."
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: Regex | None = None
+    guided_choice: Alternatives | None = None
 
-    n: One = 1
-    presence_penalty: Zero = 0
-    frequency_penalty: Zero = 0
-    repetition_penalty: One = 1
-    logit_bias: Annotated[Any, _only({})] = {}
-    min_p: Zero = 0
-    min_tokens: Zero = 0
-    response_format: Annotated[Any, _only({"type": "text"})] = {"type": "text"}
-    priority: Zero = 0
-    cache_salt: Absent = None
-    prompt_logprobs: Absent = None
-    structured_outputs: Absent = None
-    guided_json: Absent = None
-    guided_regex: Absent = None
-    guided_choice: Absent = None
     guided_grammar: Absent = None
+    prompt_logprobs: Absent = None
     allowed_token_ids: Absent = None
     bad_words: Annotated[Any, _only([])] = []
     logits_processors: Absent = None
@@ -168,6 +250,11 @@ class GenerationFields(WireModel):
             raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
         return self
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many rivals to report beside each token; None for no log-probabilities at all."""
+        return None
+
 
 class CompletionRequest(GenerationFields):
     prompt: Annotated[
@@ -176,12 +263,16 @@ class CompletionRequest(GenerationFields):
         BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     add_special_tokens: bool = True
+    echo: bool = Field(False, description="The prompt comes back before the answer, with its log-probabilities if asked for.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, description="Must equal n.")
 
-    best_of: One = 1
-    echo: Off = False
-    logprobs: Absent = None
     suffix: Annotated[Any, _only("")] = ""
     prompt_embeds: Absent = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(WireModel):
@@ -206,10 +297,11 @@ class Message(WireModel):
 
 class ChatCompletionRequest(GenerationFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="Needs logprobs to be true.")
 
-    logprobs: Off = False
-    top_logprobs: Zero = 0
     tools: Annotated[Any, _only([])] = []
     tool_choice: Annotated[Any, _only("none", "auto")] = "none"
     parallel_tool_calls: bool = True
@@ -231,6 +323,16 @@ class ChatCompletionRequest(GenerationFields):
     documents: Absent = None
     echo: Off = False
 
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
 
 class TokenizeRequest(WireModel):
     """Text, or messages as the chat endpoint would render them."""
@@ -250,6 +352,19 @@ class TokenizeRequest(WireModel):
 class DetokenizeRequest(WireModel):
     model: str | None = None
     tokens: list[TokenId]
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None = Field(description="JSON path of the field, or name of the header, that is wrong.")
+    code: str = Field(description="A stable word.")
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like, also as an event of a stream."""
+
+    error: ErrorObject
 
 
 def parse_share(text: str) -> float | None:

@@ -12,12 +12,14 @@ from server.api.admission import Admission
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.policies.store import PolicyStore
+from server.text.grammar import GrammarCompiler
 from server.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """`created`: Unix seconds of the server's start. `frontier_batch`: the batch size whose frontier the knob walks.
+    `request_timeout`: seconds that a request may take at most (None: any). `strict_fields`: unknown fields are errors.
 
     `admin_lock`: one admin action at a time, since each builds on the state that the last one left.
     """
@@ -26,10 +28,13 @@ class Services:
     admission: Admission
     store: PolicyStore
     tokenizer: Tokenizer
+    grammars: GrammarCompiler
     metrics: Metrics
     config: ModelConfig
     model_name: str
     frontier_batch: int = 1
+    request_timeout: float | None = None
+    strict_fields: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

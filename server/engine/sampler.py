@@ -97,7 +97,10 @@ class LogitAdjuster:
                 logits[row].masked_fill_(~allowed, -torch.inf)
             if len(sequence.output_ids) < params.min_tokens:
                 early = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self._eos_token_ids
-                logits[row, sorted(early)] = -torch.inf
+                longer = logits[row].clone()
+                longer[sorted(early)] = -torch.inf
+                # Where nothing else may follow (a grammar's text is complete), ending early is the lesser evil.
+                logits[row] = torch.where(longer.isfinite().any(), longer, logits[row])
         return logits
 
     def drawn(self, sequence: Sequence, token_id: int) -> None:

@@ -22,13 +22,13 @@ class Detokenizer:
         self._sent = 0  # characters of the window's text that are out
         self._start_window(list(prompt_ids[-PROMPT_CONTEXT_TOKENS:]))
         # A character that began in the prompt belongs to the output that completes it.
-        self._sent = len(decode(self._window).rstrip(REPLACEMENT)) if prompt_ids else 0
+        self._sent -= _incomplete(decode(self._window)) if prompt_ids else 0
 
     def push(self, token_id: int) -> str:
         """The text that this token settles; may be empty."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        held = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE)
+        held = _incomplete(text)
         settled = len(text) - held
         piece = text[self._sent : settled]
         self._sent = max(self._sent, settled)
@@ -50,6 +50,11 @@ class Detokenizer:
         """Go on after `context`, whose text is out already."""
         self._window, self._context = context, len(context)
         self._sent = len(self._decode(context)) if context else 0
+
+
+def _incomplete(text: str) -> int:
+    """Characters at the end of a decoded text that the next tokens may still turn into another one."""
+    return min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE)
 
 
 class StopStrings:

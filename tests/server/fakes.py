@@ -12,6 +12,7 @@ from server.engine.config import EngineLimits
 from server.engine.core import EngineCore
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
+from server.engine.request import Sequence, TokenLogprobs
 from server.engine.scheduler import Scheduler
 
 FAKE_VOCAB = 300
@@ -39,6 +40,9 @@ def fake_policy(name: str, top_k: int = 2, description: str = "") -> RoutingPoli
 
 class FakeRunner:
     """The next token is the last one plus one (modulo the vocabulary); each token runs `top_k` experts, numbers 0 .. top_k - 1.
+
+    Where log-probabilities are asked for, token t has -0.5 and its rivals t + 1, t + 2, ... have -1.5, -2.5, ...; at odd places
+    of a prompt t - 1 has -0.5 and t -1.5.
 
     `gate` holds every step back while it is cleared, `let(n)` lets n steps through and then holds; `fail_with` is raised by the
     next step.
@@ -71,8 +75,25 @@ class FakeRunner:
             for sequence, count in batch.scheduled
             if samples(sequence, count)
         ]
+        drawing = [sequence for sequence, count in batch.scheduled if samples(sequence, count)]
+        drawn = [
+            Drawn(token_id, self._logprobs(token_id, sequence.request.sampling.logprobs))
+            for sequence, token_id in zip(drawing, token_ids, strict=True)
+        ]
         counts = [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled]
-        return BatchOutput([Drawn(token_id) for token_id in token_ids], counts, [[] for _ in counts])
+        return BatchOutput(drawn, counts, [self._prompt_logprobs(*scheduled) for scheduled in batch.scheduled])
+
+    def _prompt_logprobs(self, sequence: Sequence, count: int) -> list[TokenLogprobs]:
+        num_top, begin = sequence.request.sampling.prompt_logprobs, sequence.num_computed + 1
+        ids = sequence.request.prompt_ids[begin : begin + count]
+        scored = [self._logprobs(token_id, num_top, place % 2) for place, token_id in enumerate(ids, begin)]
+        return [each for each in scored if each is not None]
+
+    def _logprobs(self, token_id: int, num_top: int | None, shift: int = 0) -> TokenLogprobs | None:
+        if num_top is None:
+            return None
+        ranked = [((token_id - shift + rank) % self.vocab_size, -0.5 - rank) for rank in range(num_top)]
+        return TokenLogprobs(token_id, -0.5 - shift, tuple(ranked))
 
     def _count(self, row: int, num_tokens: int) -> list[int]:
         top_k = self.table.tables.rows[row, :, 0].long()

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
+from server.api.http_protocol import BoundedHttpProtocol
 from server.api.services import Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
@@ -28,6 +29,7 @@ from server.engine.batch import Batch
 from server.engine.core import EngineCore
 from server.engine.messages import StepStats
 from server.engine.model_runner import BatchOutput
+from server.engine.request import GenerationRequest
 from server.metrics import Metrics
 from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
@@ -100,6 +102,17 @@ class Server:
         self.runner.execute = held  # type: ignore[method-assign]
         return release
 
+    def watch_requests(self) -> dict[str, GenerationRequest]:
+        """What reaches the engine from now on, by request id."""
+        execute, seen = self.runner.execute, dict[str, GenerationRequest]()
+
+        def watched(batch: Batch) -> BatchOutput:
+            seen.update({sequence.request.request_id: sequence.request for sequence, _ in batch.scheduled})
+            return execute(batch)
+
+        self.runner.execute = watched  # type: ignore[method-assign]
+        return seen
+
     def release(self) -> None:
         """Hold nothing back any more, so that the engine can stop."""
         for event in (self.runner.gate, *self.releases):
@@ -117,6 +130,9 @@ class Parts:
 
     access: Access = Access(admin_key="admin-key")
     max_queue: int = 8
+    max_queue_tokens: int | None = None
+    request_timeout: float | None = None
+    strict_fields: bool = False
     default: Target | None = None
     directory: Path | None = None
     build: Callable[[EngineCore], EngineCore] = lambda core: core
@@ -135,16 +151,25 @@ async def make_server(
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
         latencies.observe(stats)
+        admission.rates.observe(stats)
+
+    def on_reject(code: str) -> None:
+        metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(lambda: parts.build(built), on_step)
+    admission = Admission(engine, parts.max_queue, on_reject, parts.max_queue_tokens)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
     services = Services(
         engine=engine,
-        admission=Admission(engine, parts.max_queue, lambda code: metrics.admission_rejections.labels(code).inc()),
+        admission=admission,
         store=make_store(parts.default, parts.directory),
-        tokenizer=Tokenizer(tmp_path / "tokenizer"),
+        tokenizer=tokenizer,
+        grammars=tokenizer.grammar_compiler(CONFIG.vocab_size),
         metrics=metrics,
         config=CONFIG,
         model_name=MODEL,
+        request_timeout=parts.request_timeout,
+        strict_fields=parts.strict_fields,
     )
     died: list[BaseException] = []
     app = create_app(services, latencies, parts.access, on_dead=died.append)
@@ -174,7 +199,9 @@ async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) 
     """A server on a socket."""
     async with make_server(tmp_path, parts or Parts(), **core) as (app, services, runner, died):
         uvicorn_server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                app, port=0, http=BoundedHttpProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=5
+            )
         )
         task = asyncio.create_task(uvicorn_server.serve())
         while not uvicorn_server.started or services.engine.state is EngineState.LOADING:

@@ -38,10 +38,59 @@ def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not read_settings(["model", "--host", "0.0.0.0"]).is_loopback
 
 
+def test_a_config_file_gives_way_to_environment_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(
+        'model = "from-file"\nport = 9100\nmax-queue = 7\nmax_num_seqs = 3\napi-key = ["a", "b"]\nstrict-fields = true\n'
+    )
+    settings = read_settings(["--config", str(file)])
+    assert (settings.model, settings.port, settings.max_queue, settings.max_num_seqs) == ("from-file", 9100, 7, 3)
+    assert settings.strict_fields
+    assert [key.get_secret_value() for key in settings.api_key] == ["a", "b"]
+    monkeypatch.setenv("LADIMO_PORT", "9200")
+    monkeypatch.setenv("LADIMO_MAX_QUEUE", "8")
+    settings = read_settings(["model", "--config", str(file), "--port", "9300"])
+    assert (settings.model, settings.port, settings.max_queue, settings.max_num_seqs) == ("model", 9300, 8, 3)
+    monkeypatch.setenv("LADIMO_CONFIG", str(file))
+    assert read_settings([]).max_num_seqs == 3
+
+
+def test_keys_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, admin = tmp_path / "keys", tmp_path / "admin"
+    api.write_text("one   # the first\n\n# nobody\ntwo\n")
+    admin.write_text("boss\n")
+    settings = read_settings(["m", "--api-key", "zero", "--api-key-file", str(api), "--admin-key-file", str(admin)])
+    assert [key.get_secret_value() for key in settings.api_key] == ["zero", "one", "two"]
+    assert settings.admin_key is not None
+    assert settings.admin_key.get_secret_value() == "boss"
+    assert not any(key in repr(settings) for key in ("zero", "one'", "two", "boss"))
+    monkeypatch.setenv("LADIMO_API_KEY_FILE", str(api))
+    assert len(read_settings(["m"]).api_key) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("port = 'x'", "--port"), ("nonsense = 1", "nonsense"), ("port = ", "cannot be read"), ("config = 'x'", "config")],
+)
+def test_a_broken_config_file_is_one_line_and_exit_2(
+    tmp_path: Path, text: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.toml").write_text(text)
+    assert main(["m", "--config", str(tmp_path / "server.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ladimo-server: ")
+    assert complaint in line
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         ([], "MODEL"),
+        (["m", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["m", "--api-key-file", "nowhere"], "nowhere"),
+        (["m", "--admin-key-file", __file__, "--admin-key", "x"], "one admin key"),
+        (["m", "--request-timeout", "0"], "--request-timeout"),
+        (["m", "--max-queue-tokens", "0"], "--max-queue-tokens"),
         (["m", "--port", "x"], "--port"),
         (["m", "--port", "70000"], "--port"),
         (["m", "--accuracy", "2"], "--accuracy"),
@@ -67,7 +116,12 @@ def test_unknown_flags_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as helped:
         main(["--help"])
     assert helped.value.code == 0
-    assert "--frontier-batch" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: ladimo-server MODEL [flags]" in text
+    assert "--frontier-batch N" in text
+    assert "--api-key KEY" in text
+    assert "None)" not in text
+    assert max(map(len, text.splitlines())) <= 112
 
 
 def broken_policy(moe: Path) -> None:

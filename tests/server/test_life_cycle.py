@@ -92,15 +92,15 @@ async def leave(server: Server, phase: str, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("phase", ["before the first token", "streaming", "whole answer"])
-@pytest.mark.parametrize("prompt", ["a", ["a", "b", "c"]])
-async def test_a_client_that_leaves_frees_everything(tmp_path: Path, phase: str, prompt: object) -> None:
+@pytest.mark.parametrize("asked", [{"prompt": "a"}, {"prompt": ["a", "b", "c"]}, {"prompt": "a", "n": 3}])
+async def test_a_client_that_leaves_frees_everything(tmp_path: Path, phase: str, asked: dict[str, Any]) -> None:
     async with serving_http(tmp_path, max_num_seqs=2, max_step_tokens=4) as server:
-        await leave(server, phase, {"prompt": prompt, "max_tokens": 60, "ignore_eos": True})
+        await leave(server, phase, {**asked, "max_tokens": 60, "ignore_eos": True})
         await server.complete("a", max_tokens=1)
         samples = await server.metrics()
         assert samples["ladimo_requests_running"] == samples["ladimo_requests_waiting"] == 0
         assert samples["ladimo_kv_cache_usage_ratio"] == 0
-        choices = 1 if prompt == "a" else 3
+        choices = 1 if asked == {"prompt": "a"} else 3
         assert samples['ladimo_request_success_total{finish_reason="abort",policy="full"}'] == choices
         assert samples['ladimo_request_success_total{finish_reason="length",policy="full"}'] == 1
         assert samples['ladimo_generation_tokens_total{policy="full"}'] < 60 * choices

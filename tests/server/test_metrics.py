@@ -1,9 +1,15 @@
 """Metrics tell the truth: counters equal what happened, and every name of the contract that can be fed is there."""
 
 import asyncio
+import math
 import re
 from pathlib import Path
 
+import pytest
+from prometheus_client import CollectorRegistry
+
+from server.engine.messages import ExpertSnapshot, StepStats
+from server.metrics import Metrics
 from tests.server.serving import ADMIN, TOP_K, serving
 
 LAYERS = (0, 2)  # layer 1 is dense
@@ -69,6 +75,98 @@ async def test_swaps_show_in_the_routing_metrics(tmp_path: Path) -> None:
         assert 'policy="fast"' in name
 
 
+async def test_first_events_count_in_a_rate(tmp_path: Path) -> None:
+    """Series whose labels are known stand at 0 before anything has happened."""
+    async with serving(tmp_path) as server:
+        samples = await server.metrics()
+        for policy in TOP_K:
+            assert samples[f'ladimo_generation_tokens_total{{policy="{policy}"}}'] == 0
+            assert samples[f'ladimo_inter_token_latency_seconds_count{{policy="{policy}"}}'] == 0
+            for reason in ("stop", "length", "abort"):
+                assert samples[f'ladimo_request_success_total{{finish_reason="{reason}",policy="{policy}"}}'] == 0
+        for code in ("internal_error", "queue_full", "context_length_exceeded"):
+            assert samples[f'ladimo_request_failures_total{{code="{code}"}}'] == 0
+        assert samples['ladimo_policy_swaps_total{result="failed"}'] == 0
+        assert samples['ladimo_slo_controller_decisions_total{direction="down"}'] == 0
+
+
+async def test_a_stuck_engine_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine says of itself stands still when a step hangs; what is counted at the door does not."""
+    monkeypatch.setattr("server.api.ops.SCRAPE_SECONDS", 0.05)
+    async with serving(tmp_path) as server:
+        server.runner.gate.clear()
+        request = asyncio.create_task(server.complete("ab", max_tokens=4))
+        await server.until(lambda: server.services.admission.in_flight == 1)
+        stuck = await server.metrics()
+        assert stuck["ladimo_requests_in_flight"] == 1
+        assert stuck["ladimo_requests_waiting"] == 0
+        assert stuck["ladimo_engine_heartbeat_age_seconds"] >= 0.05
+        server.release()
+        await request
+        assert (await server.metrics())["ladimo_requests_in_flight"] == 0
+
+
+async def test_the_floor_of_automatic_control_shows(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        assert math.isnan((await server.metrics())["ladimo_routing_accuracy_floor"])
+        target = {"auto": {"itl_ms": 50, "min_accuracy": 0.25}}
+        assert (await server.client.put("/admin/routing/default", json=target, headers=ADMIN)).status_code == 200
+        assert (await server.metrics())["ladimo_routing_accuracy_floor"] == 0.25
+
+
+def test_aggregates_stay_without_series_per_expert() -> None:
+    counts = [[30, 10, 0, 0], [0] * 4]
+    snapshot = ExpertSnapshot(1, {"a": counts, "b": [[0, 10, 0, 0], [0] * 4]}, {"a": 20, "b": 10}, [[0, 3, 1, 0, 0], [0] * 5])
+    for per_expert in (True, False):
+        metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5, per_expert)
+        text = metrics.render(snapshot).decode()
+        assert ("ladimo_expert_tokens_total{" in text) is per_expert
+        value = metrics.registry.get_sample_value
+        assert value("ladimo_layer_experts_per_token", {"layer": "0", "policy": "a"}) == 2
+        assert value("ladimo_active_parameters_ratio", {"policy": "b"}) == 0.5
+        assert value("ladimo_expert_load_imbalance", {"layer": "0"}) == 30 / 12.5
+        assert value("ladimo_experts_never_used", {"layer": "0"}) == 2
+        entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4)) / math.log(4)
+        assert value("ladimo_expert_load_entropy_ratio", {"layer": "0"}) == pytest.approx(entropy)
+        assert value("ladimo_layer_distinct_experts_per_step_sum", {"layer": "0"}) == 5
+        assert value("ladimo_layer_distinct_experts_per_step_bucket", {"layer": "0", "le": "1.0"}) == 3
+
+
+def test_an_even_load_has_entropy_one_and_one_expert_zero() -> None:
+    for counts, ratio in (([5, 5, 5, 5], 1.0), ([20, 0, 0, 0], 0.0)):
+        metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5)
+        metrics.render(ExpertSnapshot(1, {"a": [counts]}, {"a": 20}, [[0] * 5]))
+        assert metrics.registry.get_sample_value("ladimo_expert_load_entropy_ratio", {"layer": "0"}) == pytest.approx(ratio)
+
+
+def test_prefix_cache_figures_come_from_the_steps() -> None:
+    metrics = Metrics(CollectorRegistry(), {}, lambda experts: 1.0)
+    for hits in (3, 4):
+        metrics.record(StepStats(0.1, 0, 0, 0, 0, 0.0, 0, prefix_cache_queries=10, prefix_cache_hits=hits))
+    assert metrics.registry.get_sample_value("ladimo_prefix_cache_queries_total") == 20
+    assert metrics.registry.get_sample_value("ladimo_prefix_cache_hits_total") == 7
+
+
+async def test_declarations_say_what_is_exported(tmp_path: Path) -> None:
+    """Types, labels and buckets of every sample, against a server that has done some of everything."""
+    async with serving(tmp_path) as server:
+        await asyncio.gather(*(server.complete("ab", max_tokens=9, routing=name) for name in TOP_K))
+        await server.metrics()
+        declared = {d.name.removesuffix("_total"): d for d in server.services.metrics.declarations}
+        seen = set()
+        for family in server.services.metrics.registry.collect():
+            if family.name.startswith("ladimo_"):
+                declaration = declared[family.name]
+                assert (family.type, family.documentation) == (declaration.type, declaration.help)
+                for sample in family.samples:
+                    seen.add(family.name)
+                    assert set(sample.labels) - {"le"} == set(declaration.labels)
+                bounds = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
+                assert not declaration.buckets or bounds == {*declaration.buckets, math.inf}
+        unfed = {"ladimo_cuda_graph_replays", "ladimo_admission_rejections", "ladimo_build_info", "ladimo_model_info"}
+        assert seen == set(declared) - unfed
+
+
 async def test_names_of_the_contract_are_declared(tmp_path: Path) -> None:
     names = {
         "requests_running",
@@ -86,9 +184,14 @@ async def test_names_of_the_contract_are_declared(tmp_path: Path) -> None:
         "request_generation_tokens",
         "admission_rejections",
         "kv_cache_usage_ratio",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
         "preemptions",
         "engine_step_seconds",
         "step_tokens",
+        "cuda_graph_replays",
+        "cuda_graph_misses",
+        "cuda_graph_captures",
         "expert_tokens",
         "layer_experts_per_token",
         "layer_distinct_experts_per_step",
@@ -107,5 +210,6 @@ async def test_names_of_the_contract_are_declared(tmp_path: Path) -> None:
         text = (await server.client.get("/metrics")).text
         declared = {name.removesuffix("_total") for name in re.findall(r"# TYPE ladimo_(\w+) ", text)}
         assert names <= declared
+        assert declared == {d.name.removeprefix("ladimo_").removesuffix("_total") for d in server.services.metrics.declarations}
         assert "process_cpu_seconds_total" in text
         assert "_created" not in text

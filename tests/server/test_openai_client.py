@@ -22,6 +22,17 @@ async def test_async_client_completes_and_streams(tmp_path: Path) -> None:
         assert whole.model_extra["routing"]["policy"] == "fast"
         stream = await client.completions.create(model=f"{MODEL}:fast", prompt="a", max_tokens=3, stream=True)
         assert [chunk.choices[0].text async for chunk in stream] == ["b", "c", "d"]
+        scored = await client.completions.create(model=MODEL, prompt="a", max_tokens=1, logprobs=2, echo=True, n=2)
+        assert [choice.text for choice in scored.choices] == ["ab", "ab"]
+        assert scored.choices[1].logprobs is not None
+        assert scored.choices[1].logprobs.text_offset == [0, 0, 1]
+        talk = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "hi"}], max_tokens=1, logprobs=True, top_logprobs=1, n=2
+        )
+        assert [choice.index for choice in talk.choices] == [0, 1]
+        assert talk.choices[0].logprobs is not None
+        assert talk.choices[0].logprobs.content is not None
+        assert talk.choices[0].logprobs.content[0].top_logprobs[0].logprob == -0.5
         chat = await client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "hi"}],
@@ -64,7 +75,7 @@ async def test_errors_become_the_client_s_classes(tmp_path: Path) -> None:
             assert unknown.value.code == "unknown_policy"
             with pytest.raises(openai.BadRequestError) as wrong:
                 await client.completions.create(model=MODEL, prompt="a", n=3)
-            assert (wrong.value.code, wrong.value.param) == ("unsupported_parameter", "n")
+            assert (wrong.value.code, wrong.value.param) == ("invalid_request", "n")
             server.runner.gate.clear()
             held = asyncio.create_task(client.completions.create(model=MODEL, prompt="a", max_tokens=3))
             await server.until(lambda: server.services.admission.in_flight == 1)

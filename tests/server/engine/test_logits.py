@@ -80,6 +80,22 @@ def test_bias_and_least_number_of_tokens(logits: torch.Tensor) -> None:
     assert adjusted(logits, sequence([1], [], min_tokens=1, ignore_eos=True))[0, 19] == logits[0, 19]
 
 
+def test_a_complete_text_may_end_before_the_least_number_of_tokens(logits: torch.Tensor) -> None:
+    class OnlyEnd:
+        def allowed_tokens(self) -> NDArray[np.bool_]:
+            allowed: NDArray[np.bool_] = np.arange(VOCAB) == 19
+            return allowed
+
+        def advance(self, token_id: int) -> None:
+            assert token_id == 19
+
+    out = adjusted(logits, sequence([1], [], min_tokens=5, constraint=OnlyEnd()))
+    assert int(out[0].argmax()) == 19
+    assert out[0].isfinite().sum() == 1
+    everything = adjusted(logits, sequence([1], [], min_tokens=5, stop_token_ids=frozenset(range(VOCAB))))
+    assert torch.equal(everything, logits)
+
+
 def test_min_p_drops_what_is_unlikely_beside_the_best() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -3.0]])
 

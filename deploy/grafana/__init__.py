@@ -1,0 +1,1 @@
+"""Grafana dashboards as code, and the files by which Grafana loads them."""

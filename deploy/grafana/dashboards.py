@@ -1,0 +1,351 @@
+"""`python -m deploy.grafana.dashboards` writes dashboards/*.json: Service, Experts, Policies.
+
+Grafana's foundation SDK writes the JSON: it is typed and made from Grafana's own schema with each release, where grafanalib
+follows by hand. A panel that may be empty on a healthy server says in its description when it is.
+"""
+
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.grafana.panels import (
+    POLICY,
+    WHERE,
+    gauge,
+    graph,
+    heat,
+    label_choice,
+    listing,
+    make_board,
+    mean,
+    number,
+    quantile,
+    quantiles,
+    rate,
+    timeline,
+    value_choice,
+    with_rows,
+    within,
+)
+
+DIRECTORY = Path(__file__).parent / "dashboards"
+TTFT, ITL = "ladimo_time_to_first_token_seconds", "ladimo_inter_token_latency_seconds"
+OBJECTIVES = {"ttft_objective": ("0.25", "0.5", "1.0", "2.5", "5.0"), "itl_objective": ("0.01", "0.025", "0.05", "0.1", "0.2")}
+SERVER_ERRORS = 'code=~"internal_error|unavailable|engine_dead|deadline_exceeded"'
+
+
+def service() -> dashboard.Dashboard:
+    errors = rate("ladimo_request_failures_total", where=SERVER_ERRORS)
+    board = make_board("Service", "ladimo-service", "Traffic, latency, objectives and saturation.")
+    board.with_variable(value_choice("ttft_objective", "First token within (s)", OBJECTIVES["ttft_objective"], "1.0"))
+    board.with_variable(value_choice("itl_objective", "Token gap within (s)", OBJECTIVES["itl_objective"], "0.1"))
+    no_cache = "Empty without lookups: a server without prefix cache, or no prompts."
+    return with_rows(
+        board,
+        {
+            "Now": [
+                number("Answers", rate("ladimo_request_success_total"), "reqps"),
+                number("Tokens generated", rate("ladimo_generation_tokens_total"), "tok/s"),
+                number("First token, p95", quantile(0.95, TTFT), "s"),
+                number("Between tokens, p95", quantile(0.95, ITL), "s"),
+                number("Server errors", f"{errors} / ({errors} + {rate('ladimo_request_success_total')})", "percentunit"),
+                number("In flight", f"sum ({gauge('ladimo_requests_in_flight')})"),
+                number("KV cache used", f"max ({gauge('ladimo_kv_cache_usage_ratio')})", "percentunit"),
+                number("Servers up", 'sum (up{job="ladimo"})', text="Answering scrapes."),
+            ],
+            "Traffic": [
+                graph(
+                    "Answers by finish reason",
+                    [(rate("ladimo_request_success_total", "finish_reason"), "{{finish_reason}}")],
+                    "reqps",
+                    stack=True,
+                ),
+                graph(
+                    "Tokens",
+                    [(rate("ladimo_generation_tokens_total"), "generated"), (rate("ladimo_prompt_tokens_total"), "prompt")],
+                    "tok/s",
+                ),
+                graph(
+                    "Failures by code",
+                    [(rate("ladimo_request_failures_total", "code") + " > 0", "{{code}}")],
+                    "reqps",
+                    "Empty while nothing fails.",
+                    stack=True,
+                ),
+                graph(
+                    "Refused at the door",
+                    [(rate("ladimo_admission_rejections_total", "reason"), "{{reason}}")],
+                    "reqps",
+                    "Empty until the first refusal.",
+                    stack=True,
+                ),
+                graph("Prompt tokens of a request", quantiles("ladimo_request_prompt_tokens")),
+                graph("Generated tokens of a request", quantiles("ladimo_request_generation_tokens")),
+            ],
+            "Latency": [
+                graph("First token", quantiles(TTFT), "s"),
+                graph("Between tokens", quantiles(ITL), "s"),
+                graph("Whole request", quantiles("ladimo_e2e_request_latency_seconds"), "s"),
+                graph("In the queue", quantiles("ladimo_request_queue_time_seconds"), "s"),
+                graph("Mean per token of a request", quantiles("ladimo_request_time_per_output_token_seconds"), "s"),
+                graph("First token by policy, p95", [(quantile(0.95, TTFT, "policy"), "{{policy}}")], "s"),
+                heat("First token", rate(f"{TTFT}_bucket", "le"), "s"),
+                heat("Between tokens", rate(f"{ITL}_bucket", "le"), "s"),
+            ],
+            "Objectives": [
+                graph(
+                    "First tokens in time",
+                    [(within(TTFT, "ttft_objective"), "all"), (within(TTFT, "ttft_objective", "policy"), "{{policy}}")],
+                    "percentunit",
+                    width=12,
+                ),
+                graph(
+                    "Token gaps in time",
+                    [(within(ITL, "itl_objective"), "all"), (within(ITL, "itl_objective", "policy"), "{{policy}}")],
+                    "percentunit",
+                    width=12,
+                ),
+            ],
+            "Saturation": [
+                graph(
+                    "Sequences",
+                    [
+                        (f"sum ({gauge('ladimo_requests_running')})", "running"),
+                        (f"sum ({gauge('ladimo_requests_waiting')})", "waiting"),
+                        (f"sum ({gauge('ladimo_requests_in_flight')})", "in flight"),
+                    ],
+                    text="Running and waiting are as of the last step; in flight is counted at the door.",
+                ),
+                graph("KV cache used", [(gauge("ladimo_kv_cache_usage_ratio"), "{{instance}}")], "percentunit"),
+                graph("Preemptions", [(rate("ladimo_preemptions_total", "instance"), "{{instance}}")], "cps"),
+                graph(
+                    "Prefix cache hits",
+                    [(f"{rate('ladimo_prefix_cache_hits_total')} / {rate('ladimo_prefix_cache_queries_total')}", "hits")],
+                    "percentunit",
+                    no_cache,
+                ),
+                graph("Engine step by phase, p95", [(quantile(0.95, "ladimo_engine_step_seconds", "phase"), "{{phase}}")], "s"),
+                graph("Tokens per step", [(mean("ladimo_step_tokens"), "mean"), (quantile(0.95, "ladimo_step_tokens"), "p95")]),
+                graph(
+                    "Share of time in steps",
+                    [(rate("ladimo_engine_step_seconds_sum", "instance"), "{{instance}}")],
+                    "percentunit",
+                    "1 when the engine is never idle.",
+                ),
+                graph(
+                    "Since the engine loop last turned", [(gauge("ladimo_engine_heartbeat_age_seconds"), "{{instance}}")], "s"
+                ),
+                graph(
+                    "Graph replays and misses",
+                    [
+                        (rate("ladimo_cuda_graph_replays_total", "bucket"), "replay, bucket {{bucket}}"),
+                        (rate("ladimo_cuda_graph_misses_total"), "miss"),
+                        (rate("ladimo_cuda_graph_captures_total"), "capture"),
+                    ],
+                    "cps",
+                    "Empty replays, and 0 for the rest, in a build that replays no CUDA graphs.",
+                ),
+                graph("CPU", [(rate("process_cpu_seconds_total", "instance"), "{{instance}}")], "short", "Cores in use."),
+                graph("Memory", [(gauge("process_resident_memory_bytes"), "{{instance}}")], "bytes"),
+                graph(
+                    "Garbage collections",
+                    [(rate("python_gc_collections_total", "generation"), "generation {{generation}}")],
+                    "cps",
+                ),
+            ],
+        },
+    )
+
+
+def experts() -> dashboard.Dashboard:
+    board = make_board("Experts", "ladimo-experts", "Which experts run, how evenly, and what that costs.")
+    board.with_variable(label_choice("layer", "ladimo_expert_load_imbalance", "Layer", everything=False))
+    board.with_variable(label_choice("policy", "ladimo_policy_info", "Policy", everything=True))
+    aggregate = "Empty under --expert-metrics aggregate."
+    chosen = f'{POLICY}, layer=~"$layer"'
+    share = (
+        f"{rate('ladimo_expert_tokens_total', 'expert', chosen)}"
+        f" / on () group_left () {rate('ladimo_expert_tokens_total', '', chosen)}"
+    )
+    load = rate("ladimo_expert_tokens_total", "layer, expert")
+    return with_rows(
+        board,
+        {
+            "Activation": [
+                heat(
+                    "Share of choices by expert, layer $layer",
+                    share,
+                    "percentunit",
+                    f"One row per expert. {aggregate}",
+                    "{{expert}}",
+                    rows=True,
+                )
+                .repeat("layer")
+                .max_per_row(3),
+            ],
+            "Balance": [
+                graph(
+                    "Busiest expert over the mean",
+                    [(f"max by (layer) ({load}) / avg by (layer) ({load})", "layer {{layer}}")],
+                    text=f"1 is even. {aggregate}",
+                ),
+                graph(
+                    "Busiest expert over the mean, since start",
+                    [(f"max by (layer) ({gauge('ladimo_expert_load_imbalance')})", "layer {{layer}}")],
+                ),
+                graph(
+                    "Evenness, since start",
+                    [(f"min by (layer) ({gauge('ladimo_expert_load_entropy_ratio')})", "layer {{layer}}")],
+                    "percentunit",
+                    "Entropy of the load over that of an even load.",
+                ),
+                graph(
+                    "Experts never used since start",
+                    [(f"max by (layer) ({gauge('ladimo_experts_never_used')})", "layer {{layer}}")],
+                ),
+                graph(
+                    "Experts unused lately",
+                    [(f"count by (layer) ({load} == 0)", "layer {{layer}}")],
+                    text=f"Empty while all are used. {aggregate}",
+                ),
+                graph(
+                    "Choices", [(rate("ladimo_expert_tokens_total", "layer"), "layer {{layer}}")], "cps", aggregate, stack=True
+                ),
+            ],
+            "Work": [
+                graph(
+                    "Distinct experts per step, mean",
+                    [(mean("ladimo_layer_distinct_experts_per_step", "layer"), "layer {{layer}}")],
+                    text="What the weights' memory traffic follows.",
+                ),
+                graph(
+                    "Distinct experts per step, p95",
+                    [(quantile(0.95, "ladimo_layer_distinct_experts_per_step", "layer"), "layer {{layer}}")],
+                ),
+                graph(
+                    "Experts per token by policy, mean over layers",
+                    [(f"avg by (policy) ({gauge('ladimo_layer_experts_per_token', POLICY)})", "{{policy}}")],
+                ),
+                graph(
+                    "Experts per token by layer",
+                    [
+                        (
+                            f"avg by (layer, policy) ({gauge('ladimo_layer_experts_per_token', chosen)})",
+                            "layer {{layer}}, {{policy}}",
+                        )
+                    ],
+                    width=12,
+                ),
+                graph(
+                    "Active parameters by policy",
+                    [(f"avg by (policy) ({gauge('ladimo_active_parameters_ratio', POLICY)})", "{{policy}}")],
+                    "percentunit",
+                    "Over those of the dense source, measured since start.",
+                    width=12,
+                ),
+            ],
+        },
+    )
+
+
+def policies() -> dashboard.Dashboard:
+    board = make_board("Policies", "ladimo-policies", "The default and the knob over time, who runs under what, what it buys.")
+    knob, floor = gauge("ladimo_routing_accuracy"), gauge("ladimo_routing_accuracy_floor")
+    is_default = gauge("ladimo_policy_info", 'default="true"')
+    return with_rows(
+        board,
+        {
+            "Default": [
+                timeline(
+                    "Default policy",
+                    [(f"sum by (policy, version) ({is_default})", "{{policy}} {{version}}")],
+                    "The policy that requests without a choice run under.",
+                ),
+                graph(
+                    "Knob",
+                    [(knob, "accuracy {{instance}}"), (floor, "floor {{instance}}")],
+                    "percentunit",
+                    "NaN off the frontier; the floor is NaN while automatic control is off.",
+                    width=12,
+                ),
+                graph("Swaps", [(rate("ladimo_policy_swaps_total", "result"), "{{result}}")], "cps"),
+                graph(
+                    "Swap duration, p95",
+                    [(quantile(0.95, "ladimo_policy_swap_duration_seconds"), "p95")],
+                    "s",
+                    "Empty while nothing is swapped.",
+                ),
+                graph(
+                    "Automatic control",
+                    [(rate("ladimo_slo_controller_decisions_total", "direction"), "{{direction}}")],
+                    "cps",
+                    "0 while it is off.",
+                    stack=True,
+                ),
+            ],
+            "Requests": [
+                graph(
+                    "Requests by policy that served",
+                    [(rate("ladimo_policy_requests_total", "served"), "{{served}}")],
+                    "reqps",
+                    stack=True,
+                ),
+                graph(
+                    "Requests by what decided",
+                    [(rate("ladimo_policy_requests_total", "reason"), "{{reason}}")],
+                    "reqps",
+                    "body, header, model: the client's choice; auto: automatic control.",
+                    stack=True,
+                ),
+                graph(
+                    "Tokens by policy", [(rate("ladimo_generation_tokens_total", "policy"), "{{policy}}")], "tok/s", stack=True
+                ),
+                listing(
+                    "Asked for, served, why",
+                    f"sum by (requested, served, reason) (increase(ladimo_policy_requests_total{{{WHERE}}}[$__range]))",
+                    "Requests in the time shown.",
+                ),
+                listing("Policies", f"max by (policy, version, default) ({gauge('ladimo_policy_info')})"),
+            ],
+            "Accuracy given, latency gained": [
+                graph("Knob", [(knob, "accuracy {{instance}}")], "percentunit"),
+                graph("Between tokens, p95", [(quantile(0.95, ITL), "p95")], "s"),
+                graph(
+                    "Active parameters of what was served",
+                    [
+                        (
+                            f"sum (rate(ladimo_generation_tokens_total{{{WHERE}}}[$__rate_interval])"
+                            f" * on (instance, policy) ladimo_active_parameters_ratio{{{WHERE}}})"
+                            f" / {rate('ladimo_generation_tokens_total')}",
+                            "mean over tokens",
+                        )
+                    ],
+                    "percentunit",
+                ),
+                graph("Between tokens by policy, p95", [(quantile(0.95, ITL, "policy"), "{{policy}}")], "s"),
+                graph(
+                    "Whole request by policy, p95",
+                    [(quantile(0.95, "ladimo_e2e_request_latency_seconds", "policy"), "{{policy}}")],
+                    "s",
+                ),
+                graph(
+                    "Active parameters by policy",
+                    [(f"avg by (policy) ({gauge('ladimo_active_parameters_ratio')})", "{{policy}}")],
+                    "percentunit",
+                ),
+            ],
+        },
+    )
+
+
+def render() -> dict[str, str]:
+    """The JSON of every dashboard by file name."""
+    boards = {"service.json": service(), "experts.json": experts(), "policies.json": policies()}
+    return {name: JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n" for name, board in boards.items()}
+
+
+if __name__ == "__main__":
+    DIRECTORY.mkdir(exist_ok=True)
+    for name, text in render().items():
+        (DIRECTORY / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,59 @@
+"""Log-probabilities on the wire, in the forms of the two endpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.engine.request import TokenLogprobs
+from server.text.tokenizer import Tokenizer
+
+# What OpenAI sends where the probability is zero; JSON has no infinity.
+LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of an answer. `offset`: characters of the text before the one that it begins or continues. `logprobs` None: the
+    first token of a prompt, which nothing predicts."""
+
+    token_id: int
+    offset: int
+    logprobs: TokenLogprobs | None
+
+
+def text_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The completions endpoint's `logprobs`: parallel arrays. The token itself is always in its place's `top_logprobs`."""
+    return {
+        "tokens": [tokenizer.token_text(token.token_id) for token in tokens],
+        "token_logprobs": [None if token.logprobs is None else _floor(token.logprobs.logprob) for token in tokens],
+        "top_logprobs": [None if token.logprobs is None else _top_map(token.logprobs, tokenizer) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def chat_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The chat endpoint's `logprobs`: one object per generated token."""
+    return {"content": [_content(token.logprobs, tokenizer) for token in tokens if token.logprobs is not None], "refusal": None}
+
+
+def _top_map(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
+    """By token text; of several tokens with the same text the most likely counts."""
+    best: dict[str, float] = {}
+    for token_id, value in [*logprobs.top, (logprobs.token_id, logprobs.logprob)]:
+        text = tokenizer.token_text(token_id)
+        best[text] = max(best.get(text, LEAST_LOGPROB), value)
+    return best
+
+
+def _content(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    top = [_token(token_id, value, tokenizer) for token_id, value in logprobs.top]
+    return _token(logprobs.token_id, logprobs.logprob, tokenizer) | {"top_logprobs": top}
+
+
+def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    piece = tokenizer.token_bytes(token_id)
+    return {"token": tokenizer.token_text(token_id), "logprob": _floor(logprob), "bytes": list(piece)}
+
+
+def _floor(value: float) -> float:
+    return max(value, LEAST_LOGPROB)

@@ -1,0 +1,85 @@
+// Which experts run: the counters of /metrics as a table of layers and experts, over the last seconds or since start.
+import { byId, samples } from "./api.js";
+
+const POLL_MILLISECONDS = 2000, WINDOW_MILLISECONDS = 10_000;
+let scrapes = []; // [{at, counts: Map(policy -> Map("layer expert" -> tokens))}], oldest first
+
+async function scrape() {
+  const counts = new Map();
+  for (const { labels, value } of await samples("ladimo_expert_tokens_total")) {
+    if (!counts.has(labels.policy)) counts.set(labels.policy, new Map());
+    counts.get(labels.policy).set(`${labels.layer} ${labels.expert}`, value);
+  }
+  const at = performance.now();
+  scrapes.push({ at, counts });
+  // The newest scrape that is older than the window stays: counts are taken from there on.
+  while (scrapes.length > 2 && scrapes[1].at <= at - WINDOW_MILLISECONDS) scrapes.shift();
+}
+
+function tokens(policy) {
+  const now = scrapes.at(-1).counts, before = byId("heat-window").value === "start" ? new Map() : scrapes[0].counts;
+  const layers = new Map();
+  for (const [name, counts] of now) {
+    if (policy && name !== policy) continue;
+    for (const [place, count] of counts) {
+      const [layer, expert] = place.split(" ").map(Number);
+      if (!layers.has(layer)) layers.set(layer, []);
+      const row = layers.get(layer);
+      row[expert] = (row[expert] ?? 0) + count - (before.get(name)?.get(place) ?? 0);
+    }
+  }
+  return [...layers].sort(([a], [b]) => a - b);
+}
+
+function cell(name, text, scope) {
+  const element = document.createElement(name);
+  element.textContent = text;
+  if (scope) element.scope = scope;
+  return element;
+}
+
+function draw() {
+  const menu = byId("heat-policy"), names = [...scrapes.at(-1).counts.keys()].sort();
+  if ([...menu.options].slice(1).map(option => option.value).join() !== names.join()) {
+    const chosen = menu.value;
+    menu.replaceChildren(menu.options[0], ...names.map(name => new Option(name, name)));
+    menu.value = names.includes(chosen) ? chosen : "";
+  }
+  const layers = tokens(menu.value), widest = Math.max(0, ...layers.map(([, row]) => row.length));
+  const total = layers.reduce((sum, [, row]) => sum + row.reduce((a, b) => a + b, 0), 0);
+  byId("heat-note").textContent = layers.length
+    ? `${total.toLocaleString("en")} choices`
+    : "Nothing to show: no token yet, a dense model, or a server without counters per expert (--expert-metrics aggregate).";
+  const head = document.createElement("tr");
+  head.append(cell("td", "expert"), ...Array.from({ length: widest }, (_, expert) => cell("th", expert, "col")));
+  document.querySelector("#heat thead").replaceChildren(...(layers.length ? [head] : []));
+  document.querySelector("#heat tbody").replaceChildren(...layers.map(([layer, row]) => {
+    const line = document.createElement("tr"), sum = row.reduce((a, b) => a + b, 0);
+    line.append(cell("th", `layer ${layer}`, "row"), ...row.map(count => {
+      const share = sum ? count / sum : 0, element = cell("td", sum ? Math.round(100 * share) + " %" : "–");
+      // Full colour at twice an even share or more, and never so deep that the number is hard to read.
+      element.style.setProperty("--share", (0.55 * Math.min(1, share * row.length / 2)).toFixed(3));
+      element.title = `${count.toLocaleString("en")} choices`;
+      return element;
+    }));
+    return line;
+  }));
+}
+
+export function watch() {
+  const redraw = () => { if (scrapes.length) draw(); };
+  byId("heat-policy").addEventListener("change", redraw);
+  byId("heat-window").addEventListener("change", redraw);
+  const turn = async () => {
+    if (document.visibilityState === "visible") {
+      try {
+        await scrape();
+        draw();
+      } catch (error) {
+        byId("heat-note").textContent = error.message;
+      }
+    }
+    setTimeout(turn, POLL_MILLISECONDS);
+  };
+  turn();
+}

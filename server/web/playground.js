@@ -1,0 +1,159 @@
+// Completions: streamed, under the routing that is asked for, and one beside another.
+import { byId, complete, fixed, percent } from "./api.js";
+
+let running = null;
+
+function chosenRouting() {
+  const how = document.querySelector("input[name=how]:checked").value;
+  if (how === "accuracy") return { accuracy: Number(byId("accuracy").value) };
+  return how === "policy" ? byId("policy").value : undefined;
+}
+
+function show(article, pairs) {
+  article.querySelector("dl").replaceChildren(...pairs.map(([name, value]) => {
+    const item = document.createElement("div"), dt = document.createElement("dt"), dd = document.createElement("dd");
+    dt.textContent = name;
+    dd.textContent = value;
+    item.append(dt, dd);
+    return item;
+  }));
+}
+
+// One completion into one article. Resolves to its text and to how it ended: "done", "stopped" or "failed".
+async function run(article, prompt, body) {
+  const pre = article.querySelector("pre"), given = document.createElement("span"), text = document.createTextNode("");
+  given.className = "prompt";
+  given.textContent = prompt;
+  pre.replaceChildren(given, text);
+  show(article, []);
+  const sent = performance.now();
+  let first = null, last = null, tokens = 0, routing = null, end = "done";
+  try {
+    for await (const event of complete(body, running.signal)) {
+      last = performance.now();
+      routing = event.routing ?? routing;
+      for (const choice of event.choices) {
+        first ??= last;
+        tokens += 1;
+        text.data += choice.text;
+      }
+      if (event.usage) tokens = event.usage.completion_tokens;
+    }
+  } catch (error) {
+    end = error.name === "AbortError" ? "stopped" : "failed";
+    if (end === "failed") {
+      const message = document.createElement("p");
+      message.className = "error";
+      message.textContent = error.message;
+      pre.append(message);
+    }
+  }
+  const rate = tokens > 1 && last > first ? ((tokens - 1) / (last - first) * 1000).toFixed(1) : "–";
+  const pairs = [["tokens", tokens], ["tokens/s", rate], ["ms to first token", first ? (first - sent).toFixed(0) : "–"]];
+  if (routing) {
+    pairs.push(["policy", routing.policy], ["version", routing.version], ["chosen by", routing.reason],
+      ["accuracy", fixed(routing.accuracy, 2)], ["active parameters", percent(routing.active_parameters_ratio)],
+      ["experts per token", fixed(routing.experts_per_token, 2)]);
+    article.querySelector("h3").textContent = routing.policy;
+  }
+  show(article, pairs);
+  return { text: text.data, end };
+}
+
+// Words and spaces of each text that the other does not have, by their longest common subsequence.
+export function differences(left, right) {
+  const piece = /\s+|[\p{L}\p{N}_]+|./gsu;
+  const a = left.match(piece) ?? [], b = right.match(piece) ?? [];
+  const width = b.length + 1, longest = new Uint32Array((a.length + 1) * width);
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      longest[i * width + j] = a[i] === b[j]
+        ? longest[(i + 1) * width + j + 1] + 1
+        : Math.max(longest[(i + 1) * width + j], longest[i * width + j + 1]);
+    }
+  }
+  const marked = [[], []];
+  let i = 0, j = 0;
+  while (i < a.length || j < b.length) {
+    if (i < a.length && j < b.length && a[i] === b[j]) {
+      marked[0].push([a[i++], false]);
+      marked[1].push([b[j++], false]);
+    } else if (j === b.length || (i < a.length && longest[(i + 1) * width + j] >= longest[i * width + j + 1])) {
+      marked[0].push([a[i++], true]);
+    } else {
+      marked[1].push([b[j++], true]);
+    }
+  }
+  return marked;
+}
+
+function mark(article, pieces) {
+  const pre = article.querySelector("pre"), given = pre.querySelector(".prompt");
+  pre.replaceChildren(given, ...pieces.map(([piece, different]) => {
+    if (!different) return document.createTextNode(piece);
+    const element = document.createElement("mark");
+    element.textContent = piece;
+    return element;
+  }));
+}
+
+async function start() {
+  const [one, two] = document.querySelectorAll(".answer"), comparing = byId("compare").checked;
+  const prompt = byId("prompt").value;
+  // Compared answers share a seed, so that only the routing tells them apart.
+  const given = byId("seed").value;
+  const seed = given === "" ? (comparing ? Math.floor(Math.random() * 2 ** 31) : null) : Number(given);
+  const body = {
+    prompt, seed, stream: true, stream_options: { include_usage: true },
+    max_tokens: Number(byId("max-tokens").value), temperature: Number(byId("temperature").value),
+  };
+  two.hidden = !comparing;
+  one.querySelector("h3").hidden = !comparing;
+  for (const article of [one, two]) {
+    article.querySelector("pre").replaceChildren();
+    article.querySelector("h3").textContent = "";
+    show(article, []);
+  }
+  running = new AbortController();
+  byId("run").disabled = true;
+  byId("stop").disabled = false;
+  byId("progress").textContent = "Completing…";
+  let said = "Failed.";
+  try {
+    const asked = await run(one, prompt, { ...body, routing: chosenRouting() });
+    said = { done: "Done.", stopped: "Stopped.", failed: "Failed." }[asked.end];
+    if (comparing && asked.end === "done") {
+      // One after the other: side by side they would share a batch, and neither speed would be its own.
+      const other = await run(two, prompt, { ...body, routing: byId("other").value });
+      said = { done: "Done: the same text.", stopped: "Stopped.", failed: "Failed." }[other.end];
+      if (other.end === "done" && other.text !== asked.text) {
+        const [left, right] = differences(asked.text, other.text);
+        mark(one, left);
+        mark(two, right);
+        said = "Done; what differs is marked.";
+      }
+    }
+  } finally {
+    running = null;
+    byId("run").disabled = false;
+    byId("stop").disabled = true;
+    byId("progress").textContent = said;
+  }
+}
+
+export function listen(onKnob) {
+  byId("accuracy").addEventListener("input", () => {
+    byId("accuracy-value").textContent = Number(byId("accuracy").value).toFixed(2);
+    document.querySelector("input[name=how][value=accuracy]").checked = true;
+    onKnob();
+  });
+  for (const event of ["change", "click"]) { // a click on what is chosen already changes nothing, and means it all the same
+    byId("policy").addEventListener(event, () => { document.querySelector("input[name=how][value=policy]").checked = true; });
+    byId("other").addEventListener(event, () => { byId("compare").checked = true; });
+  }
+  byId("run").addEventListener("click", start);
+  byId("stop").addEventListener("click", () => running?.abort());
+  byId("prompt").addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) start();
+  });
+}

@@ -1,0 +1,136 @@
+// The server's policies: menus, table, frontier, current default, and the two admin actions.
+import { administer, byId, fixed, get, percent } from "./api.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+let routing = null;
+
+// The point the knob serves at an accuracy: the most accurate of those that are cheap enough.
+function choose(points, accuracy) {
+  const costs = points.map(point => point.active_parameters_ratio);
+  const low = Math.min(...costs), high = Math.max(...costs), limit = low + accuracy * (high - low) + 1e-9;
+  const allowed = points.filter(point => point.active_parameters_ratio <= limit);
+  return allowed.reduce((best, point) => (point.perplexity < best.perplexity ? point : best));
+}
+
+function describe(current) {
+  const { target } = current;
+  if (target.accuracy != null) return `accuracy ${target.accuracy} → ${current.policy}`;
+  if (target.auto) return `automatic, accuracy ${fixed(current.accuracy, 2)} → ${current.policy}`;
+  return current.policy;
+}
+
+function fillMenu(id, names) {
+  const menu = byId(id), chosen = menu.value;
+  if ([...menu.options].map(option => option.value).join() === names.join()) return; // an open menu would close
+  menu.replaceChildren(...names.map(name => new Option(name, name)));
+  if (names.includes(chosen)) menu.value = chosen;
+}
+
+function fillTable() {
+  byId("policies").replaceChildren(...routing.policies.map(policy => {
+    const row = document.createElement("tr"), figures = policy.figures, name = document.createElement("th");
+    name.scope = "row";
+    name.textContent = policy.name + (policy.name === routing.default.policy ? " (default)" : "");
+    row.append(name);
+    for (const [text, className] of [
+      [policy.version, "muted"], [fixed(policy.accuracy, 2), "number"], [percent(figures?.active_parameters_ratio), "number"],
+      [fixed(figures?.perplexity_ratio, 3), "number"], [policy.description, "muted"],
+    ]) {
+      const cell = row.insertCell();
+      cell.textContent = text;
+      cell.className = className;
+    }
+    return row;
+  }));
+}
+
+export function drawFrontier() {
+  const points = routing?.frontier ?? [], svg = byId("frontier");
+  byId("frontier-section").hidden = points.length < 2;
+  if (points.length < 2) return;
+  const chosen = choose(points, Number(byId("accuracy").value));
+  const left = 48, right = 540, top = 22, bottom = 220;
+  const scale = (values, from, to) => {
+    const low = Math.min(...values), span = Math.max(...values) - low || 1;
+    return value => from + (value - low) / span * (to - from);
+  };
+  const ratio = point => point.perplexity_ratio ?? point.perplexity;
+  const costs = points.map(point => point.active_parameters_ratio), ratios = points.map(ratio);
+  const x = scale(costs, left + 16, right - 16), y = scale(ratios, bottom - 12, top + 12);
+  const add = (name, attributes, text) => {
+    const element = svg.appendChild(document.createElementNS(SVG, name));
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text) element.append(text);
+    return element;
+  };
+  svg.replaceChildren();
+  const sorted = [...points].sort((a, b) => a.active_parameters_ratio - b.active_parameters_ratio);
+  add("polyline", { points: sorted.map(p => `${x(p.active_parameters_ratio)},${y(ratio(p))}`).join(" ") });
+  for (const point of sorted) {
+    const cx = x(point.active_parameters_ratio), cy = y(ratio(point));
+    const dot = add("circle", { cx, cy, r: point === chosen ? 7 : 4, class: point === chosen ? "chosen" : "point" });
+    const title = dot.appendChild(document.createElementNS(SVG, "title"));
+    title.textContent = `${point.policy}: ${percent(point.active_parameters_ratio)} active, ratio ${fixed(ratio(point), 3)}`;
+    if (point.policy === routing.default.policy) add("circle", { cx, cy, r: 10, class: "current" });
+    if (points.length <= 8 || point === chosen) {
+      const atEnd = cx > right - 90;
+      add("text", { x: cx + (atEnd ? -12 : 12), y: cy - 8, "text-anchor": atEnd ? "end" : "start" }, point.policy);
+    }
+  }
+  add("text", { x: left, y: 242 }, percent(Math.min(...costs)));
+  add("text", { x: right, y: 242, "text-anchor": "end" }, percent(Math.max(...costs)) + " active parameters");
+  add("text", { x: 0, y: y(Math.max(...ratios)) + 4 }, Math.max(...ratios).toFixed(2));
+  add("text", { x: 0, y: y(Math.min(...ratios)) + 4 }, Math.min(...ratios).toFixed(2));
+  add("text", { x: 0, y: 10 }, "perplexity over the dense source's");
+  byId("frontier-note").textContent =
+    `Accuracy ${Number(byId("accuracy").value).toFixed(2)} serves ${chosen.policy}: ${percent(chosen.active_parameters_ratio)} of the ` +
+    `parameters active, perplexity ratio ${fixed(chosen.perplexity_ratio, 3)}. Measured for batch ${routing.frontier_batch}.`;
+  svg.setAttribute("aria-label", `Frontier of ${points.length} points. ${byId("frontier-note").textContent}`);
+}
+
+export async function refresh() {
+  routing = await get("v1/routing");
+  const names = routing.policies.map(policy => policy.name);
+  for (const id of ["policy", "other", "new-policy"]) fillMenu(id, names);
+  const knob = Boolean(routing.frontier?.length);
+  for (const control of document.querySelectorAll("#accuracy, [value=accuracy], [value=auto], #new-accuracy, #new-itl, #new-floor")) {
+    control.disabled = !knob;
+  }
+  byId("current").textContent = describe(routing.default);
+  byId("default").textContent = `default: ${describe(routing.default)}`;
+  fillTable();
+  drawFrontier();
+}
+
+function newDefault() {
+  const kind = document.querySelector("input[name=target]:checked").value;
+  if (kind === "policy") return { policy: byId("new-policy").value };
+  if (kind === "accuracy") return { accuracy: Number(byId("new-accuracy").value) };
+  return { auto: { itl_ms: Number(byId("new-itl").value), min_accuracy: Number(byId("new-floor").value) } };
+}
+
+async function change(method, path, body) {
+  const status = byId("operated");
+  status.className = "muted";
+  try {
+    const reply = await administer(method, path, body);
+    await refresh();
+    status.textContent = `The default is now ${describe(reply.default)}; it took ${(reply.swap_seconds * 1000).toFixed(1)} ms.`;
+  } catch (error) {
+    status.className = "error";
+    status.textContent = error.message;
+  }
+}
+
+export function listen() {
+  byId("operate").addEventListener("submit", event => {
+    event.preventDefault();
+    change("PUT", "admin/routing/default", newDefault());
+  });
+  byId("roll-back").addEventListener("click", () => change("POST", "admin/routing/rollback"));
+  for (const [id, value] of [["new-policy", "policy"], ["new-accuracy", "accuracy"], ["new-itl", "auto"], ["new-floor", "auto"]]) {
+    for (const event of ["change", "click"]) {
+      byId(id).addEventListener(event, () => { document.querySelector(`input[name=target][value=${value}]`).checked = true; });
+    }
+  }
+}

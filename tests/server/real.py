@@ -1,0 +1,34 @@
+"""A whole server over a real checkpoint, on a socket."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+
+from server.app import create_app
+from server.engine.async_engine import EngineState
+from server.launch import build_services
+from server.policies.controller import RecentLatencies
+from server.settings import read_settings
+
+
+@asynccontextmanager
+async def serving_model(model: Path, *flags: str) -> AsyncIterator[str]:
+    """The address of a server of the checkpoint, run on CPU with the given flags; its model's name is "model"."""
+    settings = read_settings([str(model), "--device", "cpu", "--served-model-name", "model", *flags])
+    latencies = RecentLatencies()
+    services = build_services(settings, latencies)
+    died: list[BaseException] = []
+    app = create_app(services, latencies, on_dead=died.append)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    task = asyncio.create_task(server.serve())
+    try:
+        while not server.started or services.engine.state is EngineState.LOADING:
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+    assert not died

@@ -1,0 +1,63 @@
+"""The OpenAPI page says what the server does; schemathesis, where it is installed, asks thousands of questions of it.
+
+schemathesis is not a dependency of this project: `pip install schemathesis` where this is to run.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.real import serving_model
+from tests.server.serving import serving
+
+SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+async def test_every_route_is_described_with_its_errors(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        page = (await server.client.get("/openapi.json")).json()
+        contract = {
+            *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/v1/routing"),
+            *(
+                "/tokenize",
+                "/detokenize",
+                "/tokenizer_info",
+                "/version",
+                "/health",
+                "/health/live",
+                "/health/ready",
+                "/metrics",
+            ),
+            *("/admin/routing/policies/{name}", "/admin/routing/default", "/admin/routing/rollback", "/admin/drain"),
+        }
+        assert contract <= page["paths"].keys()
+        for path in contract:
+            for operation in page["paths"][path].values():
+                assert "422" not in operation["responses"]
+                schema = operation["responses"]["default"]["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorBody"}, path
+        fields = page["components"]["schemas"]["CompletionRequest"]["properties"]
+        assert {"prompt", "n", "logprobs", "echo", "routing", "structured_outputs"} <= fields.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed")
+async def test_schemathesis_finds_nothing(moe_dir: Path, tmp_path: Path) -> None:
+    async with serving_model(moe_dir, "--max-model-len", "64") as url:
+        process = await asyncio.create_subprocess_exec(
+            *(str(SCHEMATHESIS), "run", f"{url}/openapi.json", "--max-examples", "60", "--checks", CHECKS),
+            *("--continue-on-failure", "--generation-database", "none", "--no-color"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=tmp_path,
+        )
+        report = (await process.communicate())[0].decode()
+        assert process.returncode == 0, report[-6000:]
+        async with httpx.AsyncClient(base_url=url) as client:
+            reply = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+            assert json.loads(reply.text)["usage"]["completion_tokens"] == 1
