@@ -108,10 +108,18 @@ def test_counters_are_tokens_times_k(checkpoint: Path, address: str, top_k: int)
         client.put(f"/admin/routing/policies/{name}", json=policy).raise_for_status()
         usage = complete(client, routing=name)["usage"]
         counts = counters(client, name)
+        again = complete(client, routing=name, prompt="def value(x):" * 3)["usage"]
+        cached = complete(client, routing=name, prompt="def value(x):" * 3)["usage"]
+        more = counters(client, name)
     computed = usage["prompt_tokens"] + usage["completion_tokens"] - 1  # nothing follows the last token
+    assert usage["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens_details"]["cached_tokens"] == 0
+    found = cached["prompt_tokens_details"]["cached_tokens"]
+    assert found == 32  # two blocks of 16
+    both = computed + sum(one["prompt_tokens"] + one["completion_tokens"] - 1 for one in (again, cached)) - found
     assert {layer for layer, _ in counts} == {0, 2}
     for layer in (0, 2):
         assert sum(count for (at, _), count in counts.items() if at == layer) == computed * top_k
+        assert sum(count for (at, _), count in more.items() if at == layer) == both * top_k
 
 
 def test_requests_at_once_keep_their_policies(address: str) -> None:

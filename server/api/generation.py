@@ -78,6 +78,7 @@ class Choice:
     ) -> None:
         self.index, self.request = index, request
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self.experts_per_token: tuple[float | None, ...] = ()
         self.finish_reason: str | None = None
         self.answer = answer
@@ -90,7 +91,7 @@ class Choice:
         first = True
         async with aclosing(self._engine.generate(self.request)) as events:
             async for event in events:
-                self.experts_per_token = event.experts_per_token
+                self.experts_per_token, self.cached_tokens = event.experts_per_token, event.cached_tokens
                 delta = self._prompt_delta(event) if first else Delta(self.index, "", None, first=False)
                 if self.answer:
                     delta = self._extended(delta, event)
@@ -183,11 +184,17 @@ class Generation:
         return asyncio.get_running_loop().call_at(self._deadline, queue.put_nowait, late)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens so far. A prompt counts once, however many choices it has."""
-        prompt = sum(len(choice.request.prompt_ids) for choice in self.choices[:: self.n])
+        firsts = self.choices[:: self.n]
+        prompt = sum(len(choice.request.prompt_ids) for choice in firsts)
         completion = sum(choice.completion_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in firsts)},
+        }
 
     @property
     def routing(self) -> dict[str, Any]:

@@ -57,7 +57,12 @@ async def test_n_choices_of_every_prompt_have_their_own_seeds(tmp_path: Path) ->
         body = await server.complete(["a", "k"], n=3, max_tokens=2, seed=2**63 - 2, best_of=3)
         assert [c["index"] for c in body["choices"]] == list(range(6))
         assert [c["text"] for c in body["choices"]] == ["bc"] * 3 + ["lm"] * 3
-        assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}  # a prompt counts once
+        assert body["usage"] == {
+            "prompt_tokens": 4,
+            "completion_tokens": 12,
+            "total_tokens": 16,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }  # a prompt counts once
         seeds = [seen[f"{body['id']}-{index}"].sampling.seed for index in range(6)]
         assert seeds == [2**63 - 2, 2**63 - 1, 0] * 2
         seen.clear()

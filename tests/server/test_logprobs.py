@@ -111,7 +111,12 @@ async def test_echo_alone_and_max_tokens_0(tmp_path: Path) -> None:
             assert (choice["text"], choice["finish_reason"]) == ("hé", "length")
             assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1]
             assert [value is None for value in choice["logprobs"]["token_logprobs"]] == [True, False, False, False]
-        assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+        assert body["usage"] == {
+            "prompt_tokens": 4,
+            "completion_tokens": 0,
+            "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         (chunk,) = events(
             (
                 await server.client.post(
