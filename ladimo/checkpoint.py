@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ladimo.model.config import ModelConfig
+from ladimo.model.config import MOE_TYPE, ModelConfig
+from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 from ladimo.policy import Frontier, RoutingPolicy
 
@@ -35,6 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # without effect where supported
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -67,14 +69,21 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all, and survives a crash once written."""
+    """Write a file so that it appears whole or not at all, and survives a crash once written.
+
+    Raises OSError naming the file when it cannot be written; nothing of it is left then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk is met in flush or fsync, which know no name
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -150,7 +159,7 @@ class TensorReader:
                 raise ValueError(
                     f"{self._file(prefix + name)}: {prefix + name} is {stored.dtype}; supported: {', '.join(DTYPES)}"
                 )
-            tensors[name] = stored.to(device=device, dtype=dtype)
+            tensors[name] = stored.to(device=device, dtype=weight_dtype(name, dtype))
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -328,5 +337,17 @@ def write_policy(directory: Path, policy: RoutingPolicy) -> None:
 
 
 def moe_config_json(dense: Mapping[str, Any], layers: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """The dense source's config.json turned into the converted checkpoint's."""
-    return {**dense, "model_type": "ladimo_llama", "architectures": ["LadimoLlamaForCausalLM"], "moe_layers": layers}
+    """The dense source's config.json turned into the converted checkpoint's, which says what its family left unsaid.
+
+    Raises ValueError when the source is of no supported family.
+    """
+    config = ModelConfig.from_dict(dense)
+    kept = {name: value for name, value in dense.items() if name not in WINDOW_FIELDS}
+    resolved = ("num_key_value_heads", "head_dim", "max_position_embeddings", "attention_bias", "attention_output_bias")
+    return {
+        **kept,
+        **{name: getattr(config, name) for name in resolved},
+        "model_type": MOE_TYPE,
+        "architectures": ["LadimoLlamaForCausalLM"],
+        "moe_layers": layers,
+    }

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_json, read_policies, resolve_directory
+from ladimo.convert.experiments import read_comparison, read_throughput
 from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
 from ladimo.convert.methods import METHODS
 from ladimo.convert.pipeline import convert
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("source", metavar="DENSE", help="LLaMA directory in Hugging Face layout, or a hub id")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears whole or not at all")
-    command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: ladimo)")
+    command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: elastic)")
     command.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="calibration text, UTF-8 (default: Python's standard library)"
     )
@@ -90,8 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--target-active", type=float, metavar="R", help="active / dense parameters that auto goes down to (default: 0.8)"
     )
+    command.add_argument(
+        "--max-perplexity-ratio",
+        type=float,
+        metavar="R",
+        help="add the cheapest policy whose perplexity is at most R times the dense one",
+    )
     command.add_argument("--recipe", type=Path, metavar="FILE.toml", help="values for all of these and the training")
     command.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    command.add_argument(
+        "--jobs", type=positive_flag, default=1, metavar="N", help="layers trained side by side, the same result (default: 1)"
+    )
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
@@ -106,6 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tokens", type=positive_flag, metavar="N", help="score the first N tokens, in whole blocks (default: all)"
     )
+    command.add_argument(
+        "--task",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="BLiMP, ARC, PIQA, OpenBookQA, MMLU, WinoGrande or LAMBADA files, or directories of such",
+    )
+    command.add_argument("--items", type=positive_flag, metavar="N", help="the first N items of each task (default: all)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=run_evaluate)
 
@@ -126,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json")
     command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
+    command.add_argument("--comparison", type=Path, metavar="FILE", help="JSON of conversion_bench: methods at equal budgets")
+    command.add_argument("--throughput", type=Path, metavar="FILE", help="JSON of engine_bench: decoding speed by policy")
     command.set_defaults(run=run_report)
     return parser
 
@@ -149,12 +170,13 @@ def run_convert(options: argparse.Namespace) -> None:
             "tokens": options.tokens,
             "layers": options.layers,
             "target_active": options.target_active,
+            "max_perplexity_ratio": options.max_perplexity_ratio,
             "seed": options.seed,
             "split.experts": options.experts,
             "split.top_k": options.top_k,
         }
     )
-    made = convert(options.source, options.out, recipe, options.text, options.device)
+    made = convert(options.source, options.out, recipe, options.text, options.device, options.jobs)
     if not made:
         print(f"{options.out}: is complete already, made with the same arguments; nothing was changed")
         return
@@ -164,12 +186,23 @@ def run_convert(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    result = evaluate_checkpoint(options.model, options.text, options.policy, options.tokens, options.dense, options.device)
+    result = evaluate_checkpoint(
+        options.model,
+        options.text,
+        options.policy,
+        options.tokens,
+        options.dense,
+        options.device,
+        options.task,
+        options.items,
+    )
     if options.json:
         print(json.dumps(result))
         return
     print(f"{result['text']}: {result['tokens']:,} tokens scored")
     print_figures(result["policies"], result["dense"]["perplexity"])
+    for task in result.get("tasks", ()):
+        print_task(task)
 
 
 def run_profile(options: argparse.Namespace) -> None:
@@ -205,7 +238,12 @@ def run_policies(options: argparse.Namespace) -> None:
 
 def run_report(options: argparse.Namespace) -> None:
     directory = resolve_directory(options.model)
-    render_report(directory)
+    outside: dict[str, Any] = {}
+    if options.comparison:
+        outside["comparison"] = read_comparison(options.comparison)
+    if options.throughput:
+        outside["throughput"] = read_throughput(options.throughput)
+    render_report(directory, outside)
     print(f"{directory / 'report.md'} and {directory / 'report.html'} written")
 
 
@@ -220,6 +258,15 @@ def print_figures(entries: Sequence[dict[str, Any]], dense: float | None) -> Non
             _cell(entry["next_token_agreement"], ".3f"),
         )
         print(f"{entry['policy']:<12} {cells[0]:>7} {cells[1]:>11} {cells[2]:>9} {cells[3]:>10}")
+
+
+def print_task(task: dict[str, Any]) -> None:
+    left_out = "".join(f", {task[key]} {key}" for key in ("skipped", "truncated") if task[key])
+    print(f"\n{task['task']} ({task['form']}): {task['items']:,} items{left_out}")
+    print(f"{'policy':<12} {'accuracy':>8} {'stderr':>7} {'acc_norm':>9} {'stderr':>7} {'perplexity':>11}")
+    for entry in ([{"policy": "dense", **task["dense"]}] if task["dense"] else []) + task["policies"]:
+        cells = [_cell(entry[key], ".3f") for key in ("accuracy", "stderr", "acc_norm", "acc_norm_stderr", "perplexity")]
+        print(f"{entry['policy']:<12} {cells[0]:>8} {cells[1]:>7} {cells[2]:>9} {cells[3]:>7} {cells[4]:>11}")
 
 
 def _cell(value: float | None, form: str) -> str:

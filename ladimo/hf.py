@@ -1,27 +1,33 @@
 """transformers' view of a converted checkpoint: `AutoModelForCausalLM.from_pretrained(MODEL)` after `import ladimo`.
 
 A LlamaForCausalLM whose converted layers hold our `ExpertLayer`, run under policy `full` (each layer's own number of experts)
-unless `set_policy` is called. Generation, caches and saving are transformers' own.
+unless `set_policy` is called or `from_pretrained` gets a policy's name. Generation, caches and saving are transformers' own.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
+from transformers.utils import cached_file
 
 from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.moe import ExpertLayer, Experts
+from ladimo.model.router import SELECTION_BIAS, LinearRouter, Router
 from ladimo.policy import LayerRule, RoutingPolicy
 
 
 class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's configuration and `moe_layers`: one entry per layer, null where the FFN stayed dense."""
+    """LLaMA's configuration and two fields. `moe_layers`: one entry per layer, null where the FFN stayed dense.
+    `attention_output_bias`: whether the attention's output projection has a bias, null = as `attention_bias` says."""
 
     model_type = MOE_TYPE
     moe_layers: list[dict[str, Any] | None] | None = None
+    attention_output_bias: bool | None = None
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
@@ -29,7 +35,7 @@ class _HiddenStatesExpertLayer(ExpertLayer):
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(hidden_size, layer)
-        self.rule = LayerRule(top_k=layer.num_experts_per_tok, renormalize=layer.expert_weight == "score")
+        self.rule = LayerRule.full(layer)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         flat = hidden_states.flatten(0, -2)
@@ -43,10 +49,15 @@ class _HiddenStatesExpertLayer(ExpertLayer):
 
 class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
     config_class = LadimoLlamaConfig
+    _keep_in_fp32_modules_strict = [SELECTION_BIAS]
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
         super().__init__(config)
+        output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
+            o_proj = layer.self_attn.o_proj
+            if output_bias != config.attention_bias:  # LLaMA has one flag for all four projections
+                layer.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=output_bias)
             if entry is not None:
                 layer.mlp = _HiddenStatesExpertLayer(config.hidden_size, MoeLayerConfig(**entry))
         self.post_init()
@@ -57,6 +68,10 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
         if isinstance(module, Experts):
             init.normal_(module.gate_up_proj, 0.0, self.config.initializer_range)
             init.normal_(module.down_proj, 0.0, self.config.initializer_range)
+        if isinstance(module, LinearRouter):
+            init.normal_(module.weight, 0.0, self.config.initializer_range)
+        if isinstance(module, Router) and module.e_score_correction_bias is not None:
+            init.zeros_(module.e_score_correction_bias)
 
 
 class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
@@ -67,12 +82,32 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.model = LadimoLlamaModel(config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, name: str, *arguments: Any, policy: str | None = None, **options: Any) -> Any:
+        """transformers' own, and `policy`: the name of a policy of the checkpoint to run under, for programs that can pass
+        options but not call `set_policy`. Raises ValueError when the checkpoint has no such policy."""
+        loaded = super().from_pretrained(name, *arguments, **options)
+        if policy is not None:
+            model = loaded[0] if options.get("output_loading_info") else loaded
+            model.set_policy(_read_policy(name, policy).layers)
+        return loaded
+
     def set_policy(self, rules: Sequence[LayerRule | None]) -> None:
         """Run under these rules, one per layer, None where the layer is dense. Raises ValueError when they do not fit."""
         RoutingPolicy("policy", "", tuple(rules)).validate(ModelConfig.from_dict(self.config.to_dict()))
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
                 layer.mlp.rule = rule
+
+
+def _read_policy(name: str, policy: str) -> RoutingPolicy:
+    """One policy file of a directory or a hub id."""
+    try:
+        file = cached_file(name, f"routing/policies/{policy}.json")
+        raw = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{name}: has no policy {policy!r} ({' '.join(str(error).split())})") from error
+    return RoutingPolicy.from_dict(raw)
 
 
 def register() -> None:

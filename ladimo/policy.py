@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ladimo.model.config import ModelConfig
+from ladimo.model.config import ModelConfig, MoeLayerConfig
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RULE_FIELDS = ("top_k", "mass", "floor", "renormalize", "experts")
@@ -34,6 +34,13 @@ class LayerRule:
     floor: float = 0.0
     renormalize: bool = True
     experts: tuple[int, ...] | None = None
+
+    @classmethod
+    def full(cls, layer: MoeLayerConfig) -> "LayerRule":
+        """The layer's rule in policy `full`: as many experts as it was distilled for, substitutes never among them. Weights
+        are made to sum to one, except where each expert counts with one."""
+        experts = tuple(range(layer.num_experts - layer.substitutes)) if layer.substitutes else None
+        return cls(layer.num_experts_per_tok, renormalize=layer.expert_weight == "score", experts=experts)
 
     def to_dict(self) -> dict[str, Any]:
         experts = None if self.experts is None else list(self.experts)

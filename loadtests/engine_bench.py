@@ -1,16 +1,20 @@
-"""Decode speed of the engine by batch and policy, beside transformers' `generate` on the dense source, in the same run.
+"""Speed of the engine by batch and policy, beside other engines on the dense model, in the same run.
 
-    python -m loadtests.engine_bench models/demo --dense ladimo/demo/model [--batch 1,8] [--policies full,fast]
+    python -m loadtests.engine_bench models/demo --dense ladimo/demo/model [--batch 1,8] [--policies full,fast] [--dtype NAME]
+    python -m loadtests.engine_bench --shape 125m [--gguf dense.gguf]
 
 Rounds are interleaved: each measures every row once, in turn. A row's figure is the median of its rounds, its ratio the
-median of the per-round ratios to transformers. Decode only: the time from the first token of the last prompt on.
+median of the per-round ratios to transformers' `generate`. Decode: from the first token on. Prefill: one prompt of --prefill
+tokens until its first token. With --shape the weights are random and the experts partition the FFN. A peer that cannot run
+here is left out with its reason.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,139 +22,244 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import choose_device, choose_dtype, read_config, read_policies
+from ladimo.checkpoint import choose_device, choose_dtype, load_model, read_config, read_policies
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
+from loadtests import peers
 from loadtests.conditions import OtherLoad, conditions
+from loadtests.limits import copy_bandwidth, decode_bytes
+from loadtests.models import SHAPES, dense_config, partitioned_config, random_model, top_k_policy
+from loadtests.runs import mean, random_prompts, serve
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, build_core
-from server.engine.messages import ExpertSnapshot, ReadExperts, Submit
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.core import EngineCore, assemble_core
 
-PEER = "transformers generate, dense"
-
-
-def engine_round(core: EngineCore, policy: RoutingPolicy, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds to decode `tokens` - 1 tokens after the first, for all prompts as one batch."""
-    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
-        core.handle(Submit(GenerationRequest(f"r{index}", tuple(prompt), sampling, policy)))
-    begun = 0
-    while begun < len(prompts):
-        begun += len(core.step().stats.first_token_seconds)
-    started = time.perf_counter()
-    while core.has_work:
-        core.step()
-    return time.perf_counter() - started
+REFERENCE = "transformers generate, dense"
+LLAMA_CPP = "llama.cpp, dense"
+PEERS = ("generate", "static", "continuous", "llama.cpp")
 
 
-@torch.inference_mode()
-def transformers_round(model: Any, prompts: list[list[int]], tokens: int) -> float:
-    """The same with `generate`: the time for all tokens less the time for one."""
-    ids = torch.tensor(prompts, device=model.device)
+@dataclass(frozen=True)
+class Subjects:
+    """What is compared: the converted model under its policies, the dense one in our engine, the dense one in transformers."""
 
-    def seconds(count: int) -> float:
-        started = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    return seconds(tokens) - seconds(1)
+    moe: MoeTransformer
+    dense: MoeTransformer
+    policies: dict[str, RoutingPolicy]
+    dense_peer: Any
 
 
-def distinct_experts(core: EngineCore, run: Callable[[], float]) -> float | None:
-    """Mean different experts per expert layer and step during `run`."""
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one round; `step_seconds` and `distinct` where our engine decoded."""
 
-    def histogram() -> list[list[int]]:
-        snapshot = core.handle(ReadExperts(0))
-        assert isinstance(snapshot, ExpertSnapshot)
-        return snapshot.distinct_experts
-
-    before = histogram()
-    run()
-    steps = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(before, histogram(), strict=True)]
-    layers = [sum(n * count for n, count in enumerate(layer)) / sum(layer) for layer in steps if sum(layer)]
-    return sum(layers) / len(layers) if layers else None
+    seconds: float
+    step_seconds: float | None = None
+    distinct: tuple[float | None, ...] | None = None
 
 
-def main() -> None:
+def read_subjects(model: Path, dense: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Subjects:
+    """Raises ValueError for a policy that the checkpoint does not have."""
+    known = read_policies(model, read_config(model))
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"{model}: there is no policy {missing[0]!r}; there are {', '.join(known)}")
+    return Subjects(
+        load_model(model, dtype, device),
+        load_model(dense, dtype, device),
+        {name: known[name] for name in names},
+        AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).to(device).eval(),
+    )
+
+
+def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Subjects:
+    config = partitioned_config(shape)
+    return Subjects(
+        random_model(config, dtype, device),
+        random_model(dense_config(shape), dtype, device),
+        {name: top_k_policy(config, name, top_k) for name, top_k in (("all", 8), ("half", 4), ("quarter", 2))},
+        peers.dense_llama(SHAPES[shape], dtype, device),
+    )
+
+
+def make_peers(
+    names: Sequence[str], dense_peer: Any, gguf: Path | None, threads: int
+) -> tuple[dict[str, peers.Peer], dict[str, str]]:
+    """Peers by the name of their row, and why others are missing."""
+    made: dict[str, peers.Peer] = {}
+    missing: dict[str, str] = {}
+    makers: dict[str, tuple[str, Callable[[], peers.Peer]]] = {
+        "generate": (REFERENCE, lambda: peers.generate(dense_peer)),
+        "static": ("transformers static cache, dense", lambda: peers.static_cache(dense_peer)),
+        "continuous": ("transformers continuous batching, dense", lambda: peers.continuous_batching(dense_peer)),
+        "llama.cpp": (LLAMA_CPP, lambda: peers.llama_cpp(gguf, threads)),
+    }
+    for name in names:
+        row, make = makers[name]
+        try:
+            made[row] = make()
+        except peers.Unavailable as reason:
+            missing[row] = str(reason)
+    return made, missing
+
+
+def engine_decode(core: EngineCore, policy: RoutingPolicy, prompts: list[list[int]], tokens: int) -> Sample:
+    run = serve(core, [policy], prompts, tokens)
+    return Sample(run.seconds, run.step_seconds, tuple(run.distinct))
+
+
+def engine_prefill(core: EngineCore, policy: RoutingPolicy, prompts: list[list[int]]) -> Sample:
+    return Sample(serve(core, [policy], prompts, 2).prefill_seconds)
+
+
+def peer_decode(peer: peers.Peer, prompts: list[list[int]], tokens: int) -> Sample:
+    return Sample(peer(prompts, tokens))
+
+
+def peer_prefill(model: Any, prompts: list[list[int]]) -> Sample:
+    return Sample(peers.forward_seconds(model, prompts))
+
+
+def make_rows(
+    subjects: Subjects, others: dict[str, peers.Peer], batches: Sequence[int], args: argparse.Namespace
+) -> dict[tuple[str, int, str], Callable[[], Sample]]:
+    """What to measure, by (measure, batch, name)."""
+    sizes = EngineConfig(
+        device=args.device,
+        max_num_seqs=max(batches),
+        max_step_tokens=max(512, args.prefill, max(batches) * args.prompt),
+        prefix_caching=False,  # every round is to do the same work
+    )
+    core, dense_core = assemble_core(subjects.moe, sizes), assemble_core(subjects.dense, sizes)
+    dense_policy = RoutingPolicy("dense", "", (None,) * subjects.dense.config.num_hidden_layers)
+    engines = {"dense": (dense_core, dense_policy)} | {name: (core, policy) for name, policy in subjects.policies.items()}
+    vocab_size = subjects.moe.config.vocab_size
+
+    rows: dict[tuple[str, int, str], Callable[[], Sample]] = {}
+    for batch in batches:
+        prompts = random_prompts(batch, args.prompt, vocab_size)
+        for name, peer in others.items():
+            if batch == 1 or name != LLAMA_CPP:
+                rows["decode", batch, name] = partial(peer_decode, peer, prompts, args.tokens)
+        for name, (each, policy) in engines.items():
+            rows["decode", batch, name] = partial(engine_decode, each, policy, prompts, args.tokens)
+    prompt = random_prompts(1, args.prefill, vocab_size)
+    if REFERENCE in others:
+        rows["prefill", 1, REFERENCE] = partial(peer_prefill, subjects.dense_peer, prompt)
+    for name, (each, policy) in engines.items():
+        rows["prefill", 1, name] = partial(engine_prefill, each, policy, prompt)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a converted checkpoint")
-    parser.add_argument("--dense", type=Path, required=True, help="its dense source, for the peer")
+    parser.add_argument("model", type=Path, nargs="?", help="a converted checkpoint")
+    parser.add_argument("--dense", type=Path, help="its dense source, for the peers")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--policies", default="full,balanced,fast")
-    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--peers", default=",".join(PEERS), help="of " + ", ".join(PEERS))
+    parser.add_argument("--gguf", type=Path, help="the dense model for llama.cpp")
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens before decoding")
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that prefill is measured with")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    wanted = [name for name in args.peers.split(",") if name]
+    if unknown := sorted(set(wanted) - set(PEERS)):
+        parser.error(f"there is no peer {unknown[0]!r}")
+    if args.shape is None and (args.model is None or args.dense is None):
+        parser.error("give MODEL and --dense, or --shape")
 
     threads = torch.get_num_threads()
-    config = read_config(args.model)
-    policies = read_policies(args.model, config)
-    batches = [int(batch) for batch in args.batch.split(",")]
-    # No prefix cache: every round is to do the same work.
-    sizes = EngineConfig(device=args.device, dtype=args.dtype, max_num_seqs=max(batches), prefix_caching=False)
-    core, dense_core = build_core(args.model, sizes), build_core(args.dense, sizes)
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, args.dense, device)
-    peer = AutoModelForCausalLM.from_pretrained(args.dense, dtype=dtype).to(device)
-    dense_policy = read_policies(args.dense, read_config(args.dense))["full"]
-    generator = torch.Generator().manual_seed(0)
-    rows: dict[tuple[int, str], Callable[[], float]] = {}
-    distinct: dict[tuple[int, str], float | None] = {}
-    for batch in batches:
-        prompts = torch.randint(config.vocab_size, (batch, args.prompt), generator=generator).tolist()
-        rows[batch, PEER] = partial(transformers_round, peer, prompts, args.tokens)
-        rows[batch, "dense"] = partial(engine_round, dense_core, dense_policy, prompts, args.tokens)
-        for name in args.policies.split(","):
-            rows[batch, name] = partial(engine_round, core, policies[name], prompts, args.tokens)
-            distinct[batch, name] = distinct_experts(core, rows[batch, name])
-    for row in rows.values():
-        row()  # warm
+    if args.shape is not None:
+        dtype = (
+            getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
+        )
+        subjects = random_subjects(args.shape, dtype, device)
+    else:
+        dtype = choose_dtype(args.dtype, args.dense, device)
+        subjects = read_subjects(args.model, args.dense, args.policies.split(","), dtype, device)
+    others, missing = make_peers(wanted, subjects.dense_peer, args.gguf, threads)
+    batches = [int(batch) for batch in args.batch.split(",")]
+    bandwidth = copy_bandwidth(device)
+    rows = make_rows(subjects, others, batches, args)
+    for key, run in list(rows.items()):
+        torch.set_num_threads(threads)  # the engine changes it as it sees fit
+        try:
+            run()  # warm
+        except Exception as error:  # whatever another library raises must not lose the other rows
+            if key[2] not in others:
+                raise
+            missing[f"{key[2]}, {key[0]} {key[1]}"] = f"{type(error).__name__}: {error}"
+            del rows[key]
     load, started = OtherLoad(), time.perf_counter()
-    samples: dict[tuple[int, str], list[float]] = {key: [] for key in rows}
+    samples: dict[tuple[str, int, str], list[Sample]] = {key: [] for key in rows}
     for _ in range(args.rounds):
         for key, run in rows.items():
-            torch.set_num_threads(threads)  # the engine changes it as it sees fit
+            torch.set_num_threads(threads)
             samples[key].append(run())
     other = load.cores(time.perf_counter() - started)
     results = []
-    print(f"{'batch':>5}  {'policy':<30} {'tok/s':>8} {'spread':>15} {'x peer':>7} {'distinct experts':>17}")
-    for (batch, name), seconds in samples.items():
-        speeds = sorted(batch * (args.tokens - 1) / s for s in seconds)
-        ratio = statistics.median(p / s for p, s in zip(samples[batch, PEER], seconds, strict=True))
-        hit = distinct.get((batch, name))
-        results.append(
-            {
-                "batch": batch,
-                "policy": name,
-                "tokens_per_second": statistics.median(speeds),
-                "lowest": speeds[0],
-                "highest": speeds[-1],
-                "ratio_to_transformers": ratio,
-                "distinct_experts_per_step": hit,
-            }
-        )
-        print(
-            f"{batch:>5}  {name:<30} {statistics.median(speeds):8.1f} {f'{speeds[0]:.1f}-{speeds[-1]:.1f}':>15} {ratio:7.2f} "
-            f"{'' if hit is None else f'{hit:.2f}':>17}"
-        )
-    print(f"other processes kept {other:.2f} cores busy")
+    for key, taken in samples.items():
+        measure, batch, name = key
+        config = subjects.dense.config if name == "dense" or name in others else subjects.moe.config
+        tokens = batch * (args.tokens - 1) if measure == "decode" else args.prefill
+        speeds = sorted(tokens / sample.seconds for sample in taken)
+        row: dict[str, Any] = {
+            "measure": measure,
+            "batch": batch,
+            "policy": name,
+            "tokens_per_second": statistics.median(speeds),
+            "lowest": speeds[0],
+            "highest": speeds[-1],
+        }
+        if (reference := samples.get((measure, batch, REFERENCE))) is not None:
+            row["ratio_to_transformers"] = statistics.median(
+                theirs.seconds / ours.seconds for theirs, ours in zip(reference, taken, strict=True)
+            )
+        if measure == "decode":
+            distinct = taken[-1].distinct or (None,) * config.num_hidden_layers
+            need = decode_bytes(config, distinct, batch, args.prompt + args.tokens / 2, dtype.itemsize)
+            step = statistics.median(sample.step_seconds or sample.seconds / (args.tokens - 1) for sample in taken)
+            row |= {"fraction_of_bandwidth": need / bandwidth / step, "distinct_experts_per_step": mean(distinct)}
+        results.append(row)
+    print_table(results)
+    for name, reason in missing.items():
+        print(f"left out: {name}: {reason}")
+    print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read and written); other processes kept {other:.2f} cores busy")
     record = {
         "benchmark": "engine_bench",
-        "model": str(args.model),
+        "model": args.shape or str(args.model),
         "prompt_tokens": args.prompt,
         "generated_tokens": args.tokens,
+        "prefill_tokens": args.prefill,
         "rounds": args.rounds,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
+        "copy_bandwidth_bytes_per_second": bandwidth,
         "other_load_cores": other,
+        "left_out": missing,
         "results": results,
         **conditions(),
+        "threads": threads,
     }
     print(json.dumps(record))
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    print(f"{'':<8}{'batch':>5}  {'policy':<40} {'tok/s':>9} {'spread':>19} {'x ref':>6} {'bandwidth':>10} {'distinct':>9}")
+    for row in results:
+        spread = f"{row['lowest']:.1f}-{row['highest']:.1f}"
+        ratio, share, hit = (
+            row.get(n) for n in ("ratio_to_transformers", "fraction_of_bandwidth", "distinct_experts_per_step")
+        )
+        print(
+            f"{row['measure']:<8}{row['batch']:>5}  {row['policy']:<40} {row['tokens_per_second']:9.1f} {spread:>19} "
+            f"{'' if ratio is None else f'{ratio:.2f}':>6} {'' if share is None else f'{share:.1%}':>10} "
+            f"{'' if hit is None else f'{hit:.2f}':>9}"
+        )
 
 
 if __name__ == "__main__":

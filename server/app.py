@@ -31,13 +31,14 @@ CONTROL_SECONDS = 1.0
 @dataclass(frozen=True, slots=True)
 class Access:
     """Who may call and how much they may send. `open_admin` opens /admin without a key; `allow_origins`: sites whose pages may
-    call from a browser."""
+    call from a browser; `body_timeout`: seconds that a client has to send a body."""
 
     api_keys: Sequence[str] = ()
     admin_key: str | None = None
     open_admin: bool = False
     allow_origins: Sequence[str] = ()
     max_body_bytes: int = 8 * 2**20
+    body_timeout: float = 60.0
 
 
 def create_app(
@@ -69,6 +70,8 @@ def create_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             services.tokenizer.close()
+            if services.telemetry is not None:
+                await asyncio.to_thread(services.telemetry.close)
 
     app = FastAPI(
         title="LaDiMo",
@@ -84,7 +87,7 @@ def create_app(
                 RequestContext, default_policy=lambda: services.store.resolve().policy.name, on_failure=_count(services)
             ),
             Middleware(Keys, api_keys=access.api_keys, admin_key=access.admin_key, open_admin=access.open_admin),
-            Middleware(JsonBodies, max_bytes=access.max_body_bytes),
+            Middleware(JsonBodies, max_bytes=access.max_body_bytes, timeout_seconds=access.body_timeout),
         ],
         exception_handlers={HTTPException: _to_context, RequestValidationError: _to_context},
     )
@@ -164,7 +167,7 @@ async def _control(services: Services, latencies: RecentLatencies) -> None:
         if store.objective != objective:  # switched on, or told new targets: from the top
             objective, state = store.objective, ControllerState(1.0, now)
             store.auto_accuracy = 1.0
-        direction, state = decide(state, objective, latencies.measured(now), now)
+        direction, state = decide(state, objective, latencies.measured(now, since=state.changed_at), now)
         metrics.controller_decisions.labels(direction).inc()
         if direction != "hold":
             store.auto_accuracy = state.accuracy

@@ -12,6 +12,7 @@ ServiceError                       status  code
 │   ├── UnknownModel               404     model_not_found
 │   └── UnknownPolicy              404     unknown_policy
 ├── MethodNotAllowed               405     method_not_allowed
+├── RequestTimeout                 408     request_timeout
 ├── Conflict                       409     conflict
 │   ├── PolicyInUse                409     policy_in_use
 │   ├── NoPreviousDefault          409     no_previous_default
@@ -105,6 +106,13 @@ class UnknownPolicy(NotFound):
 
 class MethodNotAllowed(ServiceError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(ServiceError):
+    """The client took too long to send the request. What is left of it is not waited for."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+    headers = {"Connection": "close"}
 
 
 class Conflict(ServiceError):

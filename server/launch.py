@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import uvicorn
@@ -20,7 +20,7 @@ import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
 from ladimo.model.config import ModelConfig
 from server.api.admission import Admission
-from server.api.http_protocol import BoundedHttpProtocol
+from server.api.http_protocol import bounded_http
 from server.api.services import Services
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine
@@ -33,6 +33,9 @@ from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.settings import ServerSettings
 from server.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # an optional extra
+    from server.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class _Run:
             open_admin=settings.insecure_admin and settings.is_loopback,
             allow_origins=settings.allow_origin,
             max_body_bytes=settings.max_body_bytes,
+            body_timeout=settings.body_timeout,
         )
         if settings.insecure_admin and not settings.is_loopback:
             logger.warning("--insecure-admin is ignored: %s is not a loopback address", settings.host)
@@ -105,7 +109,7 @@ class _Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=BoundedHttpProtocol,
+                http=bounded_http(settings.header_timeout, settings.send_timeout),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -179,7 +183,20 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         frontier_batch=settings.frontier_batch,
         request_timeout=settings.request_timeout,
         strict_fields=settings.strict_fields,
+        telemetry=_telemetry(settings, name),
+        fair_queueing=settings.fair_queueing,
+        stall_timeout=settings.stall_timeout,
     )
+
+
+def _telemetry(settings: ServerSettings, name: str) -> "Telemetry | None":
+    if not settings.exports_traces:
+        return None
+    try:
+        from server.telemetry import connect
+    except ModuleNotFoundError as error:
+        raise ValueError("traces need OpenTelemetry's SDK: pip install 'ladimo[otel]'") from error
+    return connect(settings.otlp_endpoint, name)
 
 
 def _build_metrics(config: ModelConfig, name: str, per_expert: bool) -> Metrics:

@@ -1,19 +1,18 @@
 """Every Prometheus metric, declared once, with the names of vLLM where it has them. Base units; prefix `ladimo_`."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector
 
 from server.engine.messages import ExpertSnapshot, StepStats
 from server.engine.request import FinishReason
+from server.exposition import BucketRow, Histogram, Row, header, line, series
 
 REQUEST_SECONDS = (
     *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50),
@@ -38,7 +37,6 @@ PREFIX = "ladimo_"
 PHASES = ("prefill", "mixed", "decode")
 SWAP_RESULTS = ("ok", "failed")
 DIRECTIONS = ("down", "hold", "up")
-NO_GRAPHS = "Always 0: this build replays no CUDA graphs."
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +109,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry
         self.declarations: list[Declaration] = []
+        self._histograms: list[Histogram] = []
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
 
@@ -132,7 +131,8 @@ class Metrics:
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             name = declare(name, "histogram", text, labels, buckets).name
-            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+            self._histograms.append(Histogram(name, text, buckets, *labels))
+            return self._histograms[-1]
 
         self.requests_in_flight = gauge("requests_in_flight", "Sequences admitted and not yet over, counted at the door.")
         self.requests_running = gauge("requests_running", "Sequences in the running batch, as of the last step.")
@@ -170,11 +170,14 @@ class Metrics:
         self.step_seconds = histogram("engine_step_seconds", "One engine step.", STEP_SECONDS, "phase")
         self.step_tokens = histogram("step_tokens", "Tokens computed in one step.", STEP_TOKENS)
         self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Since the engine loop last turned; below 1 while idle.")
-        counter("cuda_graph_replays_total", f"Steps replayed from a captured graph. {NO_GRAPHS}", "bucket")
-        counter("cuda_graph_misses_total", f"Steps for which no captured graph fitted. {NO_GRAPHS}")
-        counter("cuda_graph_captures_total", f"Graphs captured. {NO_GRAPHS}")
-        self.experts = ExpertCollector(num_experts, active_parameters_ratio, per_expert)
-        registry.register(self.experts)
+        self.graph_replays = counter(
+            "cuda_graph_replays_total", "Decode steps replayed from a captured graph, by the rows it has.", "bucket"
+        )
+        self.graph_misses = counter(
+            "cuda_graph_misses_total", "Steps that decoded without a graph although there are some: a prompt was in them."
+        )
+        self.graph_captures = counter("cuda_graph_captures_total", "Graphs captured: all at start, none later.")
+        self.experts = ExpertExposition(num_experts, active_parameters_ratio, per_expert)
         self.declarations.extend(EXPERT_METRICS)
         self.policy_info = gauge("policy_info", "1 for every policy that can be asked for.", "policy", "version", "default")
         self.policy_swaps = counter("policy_swaps_total", "Changes of the default.", "result")
@@ -220,6 +223,10 @@ class Metrics:
         self.preemptions.inc(stats.preemptions)
         self.prefix_cache_queries.inc(stats.prefix_cache_queries)
         self.prefix_cache_hits.inc(stats.prefix_cache_hits)
+        self.graph_captures.inc(stats.cuda_graph_captures)
+        self.graph_misses.inc(stats.cuda_graph_missed)
+        if stats.cuda_graph_bucket is not None:
+            self.graph_replays.labels(str(stats.cuda_graph_bucket)).inc()
         tokens = stats.prefill_tokens + stats.decode_tokens
         if tokens:
             phase = "decode" if not stats.prefill_tokens else "mixed" if stats.decode_tokens else "prefill"
@@ -260,13 +267,15 @@ class Metrics:
 
     def render(self, snapshot: ExpertSnapshot | None) -> bytes:
         """The exposition text; `snapshot` None repeats the last expert counters."""
-        if snapshot is not None:
-            self.experts.snapshot = snapshot
-        return generate_latest(self.registry)
+        histograms = "".join(histogram.write() for histogram in self._histograms)
+        return generate_latest(self.registry) + (histograms + self.experts.write(snapshot)).encode()
 
 
-class ExpertCollector(Collector):
-    """Expert figures from the last snapshot. Only expert layers are exported; layers and experts are counted from 0."""
+class ExpertExposition:
+    """Expert figures of the last snapshot, as text. Only expert layers are exported; layers and experts are counted from 0.
+
+    They are most of the page, so they do not go through the registry.
+    """
 
     def __init__(
         self,
@@ -274,55 +283,71 @@ class ExpertCollector(Collector):
         active_parameters_ratio: Callable[[tuple[float | None, ...]], float],
         per_expert: bool,
     ) -> None:
-        self.snapshot: ExpertSnapshot | None = None
         self._num_experts, self._active_parameters_ratio = num_experts, active_parameters_ratio
         self._per_expert = per_expert
+        self._text = self._written({})
+        self._rows: dict[tuple[str, int], Row] = {}
+        self._distinct = {
+            layer: BucketRow(DISTINCT_EXPERTS.name, range(experts + 1), layer=str(layer))
+            for layer, experts in num_experts.items()
+        }
 
-    def collect(self) -> Iterable[Metric]:
-        families = {metric: _family(metric) for metric in EXPERT_METRICS if self._per_expert or metric is not EXPERT_TOKENS}
-        if self.snapshot is not None:
-            for policy, layers in self.snapshot.expert_tokens.items():
-                self._policy(policy, layers, self.snapshot.routed_tokens.get(policy, 0), families)
+    def write(self, snapshot: ExpertSnapshot | None) -> str:
+        """`snapshot` None repeats the last one."""
+        if snapshot is not None:
+            lines: dict[Declaration, list[str]] = {metric: [] for metric in EXPERT_METRICS}
+            for policy, layers in snapshot.expert_tokens.items():
+                self._policy(policy, layers, snapshot.routed_tokens.get(policy, 0), lines)
             for layer, experts in self._num_experts.items():
-                self._layer(layer, experts, self.snapshot, families)
-        return families.values()
+                self._layer(layer, experts, snapshot, lines)
+            self._text = self._written(lines)
+        return self._text
 
-    def _policy(self, policy: str, layers: list[list[int]], routed: int, families: dict[Declaration, Metric]) -> None:
+    def _written(self, lines: Mapping[Declaration, list[str]]) -> str:
+        parts: list[str] = []
+        for metric in EXPERT_METRICS:
+            if self._per_expert or metric is not EXPERT_TOKENS:
+                parts.append(header(metric.name, metric.type, metric.help))
+                parts += lines.get(metric, ())
+        return "".join(parts)
+
+    def _policy(self, policy: str, layers: list[list[int]], routed: int, lines: dict[Declaration, list[str]]) -> None:
         measured: list[float | None] = [None] * len(layers)
         for layer, experts in self._num_experts.items():
             counts = layers[layer][:experts]
             if self._per_expert:
-                for expert, count in enumerate(counts):
-                    _set(families, EXPERT_TOKENS, count, layer=str(layer), expert=str(expert), policy=policy)
+                row = self._rows.get((policy, layer))
+                if row is None:
+                    row = self._rows[policy, layer] = Row(_expert_series(policy, layer, experts))
+                lines[EXPERT_TOKENS].append(row.write(counts))
             if routed:
                 measured[layer] = sum(counts) / routed
-                _set(families, EXPERTS_PER_TOKEN, sum(counts) / routed, layer=str(layer), policy=policy)
+                lines[EXPERTS_PER_TOKEN].append(
+                    line(EXPERTS_PER_TOKEN.name, sum(counts) / routed, layer=str(layer), policy=policy)
+                )
         if routed:
-            _set(families, ACTIVE_PARAMETERS, self._active_parameters_ratio(tuple(measured)), policy=policy)
+            lines[ACTIVE_PARAMETERS].append(
+                line(ACTIVE_PARAMETERS.name, self._active_parameters_ratio(tuple(measured)), policy=policy)
+            )
 
-    def _layer(self, layer: int, experts: int, snapshot: ExpertSnapshot, families: dict[Declaration, Metric]) -> None:
-        steps, seen = snapshot.distinct_experts[layer], 0
-        distinct, label = families[DISTINCT_EXPERTS], {"layer": str(layer)}
-        for number in range(experts + 1):
-            seen += steps[number]
-            distinct.add_sample(f"{DISTINCT_EXPERTS.name}_bucket", {**label, "le": str(float(number))}, seen)
-        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_bucket", {**label, "le": "+Inf"}, seen)
-        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_count", label, seen)
+    def _layer(self, layer: int, experts: int, snapshot: ExpertSnapshot, lines: dict[Declaration, list[str]]) -> None:
+        steps = snapshot.distinct_experts[layer][: experts + 1]
         total = sum(number * count for number, count in enumerate(steps))
-        distinct.add_sample(f"{DISTINCT_EXPERTS.name}_sum", label, total)
-        load = [sum(layers[layer][expert] for layers in snapshot.expert_tokens.values()) for expert in range(experts)]
+        lines[DISTINCT_EXPERTS].append(self._distinct[layer].write_counts([*steps, 0], total))
+        load = [
+            sum(counts) for counts in zip(*(rows[layer][:experts] for rows in snapshot.expert_tokens.values()), strict=True)
+        ]
         if any(load):
-            _set(families, LOAD_IMBALANCE, max(load) * experts / sum(load), **label)
-            _set(families, LOAD_ENTROPY, _entropy(load) / math.log(experts) if experts > 1 else 1.0, **label)
-            _set(families, NEVER_USED, load.count(0), **label)
+            for metric, value in (
+                (LOAD_IMBALANCE, max(load) * experts / sum(load)),
+                (LOAD_ENTROPY, _entropy(load) / math.log(experts) if experts > 1 else 1.0),
+                (NEVER_USED, load.count(0)),
+            ):
+                lines[metric].append(line(metric.name, value, layer=str(layer)))
 
 
-def _family(metric: Declaration) -> Metric:
-    return Metric(metric.name.removesuffix("_total"), metric.help, metric.type)
-
-
-def _set(families: dict[Declaration, Metric], metric: Declaration, value: float, **labels: str) -> None:
-    families[metric].add_sample(metric.name, labels, value)
+def _expert_series(policy: str, layer: int, experts: int) -> list[str]:
+    return [series(EXPERT_TOKENS.name, expert=str(expert), layer=str(layer), policy=policy) for expert in range(experts)]
 
 
 def _entropy(load: Sequence[int]) -> float:

@@ -87,6 +87,11 @@ class ServerSettings(BaseSettings):
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV cache block.")
     max_policies: int = Field(64, ge=1, le=4096, description="Different policy versions that can run at once.")
     prefix_caching: bool = Field(True, description="Keep computed prompt prefixes and use them again under the same policy.")
+    cuda_graphs: bool = Field(True, description="On a CUDA device, replay decode steps from graphs captured at start.")
+    fair_queueing: Literal["key", "user", "none"] = Field(
+        "key",
+        description="Who takes turns where requests wait: API keys; the request field user within them; none: oldest first.",
+    )
     max_queue: int = Field(256, ge=0, description="Sequences that may wait; more are answered 429.")
     max_queue_tokens: int | None = Field(
         None, ge=1, description="Prompt tokens that may wait; more are answered 429. Any number if not given."
@@ -96,6 +101,18 @@ class ServerSettings(BaseSettings):
     )
     strict_fields: bool = Field(False, description="Refuse request fields that nobody knows; they are ignored otherwise.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
+    header_timeout: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send a request's headers; then 408."
+    )
+    body_timeout: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send a request's body; then 408."
+    )
+    send_timeout: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="Seconds an answer may lie unread; then the connection is cut."
+    )
+    stall_timeout: float = Field(
+        120.0, gt=0, allow_inf_nan=False, description="Seconds one engine step may take; then /health/live fails."
+    )
     policy: str | None = Field(None, description="Default routing policy by name; full if nothing is given.")
     accuracy: float | None = Field(None, ge=0, le=1, description="Default position of the knob, 0 cheapest to 1.")
     frontier_batch: int = Field(1, ge=1, description="Batch size whose frontier the knob walks.")
@@ -107,6 +124,12 @@ class ServerSettings(BaseSettings):
     )
     expert_metrics: Literal["full", "aggregate"] = Field(
         "full", description="full: a counter per layer, expert and policy; aggregate: figures per layer only."
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="OpenTelemetry collector that requests' traces go to, over HTTP, such as http://localhost:4318; "
+        "OTEL_EXPORTER_OTLP_ENDPOINT is honoured, too. No traces if neither is given.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log lines shown.")
 
@@ -132,6 +155,11 @@ class ServerSettings(BaseSettings):
         if self.policy is not None:
             return Named(self.policy)
         return None if self.accuracy is None else AtAccuracy(self.accuracy)
+
+    @property
+    def exports_traces(self) -> bool:
+        names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        return self.otlp_endpoint is not None or any(os.environ.get(name) for name in names)
 
     @property
     def is_loopback(self) -> bool:

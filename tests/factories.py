@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ladimo.checkpoint import (
     FRONTIER,
@@ -29,6 +29,7 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
+from ladimo.model.router import make_router, weight_dtype
 from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -73,9 +74,16 @@ def save_tokenizer(path: Path) -> None:
 
 
 def make_dense(
-    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **config: Any
+    path: Path,
+    *,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **config: Any,
 ) -> Path:
-    """Write a random dense LLaMA: hidden 32, FFN 96, 3 layers, 4 query over 2 key/value heads; `config` overrides."""
+    """Write a random dense model of a LLaMA-like family: hidden 32, FFN 96, 3 layers, 4 query over 2 key/value heads; `config`
+    overrides."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -92,7 +100,7 @@ def make_dense(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**fields, **config}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **config}))
         for name, parameter in model.named_parameters():  # norms and biases start at one and zero, which would hide mistakes
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
@@ -164,8 +172,9 @@ def _moe_tensors(reader: TensorReader, layers: tuple[MoeLayerConfig | None, ...]
     for prefix, layer in converted.items():
         gate_proj, up_proj, down_proj = (reader.get(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
         gate_up, down = split_ffn(gate_proj, up_proj, down_proj, layer.num_experts)
-        router = torch.randn(layer.num_experts, gate_proj.shape[1], generator=generator) / 4
-        yield f"{prefix}.gate.weight", router.to(down.dtype)
+        for name, parameter in make_router(gate_proj.shape[1], layer).named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) / 4
+            yield f"{prefix}.gate.{name}", values.to(weight_dtype(name, down.dtype))
         yield f"{prefix}.experts.gate_up_proj", gate_up
         yield f"{prefix}.experts.down_proj", down
 

@@ -21,6 +21,7 @@ from ladimo.model.config import ModelConfig
 
 MAX_BLOCK = 2048
 PIECE_CHARACTERS = 1 << 16  # long files are cut here, so that a small sample of them is spread over the whole text
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROTOCOL = (
     "One token stream without special tokens, cut into windows of {window} tokens, each prefixed with BOS where the "
     "tokenizer has one; every token is scored given BOS and the tokens before it in its window."
@@ -41,11 +42,19 @@ class Encoder:
     """A checkpoint's tokenizer and the shape of its blocks. Raises ValueError where there is no usable tokenizer."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
+        if not any((directory / name).exists() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+            raise ValueError(f"{directory}: has no tokenizer; one of {', '.join(VOCABULARY_FILES)} is needed")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many unrelated types here
             first_line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{directory}: cannot read the tokenizer ({type(error).__name__}: {first_line})") from error
+        # Embeddings are often padded, and a token added for padding text may lie beyond them; more than that is a mix-up.
+        if self.tokenizer.vocab_size > config.vocab_size or 2 * len(self.tokenizer) < config.vocab_size:
+            raise ValueError(
+                f"{directory}: the tokenizer has {len(self.tokenizer)} tokens, the model's vocab_size is {config.vocab_size}: "
+                f"it is another model's"
+            )
         self.directory = directory
         self.vocab_size = config.vocab_size
         self.block = min(MAX_BLOCK, config.max_position_embeddings)

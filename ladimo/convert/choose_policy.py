@@ -1,9 +1,12 @@
 """From profiles to policies and layers: pure functions of what was measured."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ladimo.convert.profile import LayerProfile
 from ladimo.convert.recipe import PolicyRecipe
+from ladimo.convert.solver import choose
 from ladimo.model.config import ModelConfig
 from ladimo.policy import LayerRule
 
@@ -25,43 +28,67 @@ def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> Laye
     return dynamic.rule
 
 
-def predicted_cost(rules: Rules, profiles: Mapping[int, LayerProfile], config: ModelConfig) -> float:
-    """Active / dense parameters under these rules, from the experts per token that the profiles saw."""
-    experts: list[float | None] = []
-    for layer, rule in enumerate(rules):
-        if rule is None:
-            experts.append(None)
-            continue
-        known = profiles[layer].by_top_k + profiles[layer].by_tau
-        experts.append(next(entry.experts_per_token for entry in known if entry.rule == rule))
-    return config.active_parameters_ratio(tuple(experts))
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What one layer may do. experts: those that run per token at batch 1, or that a batch of 32 tokens reads, mean. damage: KL
+    divergence from the dense model in nats when only this layer does so, measured or interpolated."""
+
+    rule: LayerRule
+    experts: float
+    damage: float
 
 
-def candidate_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, recipe: PolicyRecipe) -> dict[str, Rules]:
-    """The named policies and up to `recipe.points` more by tau ("mass-0.65"), spread evenly between TOP1 and full in cost.
+def solve(options: Mapping[int, Sequence[Option]], config: ModelConfig, target: float) -> Rules:
+    """One option per converted layer with the least sum of damages at a cost of at most `target` (share of the dense model's
+    active parameters)."""
+    layers = sorted(options)
+    none = dict.fromkeys(layers, 0.0)
+    fixed = _cost(none, config)
 
-    `config` has the converted layers, each of which has a profile.
-    """
+    def share(index: int, experts: float) -> float:
+        return _cost({**none, index: experts}, config) - fixed
 
-    def under(tau: float) -> Rules:
-        return tuple(
+    costs = [[share(index, option.experts) for option in options[index]] for index in layers]
+    damages = [[option.damage for option in options[index]] for index in layers]
+    picks = choose(costs, damages, target - fixed)
+    rules = {index: options[index][pick].rule for index, pick in zip(layers, picks, strict=True)}
+    return tuple(rules.get(index) for index in range(config.num_hidden_layers))
+
+
+def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points: int) -> list[Rules]:
+    """Solutions at `points` targets between the cheapest and the dearest choice, dearest first, without repetitions."""
+    ends = []
+    for pick in (max, min):
+        experts = {index: pick(option.experts for option in layer) for index, layer in options.items()}
+        ends.append(_cost(experts, config))
+    targets = [ends[0] + (ends[1] - ends[0]) * (point + 1) / max(1, points) for point in range(points)]
+    return list(dict.fromkeys(solve(options, config, target) for target in targets))
+
+
+def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, recipe: PolicyRecipe) -> dict[str, Rules]:
+    """full, quality, balanced, fast by LaDiMo's rule. `config` has the converted layers, each of which has a profile."""
+    taus = zip(NAMED, (1.0, recipe.quality, recipe.balanced, recipe.fast), strict=True)
+    return {
+        name: tuple(
             None if layer is None else choose_rule(profiles[index], tau, recipe) for index, layer in enumerate(config.layers)
         )
+        for name, tau in taus
+    }
 
-    named = dict(zip(NAMED, (1.0, recipe.quality, recipe.balanced, recipe.fast), strict=True))
-    chosen = {name: under(tau) for name, tau in named.items()}
-    if recipe.points == 0 or not profiles:
-        return chosen
-    taus = [entry.rule.mass for entry in next(iter(profiles.values())).by_tau]
-    extra = {f"mass-{tau:g}": under(tau) for tau in [0.0, *taus] if tau is not None}
-    costs = {name: predicted_cost(rules, profiles, config) for name, rules in extra.items()}
-    lowest, highest = costs["mass-0"], predicted_cost(chosen["full"], profiles, config)
-    for point in range(recipe.points):
-        target = lowest + (highest - lowest) * point / recipe.points
-        name = min(extra, key=lambda name: abs(costs[name] - target))
-        if extra[name] not in chosen.values():
-            chosen[name] = extra[name]
-    return chosen
+
+def interpolate(errors: Sequence[float], damages: Sequence[float], error: float) -> float:
+    """Damage of an option whose layer error is `error`, between options whose damage was measured; on logarithmic scales, in
+    proportion to the error outside them."""
+    known = sorted((max(e, 1e-12), max(d, 1e-12)) for e, d in zip(errors, damages, strict=True))
+    error = max(error, 1e-12)
+    if error <= known[0][0] or len(known) == 1:
+        return known[0][1] * min(1.0, error / known[0][0]) if error <= known[0][0] else known[0][1] * error / known[0][0]
+    if error >= known[-1][0]:
+        return known[-1][1] * error / known[-1][0]
+    after = next(place for place, (e, _) in enumerate(known) if e >= error)
+    (low, below), (high, above) = known[after - 1], known[after]
+    share = math.log(error / low) / math.log(high / low) if high > low else 0.0
+    return math.exp((1 - share) * math.log(below) + share * math.log(above))
 
 
 def choose_layers(perplexity: Mapping[int, float], savings: Mapping[int, float], target_active: float) -> tuple[int, ...]:
@@ -82,3 +109,8 @@ def full_cost(config: ModelConfig) -> float:
     return config.active_parameters_ratio(
         tuple(None if layer is None else float(layer.num_experts_per_tok) for layer in config.layers)
     )
+
+
+def _cost(experts: Mapping[int, float], config: ModelConfig) -> float:
+    """Active / dense parameters with so many experts in each converted layer."""
+    return config.active_parameters_ratio(tuple(experts.get(index) for index in range(config.num_hidden_layers)))

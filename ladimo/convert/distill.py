@@ -4,6 +4,7 @@ Legend: T tokens, D hidden_size, E experts, K experts per token.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     router_logits = layer.gate(inputs)
     row = torch.tensor(rows, device=inputs.device).expand(len(inputs), 4)
     mask = torch.tensor(allowed, device=inputs.device).expand(len(inputs), -1)
-    topk_weights, topk_ids = select_experts(router_logits, row, mask, layer.config)
+    topk_weights, topk_ids = select_experts(router_logits, row, mask, layer.config, layer.gate.e_score_correction_bias)
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
 
 
@@ -56,14 +57,14 @@ def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_i
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:
-    """The rule of policy `full`: as many experts as the layer is trained for, their weights summing to one."""
-    return LayerRule(top_k=layer.config.num_experts_per_tok)
+    """The layer's rule in policy `full`, which is what it is trained under."""
+    return LayerRule.full(layer.config)
 
 
 @torch.no_grad()
 def layer_error(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
     """Squared error under `full` over the variance of the targets: 0 is the FFN itself, 1 its mean."""
-    total, device = 0.0, layer.gate.weight.device
+    total, device = 0.0, layer.experts.down_proj.device
     for chunk, target in zip(inputs.split(8192), targets.split(8192), strict=True):
         x = chunk.to(device, torch.float32)
         _, topk_weights, topk_ids = route(layer, x, full_rule(layer))
@@ -71,47 +72,65 @@ def layer_error(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
     return total / targets.numel() / target_variance(targets)
 
 
-def distill_layer(layer: ExpertLayer, data: LayerData, recipe: TrainRecipe, generator: torch.Generator) -> list[CurvePoint]:
-    """Train router and experts in place, in fp32, computing only the chosen experts.
+def distill_layer(
+    layer: ExpertLayer,
+    data: LayerData,
+    recipe: TrainRecipe,
+    generator: torch.Generator,
+    rules: Sequence[LayerRule] = (),
+) -> list[CurvePoint]:
+    """Train the layer in place, in fp32, computing only the chosen experts.
 
-    The loss is the squared error over the variance of the targets (so that one `balance` fits every layer) plus
-    balance * `balance_loss`. Raises ValueError when it diverges.
+    Every step runs under one of `rules`, drawn evenly; without any, under `full`. The loss is the squared error over the
+    variance of the targets (so that one `balance` fits every layer). Where experts count with their scores the router learns
+    with them, under balance * `balance_loss` besides; where they count with one it gets no gradient and stays as it is. Raises
+    ValueError when the loss diverges.
     """
-    device = layer.gate.weight.device
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(layer.experts.parameters()), "lr": recipe.expert_lr},
-            {"params": [layer.gate.weight], "lr": recipe.gate_lr},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    device = layer.experts.down_proj.device
+    rules = rules or (full_rule(layer),)
+    routed = layer.config.expert_weight == "score"
+    layer.gate.requires_grad_(routed)
+    groups = [{"params": list(layer.experts.parameters()), "lr": recipe.expert_lr}]
+    if routed:
+        groups.append({"params": list(layer.gate.parameters()), "lr": recipe.gate_lr})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    variance, rule = target_variance(data.fit_targets), full_rule(layer)
-    reports = {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
+    variance = target_variance(data.fit_targets)
     curve: list[CurvePoint] = []
     running: list[Tensor] = []
-    order = torch.empty(0, dtype=torch.int64)
-    for step in tqdm(range(1, recipe.steps + 1), desc="  steps", leave=False, disable=None):
-        if len(order) < min(recipe.batch_tokens, len(data.fit_inputs)):
-            order = torch.randperm(len(data.fit_inputs), generator=generator)
-        batch, order = order[: recipe.batch_tokens], order[recipe.batch_tokens :]
+    for step, batch in batches(len(data.fit_inputs), recipe, generator):
         inputs, targets = (source[batch].to(device, torch.float32) for source in (data.fit_inputs, data.fit_targets))
+        rule = rules[int(torch.randint(len(rules), (1,), generator=generator))] if len(rules) > 1 else rules[0]
         router_logits, topk_weights, topk_ids = route(layer, inputs, rule)
         error = F.mse_loss(run_experts(layer, inputs, topk_weights, topk_ids), targets) / variance
-        (error + recipe.balance * balance_loss(router_logits, topk_ids)).backward()
+        loss = error + recipe.balance * balance_loss(router_logits, topk_ids) if routed else error
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         running.append(error.detach())
-        if step in reports:
+        if is_report(step, recipe):
             fit = torch.stack(running).mean().item()
             if not math.isfinite(fit):
                 raise ValueError(f"training diverged at step {step}; lower train.expert_lr or train.gate_lr")
             curve.append(CurvePoint(step, fit, layer_error(layer, data.holdout_inputs, data.holdout_targets)))
             running.clear()
     return curve
+
+
+def batches(num_tokens: int, recipe: TrainRecipe, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Steps 1 .. recipe.steps, each with the numbers of its tokens; every token once per epoch, the last few left out."""
+    order = torch.empty(0, dtype=torch.int64)
+    for step in tqdm(range(1, recipe.steps + 1), desc="  steps", leave=False, disable=None):
+        if len(order) < min(recipe.batch_tokens, num_tokens):
+            order = torch.randperm(num_tokens, generator=generator)
+        batch, order = order[: recipe.batch_tokens], order[recipe.batch_tokens :]
+        yield step, batch
+
+
+def is_report(step: int, recipe: TrainRecipe) -> bool:
+    """Whether the loss curve has a point after this step: CURVE_POINTS of them, evenly spread, the last at the end."""
+    return step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:

@@ -1,7 +1,7 @@
 """Work on a finished checkpoint: evaluate its policies, profile it again. Neither trains anything."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from ladimo.checkpoint import (
     write_policy,
 )
 from ladimo.convert.calibration import Encoder, calibrate, evaluation_blocks
-from ladimo.convert.choose_policy import Rules
-from ladimo.convert.evaluate import ExpertSource, figures, measure, num_scored
+from ladimo.convert.candidates import routed_candidates, static_candidates
+from ladimo.convert.choose_policy import NAMED, Rules
+from ladimo.convert.evaluate import ExpertSource, figures, likelihoods, measure, num_scored
 from ladimo.convert.operating_points import measure_operating_points
 from ladimo.convert.pipeline import load_experts, recipe_taus
-from ladimo.convert.profile import profile_layer
+from ladimo.convert.profile import LayerProfile, profile_layer
 from ladimo.convert.provenance import PROVENANCE, device_name, file_hash, find_dense_source
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report import REPORT, policy_entries, write_report
+from ladimo.convert.tasks import PROTOCOL, EncodedTask, encode_task, read_task, score_task, task_files
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import RoutingPolicy
@@ -34,22 +36,32 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
-    name: str, text: Path, policy: str = "all", tokens: int | None = None, dense: Path | None = None, device: str = "auto"
+    name: str,
+    text: Path,
+    policy: str = "all",
+    tokens: int | None = None,
+    dense: Path | None = None,
+    device: str = "auto",
+    tasks: Sequence[Path] = (),
+    items: int | None = None,
 ) -> dict[str, Any]:
-    """The JSON object of `ladimo evaluate`. Works on dense models too.
+    """The JSON object of `ladimo evaluate`, with the key "tasks" where there are any. Works on dense models too.
 
-    dense: where the dense source is, if not where provenance.json says; figures that need it and lack it are None. Raises
-    ValueError for an unknown policy, text shorter than one block, or a broken checkpoint.
+    dense: where the dense source is, if not where provenance.json says; figures that need it and lack it are None. tasks: files
+    of `ladimo.convert.tasks`' forms, or directories of them; items: the first so many of each (None = all). Raises ValueError
+    for an unknown policy, text shorter than one block, a wrong task file or a broken checkpoint.
     """
     directory = resolve_directory(name)
     own = StreamedModel(directory, choose_device(device))
     policies = read_policies(directory, own.config)
     chosen = list(policies.values()) if policy == "all" else [_named(policies, policy)]
-    blocks = evaluation_blocks(Encoder(directory, own.config), text, tokens)
+    encoder = Encoder(directory, own.config)
+    blocks = evaluation_blocks(encoder, text, tokens)
+    encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
     model, experts = own, None
     source = find_dense_source(directory, dense) if own.config.moe_layer_indices else None
     if source is not None:
-        model, experts = StreamedModel(source, own.device), _experts_of(own)
+        model, experts = StreamedModel(source, own.device), experts_of(own)
     variants = [entry.layers for entry in chosen]
     reference: Rules | None = None
     if model.config.moe_layer_indices:
@@ -59,13 +71,16 @@ def evaluate_checkpoint(
         variants.append(reference)
     measured = measure(model, experts, blocks, variants, reference)
     perplexity = None if reference is None else measured[reference].perplexity
-    return {
+    result = {
         "model": name,
         "text": str(text),
         "tokens": num_scored(blocks),
         "dense": {"perplexity": perplexity},
         "policies": [figures(entry, measured[entry.layers], own.config, perplexity) for entry in chosen],
     }
+    if encoded:
+        result["tasks"] = _task_entries(model, experts, encoded, chosen, reference)
+    return result
 
 
 def profile_checkpoint(name: str, text: Path, dense: Path | None = None, device: str = "auto") -> dict[str, Any]:
@@ -87,13 +102,20 @@ def profile_checkpoint(name: str, text: Path, dense: Path | None = None, device:
     calibration = calibrate(encoder, recipe.tokens, recipe.seed, [text])
     if calibration.note:
         logger.warning("%s", calibration.note)
-    model, experts = StreamedModel(source, own.device), _experts_of(own)
+    model, experts = StreamedModel(source, own.device), experts_of(own)
     profiled = torch.cat((calibration.fit, calibration.holdout))[-max(1, len(calibration.evaluation)) :]
-    profiles = {}
-    for index, _, inputs, targets in model.ffn_data(profiled, own.config.moe_layer_indices):
-        profiles[index] = profile_layer(experts(index), inputs, targets, recipe_taus(recipe.policies))
-        logger.info("layer %d: best expert's weight %.2f", index, profiles[index].mean_best_weight)
-    points = measure_operating_points(model, experts, own.config, profiles, calibration.evaluation, recipe.policies)
+    profiles: dict[int, LayerProfile] = {}
+    if "elastic" in report:
+        stored = read_policies(directory, own.config)
+        names = [*NAMED, *(budget["policy"] for budget in report["elastic"]["budgets"])]
+        named = {name: _named(stored, name).layers for name in names}
+        candidates, guard = static_candidates(model, experts, own.config, named, profiled, recipe)
+    else:
+        for index, _, inputs, targets in model.ffn_data(profiled, own.config.moe_layer_indices):
+            profiles[index] = profile_layer(experts(index), inputs, targets, recipe_taus(recipe.policies))
+            logger.info("layer %d: best expert's weight %.2f", index, profiles[index].mean_best_weight)
+        candidates, guard = routed_candidates(model, experts, own.config, profiles, profiled, recipe)
+    points = measure_operating_points(model, experts, own.config, candidates, calibration.evaluation, guard)
     for layer in report["layers"]:
         if layer["layer"] in profiles:
             layer["profile"] = profiles[layer["layer"]].to_dict()
@@ -115,7 +137,41 @@ def profile_checkpoint(name: str, text: Path, dense: Path | None = None, device:
     return report
 
 
-def _experts_of(own: StreamedModel) -> ExpertSource:
+def _task_entries(
+    model: StreamedModel,
+    experts: ExpertSource | None,
+    tasks: Sequence[EncodedTask],
+    policies: Sequence[RoutingPolicy],
+    reference: Rules | None,
+) -> list[dict[str, Any]]:
+    """One entry per task: what it is, and its scores under every policy and of the dense source (None without one)."""
+    continuations = [one for task in tasks for one in task.continuations]
+    variants = [policy.layers for policy in policies] + ([] if reference is None else [reference])
+    found = likelihoods(model, experts, continuations, variants)
+    entries, place = [], 0
+    for task in tasks:
+        own = slice(place, place + len(task.continuations))
+        place = own.stop
+        scores = {variant: score_task(task.items, values[own]) for variant, values in found.items()}
+        entries.append(
+            {
+                "task": task.task.name,
+                "file": str(task.task.file),
+                "form": task.task.form,
+                "protocol": PROTOCOL,
+                "items": len(task.items),
+                "skipped": len(task.task.items) - len(task.items),
+                "truncated": task.truncated,
+                "dense": None if reference is None else scores[reference],
+                "policies": [
+                    {"policy": policy.name, "version": policy.version, **scores[policy.layers]} for policy in policies
+                ],
+            }
+        )
+    return entries
+
+
+def experts_of(own: StreamedModel) -> ExpertSource:
     def experts(index: int) -> ExpertLayer:
         layer = own.config.layers[index]
         assert layer is not None

@@ -1,19 +1,34 @@
-"""From profiles to measured policies and the frontier: what `convert` and `profile` do alike."""
+"""Measured policies and the frontier: what `convert` and `profile` do alike, whatever made the candidates."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from ladimo.convert.choose_policy import NAMED, Rules, candidate_policies
-from ladimo.convert.evaluate import ExpertSource, figures, measure
-from ladimo.convert.profile import LayerProfile
-from ladimo.convert.recipe import PolicyRecipe
+from ladimo.convert.choose_policy import NAMED, Option, Rules, interpolate
+from ladimo.convert.evaluate import ExpertSource, Measurement, figures, measure
+from ladimo.convert.profile import DISTINCT_BATCH, LayerProfile, RuleProfile
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy, pareto
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Find the cheapest rules whose perplexity is at most `ratio` times the dense one, along `path`: dearest first, each
+    cheaper and worse than the one before."""
+
+    ratio: float
+    path: Sequence[Rules]
+
+    @property
+    def name(self) -> str:
+        return f"ratio-{self.ratio:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +62,81 @@ def measure_operating_points(
     dense: StreamedModel,
     experts: ExpertSource,
     config: ModelConfig,
-    profiles: Mapping[int, LayerProfile],
+    candidates: Mapping[str, Rules],
     blocks: Tensor,
-    recipe: PolicyRecipe,
+    guard: Guard | None = None,
 ) -> OperatingPoints:
-    """Choose the policies of `config` (with its converted layers) and measure each end to end on token blocks [B, S]."""
-    chosen = candidate_policies(profiles, config, recipe)
+    """Measure each candidate end to end on token blocks [B, S]; `candidates` has at least the named policies, and `config` the
+    layers they are for. Two frontiers: of points chosen by what one token reads and by what a batch of 32 reads."""
+    chosen = dict(candidates)
     reference: Rules = (None,) * config.num_hidden_layers
     measured = measure(dense, experts, blocks, [reference, *chosen.values()], reference)
-    for better, cheaper in pairwise(NAMED):  # profiles predict this order; a measurement on other text may not keep it
+    perplexity = measured[reference].perplexity
+    if guard is not None:
+        found = _cheapest_within(dense, experts, blocks, guard, measured, perplexity)
+        if found is None:
+            logger.warning("no policy keeps the perplexity within %g times the dense one", guard.ratio)
+        else:
+            chosen[guard.name] = found
+    for better, cheaper in pairwise(NAMED):  # predictions have this order; a measurement on other text may not keep it
         costs = [config.active_parameters_ratio(measured[chosen[name]].experts_per_token) for name in (better, cheaper)]
         if costs[1] > costs[0]:
             chosen[cheaper] = chosen[better]
     policies = [RoutingPolicy(name, describe_rules(rules), rules) for name, rules in chosen.items()]
-    perplexity = measured[reference].perplexity
     entries = [figures(policy, measured[policy.layers], config, perplexity) for policy in policies]
-    # Equal rules under two names are one point; the name that comes first keeps it.
-    points = {
-        policy.layers: FrontierPoint(
-            batch=1,
-            policy=policy.name,
-            active_parameters_ratio=config.active_parameters_ratio(measured[policy.layers].experts_per_token),
-            perplexity=measured[policy.layers].perplexity,
-            perplexity_ratio=measured[policy.layers].perplexity / perplexity,
-            experts_per_token=measured[policy.layers].experts_per_token,
-        )
-        for policy in reversed(policies)
+    points = tuple(point for batch in (1, DISTINCT_BATCH) for point in _frontier(policies, measured, config, perplexity, batch))
+    return OperatingPoints(policies, entries, Frontier(points), perplexity)
+
+
+def routed_options(
+    dense: StreamedModel,
+    experts: ExpertSource,
+    config: ModelConfig,
+    profiles: Mapping[int, LayerProfile],
+    blocks: Tensor,
+    batch: int = 1,
+) -> dict[int, list[Option]]:
+    """What each routed layer may do, with the damage on token blocks [B, S]: the rule with the least error and the cheapest are
+    measured alone in an otherwise dense model, the rest is interpolated by layer error."""
+    depth = config.num_hidden_layers
+    reference: Rules = (None,) * depth
+    known = {index: _distinct_rules(profile) for index, profile in profiles.items()}
+
+    def alone(index: int, rule: LayerRule) -> Rules:
+        return tuple(rule if layer == index else None for layer in range(depth))
+
+    ends = {
+        index: [min(rules, key=lambda entry: entry.error), min(rules, key=lambda entry: entry.experts_per_token)]
+        for index, rules in known.items()
     }
-    return OperatingPoints(policies, entries, Frontier(pareto(points.values())), perplexity)
+    variants = [alone(index, entry.rule) for index, pair in ends.items() for entry in pair]
+    measured = measure(dense, experts, blocks, [reference, *variants], reference)
+    options: dict[int, list[Option]] = {}
+    for index, rules in known.items():
+        errors = [entry.error for entry in ends[index]]
+        damages = [measured[alone(index, entry.rule)].kl or 0.0 for entry in ends[index]]
+        options[index] = [
+            Option(
+                rule=entry.rule,
+                experts=entry.experts_per_token if batch == 1 else entry.distinct_experts,
+                damage=interpolate(errors, damages, entry.error),
+            )
+            for entry in rules
+        ]
+    return options
+
+
+def policy_name(cost: float) -> str:
+    """Of a policy that the solver found: by its share of active parameters in percent."""
+    return f"active-{100 * cost:.1f}"
 
 
 def rule_name(rule: LayerRule | None) -> str:
-    """TOP2, DYN(0.8), or dense."""
+    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense."""
     if rule is None:
         return "dense"
+    if rule.experts is not None and rule.top_k >= len(rule.experts):
+        return f"{len(rule.experts)} fixed"
     return f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
 
 
@@ -89,3 +145,65 @@ def describe_rules(rules: Rules) -> str:
     names = [rule_name(rule) for rule in rules if rule is not None]
     counts = [f"{name} in {names.count(name)} layer{'s' * (names.count(name) > 1)}" for name in dict.fromkeys(names)]
     return ", ".join(counts)
+
+
+def _distinct_rules(profile: LayerProfile) -> list[RuleProfile]:
+    """The profile's rules, of those with equal cost at batch 1 and 32 the one with the least error."""
+    best: dict[tuple[float, float], RuleProfile] = {}
+    for entry in profile.by_top_k + profile.by_tau:
+        key = (round(entry.experts_per_token, 2), round(entry.distinct_experts, 2))
+        if key not in best or entry.error < best[key].error:
+            best[key] = entry
+    return list(best.values())
+
+
+def _cheapest_within(
+    dense: StreamedModel,
+    experts: ExpertSource,
+    blocks: Tensor,
+    guard: Guard,
+    measured: dict[Rules, Measurement],
+    perplexity: float,
+) -> Rules | None:
+    """By bisection over the path; what it measures is added to `measured`."""
+    low, high = -1, len(guard.path)  # path[low] is within, path[high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        rules = guard.path[middle]
+        if rules not in measured:
+            measured |= measure(dense, experts, blocks, [rules, (None,) * len(rules)], (None,) * len(rules))
+        if measured[rules].perplexity <= guard.ratio * perplexity:
+            low = middle
+        else:
+            high = middle
+    return None if low < 0 else guard.path[low]
+
+
+def _frontier(
+    policies: Sequence[RoutingPolicy],
+    measured: Mapping[Rules, Measurement],
+    config: ModelConfig,
+    perplexity: float,
+    batch: int,
+) -> tuple[FrontierPoint, ...]:
+    """Policies that nothing cheaper beats at this batch size. Equal rules under two names are one point; the name that comes
+    first keeps it."""
+    points = {
+        policy.layers: FrontierPoint(
+            batch=batch,
+            policy=policy.name,
+            active_parameters_ratio=config.active_parameters_ratio(measured[policy.layers].experts_per_token),
+            perplexity=measured[policy.layers].perplexity,
+            perplexity_ratio=measured[policy.layers].perplexity / perplexity,
+            experts_per_token=measured[policy.layers].experts_per_token,
+        )
+        for policy in reversed(policies)
+    }
+    if batch == 1:
+        return pareto(points.values())
+    reads = {point.policy: config.active_parameters_ratio(measured[rules].distinct_experts) for rules, point in points.items()}
+    kept: list[FrontierPoint] = []
+    for point in sorted(points.values(), key=lambda point: (reads[point.policy], point.perplexity)):
+        if not kept or point.perplexity < kept[-1].perplexity:
+            kept.append(point)
+    return pareto(kept)  # and by active parameters, which is what the knob walks

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from ladimo.checkpoint import (
     choose_device,
     copy_tokenizer,
     moe_config_json,
-    read_config,
     read_json,
     resolve_directory,
     stored_dtype,
@@ -26,35 +26,43 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.convert.calibration import Calibration, Encoder, calibrate
+from ladimo.convert.candidates import routed_candidates, static_candidates
 from ladimo.convert.choose_policy import Rules, choose_layers, full_cost
 from ladimo.convert.distill import LayerData, full_rule, layer_error
+from ladimo.convert.elastic import ElasticStages, Widths, solve_layer
 from ladimo.convert.evaluate import measure, num_scored
 from ladimo.convert.methods import Method, get_method
 from ladimo.convert.operating_points import OperatingPoints, measure_operating_points
+from ladimo.convert.parallel import run_jobs
 from ladimo.convert.profile import LayerProfile, profile_layer
 from ladimo.convert.provenance import PROVENANCE, conversion_arguments, device_name, provenance
 from ladimo.convert.recipe import PolicyRecipe, Recipe
 from ladimo.convert.report import policy_entries, write_report
+from ladimo.convert.source import check_source, model_parameters
 from ladimo.convert.teacher import StreamedModel
 from ladimo.convert.workspace import Workspace, describe_difference, remove_leftover
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.transformer import MoeTransformer
 
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str, out: Path, recipe: Recipe, text: Sequence[Path] | None = None, device: str = "auto") -> bool:
+def convert(
+    source: str, out: Path, recipe: Recipe, text: Sequence[Path] | None = None, device: str = "auto", jobs: int = 1
+) -> bool:
     """Make the MoE checkpoint OUT from a dense LLaMA; False when OUT is already the result of the same arguments.
 
-    source: a directory or a hub id. text: calibration files, None for the Python standard library. An interrupted run with the
-    same arguments resumes and gives the same result. Raises ValueError for a user's mistake, OSError when OUT cannot be
-    written; OUT appears whole or not at all.
+    source: a directory or a hub id. text: calibration files, None for the Python standard library. jobs: layers worked on side
+    by side, in processes that share the cores (sums taken by another number of threads differ in their last bits). An
+    interrupted run with the same arguments resumes and gives the same result. Raises ValueError for a user's mistake, OSError
+    when OUT cannot be written; OUT appears whole or not at all.
     """
     directory = resolve_directory(source)
     torch_device = choose_device(device)
     method = get_method(recipe.method)
     config = check_source(directory)
+    recipe = method.resolve(recipe, config)
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     arguments = conversion_arguments(source, directory, recipe, text, device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -62,27 +70,14 @@ def convert(source: str, out: Path, recipe: Recipe, text: Sequence[Path] | None 
         remove_leftover(out)
         return False
     workspace = Workspace(out, arguments)
-    run = Conversion(workspace, method, recipe, StreamedModel(directory, torch_device), candidates)
+    kind = ElasticConversion if recipe.method == "elastic" else LayerwiseConversion
+    run = kind(workspace, method, recipe, StreamedModel(directory, torch_device), candidates)
     calibration = run.calibrate(text)
-    run.train(calibration)
+    run.train(calibration, jobs)
     converted = run.choose_layers(calibration)
     points = run.choose_policies(calibration, converted)
-    run.publish(out, arguments, calibration, converted, points)
+    run.publish(out, arguments, converted, points)
     return True
-
-
-def check_source(directory: Path) -> ModelConfig:
-    """Raises ValueError unless this is a whole dense LLaMA: every tensor there, of the right shape."""
-    config = read_config(directory)
-    if config.moe_layer_indices:
-        raise ValueError(f"{directory}: is converted already; give the dense model")
-    reader = TensorReader(directory)
-    for name, parameter in _parameters(config):
-        if name not in reader or reader.shape(name) != tuple(parameter.shape):
-            found = f"has shape {list(reader.shape(name))}" if name in reader else "is missing"
-            raise ValueError(f"{directory}: {name} {found}, config.json asks for {list(parameter.shape)}")
-    stored_dtype(directory)
-    return config
 
 
 def check_finished(out: Path, arguments: dict[str, Any]) -> None:
@@ -94,8 +89,8 @@ def check_finished(out: Path, arguments: dict[str, Any]) -> None:
         raise ValueError(f"{out}: exists, converted with other arguments: {difference}; nothing was changed")
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+@dataclass(frozen=True)
+class Conversion(ABC):
     """One run over a workspace. Everything it makes depends on the arguments alone, never on what was resumed."""
 
     workspace: Workspace
@@ -120,35 +115,148 @@ class Conversion:
             logger.warning("%s", record["note"])
         return Calibration(**self.workspace.load_tensors("calibration.safetensors"), note=record["note"])
 
-    def train(self, calibration: Calibration) -> None:
+    def train(self, calibration: Calibration, jobs: int) -> None:
         """Every candidate layer on its own: inputs of the original model, seeded by (seed, layer)."""
         missing = [index for index in self.candidates if self.workspace.layer_record(index) is None]
         if len(missing) < len(self.candidates):
-            logger.info("resuming: %d of %d layers are trained", len(self.candidates) - len(missing), len(self.candidates))
+            logger.info("resuming: %d of %d layers are done", len(self.candidates) - len(missing), len(self.candidates))
         blocks = torch.cat((calibration.fit, calibration.holdout))
         num_fit = calibration.fit.numel()
-        for index, mlp, inputs, targets in self.dense.ffn_data(blocks, missing):
-            started = time.monotonic()
-            data = LayerData(inputs[:num_fit], targets[:num_fit], inputs[num_fit:], targets[num_fit:])
-            generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + index)
-            layer = self.method.split(mlp, data, self.recipe, generator)
-            initial = layer_error(layer, data.holdout_inputs, data.holdout_targets)
-            curve = self.method.fit(layer, data, self.recipe, generator)
-            self.workspace.save_layer(index, layer, stored_dtype(self.dense.directory))
-            stored = load_experts(self.workspace.layer_reader(index), "", layer.config, self.dense)
-            profile = profile_layer(stored, data.holdout_inputs, data.holdout_targets, recipe_taus(self.recipe.policies))
-            record = {
-                "curve": [asdict(point) for point in curve],
-                "initial_error": initial,
-                "error": profile.by_top_k[-1].error,
-                "profile": profile.to_dict(),
-                "seconds": time.monotonic() - started,
-            }
-            self.workspace.finish_layer(index, layer.config, record)
-            logger.info(
-                "layer %d: holdout error %.3f -> %.3f of the FFN's variance, best expert's weight %.2f, %.0f s",
-                index, initial, record["error"], profile.mean_best_weight, record["seconds"],
-            )  # fmt: skip
+        if jobs == 1:
+            for index, mlp, inputs, targets in self.dense.ffn_data(blocks, missing):
+                self.train_layer(
+                    index, mlp, LayerData(inputs[:num_fit], targets[:num_fit], inputs[num_fit:], targets[num_fit:])
+                )
+            return
+
+        def items() -> Iterator[LayerJob]:
+            for index, _, inputs, targets in self.dense.ffn_data(blocks, missing):
+                self.workspace.save_tensors(LayerJob.data_name(index), {"inputs": inputs, "targets": targets})
+                yield LayerJob(self, index, num_fit)
+
+        for _ in run_jobs(run_layer_job, items(), jobs, max(1, torch.get_num_threads() // jobs)):
+            pass
+
+    @abstractmethod
+    def train_layer(self, index: int, mlp: GatedMLP, data: LayerData) -> None:
+        """One candidate layer, done when its record is in the workspace."""
+
+    @abstractmethod
+    def choose_layers(self, calibration: Calibration) -> tuple[int, ...]:
+        """The layers to convert, their finished experts in the workspace."""
+
+    @abstractmethod
+    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
+        """Policies measured on the evaluation text."""
+
+    def publish(
+        self,
+        out: Path,
+        arguments: dict[str, Any],
+        converted: tuple[int, ...],
+        points: OperatingPoints,
+    ) -> None:
+        config, source = self.config(converted), self.dense.directory
+
+        def write(directory: Path) -> None:
+            raw = read_json(source / "config.json")
+            write_json(directory / "config.json", moe_config_json(raw, moe_layers_to_json(config.layers)))
+            write_tensors(directory, self.tensors(config))
+            copy_tokenizer(source, directory)
+            for policy in points.policies:
+                write_policy(directory, policy)
+            write_json(directory / FRONTIER, points.frontier.to_dict())
+            write_json(directory / PROVENANCE, provenance(arguments, self.dense.device))
+            write_report(directory, self.report(out.name, arguments, converted, points))
+
+        self.workspace.publish(out, write)
+
+    def experts(self, index: int) -> ExpertLayer:
+        return load_experts(self.workspace.layer_reader(index), "", self.workspace.layer_config(index), self.dense)
+
+    def record(self, index: int) -> dict[str, Any]:
+        record = self.workspace.layer_record(index)
+        assert record is not None
+        return record
+
+    def config(self, converted: tuple[int, ...]) -> ModelConfig:
+        """The model with these layers converted."""
+        layers = [self.workspace.layer_config(index) if index in converted else None for index in self._depth]
+        return dataclasses.replace(self.dense.config, layers=tuple(layers))
+
+    def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """The converted checkpoint's tensors: the source's, and the experts where a layer is converted."""
+        for name, _ in model_parameters(config):
+            prefix, _, rest = name.partition(".mlp.")
+            index = int(prefix.rpartition(".")[2]) if rest else -1
+            if rest and config.layers[index] is not None:
+                yield name, self.workspace.layer_reader(index).get(rest)
+            else:
+                yield name, self.dense.reader.get(name)
+
+    def report(
+        self, model: str, arguments: dict[str, Any], converted: tuple[int, ...], points: OperatingPoints
+    ) -> dict[str, Any]:
+        calibration = self.workspace.record("calibration")
+        layers = [self.layer_entry(index, converted) for index in self.candidates]
+        return {
+            "format": 1,
+            "model": model,
+            "source": {**arguments["source"], "perplexity": points.dense_perplexity},
+            "method": {"name": self.recipe.method, "description": self.method.describe(self.recipe)},
+            "recipe": self.recipe.to_dict(),
+            "conditions": {
+                "text": arguments["text"],
+                "tokens": calibration["tokens"],
+                "note": calibration["note"],
+                "protocol": calibration["protocol"],
+                "device": device_name(self.dense.device),
+                "dtype": str(self.dense.dtype).removeprefix("torch."),
+                "training_seconds": sum(layer["seconds"] for layer in layers),
+            },
+            "num_hidden_layers": self.dense.config.num_hidden_layers,
+            "layers": layers,
+            **self.report_extras(),
+            **policy_entries(points),
+        }
+
+    @abstractmethod
+    def layer_entry(self, index: int, converted: tuple[int, ...]) -> dict[str, Any]:
+        """A candidate layer's entry in report.json."""
+
+    @abstractmethod
+    def report_extras(self) -> dict[str, Any]:
+        """Keys of report.json that this kind of conversion has beside those all have."""
+
+    @property
+    def _depth(self) -> range:
+        return range(self.dense.config.num_hidden_layers)
+
+
+class LayerwiseConversion(Conversion):
+    """Methods whose layers are finished one by one: train, scan single-layer swaps, convert the least damaging first."""
+
+    def train_layer(self, index: int, mlp: GatedMLP, data: LayerData) -> None:
+        started = time.monotonic()
+        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + index)
+        layer = self.method.split(mlp, data, self.recipe, generator)
+        initial = layer_error(layer, data.holdout_inputs, data.holdout_targets)
+        curve = self.method.fit(layer, data, self.recipe, generator)
+        self.workspace.save_layer(index, layer, stored_dtype(self.dense.directory))
+        stored = load_experts(self.workspace.layer_reader(index), "", layer.config, self.dense)
+        profile = profile_layer(stored, data.holdout_inputs, data.holdout_targets, recipe_taus(self.recipe.policies))
+        record = {
+            "curve": [asdict(point) for point in curve],
+            "initial_error": initial,
+            "error": profile.by_top_k[-1].error,
+            "profile": profile.to_dict(),
+            "seconds": time.monotonic() - started,
+        }
+        self.workspace.finish_layer(index, layer.config, record)
+        logger.info(
+            "layer %d: holdout error %.3f -> %.3f of the FFN's variance, best expert's weight %.2f, %.0f s",
+            index, initial, record["error"], profile.mean_best_weight, record["seconds"],
+        )  # fmt: skip
 
     def choose_layers(self, calibration: Calibration) -> tuple[int, ...]:
         """Scan single-layer swaps on the holdout and, under `auto`, convert the least damaging layers first."""
@@ -186,93 +294,129 @@ class Conversion:
     def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
         def make() -> dict[str, Any]:
             profiles = {index: LayerProfile.from_dict(self.record(index)["profile"]) for index in converted}
-            blocks, policies = calibration.evaluation, self.recipe.policies
-            return measure_operating_points(
-                self.dense, self.experts, self.config(converted), profiles, blocks, policies
-            ).to_dict()
+            config = self.config(converted)
+            candidates, guard = routed_candidates(self.dense, self.experts, config, profiles, calibration.holdout, self.recipe)
+            blocks = calibration.evaluation
+            return measure_operating_points(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
 
         return OperatingPoints.from_dict(self.workspace.stage("policies", make))
 
-    def publish(
-        self,
-        out: Path,
-        arguments: dict[str, Any],
-        calibration: Calibration,
-        converted: tuple[int, ...],
-        points: OperatingPoints,
-    ) -> None:
-        config, source = self.config(converted), self.dense.directory
+    def layer_entry(self, index: int, converted: tuple[int, ...]) -> dict[str, Any]:
+        damage = self.workspace.record("sensitivity")["perplexity"][str(index)]
+        record = self.record(index)
+        return {"layer": index, "converted": index in converted, "converted_alone_perplexity": damage, **record}
 
-        def write(directory: Path) -> None:
-            raw = read_json(source / "config.json")
-            write_json(directory / "config.json", moe_config_json(raw, moe_layers_to_json(config.layers)))
-            write_tensors(directory, self.tensors(config))
-            copy_tokenizer(source, directory)
-            for policy in points.policies:
-                write_policy(directory, policy)
-            write_json(directory / FRONTIER, points.frontier.to_dict())
-            write_json(directory / PROVENANCE, provenance(arguments, self.dense.device))
-            write_report(directory, self.report(out.name, arguments, converted, points))
+    def report_extras(self) -> dict[str, Any]:
+        return {"holdout_dense_perplexity": self.workspace.record("sensitivity")["dense_perplexity"]}
 
-        self.workspace.publish(out, write)
 
-    def experts(self, index: int) -> ExpertLayer:
-        return load_experts(self.workspace.layer_reader(index), "", self.workspace.layer_config(index), self.dense)
+class ElasticConversion(Conversion):
+    """Method elastic: every layer is solved alone; widths, substitutes and policies are decided for the whole model."""
 
-    def record(self, index: int) -> dict[str, Any]:
-        record = self.workspace.layer_record(index)
-        assert record is not None
-        return record
+    def train_layer(self, index: int, mlp: GatedMLP, data: LayerData) -> None:
+        started = time.monotonic()
+        record = solve_layer(self.workspace, index, mlp, data, self.recipe)
+        record["seconds"] = time.monotonic() - started
+        experts = self.recipe.split.experts
+        whole = MoeLayerConfig(experts, experts, -(-mlp.gate_proj.out_features // experts), expert_weight="one", router="none")
+        self.workspace.finish_layer(index, whole, record)
+        half = record["nested"]["errors"].get(str(experts // 2), 0.0)
+        logger.info("layer %d: holdout error %.3f of the FFN's variance at half width, %.0f s", index, half, record["seconds"])
 
-    def config(self, converted: tuple[int, ...]) -> ModelConfig:
-        """The model with these layers converted."""
-        layers = [self.workspace.layer_config(index) if index in converted else None for index in self._depth]
-        return dataclasses.replace(self.dense.config, layers=tuple(layers))
+    def choose_layers(self, calibration: Calibration) -> tuple[int, ...]:
+        budgets = self.stages.budgets(self.stages.damage(calibration.holdout))
+        self.stages.substitutes(budgets, calibration.fit, calibration.holdout)
+        self.stages.finish(budgets, stored_dtype(self.dense.directory))
+        return self.stages.converted(budgets)
 
-    def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-        """The converted checkpoint's tensors: the source's, and the experts where a layer is converted."""
-        for name, _ in _parameters(config):
-            prefix, _, rest = name.partition(".mlp.")
-            index = int(prefix.rpartition(".")[2]) if rest else -1
-            if rest and config.layers[index] is not None:
-                yield name, self.workspace.layer_reader(index).get(rest)
-            else:
-                yield name, self.dense.reader.get(name)
+    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
+        def make() -> dict[str, Any]:
+            config, named = self.config(converted), self.stages.policies(self.budgets)
+            candidates, guard = static_candidates(
+                self.dense, self.experts, config, named, calibration.holdout[: self._scanned(calibration)], self.recipe
+            )
+            blocks = calibration.evaluation
+            return measure_operating_points(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
 
-    def report(
-        self, model: str, arguments: dict[str, Any], converted: tuple[int, ...], points: OperatingPoints
-    ) -> dict[str, Any]:
-        calibration = self.workspace.record("calibration")
-        sensitivity = self.workspace.record("sensitivity")
-        layers: list[dict[str, Any]] = []
-        for index in self.candidates:
-            record = self.record(index)
-            damage = sensitivity["perplexity"][str(index)]
-            layers.append({"layer": index, "converted": index in converted, "converted_alone_perplexity": damage, **record})
-        return {
-            "format": 1,
-            "model": model,
-            "source": {**arguments["source"], "perplexity": points.dense_perplexity},
-            "method": {"name": self.recipe.method, "description": self.method.describe(self.recipe)},
-            "recipe": self.recipe.to_dict(),
-            "conditions": {
-                "text": arguments["text"],
-                "tokens": calibration["tokens"],
-                "note": calibration["note"],
-                "protocol": calibration["protocol"],
-                "device": device_name(self.dense.device),
-                "dtype": str(self.dense.dtype).removeprefix("torch."),
-                "training_seconds": sum(layer["seconds"] for layer in layers),
-            },
-            "num_hidden_layers": self.dense.config.num_hidden_layers,
-            "holdout_dense_perplexity": sensitivity["dense_perplexity"],
-            "layers": layers,
-            **policy_entries(points),
-        }
+        return OperatingPoints.from_dict(self.workspace.stage("policies", make))
+
+    def layer_entry(self, index: int, converted: tuple[int, ...]) -> dict[str, Any]:
+        damage = self.workspace.record("damage")["damage"][str(index)]
+        return {"layer": index, "converted": index in converted, "damage": damage, **self.record(index)}
+
+    def report_extras(self) -> dict[str, Any]:
+        curves = self.workspace.record("substitutes")["curves"]
+        names = list(self.stages.policies(self.budgets))
+        targets = self.recipe.elastic.budgets
+        by_target = self.stages.budget_names()
+        budgets = [
+            {"policy": by_target[number], "target": target, "widths": list(widths), "curve": curve}
+            for number, (target, widths, curve) in enumerate(zip(targets, self.budgets, curves, strict=True))
+        ]
+        assert set(by_target) < set(names)
+        size, experts = -(-self.dense.config.intermediate_size // self.recipe.split.experts), self.recipe.split.experts
+        stored = sum(n for widths in self.budgets for n in widths if n < experts) * 3 * self.dense.config.hidden_size * size
+        ratio = 1 + stored / self.dense.config.dense_parameters
+        return {"elastic": {"budgets": budgets, "experts": experts, "stored_ratio": ratio}}
 
     @property
-    def _depth(self) -> range:
-        return range(self.dense.config.num_hidden_layers)
+    def stages(self) -> ElasticStages:
+        return ElasticStages(self.workspace, self.recipe, self.dense, self.candidates)
+
+    @property
+    def budgets(self) -> list[Widths]:
+        return [tuple(widths) for widths in self.workspace.record("budgets")["widths"]]
+
+    def _scanned(self, calibration: Calibration) -> int:
+        return max(1, self.recipe.elastic.scan_tokens // calibration.holdout.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """One layer for a worker process; its data are in a file."""
+
+    conversion: Conversion
+    index: int
+    num_fit: int
+
+    def __str__(self) -> str:
+        return f"layer {self.index}"
+
+    @staticmethod
+    def data_name(index: int) -> str:
+        return f"layers/{index}/data.safetensors"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        run = self.conversion
+        place = (run.workspace.out, run.workspace.arguments, run.dense.directory, str(run.dense.device))
+        return _layer_job, (type(run), *place, run.recipe, run.candidates, self.index, self.num_fit)
+
+
+def _layer_job(
+    kind: type[Conversion],
+    out: Path,
+    arguments: dict[str, Any],
+    directory: Path,
+    device: str,
+    recipe: Recipe,
+    candidates: tuple[int, ...],
+    index: int,
+    num_fit: int,
+) -> LayerJob:
+    dense = StreamedModel(directory, torch.device(device))
+    run = kind(Workspace(out, arguments), get_method(recipe.method), recipe, dense, candidates)
+    return LayerJob(run, index, num_fit)
+
+
+def run_layer_job(job: LayerJob) -> None:
+    run, name = job.conversion, LayerJob.data_name(job.index)
+    data = run.workspace.load_tensors(name)
+    inputs, targets = data["inputs"], data["targets"]
+    mlp = run.dense.layer(job.index).mlp
+    assert isinstance(mlp, GatedMLP)
+    cut = job.num_fit
+    run.train_layer(job.index, mlp, LayerData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:]))
+    run.workspace.remove(name)
 
 
 def load_experts(reader: TensorReader, prefix: str, layer: MoeLayerConfig, model: StreamedModel) -> ExpertLayer:
@@ -286,9 +430,3 @@ def load_experts(reader: TensorReader, prefix: str, layer: MoeLayerConfig, model
 def recipe_taus(policies: PolicyRecipe) -> tuple[float, ...]:
     """The taus that a profile must have besides its own grid."""
     return (policies.quality, policies.balanced, policies.fast)
-
-
-def _parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    with torch.device("meta"):
-        model = MoeTransformer(config)
-    yield from model.named_parameters()

@@ -16,18 +16,21 @@ from ladimo.model.routing import expert_scores
 from ladimo.policy import LayerRule
 
 HISTOGRAM_BINS = 50
+DISTINCT_BATCH = 32
 TAUS = tuple(round(0.02 * step, 2) for step in range(1, 50))
 
 
 @dataclass(frozen=True, slots=True)
 class RuleProfile:
     """One candidate rule, with the better of its two weightings. experts_per_token: mean on the holdout. one_share, full_share:
-    share of tokens that run one expert and all k. error: squared error over the variance of the FFN's outputs."""
+    share of tokens that run one expert and all k. distinct_experts: different ones that a batch of DISTINCT_BATCH tokens runs,
+    mean. error: squared error over the variance of the FFN's outputs."""
 
     rule: LayerRule
     experts_per_token: float
     one_share: float
     full_share: float
+    distinct_experts: float
     error: float
 
 
@@ -64,17 +67,20 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
     """
     config = layer.config
     k = config.num_experts_per_tok
-    device = layer.gate.weight.device
+    device, full = layer.experts.down_proj.device, LayerRule.full(config)
     # errors[weighting, j - 1, token]: squared error with the j best experts, at original weights and renormalised.
     errors = torch.empty(2, k, len(inputs))
-    scores, load = [], torch.zeros(config.num_experts)
+    scores, ids, load = [], [], torch.zeros(config.num_experts)
+    main = config.num_experts - config.substitutes
     for chunk in torch.arange(len(inputs)).split(8192):
         x, target = inputs[chunk].to(device), targets[chunk].to(device).float()
-        allowed = torch.ones(len(x), config.num_experts, dtype=torch.bool, device=device)
-        scores.append(expert_scores(layer.gate(x), None, allowed, config)[0][:, :k].cpu())
+        allowed = (torch.arange(config.num_experts, device=device) < main).expand(len(x), -1)
+        ranked = expert_scores(layer.gate(x), layer.gate.e_score_correction_bias, allowed, config)
+        scores.append(ranked[0][:, :k].cpu())
+        ids.append(ranked[1][:, :k].cpu())
         for renormalize in (False, True):
             for count in range(1, k + 1):
-                rule = LayerRule(top_k=count, renormalize=renormalize)
+                rule = LayerRule(top_k=count, renormalize=renormalize, experts=full.experts)
                 _, topk_weights, topk_ids = route(layer, x, rule)
                 out = run_experts(layer, x, topk_weights, topk_ids).float()
                 errors[int(renormalize), count - 1, chunk] = (out - target).pow(2).mean(dim=1).cpu()
@@ -85,12 +91,14 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
     def candidate(needed: Tensor, top_k: int, mass: float | None) -> RuleProfile:
         by_weighting = errors.gather(1, (needed - 1).expand(2, 1, -1)).mean(dim=(1, 2))
         # Where the weights sum to one either way, say so rather than let rounding decide.
-        renormalize = (top_k == k and mass is None) or bool(by_weighting[1] < by_weighting[0])
+        whole = top_k == k and mass is None
+        renormalize = full.renormalize if whole else bool(by_weighting[1] < by_weighting[0])
         return RuleProfile(
-            rule=LayerRule(top_k=top_k, mass=mass, renormalize=renormalize),
+            rule=LayerRule(top_k=top_k, mass=mass, renormalize=renormalize, experts=full.experts),
             experts_per_token=needed.float().mean().item(),
             one_share=(needed == 1).float().mean().item(),
             full_share=(needed == k).float().mean().item(),
+            distinct_experts=distinct_experts(torch.cat(ids), needed, config.num_experts),
             error=by_weighting[int(renormalize)].item(),
         )
 
@@ -107,3 +115,15 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
         kept_error=errors[0, 0].mean().item(),
         one_error=errors[1, 0].mean().item(),
     )
+
+
+def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:
+    """Mean number of different experts in a batch of DISTINCT_BATCH tokens drawn at random, when token t runs the first
+    needed[t] of ids[t]; ids [T, K], needed [T]. With fewer tokens they are one batch."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    order = order[: max(1, len(ids) // DISTINCT_BATCH) * DISTINCT_BATCH]
+    hit = torch.zeros(len(ids), num_experts + 1)
+    places = torch.where(torch.arange(ids.shape[1]) < needed[:, None], ids, num_experts)
+    hit.scatter_(1, places, 1.0)
+    batches = hit[order, :num_experts].split(DISTINCT_BATCH)
+    return float(sum(batch.amax(dim=0).sum().item() for batch in batches) / len(batches))

@@ -63,6 +63,69 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class CmoeRecipe:
+    """Method `cmoe`. shared: share of the `split.top_k` running experts that always run, rounded to a whole number
+    (split.experts 8, split.top_k 6 and the default are the paper's S3A3E8). channels: K_a, how many of a token's hidden
+    channels count as activated.
+    """
+
+    shared: float = 0.5
+    channels: int = 10
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.shared <= 1, "cmoe.shared", "must be between 0 and 1", self.shared)
+        _require(self.channels >= 1, "cmoe.channels", "must be at least 1", self.channels)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRecipe:
+    """Method `static`. kept: share of each FFN's neurons that stay, 0 for what `target_active` leaves. resolve: solve
+    `down_proj` again for the neurons that stay. ridge: what pulls that solution to the original weights, in units of each
+    channel's own power; 0 for the best on the holdout.
+    """
+
+    kept: float = 0.0
+    resolve: bool = True
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.kept <= 1, "static.kept", "must be between 0 and 1", self.kept)
+        _require(self.ridge >= 0, "static.ridge", "must be at least 0", self.ridge)
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticRecipe:
+    """Method `elastic`. budgets: shares of the dense model's active parameters that are solved and trained for, most accurate
+    first; at least three, the first named quality, the second balanced, the last fast, those between by their share; none for
+    three around `target_active`. ridge: what pulls a repair to the original weights, in units of each channel's own power; 0
+    for the best on the holdout. scan_tokens: holdout tokens that per-layer damage is measured on. uniform: the same width in
+    every layer, to see what the solver's choice is worth.
+
+    steps, batch_tokens, lr: end-to-end distillation of each budget; no steps leave the closed form. It holds the whole model in
+    fp32, so models of more than max_parameters go without.
+    """
+
+    budgets: list[float] = field(default_factory=list)
+    ridge: float = 0.0
+    scan_tokens: int = 4096
+    uniform: bool = False
+    steps: int = 40
+    batch_tokens: int = 2048
+    lr: float = 3e-4
+    max_parameters: int = 500_000_000
+
+    def __post_init__(self) -> None:
+        falling = all(0 < low < high <= 1 for high, low in zip(self.budgets, self.budgets[1:], strict=False))
+        enough = not self.budgets or len(self.budgets) >= 3
+        _require(falling and enough, "elastic.budgets", "must be at least three falling shares", self.budgets)
+        _require(self.ridge >= 0, "elastic.ridge", "must be at least 0", self.ridge)
+        _require(self.scan_tokens >= 1, "elastic.scan_tokens", "must be at least 1", self.scan_tokens)
+        _require(self.steps >= 0, "elastic.steps", "must be at least 0", self.steps)
+        _require(self.batch_tokens >= 1, "elastic.batch_tokens", "must be at least 1", self.batch_tokens)
+        _require(self.lr > 0, "elastic.lr", "must be above 0", self.lr)
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRecipe:
     """The training-free policies. A layer under mass tau runs TOP1 when at least `top1_share` of the tokens need one expert
     (q_hi), all k experts when at most `full_share` need fewer (q_lo), DYN(tau) otherwise.
@@ -91,22 +154,30 @@ class Recipe:
     """layers: "auto" (least damaging first until `target_active`), "all" or numbers and ranges such as "0,3,5-9".
 
     tokens: calibration tokens, 9 in 10 to fit and 1 in 10 held out; a fifth as many again are for evaluation. target_active:
-    active / dense parameters per token, embeddings excluded, to reach under policy `full`.
+    active / dense parameters per token, embeddings excluded, to reach under policy `full` (method `elastic`: `balanced`).
+    max_perplexity_ratio: adds the cheapest policy found whose measured perplexity is at most so many times the dense one; 0
+    adds none.
     """
 
-    method: str = "ladimo"
+    method: str = "elastic"
     layers: str = "auto"
     target_active: float = 0.8
+    max_perplexity_ratio: float = 0.0
     tokens: int = 100_000
     seed: int = 0
     split: SplitRecipe = field(default_factory=SplitRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     policies: PolicyRecipe = field(default_factory=PolicyRecipe)
+    cmoe: CmoeRecipe = field(default_factory=CmoeRecipe)
+    static: StaticRecipe = field(default_factory=StaticRecipe)
+    elastic: ElasticRecipe = field(default_factory=ElasticRecipe)
 
     def __post_init__(self) -> None:
         valid = LAYERS_PATTERN.fullmatch(self.layers) is not None
         _require(valid, "layers", "must be auto, all, or numbers and ranges such as 0,3,5-9", self.layers)
         _require(0 < self.target_active <= 1, "target_active", "must be above 0 and at most 1", self.target_active)
+        guard = self.max_perplexity_ratio
+        _require(guard == 0 or guard >= 1, "max_perplexity_ratio", "must be 0 (none) or at least 1", guard)
         _require(self.tokens >= 1, "tokens", "must be at least 1", self.tokens)
         _require(0 <= self.seed < 2**31, "seed", "must be at least 0 and below 2**31", self.seed)
 
@@ -170,6 +241,10 @@ def _build(cls: type[Any], raw: Mapping[str, Any], path: str) -> Any:
             continue
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if isinstance(default, list) and isinstance(value, list):
+            value = [float(item) if type(item) is int else item for item in value]
+            if not all(isinstance(item, float) for item in value):
+                raise ValueError(f"{path}{name}: must be a list of numbers, got {value!r}")
         if type(value) is not type(default):
             raise ValueError(f"{path}{name}: must be of type {type(default).__name__}, got {value!r}")
         values[name] = value

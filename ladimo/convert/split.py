@@ -3,6 +3,8 @@
 Legend: D hidden_size, E experts, F moe_intermediate_size.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,12 @@ from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 
+def check_experts(num_experts: int, mlp: GatedMLP) -> None:
+    """Raises ValueError when there are more experts than neurons."""
+    if num_experts > mlp.gate_proj.out_features:
+        raise ValueError(f"split.experts: is {num_experts}, the FFN has {mlp.gate_proj.out_features} neurons")
+
+
 def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
     """Neuron numbers [E, ceil(size / E)]: equal runs of neighbours, -1 where the last ones are padded."""
     size = -(-intermediate_size // num_experts)
@@ -19,8 +27,9 @@ def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
     return neurons.masked_fill(neurons >= intermediate_size, -1).view(num_experts, size)
 
 
-def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, gate: Tensor) -> ExpertLayer:
-    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e] and whose router is gate [E, D].
+def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, router: Mapping[str, Tensor]) -> ExpertLayer:
+    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e]; router: its router's tensors by
+    name, on any device, {} for none.
 
     A neuron of -1 has zero weights, so it adds exactly nothing and, both its factors being zero, stays zero in training.
     """
@@ -34,7 +43,7 @@ def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, gate: Ten
     with torch.no_grad():
         expert_layer.experts.gate_up_proj.copy_(torch.cat((gate_proj, up_proj), dim=1))
         expert_layer.experts.down_proj.copy_(down_rows.transpose(1, 2))
-        expert_layer.gate.weight.copy_(gate)
+    expert_layer.gate.load_state_dict(router)
     return expert_layer
 
 

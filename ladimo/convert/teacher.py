@@ -20,11 +20,11 @@ CHUNK_TOKENS = 8192  # tokens that pass through a layer at once
 class StreamedModel:
     """Raises ValueError naming the file when the checkpoint is no LLaMA or not whole."""
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
+    def __init__(self, directory: Path, device: torch.device, dtype: str = "auto") -> None:
         self.directory, self.device = directory, device
         self.config = read_config(directory)
         self.reader = TensorReader(directory)
-        self.dtype = choose_dtype("auto", directory, device)
+        self.dtype = choose_dtype(dtype, directory, device)
         self.ends = load_without_layers(self.reader, self.config, self.dtype, device)
 
     def layer(self, index: int) -> DecoderLayer:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ladimo.checkpoint import TensorReader, read_json, save_tensors, write_json
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.router import weight_dtype
 
 ARGUMENTS = "arguments.json"
 
@@ -27,7 +28,7 @@ class Workspace:
     """
 
     def __init__(self, out: Path, arguments: Mapping[str, Any]) -> None:
-        self.directory, self.arguments = work_directory(out), arguments
+        self.out, self.directory, self.arguments = out, work_directory(out), arguments
         if (self.directory / ARGUMENTS).exists():
             difference = describe_difference(read_json(self.directory / ARGUMENTS), arguments)
             if difference:
@@ -58,13 +59,16 @@ class Workspace:
         save_tensors(partial, {key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
         partial.replace(path)
 
+    def remove(self, name: str) -> None:
+        (self.directory / name).unlink(missing_ok=True)
+
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(self.directory / name)
         return tensors
 
     def save_layer(self, index: int, layer: ExpertLayer, dtype: torch.dtype) -> None:
         """Weights in the source's dtype, which is what every figure is measured with."""
-        weights = {name: tensor.detach().to(dtype) for name, tensor in layer.state_dict().items()}
+        weights = {name: tensor.detach().to(weight_dtype(name, dtype)) for name, tensor in layer.state_dict().items()}
         self.save_tensors(f"layers/{index}/model.safetensors", weights)
 
     def finish_layer(self, index: int, layer: MoeLayerConfig, record: dict[str, Any]) -> None:

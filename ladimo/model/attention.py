@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model import kernels
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.kv_cache import KVCache
@@ -23,20 +24,20 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
         self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
     ) -> Tensor:
         """Hidden states [T, D] -> [T, D]."""
-        q = apply_rope(self.q_proj(hidden_states).view(-1, self.num_heads, self.head_dim), *rope)
-        k = apply_rope(self.k_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim), *rope)
+        q = self.q_proj(hidden_states).view(-1, self.num_heads, self.head_dim)
+        k = self.k_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
         if kv_cache is None:
-            out = attend_whole(q, k, v, inputs.num_sequences)
+            out = attend_whole(apply_rope(q, *rope), apply_rope(k, *rope), v, inputs.num_sequences)
         else:
             assert inputs.slot_mapping is not None
-            kv_cache.write(self.layer, k, v, inputs.slot_mapping)
+            q = rotate_and_store(q, k, v, rope, kv_cache.k[self.layer], kv_cache.v[self.layer], inputs.slot_mapping)
             out = attend_paged(q, inputs, kv_cache, self.layer)
         projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim))
         return projected
@@ -49,14 +50,28 @@ def attend_whole(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """Rotate q [T, H, C] and k [T, G, C]; store k and v [T, G, C] in one layer's cache [num_blocks, block_size, G, C] at slots
+    [T] (= block * block_size + offset). Returns the rotated q."""
+    if kernels.available(q, k_cache):
+        from ladimo.model.kernels import attention
+
+        return attention.rotate_and_store(q, k, v, rope, k_cache, v_cache, slot_mapping)
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, apply_rope(k, *rope))
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    return apply_rope(q, *rope)
+
+
 def attend_paged(q: Tensor, inputs: StepInputs, kv_cache: KVCache, layer: int) -> Tensor:
     """Attention of one step: decoding rows in one batch, prefill segments one by one. q [T, H, C] -> [T, H, C]."""
     assert inputs.block_table is not None and inputs.context_lens is not None
     parts = []
     if inputs.num_decode:
         rows = inputs.num_decode
-        k, v = kv_cache.read(layer, inputs.block_table[:rows])
-        parts.append(attend_decode(q[:rows], k, v, inputs.context_lens[:rows]))
+        k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
+        parts.append(attend_decode(q[:rows], k_cache, v_cache, inputs.block_table[:rows], inputs.context_lens[:rows]))
     for segment in inputs.prefill:
         block_size = kv_cache.k.shape[2]
         num_blocks = -(-segment.context_len // block_size)
@@ -66,8 +81,14 @@ def attend_paged(q: Tensor, inputs: StepInputs, kv_cache: KVCache, layer: int) -
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_decode(q: Tensor, k: Tensor, v: Tensor, context_lens: Tensor) -> Tensor:
-    """One query per sequence: q [B, H, C], k and v [B, S, G, C], of which the first context_lens [B] places count."""
+def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
+    """One query per sequence: q [B, H, C] over one layer's cache [num_blocks, block_size, G, C], read through block_table
+    [B, N]; the first context_lens [B] places count."""
+    if kernels.available(q, k_cache):
+        from ladimo.model.kernels import attention
+
+        return attention.attend_decode(q, k_cache, v_cache, block_table, context_lens)
+    k, v = k_cache[block_table].flatten(1, 2), v_cache[block_table].flatten(1, 2)
     visible = torch.arange(k.shape[1], device=q.device)[None] < context_lens[:, None]  # [B, S]
     out = F.scaled_dot_product_attention(
         q[:, :, None],

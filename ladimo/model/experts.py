@@ -1,4 +1,5 @@
-"""Running the chosen experts. Three implementations of one signature, compared by one test; `apply_experts` chooses.
+"""Running the chosen experts. Three implementations of one signature beside the kernels', compared by one test;
+`apply_experts` chooses.
 
     (hidden_states [T, D], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2F, D], down_proj [E, D, F]) -> [T, D]
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Up to this many (token, place) pairs a copy of the chosen experts' weights is affordable on a GPU.
+from ladimo.model import kernels
+
+# Up to this many (token, place) pairs a copy of the chosen experts' weights is affordable.
 MAX_GATHERED = 16
 
 
@@ -18,7 +21,11 @@ def apply_experts(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
     """On CPU group tokens by expert: only the chosen experts' weights are read, in place. On a device stay free of host
-    synchronisation, so that a decode step can be captured."""
+    synchronisation, so that a decode step can be captured: kernels on a GPU, else the forms below."""
+    if kernels.available(hidden_states, topk_weights, gate_up_proj, down_proj):
+        from ladimo.model.kernels import experts
+
+        return experts.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
     if hidden_states.device.type == "cpu":
         return apply_experts_grouped(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
     if topk_ids.numel() <= MAX_GATHERED:

@@ -3,10 +3,17 @@
 Legend: T tokens in the step, B sequences, N blocks per sequence, L layers, E experts (the most any layer has), P policies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ladimo.model import kernels
+
+# On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together take
+# hardly more. A long step is counted at once, as it holds memory.
+MAX_DEFERRED_STEPS = 64
+MAX_DEFERRED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class RoutingTables:
     allowed: Tensor  # [P, L, E] bool
     expert_tokens: Tensor  # [P, L, E] int64: times an expert was chosen under a policy
     distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer were chosen
+    _deferred: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(cls, num_policies: int, num_layers: int, num_experts: int, device: torch.device | str) -> "RoutingTables":
@@ -80,19 +88,55 @@ class RoutingTables:
 
     def write(self, row: int, rows: list[list[float]], allowed: list[list[bool]]) -> None:
         """Publish `RoutingPolicy.to_rows(E)` in one table row; steps already launched have read the old content."""
-        self.rows[row].copy_(torch.tensor(rows, dtype=torch.float32))
-        self.allowed[row].copy_(torch.tensor(allowed, dtype=torch.bool))
+        for target, values in ((self.rows[row], rows), (self.allowed[row], allowed)):
+            host = torch.tensor(values, dtype=target.dtype)
+            # Pinned, so that the host does not wait for the steps that the device is at.
+            target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+
+    def rules(self, policy_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's rows [T, L, 4] and masks [T, L, E], gathered once for all layers of a step."""
+        return self.rows[policy_ids], self.allowed[policy_ids]
 
     def record(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
         """Count one step's choices: expert_ids [L, T, K] (-1 = no expert), policy_ids [T]. No host synchronisation."""
-        num_layers, num_tokens, num_places = expert_ids.shape
-        num_experts = self.allowed.shape[2]
+        if kernels.available(expert_ids, policy_ids, self.expert_tokens):
+            from ladimo.model.kernels import routing
+
+            routing.record(expert_ids, policy_ids, self.expert_tokens, self.distinct_experts)
+            return
         kept = (expert_ids >= 0).to(torch.int64)
-        layer = torch.arange(num_layers, device=expert_ids.device).view(-1, 1, 1)
-        expert = expert_ids.clamp(min=0)
-        flat = (policy_ids.view(1, -1, 1) * num_layers + layer) * num_experts + expert
-        self.expert_tokens.view(-1).index_add_(0, flat.view(-1), kept.view(-1))
-        hits = torch.zeros(num_layers * num_experts, dtype=torch.int64, device=expert_ids.device)
-        hits.index_add_(0, (layer * num_experts + expert).view(-1), kept.view(-1))
-        distinct = (hits.view(num_layers, num_experts) > 0).sum(dim=1, keepdim=True)
+        layer = torch.arange(expert_ids.shape[0], device=expert_ids.device).view(-1, 1, 1)
+        step = torch.zeros_like(policy_ids)
+        self._count(layer, expert_ids.clamp(min=0), policy_ids.view(1, -1, 1), step.view(1, -1, 1), kept, num_steps=1)
+
+    def defer(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
+        """`record` at its time or, on a CPU, later, many steps at once: `settle` makes up for it. The tensors must stay as they
+        are until then."""
+        if expert_ids.device.type != "cpu":
+            self.record(expert_ids, policy_ids)
+            return
+        self._deferred.append((expert_ids, policy_ids))
+        if len(self._deferred) == MAX_DEFERRED_STEPS or expert_ids.shape[1] >= MAX_DEFERRED_TOKENS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring the counters up to date; to be called before they are read or a row is given to another policy."""
+        if not self._deferred:
+            return
+        steps = list(self._deferred)
+        self._deferred.clear()
+        expert_ids = torch.cat([ids for ids, _ in steps], dim=1)
+        policy_ids = torch.cat([ids for _, ids in steps])
+        step = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(ids) for _, ids in steps]))
+        layer, token, place = (expert_ids >= 0).nonzero(as_tuple=True)  # only now, as it synchronises a device
+        self._count(layer, expert_ids[layer, token, place], policy_ids[token], step[token], torch.ones_like(token), len(steps))
+
+    def _count(self, layer: Tensor, expert: Tensor, policy: Tensor, step: Tensor, kept: Tensor, num_steps: int) -> None:
+        """Count the choices whose `kept` is 1; all tensors are of one shape, or broadcast to that of `kept`."""
+        _, num_layers, num_experts = self.allowed.shape
+        chosen = (policy * num_layers + layer) * num_experts + expert
+        self.expert_tokens.view(-1).index_add_(0, chosen.view(-1), kept.view(-1))
+        hits = torch.zeros(num_steps * num_layers * num_experts, dtype=torch.int64, device=kept.device)
+        hits.index_add_(0, ((step * num_layers + layer) * num_experts + expert).view(-1), kept.view(-1))
+        distinct = (hits.view(num_steps, num_layers, num_experts) > 0).sum(dim=2).t()
         self.distinct_experts.scatter_add_(1, distinct, torch.ones_like(distinct))

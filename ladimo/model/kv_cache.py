@@ -25,11 +25,6 @@ class KVCache:
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
         return per_token * block_size
 
-    def write(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-        """Store keys and values [T, H_kv, C] at slots [T] (= block * block_size + offset)."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slot_mapping, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slot_mapping, v)
-
     def read(self, layer: int, block_table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of sequences with block table [B, N], each [B, N * block_size, H_kv, C]."""
         return self.k[layer][block_table].flatten(1, 2), self.v[layer][block_table].flatten(1, 2)

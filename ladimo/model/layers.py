@@ -9,11 +9,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model import kernels
 from ladimo.model.config import ModelConfig, RopeConfig
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation of x [..., D] in fp32, rounded before the weight [D] is applied as transformers' LLaMA
+    does."""
+    if kernels.available(x, weight):
+        from ladimo.model.kernels import fused
+
+        return fused.rms_norm(x, weight, eps)
+    fp32 = x.float()
+    fp32 = fp32 * torch.rsqrt(fp32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * fp32.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual, and the sum."""
+    if kernels.available(x, residual, weight):
+        from ladimo.model.kernels import fused
+
+        return fused.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the middle of a SwiGLU network; both [..., F]."""
+    if kernels.available(gate, up):
+        from ladimo.model.kernels import fused
+
+        return fused.silu_mul(gate, up)
+    return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in fp32, rounded before the weight is applied as transformers' LLaMA does."""
+    """See `rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -21,9 +53,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -36,7 +70,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        out: Tensor = self.down_proj(silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
         return out
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.experts import apply_experts
+from ladimo.model.router import make_router
 from ladimo.model.routing import select_experts
 
 
@@ -19,17 +20,18 @@ class Experts(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """Replaces a dense FFN: `gate` is the router [E, D], `experts` the split network."""
+    """Replaces a dense FFN: `gate` is the router, `experts` the split network."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__()
         self.config = layer
-        self.gate = nn.Linear(hidden_size, layer.num_experts, bias=False)
+        self.gate = make_router(hidden_size, layer)
         self.experts = Experts(hidden_size, layer)
 
     def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] under rules rows [T, 4] and masks allowed [T, E] -> output [T, D], topk_ids [T, E]."""
         router_logits = self.gate(hidden_states)
-        topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config)
+        bias = self.gate.e_score_correction_bias
+        topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config, bias)
         out = apply_experts(hidden_states, topk_weights, topk_ids, self.experts.gate_up_proj, self.experts.down_proj)
         return out, topk_ids

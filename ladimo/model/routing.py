@@ -6,6 +6,7 @@ Legend: T tokens, E experts, K = E places per token (the shape never depends on 
 import torch
 from torch import Tensor
 
+from ladimo.model import kernels
 from ladimo.model.config import MoeLayerConfig
 
 
@@ -38,6 +39,10 @@ def select_experts(
     it sum to less than mass and its own is at least floor; rank 0 always stays. Dropped places have weight 0 and id -1. A
     row of zeros with an empty mask (padding, dense layer) keeps nothing.
     """
+    if kernels.available(router_logits, rows, allowed):
+        from ladimo.model.kernels import routing
+
+        return routing.select_experts(router_logits, rows, allowed, layer, selection_bias)
     scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
     top_k, mass, floor, renormalize = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
     rank = torch.arange(ids.shape[1], device=ids.device)

@@ -38,8 +38,7 @@ class DecoderLayer(nn.Module):
         self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
     ) -> Tensor:
         """The first half of the layer: hidden states [T, D] plus attention."""
-        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), rope, inputs, kv_cache)
-        return hidden_states + attended
+        return hidden_states + self._attention(hidden_states, rope, inputs, kv_cache)
 
     def forward(
         self,
@@ -47,18 +46,24 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         inputs: StepInputs,
         kv_cache: KVCache | None,
-        tables: RoutingTables,
+        rules: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [T, D] -> the same after the layer, and the experts that ran [T, E] (None in a dense layer)."""
-        hidden_states = self.attend(hidden_states, rope, inputs, kv_cache)
-        ffn_inputs = self.post_attention_layernorm(hidden_states)
+        """Hidden states [T, D] -> the same after the layer, and the experts that ran [T, E]. `rules` are those of
+        `RoutingTables.rules`. A dense layer needs none and returns no experts."""
+        attended = self._attention(hidden_states, rope, inputs, kv_cache)
+        ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         if not isinstance(self.mlp, ExpertLayer):
             return hidden_states + self.mlp(ffn_inputs), None
-        num_experts = self.mlp.config.num_experts
-        rows = tables.rows[inputs.policy_ids, self.layer]
-        allowed = tables.allowed[inputs.policy_ids, self.layer, :num_experts]
-        out, topk_ids = self.mlp(ffn_inputs, rows, allowed)
+        assert rules is not None
+        rows, allowed = rules
+        out, topk_ids = self.mlp(ffn_inputs, rows[:, self.layer], allowed[:, self.layer, : self.mlp.config.num_experts])
         return hidden_states + out, topk_ids
+
+    def _attention(
+        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
+    ) -> Tensor:
+        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), rope, inputs, kv_cache)
+        return attended
 
 
 class Backbone(nn.Module):
@@ -86,9 +91,10 @@ class MoeTransformer(nn.Module):
         experts run on a device."""
         hidden_states = self.model.embed_tokens(inputs.input_ids)
         rope = self.rotary(inputs.positions, hidden_states.dtype)
+        rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices else None
         expert_ids: list[Tensor | None] = []
         for layer in self.model.layers:
-            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, tables)
+            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, rules)
             expert_ids.append(topk_ids)
         if inputs.logit_indices is not None:
             hidden_states = hidden_states[inputs.logit_indices]

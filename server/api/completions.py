@@ -16,6 +16,7 @@ from server.api.deadline import request_deadline
 from server.api.generation import Delta, Generation, Prompt, Terms, make_echo, make_generation
 from server.api.logprobs import chat_logprobs, text_logprobs
 from server.api.routing_choice import routing_choice
+from server.api.routing_trace import joined, wire_trace
 from server.api.sampling import check_ids, check_length, too_long
 from server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -28,7 +29,6 @@ from server.api.schemas import (
 from server.api.services import Services, ServicesDep
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
 from server.errors import BadRequest, InternalError, UnsupportedParameter, to_service_error
-from server.text.tokenizer import Tokenizer
 
 router = APIRouter()
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
         raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
-    dialect = TextDialect(body.model or services.model_name, services.tokenizer)
+    dialect = TextDialect(body.model or services.model_name, services)
 
     async def generation() -> Generation:
         prompts = [await _prompt(body, place, services) for place in range(len(body.prompt))]
@@ -55,7 +55,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = _terms(body, 1, request, services)
-    dialect = ChatDialect(body.model or services.model_name, services.tokenizer)
+    dialect = ChatDialect(body.model or services.model_name, services)
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
 
     async def generation() -> Generation:
@@ -75,20 +75,29 @@ class Dialect(ABC):
     """How one endpoint writes answers and chunks."""
 
     id_prefix: str
+    operation: str  # in OpenTelemetry's words
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: str, services: Services) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._model, self._tokenizer, self._created = model, tokenizer, int(time.time())
+        self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
+        self._expert_layers = services.config.moe_layer_indices
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
         """`wholes`: each choice's deltas joined."""
-        choices = [self.choice(whole) for whole in wholes]
+        choices = [self.choice(whole) | self._trace(whole) for whole in wholes]
         return self._envelope(self.object, choices) | {"usage": generation.usage, "routing": generation.routing}
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def chunk(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        choices = [self.chunk_choice(delta) | self._trace(delta) for delta in deltas]
         return self._envelope(self.chunk_object, choices)
+
+    def _trace(self, delta: Delta) -> dict[str, Any]:
+        if delta.trace is None:
+            return {}
+        last = delta.finish_reason is not None
+        return {"routing_trace": wire_trace(delta.trace, self._expert_layers, delta.first, last)}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
@@ -101,6 +110,7 @@ class Dialect(ABC):
 
 
 class TextDialect(Dialect):
+    operation = "text_completion"
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def choice(self, whole: Delta) -> dict[str, Any]:
@@ -112,6 +122,7 @@ class TextDialect(Dialect):
 
 
 class ChatDialect(Dialect):
+    operation = "chat"
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, whole: Delta) -> dict[str, Any]:
@@ -136,7 +147,19 @@ def _terms(body: GenerationFields, prompts: int, request: Request, services: Ser
     ask = routing_choice(body.routing, request, body.model, services.model_name, services.store)
     route = services.store.resolve(ask)
     request.state.routing_policy = route.policy.name
-    return Terms(route, deadline)
+    return Terms(route, deadline, _flow(body, request, services))
+
+
+def _flow(body: GenerationFields, request: Request, services: Services) -> str:
+    """For whom the request is, as far as turns go."""
+    caller: str = request.state.caller
+    match services.fair_queueing:
+        case "none":
+            return ""
+        case "key":
+            return caller
+        case "user":
+            return f"{caller} {body.user or ''}"
 
 
 async def _prompt(body: CompletionRequest, place: int, services: Services) -> Prompt:
@@ -166,7 +189,11 @@ def _check_text(text: str, param: str, services: Services) -> None:
 async def _answer(
     generation: Generation, dialect: Dialect, body: GenerationFields, request: Request, services: Services
 ) -> Response:
-    deltas = generation.deltas()
+    telemetry = services.telemetry
+    if telemetry is None:
+        deltas = generation.deltas()
+    else:
+        deltas = telemetry.follow(generation, dialect.operation, body, request.headers)
     if not body.stream:
         wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
         return JSONResponse(dialect.answer(wholes, generation))
@@ -189,6 +216,7 @@ async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[De
             finish_reason=choice[-1].finish_reason,
             first=True,
             tokens=tuple(token for part in choice for token in part.tokens),
+            trace=joined(traces) if (traces := [part.trace for part in choice if part.trace is not None]) else None,
         )
         for index, choice in enumerate(parts)
     ]
@@ -207,7 +235,7 @@ async def _events(
     try:
         delta: Delta | None = first
         while delta is not None:
-            chunk = dialect.chunk([dialect.chunk_choice(delta)])
+            chunk = dialect.chunk([delta])
             if options.include_usage:
                 chunk["usage"] = generation.usage if options.continuous_usage_stats else None
             running -= delta.finish_reason is not None

@@ -5,31 +5,36 @@ prepare -> Generation -> deltas() -> completions.py renders them, streamed or wh
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.api.logprobs import ScoredToken
+from server.api.routing_trace import without_answer
 from server.api.sampling import check_ids, check_length, choice_seed, make_sampling
 from server.api.schemas import GenerationFields
 from server.api.services import Services
-from server.engine.messages import TokenEvent
-from server.engine.request import FinishReason, GenerationRequest
-from server.errors import DeadlineExceeded
+from server.engine.messages import RoutingTrace, TokenEvent
+from server.engine.request import FinishReason, GenerationRequest, Trace
+from server.errors import BadRequest, DeadlineExceeded
 from server.policies.store import Route
 from server.text.detokenizer import Detokenizer, StopStrings
-from server.text.grammar import Grammar
+from server.text.grammar import Grammar, GrammarState
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never)."""
+    """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never).
+    `flow`: whose turn it takes when requests wait. `received`: when it came, in nanoseconds of Unix time."""
 
     route: Route
     deadline: float | None
+    flow: str = ""
+    received: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +57,14 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one generated token added to the choice `index`; the last one has a finish reason. `tokens` are there when
-    log-probabilities were asked for, those of an echoed prompt in the first delta."""
+    log-probabilities were asked for, those of an echoed prompt in the first delta; `trace` when a routing trace was."""
 
     index: int
     text: str
     finish_reason: str | None
     first: bool
     tokens: tuple[ScoredToken, ...] = ()
+    trace: RoutingTrace | None = None
 
 
 class Choice:
@@ -97,7 +103,8 @@ class Choice:
                     delta = self._extended(delta, event)
                 else:
                     self.finish_reason = FinishReason.LENGTH.value
-                    delta = replace(delta, finish_reason=self.finish_reason)
+                    trace = None if event.trace is None else without_answer(event.trace)
+                    delta = replace(delta, finish_reason=self.finish_reason, trace=trace)
                 first = False
                 yield delta
                 if delta.finish_reason is not None:
@@ -114,6 +121,9 @@ class Choice:
     def _extended(self, delta: Delta, event: TokenEvent) -> Delta:
         """The delta with the event's token."""
         assert event.token_id is not None
+        constraint = self.request.sampling.constraint
+        if event.finished is not None and isinstance(constraint, GrammarState) and constraint.problem is not None:
+            raise BadRequest(f"the constraint became too complex to follow after {self.completion_tokens} tokens")
         tokens = delta.tokens
         if event.logprobs is not None:
             # The place of the token itself, however much of its text a stop string holds back or cuts off.
@@ -129,7 +139,7 @@ class Choice:
         elif event.finished is not None:
             text += self._stops.flush()
             self.finish_reason = event.finished.finish_reason.value
-        return replace(delta, text=delta.text + text, finish_reason=self.finish_reason, tokens=tokens)
+        return replace(delta, text=delta.text + text, finish_reason=self.finish_reason, tokens=tokens, trace=event.trace)
 
 
 class Generation:
@@ -137,6 +147,7 @@ class Generation:
 
     def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, services: Services) -> None:
         self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
+        self.received = terms.received
         self._deadline, self._services = terms.deadline, services
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -231,6 +242,8 @@ def make_generation(
     """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
     the rest of the context. Raises BadRequest, ContextLengthExceeded."""
     limits = services.engine.limits
+    asked = fields.routing_trace
+    trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
     choices: list[Choice] = []
     for prompt in prompts:
         room = check_length(prompt.ids, max_tokens, limits.max_model_len, prompt.param)
@@ -251,6 +264,8 @@ def make_generation(
                 policy=terms.route.policy,
                 priority=fields.priority,
                 cache_salt=fields.cache_salt,
+                flow=terms.flow,
+                trace=trace,
             )
             choices.append(Choice(index, request, fields.stop, services, prompt.echo, answer=max_tokens != 0))
     return Generation(completion_id, terms, choices, fields.n, services)

@@ -1,47 +1,140 @@
-"""uvicorn's HTTP protocol with a limit on what a client may send before its request begins.
+"""uvicorn's HTTP protocol with limits on clients that send without end, or hardly at all, or do not read.
 
-uvicorn collects a request's line and headers in memory however long they are.
+uvicorn collects a request's line and headers in memory however long they are, waits for them for ever, and keeps a connection
+whose client has stopped reading. Bodies are the middleware's to bound and to time.
 """
 
+import asyncio
 import json
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.middleware import MAX_HEAD_BYTES
-from server.errors import HeadersTooLarge
+from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
+
+HEADER_SECONDS, SEND_SECONDS = 10.0, 60.0
+
+
+class Alarm:
+    """Rings once, `seconds` after it was started, unless it is stopped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, ring: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self._loop, self._ring = loop, ring
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Does nothing while it runs."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(self.seconds, self._rung)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _rung(self) -> None:
+        self._handle = None
+        self._ring()
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 and closes when more than MAX_HEAD_BYTES have come and the headers are still not complete.
+    """Answers 431 and closes when more than MAX_HEAD_BYTES have come and the headers are still not complete, and 408 when they
+    are not complete `header_timeout` seconds after their beginning (without a word where they have not begun); cuts the
+    connection when an answer has lain unread for `send_timeout` seconds.
 
     Headers that end within the piece of data that they began in are the middleware's to measure.
     """
 
-    _in_head = False
-    _head_bytes = 0
+    def __init__(
+        self, *args: Any, header_timeout: float = HEADER_SECONDS, send_timeout: float = SEND_SECONDS, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_alarm = Alarm(self.loop, header_timeout, self._give_up_head)
+        self._send_alarm = Alarm(self.loop, send_timeout, self._give_up_reader)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_alarm.start()
 
     def data_received(self, data: bytes) -> None:
         began = self._in_head
         super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._answered:  # blank lines, the beginning of a request, or more of a body that nobody waits for
+            self._head_alarm.start()
         if began and self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse()
+                self._refuse(HeadersTooLarge(f"the request's line and headers are larger than {MAX_HEAD_BYTES} bytes"))
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
+        self._head_alarm.stop()
+        self._head_alarm.start()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._head_alarm.stop()
         super().on_headers_complete()
 
-    def _refuse(self) -> None:
-        error = HeadersTooLarge(f"the request's line and headers are larger than {MAX_HEAD_BYTES} bytes")
-        body = json.dumps(error.to_dict()).encode()
-        head = (
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body)
-        )
-        self.transport.write(head + body)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_alarm.start()
+
+    def resume_writing(self) -> None:
+        self._send_alarm.stop()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():  # less than what pauses writing, and perhaps never read
+            self._send_alarm.start()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_alarm.stop()
+        self._send_alarm.stop()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(BadRequest(msg))
+
+    @property
+    def _answered(self) -> bool:
+        """No request is being worked on."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _give_up_head(self) -> None:
+        if self._in_head:
+            self._refuse(RequestTimeout(f"the request's headers were not complete after {self._head_alarm.seconds:g} seconds"))
+        else:
+            self.transport.close()
+
+    def _give_up_reader(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Close, with an answer unless that would come in the middle of another one."""
+        if self._answered:
+            body = json.dumps(error.to_dict()).encode()
+            head = (
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+                f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def bounded_http(header_timeout: float, send_timeout: float) -> type[asyncio.Protocol]:
+    """What uvicorn makes each connection's protocol with; times in seconds."""
+    made = partial(BoundedHttpProtocol, header_timeout=header_timeout, send_timeout=send_timeout)
+    return cast(type[asyncio.Protocol], made)

@@ -3,6 +3,7 @@
 (Starlette's BaseHTTPMiddleware hides the client's disconnect from the routes.)
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from server.errors import (
     BodyTooLarge,
     Forbidden,
     HeadersTooLarge,
+    RequestTimeout,
     ServiceError,
     Unauthorized,
     UnsupportedMediaType,
@@ -110,18 +112,20 @@ class Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self._check(scope["path"], Headers(scope=scope))
+            scope.setdefault("state", {})["caller"] = self._check(scope["path"], Headers(scope=scope))
         await self._app(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, headers: Headers) -> str:
+        """A name for whoever holds the key, which does not tell the key; empty where none is needed."""
         if path in OPEN_PATHS or path.startswith(STATIC_PREFIX):
-            return
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         presented = _digest(key.strip() if scheme.lower() == "bearer" else "")
         if path.startswith(ADMIN_PREFIX):
             self._check_admin(presented, headers)
         elif self._api and not _matches(presented, [*self._api, *self._admin]):
             raise Unauthorized("a valid API key is needed: send the header Authorization: Bearer KEY")
+        return presented.hex() if self._api else ""
 
     def _check_admin(self, presented: bytes, headers: Headers) -> None:
         if self._admin:
@@ -139,14 +143,14 @@ class Keys:
 
 
 class JsonBodies:
-    """Reads request bodies whole, bounded, before anything else does, and takes nothing but JSON.
+    """Reads request bodies whole, bounded in bytes and seconds, before anything else does, and takes nothing but JSON.
 
     The check is stricter than Python's own parser: UTF-8 without lone surrogates, nested less deep than its recursion, no name
     twice in one object (of which another reader might take the other).
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
+        self._app, self._max_bytes, self._timeout_seconds = app, max_bytes, timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -156,16 +160,13 @@ class JsonBodies:
         declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self._max_bytes:
             self._refuse()
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                self._refuse()
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                body = await self._read(receive)
+        except TimeoutError:
+            raise RequestTimeout(f"the body was not complete after {self._timeout_seconds:g} seconds") from None
+        if body is None:
+            return
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and media_type != "application/json":
             raise UnsupportedMediaType("the body must be JSON: send the header Content-Type: application/json")
@@ -185,6 +186,20 @@ class JsonBodies:
             return await receive()
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytearray | None:
+        """The whole body; None when the client leaves before its end."""
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_bytes:
+                self._refuse()
+        return body
 
     def _refuse(self) -> None:
         raise BodyTooLarge(f"the body is larger than {self._max_bytes} bytes")

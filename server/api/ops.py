@@ -25,8 +25,6 @@ WEB = Path(__file__).parent.parent / "web"
 ASSETS = {path.name: path for path in WEB.iterdir() if path.suffix in (".css", ".js")}
 # The page asks nobody but this server for anything, and runs no script that is written into it.
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-# The engine loop turns at least once a second while idle; one step of a large model on a CPU may take many.
-STALLED_SECONDS = 120.0
 # Well below Prometheus's scrape timeout: a server whose engine hangs must be able to say so.
 SCRAPE_SECONDS = 1.0
 
@@ -46,9 +44,10 @@ async def asset(name: str) -> Response:
 @router.get("/health")
 @router.get("/health/live")
 async def live(services: ServicesDep) -> Response:
-    """Alive: loading counts, a dead or stalled engine does not."""
+    """Alive: loading counts, a dead or stalled engine does not. The engine's loop turns twice a second while idle, and between
+    any two steps however long a prompt is."""
     state, age = services.engine.state, time.monotonic() - services.engine.heartbeat
-    if state is EngineState.DEAD or (state is EngineState.READY and age > STALLED_SECONDS):
+    if state is EngineState.DEAD or (state is EngineState.READY and age > services.stall_timeout):
         return error_response(Dead(f"the engine is {state} and last turned {age:.0f} s ago", retry_after=30))
     return JSONResponse({"status": str(state)})
 
@@ -108,7 +107,8 @@ async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str
     split_model(body.model, services.model_name)
     if body.tokens and max(body.tokens) >= services.config.vocab_size:
         raise BadRequest(f"tokens: {max(body.tokens)} is not below the vocabulary's size", param="tokens")
-    return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    tokenizer = services.tokenizer
+    return {"prompt": await tokenizer.run(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))}
 
 
 @router.get("/tokenizer_info")
@@ -122,6 +122,7 @@ def _model(name: str, services: Services) -> dict[str, Any]:
         "object": "model",
         "created": services.created,
         "owned_by": "ladimo",
+        "root": services.model_name,  # vLLM's benchmark client asks for it
         "parent": None if name == services.model_name else services.model_name,
         "max_model_len": services.engine.limits.max_model_len if services.engine.state is EngineState.READY else None,
     }

@@ -36,6 +36,13 @@ MAX_CONSTRAINT_CHARACTERS = 2**16
 MAX_CONSTRAINT_CHOICES = 1024
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
+ROUTING_TRACE = (
+    "Tell which experts ran. Each choice then has `routing_trace`: `layers`, the numbers of the expert layers; `tokens`, per "
+    "generated token and expert layer the experts of the pass that drew the token, best first; with `prompt`, the same for the "
+    "prompt's tokens but the last, whose pass drew the first generated token (all of them when max_tokens is 0), and, if the "
+    "sequence was preempted, `recomputed`: how many of its first passes ran again, per preemption. In a stream each chunk has "
+    "its tokens' part; `layers` and `prompt` come with a choice's first chunk, `recomputed` with its last."
+)
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -75,6 +82,10 @@ def _as_list(value: object) -> object:
 
 def _as_policy(value: object) -> object:
     return {"policy": value} if isinstance(value, str) else value
+
+
+def _as_trace(value: object) -> object:
+    return ({} if value else None) if isinstance(value, bool) else value
 
 
 def _as_json_object(value: object) -> object:
@@ -158,6 +169,14 @@ class RoutingField(WireModel):
         return self
 
 
+class RoutingTraceField(WireModel):
+    """How much of the routing to tell."""
+
+    prompt: bool = Field(
+        False, description="Tell of the prompt's tokens, too. They are computed then, even if they are cached."
+    )
+
+
 class StreamOptions(WireModel):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk.")
@@ -200,6 +219,9 @@ class GenerationFields(WireModel):
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
     routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
+    routing_trace: Annotated[
+        RoutingTraceField | None, BeforeValidator(_as_trace, json_schema_input_type=bool | RoutingTraceField | None)
+    ] = Field(None, description=ROUTING_TRACE)
     max_tokens: int | None = Field(None, ge=0)
     min_tokens: int = Field(0, ge=0, description="No end of text and no stop token before so many tokens.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from fastapi import Depends, Request
 
@@ -15,11 +15,17 @@ from server.policies.store import PolicyStore
 from server.text.grammar import GrammarCompiler
 from server.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # an optional extra
+    from server.telemetry import Telemetry
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """`created`: Unix seconds of the server's start. `frontier_batch`: the batch size whose frontier the knob walks.
     `request_timeout`: seconds that a request may take at most (None: any). `strict_fields`: unknown fields are errors.
+    `telemetry` None: requests are not traced.
+    `fair_queueing`: who takes turns where requests wait.
+    `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
 
     `admin_lock`: one admin action at a time, since each builds on the state that the last one left.
     """
@@ -35,6 +41,9 @@ class Services:
     frontier_batch: int = 1
     request_timeout: float | None = None
     strict_fields: bool = False
+    telemetry: "Telemetry | None" = None
+    fair_queueing: Literal["key", "user", "none"] = "key"
+    stall_timeout: float = 120.0
     created: int = field(default_factory=lambda: int(time.time()))
     admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -1,20 +1,29 @@
 """One step's work as the scheduler sees it (sequences, integers) and as the model sees it (tensors)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ladimo.model.inputs import PrefillSegment, StepInputs
 from server.engine.request import Sequence
+from server.engine.sampler import adjusts
+from server.engine.transfers import to_device
 
 
 @dataclass(slots=True)
 class Batch:
     """`decode`: sequences of which only the last token is not computed yet. `prefill`: sequences and how many of their next
-    tokens this step computes. Results come back in this order, decode first."""
+    tokens this step computes. Results come back in this order, decode first.
+
+    With `previous` the batch runs ahead: it has decoding sequences only, and follows a step whose tokens the host does not know
+    yet. The sequences are then one token further than they say, and previous[i] is the row of that step that draws decode[i]'s
+    token.
+    """
 
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    previous: list[int] | None = None
 
     @property
     def scheduled(self) -> list[tuple[Sequence, int]]:
@@ -23,6 +32,16 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.decode) + sum(count for _, count in self.prefill)
+
+    @property
+    def drawing(self) -> list[Sequence]:
+        """The sequences that get a token, in order."""
+        return [sequence for sequence, count in self.scheduled if samples(sequence, count)]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every sequence takes its likeliest token."""
+        return all(sequence.request.sampling.temperature == 0 for sequence, _ in self.scheduled)
 
 
 def samples(sequence: Sequence, count: int) -> bool:
@@ -35,6 +54,16 @@ def num_logits(sequence: Sequence, count: int) -> int:
     if sequence.request.sampling.prompt_logprobs is not None and sequence.num_computed < len(sequence.request.prompt_ids):
         return count
     return int(samples(sequence, count))
+
+
+def may_run_ahead(sequence: Sequence) -> bool:
+    """Whether the sequence's next token can be computed and drawn before the host knows the one before.
+
+    Not when the host decides what may be drawn, or hands out more about a step than its tokens.
+    """
+    request, sampling = sequence.request, sequence.request.sampling
+    asks_for_more = sampling.logprobs is not None or sampling.prompt_logprobs is not None or request.trace is not None
+    return not asks_for_more and not adjusts(sequence)
 
 
 def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInputs:
@@ -60,9 +89,8 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
     width = -(-max(context_lens) // block_size)
     tables = [(sequence.block_table + [0] * width)[:width] for sequence, _ in scheduled]
 
-    def tensor(values: object) -> torch.Tensor:
-        host = torch.tensor(values, dtype=torch.int64)
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    def tensor(values: list[Any]) -> torch.Tensor:
+        return to_device(values, torch.int64, device)
 
     return StepInputs(
         input_ids=tensor(input_ids),

@@ -19,6 +19,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_policies: int = 64
     prefix_caching: bool = True
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,20 @@
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from ladimo.checkpoint import read_json
 from ladimo.model.kv_cache import KVCache
-from server.engine.batch import Batch
+from ladimo.model.transformer import MoeTransformer
+from server.engine.batch import Batch, samples
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig, EngineLimits
+from server.engine.cuda_graphs import CudaGraphBackend, DecodeGraphs, GraphBackend, bucket_sizes
 from server.engine.messages import (
     Abort,
     Activate,
@@ -20,6 +26,7 @@ from server.engine.messages import (
     ReadExperts,
     Report,
     RequestStats,
+    RoutingTrace,
     StepResult,
     StepStats,
     Stop,
@@ -28,14 +35,32 @@ from server.engine.messages import (
 )
 from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks, load
 from server.engine.policy_table import PolicyTable
-from server.engine.request import FinishReason, GenerationRequest, Sequence
+from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
 from server.engine.scheduler import Scheduler
 
 
 class Runner(Protocol):
-    """What computes a batch: called once per step, from the engine thread only."""
+    """What computes batches, called from the engine thread only. `graph_captures`: CUDA graphs captured so far."""
 
-    def execute(self, batch: Batch) -> BatchOutput: ...
+    @property
+    def graph_captures(self) -> int: ...
+
+    def graph_bucket(self, batch: Batch) -> int | None:
+        """The captured graph that the batch will replay, by its number of rows. Only after such a step may one run ahead."""
+
+    def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
+        """Start computing; the result, called once, waits for the end. Called again before only with the batch that follows,
+        running ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step whose computing has begun; `wait` None: there was nothing to compute. `started`: since when the device is its."""
+
+    batch: Batch
+    wait: Callable[[], BatchOutput] | None
+    bucket: int | None
+    started: float
 
 
 class EngineCore:
@@ -52,11 +77,12 @@ class EngineCore:
         self._eos_token_ids = eos_token_ids
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
-        self._reported = (0, 0, 0)
+        self._reported = (0, 0, 0, 0)
+        self._flight: _Flight | None = None  # launched ahead of its turn
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._finished)
+        return self._scheduler.has_work or bool(self._finished) or self._flight is not None
 
     def handle(self, command: Command) -> Report | None:
         """Carry out one command between two steps."""
@@ -80,21 +106,48 @@ class EngineCore:
                 raise AssertionError("the loop handles Stop")
 
     def step(self) -> StepResult:
-        """Schedule, execute, update; then what happened, as events and figures."""
+        """Schedule, compute, update; then what happened, as events and figures.
+
+        Where the step after this one can be known before this one's tokens, it is launched first: the device then works on it
+        while the host looks at the tokens, hands them out and empties its mailbox.
+        """
+        flight = self._flight or self._launch(self._scheduler.schedule())
+        ahead = None if flight.bucket is None else self._scheduler.schedule_ahead(flight.batch)
+        self._flight = None if ahead is None else self._launch(ahead)
+        result = self._land(flight)
+        if self._flight is not None:  # it had to wait for the device until now
+            self._flight = replace(self._flight, started=time.monotonic())
+        return result
+
+    def _launch(self, batch: Batch) -> _Flight:
         started = time.monotonic()
-        batch = self._scheduler.schedule()
-        for sequence, _ in batch.scheduled:
+        for sequence, count in batch.scheduled:
             if sequence.scheduled is None:
                 sequence.scheduled = started
+            self._table.add_routed(sequence.policy_row, count)
+        if not batch.num_tokens:
+            return _Flight(batch, None, None, started)
+        return _Flight(batch, self._runner.launch(batch), self._runner.graph_bucket(batch), started)
+
+    def _land(self, flight: _Flight) -> StepResult:
+        """Wait for the step and update everything that its outcome changes."""
+        batch = flight.batch
         events: list[TokenEvent] = []
         stats = _Tally()
-        if batch.num_tokens:
-            output = self._runner.execute(batch)
+        if flight.wait is not None:
+            output = flight.wait()
+            if batch.previous is not None:
+                batch, output = _still_there(batch, output)
             self._account(batch, output)
+            traces = [
+                self._trace(sequence, experts)
+                for (sequence, count), experts in zip(batch.scheduled, output.experts, strict=True)
+                if samples(sequence, count)
+            ]
             drawn_ids = [drawn.token_id for drawn in output.drawn]
             outcomes = self._scheduler.update(batch, drawn_ids, self._eos_token_ids)
             now = time.monotonic()
-            for (sequence, reason), drawn in zip(outcomes, output.drawn, strict=True):
+            for (sequence, reason), drawn, trace in zip(outcomes, output.drawn, traces, strict=True):
                 first = sequence.first_token is None
                 stats.token(sequence, now)
                 finished = None if reason is None else self._retire(sequence, reason, now)
@@ -107,18 +160,20 @@ class EngineCore:
                         logprobs=drawn.logprobs,
                         cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_ids)),
                         prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+                        trace=trace,
                     )
                 )
-        totals = (self._scheduler.preemptions, self._scheduler.prefix_queries, self._scheduler.prefix_hits)
-        preemptions, queries, hits = (now - before for now, before in zip(totals, self._reported, strict=True))
+        scheduler = self._scheduler
+        totals = (scheduler.preemptions, scheduler.prefix_queries, scheduler.prefix_hits, self._runner.graph_captures)
+        preemptions, queries, hits, captures = (now - before for now, before in zip(totals, self._reported, strict=True))
         self._reported = totals
         finished_now, self._finished = self._finished, []
         return StepResult(
             events,
             StepStats(
-                seconds=time.monotonic() - started,
-                prefill_tokens=sum(count for _, count in batch.prefill),
-                decode_tokens=len(batch.decode),
+                seconds=time.monotonic() - flight.started,
+                prefill_tokens=sum(count for _, count in flight.batch.prefill),
+                decode_tokens=len(flight.batch.decode),
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting),
                 kv_cache_usage_ratio=self._scheduler.blocks.usage_ratio,
@@ -130,6 +185,9 @@ class EngineCore:
                 prompt_tokens=dict(stats.prompt_tokens),
                 generation_tokens=dict(stats.generation_tokens),
                 finished=finished_now,
+                cuda_graph_bucket=flight.bucket,
+                cuda_graph_missed=self._runner.graph_captures > 0 and bool(flight.batch.decode) and flight.bucket is None,
+                cuda_graph_captures=captures,
             ),
         )
 
@@ -155,13 +213,25 @@ class EngineCore:
 
     def _account(self, batch: Batch, output: BatchOutput) -> None:
         """What the step says of its sequences besides new tokens. Runs before `update` moves `num_computed`."""
-        figures = zip(batch.scheduled, output.expert_counts, output.prompt_logprobs, strict=True)
-        for (sequence, count), experts, logprobs in figures:
+        figures = zip(batch.scheduled, output.expert_counts, output.prompt_logprobs, output.experts, strict=True)
+        for (sequence, count), experts, logprobs, traced in figures:
             sequence.num_routed += count
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]
             if logprobs:  # from the token after the first computed one on; a recomputed prompt says the same again
                 sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
-            self._table.add_routed(sequence.policy_row, count)
+            if sequence.request.trace is Trace.PROMPT:
+                _trace_prompt(sequence, count, traced)
+
+    def _trace(self, sequence: Sequence, experts: list[TokenExperts]) -> RoutingTrace | None:
+        """Of the token that was drawn after the step's tokens, which ran `experts`. Runs before `update`."""
+        if sequence.request.trace is None:
+            return None
+        first = sequence.request.trace is Trace.PROMPT and sequence.first_token is None
+        return RoutingTrace(
+            tokens=(experts[-1],),
+            prompt=tuple(sequence.prompt_experts) if first else None,
+            recomputed=tuple(sequence.recomputed),
+        )
 
     def _experts_per_token(self, sequence: Sequence) -> tuple[float | None, ...]:
         tokens = max(sequence.num_routed, 1)
@@ -188,6 +258,30 @@ class EngineCore:
         return stats
 
 
+def _trace_prompt(sequence: Sequence, count: int, experts: list[TokenExperts]) -> None:
+    """Keep what the passes over the next `count` tokens ran, as far as they are the prompt's and draw nothing."""
+    begin, end = sequence.num_computed, sequence.num_computed + count
+    if again := min(end, sequence.num_reached) - begin:
+        if begin == 0:  # tracing a prompt uses no cached prefix, so that each computation starts at its beginning
+            sequence.recomputed.append(0)
+        sequence.recomputed[-1] += again
+    sequence.num_reached = max(sequence.num_reached, end)
+    num_prompt = len(sequence.request.prompt_ids) - 1
+    sequence.prompt_experts[begin:end] = experts[: max(0, num_prompt - begin)]
+
+
+def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
+    """What is left of a step that ran ahead once its sequences have gone that ended, or were aborted, in the meantime."""
+    rows = [row for row, sequence in enumerate(batch.decode) if sequence.block_table]
+    left = BatchOutput(
+        drawn=[output.drawn[row] for row in rows],
+        expert_counts=[output.expert_counts[row] for row in rows],
+        prompt_logprobs=[output.prompt_logprobs[row] for row in rows],
+        experts=[output.experts[row] for row in rows],
+    )
+    return Batch(decode=[batch.decode[row] for row in rows]), left
+
+
 class _Tally:
     """Latencies and token counts of one step, by policy."""
 
@@ -211,7 +305,20 @@ class _Tally:
 
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     """Load the model and allocate everything the engine will ever use. Raises ValueError when it cannot be served so."""
-    model = load(directory, config.device, config.dtype)
+    return assemble_core(load(directory, config.device, config.dtype), config, eos_token_ids(directory))
+
+
+def assemble_core(
+    model: MoeTransformer,
+    config: EngineConfig,
+    eos_token_ids: frozenset[int] = frozenset(),
+    backend: GraphBackend | None = None,
+    buckets: tuple[int, ...] | None = None,
+) -> EngineCore:
+    """The engine around a model that is on its device already. Raises ValueError for sizes that cannot be.
+
+    Decode steps are captured in graphs of `buckets` rows: by `backend`, by default on a CUDA device only.
+    """
     context = model.config.max_position_embeddings
     if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
         raise ValueError(f"max_model_len must be in 2..{context}, got {config.max_model_len}")
@@ -224,6 +331,8 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
             "lower max_model_len or give the cache more blocks"
         )
     weight = model.model.embed_tokens.weight
+    if weight.device.type == "cuda":
+        torch.cuda.set_device(weight.device)  # of this thread, which is the engine's: kernels and events go where it points
     kv_cache = KVCache.allocate(model.config, num_blocks, config.block_size, weight.dtype, weight.device)
     table = PolicyTable(model.config, config.max_policies + 1, weight.device)
     limits = EngineLimits(
@@ -232,8 +341,14 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     scheduler = Scheduler(
         blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
     )
-    eos = eos_token_ids(directory)
-    return EngineCore(ModelRunner(model, kv_cache, table.tables, eos), scheduler, table, limits, eos)
+    if backend is None and weight.device.type == "cuda" and config.cuda_graphs:
+        backend = CudaGraphBackend(weight.device)
+    graphs = None
+    if backend is not None:
+        buckets = buckets or bucket_sizes(config.max_num_seqs)
+        graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, backend)
+    runner = ModelRunner(model, kv_cache, table.tables, eos_token_ids, graphs)
+    return EngineCore(runner, scheduler, table, limits, eos_token_ids)
 
 
 def eos_token_ids(directory: Path) -> frozenset[int]:

@@ -6,7 +6,7 @@ Legend: L layers, E experts (the most any layer has).
 from dataclasses import dataclass, field
 
 from ladimo.policy import RoutingPolicy
-from server.engine.request import FinishReason, GenerationRequest, TokenLogprobs
+from server.engine.request import FinishReason, GenerationRequest, TokenExperts, TokenLogprobs
 
 
 class EngineDead(Exception):
@@ -76,11 +76,27 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingTrace:
+    """The experts behind generated tokens.
+
+    `tokens`: of the pass that drew each, which is the one over the token before it. `prompt`, on the first event and when asked
+    for: of the passes over the prompt's tokens but the last, which drew nothing. So a traced sequence of p prompt and c
+    generated tokens has p - 1 + c passes, each told once. `recomputed`, when the prompt is traced: per preemption so far, how
+    many of the first passes were run again; the counters of the routing tables count those again, too.
+    """
+
+    tokens: tuple[TokenExperts, ...]
+    prompt: tuple[TokenExperts, ...] | None = None
+    recomputed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set.
 
     `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense. `logprobs` and, on
-    the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for.
+    the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for; so is
+    `trace`.
     `cached_tokens`: prompt tokens that were found in the prefix cache and not computed again.
     """
 
@@ -92,6 +108,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int = 0
+    trace: RoutingTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,9 @@ class StepStats:
     prompt_tokens: dict[str, int] = field(default_factory=dict)
     generation_tokens: dict[str, int] = field(default_factory=dict)
     finished: list[RequestStats] = field(default_factory=list)
+    cuda_graph_bucket: int | None = None  # rows of the captured graph that was replayed
+    cuda_graph_missed: bool = False  # sequences decoded without a graph although there are some
+    cuda_graph_captures: int = 0  # since the step before; the first one tells of those at start
 
 
 @dataclass(frozen=True, slots=True)

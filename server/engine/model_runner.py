@@ -1,7 +1,9 @@
 """The model on its device: loads it, allocates the cache, computes a batch. The only file that runs the network."""
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,9 +14,11 @@ from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
+from server.engine.cuda_graphs import DecodeGraphs
 from server.engine.logprobs import token_logprobs
-from server.engine.request import Sequence, TokenLogprobs
-from server.engine.sampler import LogitAdjuster, make_sampling_inputs, sample
+from server.engine.request import Sequence, TokenExperts, TokenLogprobs
+from server.engine.sampler import LogitAdjuster, adjusts, make_sampling_inputs, sample
+from server.engine.transfers import to_device, to_host
 
 # Of the memory that is free once the weights are loaded, this share goes to the cache unless the operator says a number.
 CUDA_CACHE_SHARE = 0.85
@@ -37,67 +41,145 @@ class BatchOutput:
     """`drawn`: one per sequence whose end was reached, in batch order.
 
     Per scheduled sequence: `expert_counts` by layer, how many experts its tokens of this step ran; `prompt_logprobs` of the
-    prompt tokens that follow the step's tokens, when asked for.
+    prompt tokens that follow the step's tokens, when asked for; `experts` of each of the step's tokens, when its request is
+    traced.
     """
 
     drawn: list[Drawn]
     expert_counts: list[list[int]]
     prompt_logprobs: list[list[TokenLogprobs]]
+    experts: list[list[TokenExperts]]
 
 
 class ModelRunner:
-    """Executes batches under the policies of `tables`."""
+    """Executes batches under the policies of `tables`; steps that only decode under `graphs`, where there are any."""
 
-    def __init__(self, model: MoeTransformer, kv_cache: KVCache, tables: RoutingTables, eos_token_ids: frozenset[int]) -> None:
-        self.model, self.kv_cache, self.tables = model, kv_cache, tables
+    def __init__(
+        self,
+        model: MoeTransformer,
+        kv_cache: KVCache,
+        tables: RoutingTables,
+        eos_token_ids: frozenset[int],
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model, self.kv_cache, self.tables, self.graphs = model, kv_cache, tables, graphs
         self.device = kv_cache.k.device
         self.block_size = kv_cache.k.shape[2]
         self.adjuster = LogitAdjuster(model.config.vocab_size, eos_token_ids, self.device)
         self._num_threads = torch.get_num_threads()
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
 
-    @torch.inference_mode()
-    def execute(self, batch: Batch) -> BatchOutput:
-        """Compute the batch and draw a token for each sequence that reached its end.
+    @property
+    def graph_captures(self) -> int:
+        return 0 if self.graphs is None else self.graphs.captures
 
-        Synchronises with the host once; once more for each sequence that wants log-probabilities.
+    def graph_bucket(self, batch: Batch) -> int | None:
+        """The graph that the batch replays; None when it runs without one."""
+        return None if self.graphs is None else self.graphs.bucket(batch)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
+        """Start computing the batch and drawing a token for each sequence that reaches its end; call the result to wait for it.
+
+        One batch that runs ahead may be launched before a replayed one has been waited for, and no other. Waiting synchronises
+        with the host once, and once more for each sequence that wants log-probabilities.
         """
         if self.device.type == "cpu":
             serial = self._multiply_adds * batch.num_tokens < SERIAL_STEP
             torch.set_num_threads(1 if serial else self._num_threads)  # of this thread only
+        bucket = self.graph_bucket(batch)
+        if self.graphs is not None and bucket is not None:
+            return self._replay(self.graphs, batch, bucket)
+        assert batch.previous is None
+        return self._run(batch)
+
+    def _replay(self, graphs: DecodeGraphs, batch: Batch, bucket: int) -> Callable[[], BatchOutput]:
+        graphs.fill(batch, bucket)
+        graphs.replay_step(bucket)
+        rows, buffers = len(batch.decode), graphs.buffers
+        logits, results = buffers.logits[:rows], buffers.results[:rows]
+        if any(adjusts(sequence) for sequence in batch.decode):
+            inputs = None if batch.greedy else buffers.sampling_inputs(rows)
+            results[:, 0] = sample(self.adjuster.adjust(logits, batch.decode), inputs)
+        elif not batch.greedy:
+            graphs.replay_draw(bucket)
+        expert_ids = buffers.expert_ids[:, :rows] if self.model.config.moe_layer_indices else None
+        return self._output(batch, results[:, 0], results[:, 1:], expert_ids, logits)
+
+    def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
         logits, expert_ids = self.model(inputs, self.kv_cache, self.tables)
-        scheduled = batch.scheduled
-        per_sequence = logits.split([num_logits(sequence, count) for sequence, count in scheduled])
-        drawing = [sequence for sequence, count in scheduled if samples(sequence, count)]
-        last = [rows[-1:] for (sequence, count), rows in zip(scheduled, per_sequence, strict=True) if samples(sequence, count)]
+        per_sequence = logits.split([num_logits(sequence, count) for sequence, count in batch.scheduled])
+        last = [
+            rows[-1:] for (sequence, count), rows in zip(batch.scheduled, per_sequence, strict=True) if samples(sequence, count)
+        ]
         ends = last[0] if len(last) == 1 else torch.cat(last) if last else logits[:0]
         token_ids = ends.argmax(dim=-1)
+        drawing = batch.drawing
         if drawing:
             token_ids = sample(self.adjuster.adjust(ends, drawing), make_sampling_inputs(drawing, self.device))
         counts = self._count_experts(batch, inputs, expert_ids)
-        packed = torch.cat((token_ids, counts.flatten())).tolist()  # one copy to the host for both
-        width, flat = counts.shape[1], packed[len(drawing) :]
-        return BatchOutput(
-            drawn=self._drawn(drawing, packed[: len(drawing)], ends),
-            expert_counts=[flat[i : i + width] for i in range(0, len(flat), width)],
-            prompt_logprobs=[
-                _prompt_logprobs(sequence, count, rows) for (sequence, count), rows in zip(scheduled, per_sequence, strict=True)
-            ],
-        )
+        return self._output(batch, token_ids, counts, expert_ids, ends, per_sequence)
+
+    def _output(
+        self,
+        batch: Batch,
+        token_ids: Tensor,
+        counts: Tensor,
+        expert_ids: Tensor | None,
+        ends: Tensor,
+        per_sequence: Rows[Tensor] | None = None,
+    ) -> Callable[[], BatchOutput]:
+        """Start the step's one copy to the host.
+
+        token_ids [R] and logits `ends` [R, V] are of the sequences that draw, counts are [B, L], expert_ids [L, T, E];
+        `per_sequence` has all logits of each scheduled sequence, when a prompt may be among them.
+        """
+        drawing = batch.drawing
+        num_drawn, width = len(drawing), counts.shape[1]
+        traced = _traced(batch, expert_ids, self.device)
+        fetched = to_host(torch.cat((token_ids, counts.flatten(), traced)))
+
+        @torch.inference_mode()
+        def wait() -> BatchOutput:
+            packed = fetched()
+            end = num_drawn + len(batch.scheduled) * width
+            flat = packed[num_drawn:end]
+            return BatchOutput(
+                drawn=self._drawn(drawing, packed[:num_drawn], ends),
+                expert_counts=[flat[i : i + width] for i in range(0, len(flat), width)],
+                prompt_logprobs=[
+                    [] if per_sequence is None else _prompt_logprobs(sequence, count, per_sequence[place])
+                    for place, (sequence, count) in enumerate(batch.scheduled)
+                ],
+                experts=self._unpack_experts(batch, expert_ids, iter(packed[end:])),
+            )
+
+        return wait
 
     def _count_experts(self, batch: Batch, inputs: StepInputs, expert_ids: Tensor | None) -> Tensor:
         """Count the step in the routing tables; per scheduled sequence and layer [B, L], how many experts its tokens ran."""
         lengths = [count for _, count in batch.scheduled]
         if expert_ids is None:
             return torch.zeros(len(lengths), self.model.config.num_hidden_layers, dtype=torch.int64, device=self.device)
-        self.tables.record(expert_ids, inputs.policy_ids)
+        self.tables.defer(expert_ids, inputs.policy_ids)
         per_token = (expert_ids >= 0).sum(dim=-1).t()  # [T, L]
         if len(lengths) == batch.num_tokens:
             return per_token
-        repeats = torch.tensor(lengths, device=self.device)
+        repeats = to_device(lengths, torch.int64, self.device)
         rows = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats, output_size=batch.num_tokens)
         return per_token.new_zeros(len(lengths), per_token.shape[1]).index_add_(0, rows, per_token)
+
+    def _unpack_experts(self, batch: Batch, expert_ids: Tensor | None, flat: Iterator[int]) -> list[list[TokenExperts]]:
+        """Per scheduled sequence, from the numbers of `_traced`, its tokens' experts; nothing where it is not traced."""
+        num_layers, _, places = (0, 0, 0) if expert_ids is None else expert_ids.shape
+        layers = self.model.config.moe_layer_indices
+        experts: list[list[TokenExperts]] = [[] for _ in batch.scheduled]
+        for place, (sequence, count) in enumerate(batch.scheduled):
+            if sequence.request.trace is not None:
+                rows = [[[e for e in islice(flat, places) if e >= 0] for _ in range(count)] for _ in range(num_layers)]
+                experts[place] = [tuple(tuple(rows[layer][token]) for layer in layers) for token in range(count)]
+        return experts
 
     def _drawn(self, sequences: Rows[Sequence], token_ids: Rows[int], logits: Tensor) -> list[Drawn]:
         """Tell grammars and penalties of the draw; add log-probabilities [R, V] where asked for."""
@@ -108,6 +190,15 @@ class ModelRunner:
             known = None if num_top is None else token_logprobs(logits[row : row + 1], [token_id], num_top)[0]
             drawn.append(Drawn(token_id, known))
         return drawn
+
+
+def _traced(batch: Batch, expert_ids: Tensor | None, device: torch.device) -> Tensor:
+    """Of `expert_ids` [L, T, E], the parts of the sequences whose requests are traced, one after another in one dimension."""
+    scheduled = batch.scheduled
+    if expert_ids is None or all(sequence.request.trace is None for sequence, _ in scheduled):
+        return torch.empty(0, dtype=torch.int64, device=device)
+    parts = expert_ids.split([count for _, count in scheduled], dim=1)
+    return torch.cat([part.flatten() for part, (one, _) in zip(parts, scheduled, strict=True) if one.request.trace is not None])
 
 
 def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[TokenLogprobs]:

@@ -78,6 +78,7 @@ class PolicyTable:
 
     def snapshot(self, call_id: int) -> ExpertSnapshot:
         """Totals since start, read from the device."""
+        self.tables.settle()
         current = self.tables.expert_tokens.cpu()
         totals = {name: counts.clone() for name, counts in self._expert_tokens.items()}
         for row, entry in enumerate(self._rows):
@@ -121,6 +122,7 @@ class PolicyTable:
         row = min(free or idle)[1]
         entry = self._rows[row]
         if entry is not None:
+            self.tables.settle()
             counts = self.tables.expert_tokens[row].cpu().clone()
             name = entry.policy.name
             self._expert_tokens[name] = self._expert_tokens[name] + counts if name in self._expert_tokens else counts

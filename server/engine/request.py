@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from ladimo.policy import RoutingPolicy
 
+# Per expert layer, the experts that one token ran, best first.
+TokenExperts = tuple[tuple[int, ...], ...]
+
 
 class FinishReason(StrEnum):
     """`stop`: end of text or a stop token; `length`: max_tokens or the context is full; `abort`: the client left."""
@@ -58,12 +61,19 @@ class SamplingParams:
     constraint: TokenConstraint | None = None
 
 
+class Trace(StrEnum):
+    """Which passes' experts a request wants to hear of: those that draw its tokens, or those over its prompt, too."""
+
+    OUTPUT = "output"
+    PROMPT = "prompt"
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to complete, under the one policy version it keeps until it ends.
 
     priority: lower runs earlier; equal ones in order of arrival. cache_salt: requests share cached prefixes only under the
-    same salt.
+    same salt. trace: whether its events tell the experts that ran. flow: for whom it is; where requests wait, flows take turns.
     """
 
     request_id: str
@@ -72,6 +82,8 @@ class GenerationRequest:
     policy: RoutingPolicy
     priority: int = 0
     cache_salt: str = ""
+    trace: Trace | None = None
+    flow: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,10 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache when it was last admitted
     num_routed: int = 0  # tokens computed, recomputed ones included: what expert_counts is a sum over
+    prompt_experts: list[TokenExperts] = field(default_factory=list)  # of the prompt's tokens but the last, when traced
+    num_reached: int = 0  # the most tokens that num_computed has counted
+    recomputed: list[int] = field(default_factory=list)  # per preemption, how many of the first tokens were computed again
+    charged: bool = False  # its flow has been charged for the prompt
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None

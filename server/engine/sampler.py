@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from server.engine.request import SamplingParams, Sequence
+from server.engine.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ def make_sampling_inputs(sequences: Rows[Sequence], device: torch.device) -> Sam
         return None
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return to_device(values, torch.float32, device)
 
     return SamplingInputs(
         temperature=column([p.temperature for p in params]),
         top_p=column([p.top_p for p in params]),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+        top_k=to_device([p.top_k for p in params], torch.int64, device),
         min_p=column([p.min_p for p in params]),
         uniform=column([uniform(s.seed, s.num_tokens) for s in sequences]),
     )
@@ -82,7 +83,7 @@ class LogitAdjuster:
 
     def adjust(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """Logits [R, V] -> the logits to draw from, [R, V]; the input is not written to."""
-        if not any(_adjusts(sequence) for sequence in sequences):
+        if not any(adjusts(sequence) for sequence in sequences):
             return logits
         logits = logits.float().clone()
         for row, sequence in enumerate(sequences):
@@ -131,7 +132,8 @@ def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def _adjusts(sequence: Sequence) -> bool:
+def adjusts(sequence: Sequence) -> bool:
+    """Whether the sequence's logits are changed before its next token is drawn."""
     params = sequence.request.sampling
     too_short = len(sequence.output_ids) < params.min_tokens
     return _penalises(params) or bool(params.logit_bias) or params.constraint is not None or too_short

@@ -79,10 +79,11 @@ class RecentLatencies:
         self._itl.extend((now, seconds) for _, seconds in stats.inter_token_seconds)
         self._ttft.extend((now, seconds) for _, seconds in stats.first_token_seconds)
 
-    def measured(self, now: float) -> Measured:
-        return Measured(
-            *(_p90(seconds for at, seconds in samples if now - at <= WINDOW_SECONDS) for samples in (self._itl, self._ttft))
-        )
+    def measured(self, now: float, since: float = -math.inf) -> Measured:
+        """What has been seen since then, at most WINDOW_SECONDS ago. What was seen under the knob's last position would make
+        it move twice for one reason."""
+        begin = max(now - WINDOW_SECONDS, since)
+        return Measured(*(_p90(seconds for at, seconds in samples if at >= begin) for samples in (self._itl, self._ttft)))
 
 
 def _p90(samples: Iterable[float]) -> float | None:

@@ -40,23 +40,22 @@ class GrammarCompiler:
 
     def _compile(self, read: Callable[[str], str], source: str) -> "Grammar":
         try:
-            grammar = read(source)
+            matcher = LLMatcher(self._tokenizer, read(source), log_level=0)
         except ValueError as error:
             raise ValueError(_first_line(str(error))) from error
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
-        if problem:
-            raise ValueError(_first_line(problem))
-        return Grammar(self._tokenizer, grammar, self._vocab_size)
+        if matcher.is_error():
+            raise ValueError(_first_line(matcher.get_error()))
+        return Grammar(matcher, self._vocab_size)
 
 
 class Grammar:
-    """A valid grammar. `start` gives each sequence its own state."""
+    """A valid grammar. `start` gives each sequence its own state, and takes no time however large the grammar is."""
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> None:
-        self._tokenizer, self._grammar, self._vocab_size = tokenizer, grammar, vocab_size
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
 
     def start(self) -> "GrammarState":
-        return GrammarState(LLMatcher(self._tokenizer, self._grammar, log_level=0), self._vocab_size)
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size)
 
 
 class GrammarState:
@@ -65,6 +64,11 @@ class GrammarState:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
+    @property
+    def problem(self) -> str | None:
+        """Why the text ended before the grammar did: some need more work for one token than the library allows."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
     def allowed_tokens(self) -> NDArray[np.bool_]:
         words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         bits: NDArray[np.bool_] = np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(np.bool_)
@@ -72,9 +76,9 @@ class GrammarState:
         return bits
 
     def advance(self, token_id: int) -> None:
-        consumed = self._matcher.consume_token(token_id)
         # What follows the end of a complete text (end of text, ignore_eos) is no longer the grammar's business.
-        assert consumed or self._matcher.is_stopped(), self._matcher.get_error()
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token_id)
 
 
 def _first_line(text: str) -> str:

@@ -1,5 +1,7 @@
 // Completions: streamed, under the routing that is asked for, and one beside another.
 import { byId, complete, fixed, percent } from "./api.js";
+import { mostExperts } from "./policies.js";
+import { Tokens } from "./tokens.js";
 
 let running = null;
 
@@ -19,12 +21,9 @@ function show(article, pairs) {
   }));
 }
 
-// One completion into one article. Resolves to its text and to how it ended: "done", "stopped" or "failed".
+// One completion into one article. Resolves to its tokens and to how it ended: "done", "stopped" or "failed".
 async function run(article, prompt, body) {
-  const pre = article.querySelector("pre"), given = document.createElement("span"), text = document.createTextNode("");
-  given.className = "prompt";
-  given.textContent = prompt;
-  pre.replaceChildren(given, text);
+  const shown = new Tokens(article, prompt, mostExperts());
   show(article, []);
   const sent = performance.now();
   let first = null, last = null, tokens = 0, routing = null, end = "done";
@@ -35,7 +34,7 @@ async function run(article, prompt, body) {
       for (const choice of event.choices) {
         first ??= last;
         tokens += 1;
-        text.data += choice.text;
+        shown.add(choice);
       }
       if (event.usage) tokens = event.usage.completion_tokens;
     }
@@ -45,7 +44,7 @@ async function run(article, prompt, body) {
       const message = document.createElement("p");
       message.className = "error";
       message.textContent = error.message;
-      pre.append(message);
+      shown.pre.append(message);
     }
   }
   const rate = tokens > 1 && last > first ? ((tokens - 1) / (last - first) * 1000).toFixed(1) : "–";
@@ -57,7 +56,7 @@ async function run(article, prompt, body) {
     article.querySelector("h3").textContent = routing.policy;
   }
   show(article, pairs);
-  return { text: text.data, end };
+  return { shown, end };
 }
 
 // Words and spaces of each text that the other does not have, by their longest common subsequence.
@@ -87,16 +86,6 @@ export function differences(left, right) {
   return marked;
 }
 
-function mark(article, pieces) {
-  const pre = article.querySelector("pre"), given = pre.querySelector(".prompt");
-  pre.replaceChildren(given, ...pieces.map(([piece, different]) => {
-    if (!different) return document.createTextNode(piece);
-    const element = document.createElement("mark");
-    element.textContent = piece;
-    return element;
-  }));
-}
-
 async function start() {
   const [one, two] = document.querySelectorAll(".answer"), comparing = byId("compare").checked;
   const prompt = byId("prompt").value;
@@ -104,13 +93,14 @@ async function start() {
   const given = byId("seed").value;
   const seed = given === "" ? (comparing ? Math.floor(Math.random() * 2 ** 31) : null) : Number(given);
   const body = {
-    prompt, seed, stream: true, stream_options: { include_usage: true },
+    prompt, seed, stream: true, stream_options: { include_usage: true }, routing_trace: true,
     max_tokens: Number(byId("max-tokens").value), temperature: Number(byId("temperature").value),
   };
   two.hidden = !comparing;
   one.querySelector("h3").hidden = !comparing;
   for (const article of [one, two]) {
     article.querySelector("pre").replaceChildren();
+    article.querySelector(".walk").hidden = true;
     article.querySelector("h3").textContent = "";
     show(article, []);
   }
@@ -126,10 +116,10 @@ async function start() {
       // One after the other: side by side they would share a batch, and neither speed would be its own.
       const other = await run(two, prompt, { ...body, routing: byId("other").value });
       said = { done: "Done: the same text.", stopped: "Stopped.", failed: "Failed." }[other.end];
-      if (other.end === "done" && other.text !== asked.text) {
-        const [left, right] = differences(asked.text, other.text);
-        mark(one, left);
-        mark(two, right);
+      if (other.end === "done" && other.shown.text !== asked.shown.text) {
+        const [left, right] = differences(asked.shown.text, other.shown.text);
+        asked.shown.mark(left);
+        other.shown.mark(right);
         said = "Done; what differs is marked.";
       }
     }

@@ -44,6 +44,15 @@ function fillTable() {
   }));
 }
 
+// The most experts per layer that any policy lets a token run, as a mean over its expert layers.
+export function mostExperts() {
+  const means = (routing?.policies ?? []).map(policy => {
+    const rules = policy.layers.filter(rule => rule);
+    return rules.reduce((sum, rule) => sum + rule.top_k, 0) / rules.length;
+  });
+  return Math.max(1, ...means.filter(Number.isFinite));
+}
+
 export function drawFrontier() {
   const points = routing?.frontier ?? [], svg = byId("frontier");
   byId("frontier-section").hidden = points.length < 2;

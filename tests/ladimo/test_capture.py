@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import ladimo.model.kernels
 import ladimo.model.moe
 from ladimo.checkpoint import load_model, read_config, read_policies
 from ladimo.model.config import ModelConfig
@@ -107,6 +108,45 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
         assert expert_ids is not None
         assert expert_ids.shape == (config.num_hidden_layers, batch, config.max_num_experts)
         assert logits.device.type == expert_ids.device.type == DEVICE.type
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64, 600])
+def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """What the kernels' launchers do beside launching is as free of the host: the launches are left out, as nothing can run on
+    fake tensors."""
+    pytest.importorskip("triton")
+    from ladimo.model.kernels import attention, experts, fused, routing
+
+    launched = set()
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(type(size) is int and size > 0 for size in grid)
+            return lambda *args, **options: launched.add(self.name)
+
+    for module in (attention, experts, fused, routing):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launch(name))
+    monkeypatch.setattr(ladimo.model.kernels, "available", lambda *tensors: True)
+    config = read_config(moe_dir)
+    with fake():
+        logits, expert_ids = DecodeStep(config, batch).run()
+        assert logits.shape == (batch, config.vocab_size)
+        assert expert_ids is not None and expert_ids.shape[1] == batch
+    names = {
+        "_select_kernel",
+        "_record_kernel",
+        "_rms_norm_kernel",
+        "_silu_mul_kernel",
+        "_rotate_kernel",
+        "_attend_part_kernel",
+    }
+    assert names < launched
+    assert ("_matvec_down_kernel" in launched) == (batch == 1)
+    assert ("_grouped_down_kernel" in launched) == (batch > 1)
 
 
 def test_decode_step_of_dense_model(dense_dir: Path) -> None:

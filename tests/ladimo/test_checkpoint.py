@@ -140,7 +140,7 @@ def test_layers_loaded_one_by_one_are_the_model(moe_dir: Path) -> None:
     rope = outside.rotary(inputs.positions, torch.float32)
     for index in range(config.num_hidden_layers):
         layer = load_layer(reader, config, index, torch.float32, CPU)
-        hidden_states, _ = layer(hidden_states, rope, inputs, None, tables)
+        hidden_states, _ = layer(hidden_states, rope, inputs, None, tables.rules(inputs.policy_ids))
     assert torch.equal(outside.logits(hidden_states), whole(inputs, None, tables).logits)
 
 
@@ -271,7 +271,7 @@ def test_config_that_cannot_be_read(tmp_path: Path) -> None:
     ("fields", "named"),
     [
         ({"model_type": "gpt2"}, ["model_type", "gpt2"]),
-        ({"model_type": "mistral"}, ["model_type", "mistral"]),
+        ({"model_type": "gemma2"}, ["model_type", "gemma2", "llama, mistral, qwen2, ladimo_llama"]),
         ({"model_type": None}, ["model_type"]),
         ({"model_type": ["llama"]}, ["model_type"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
@@ -384,6 +384,9 @@ def test_active_parameters_ratio_counts_weights(moe_dir: Path, dense_dir: Path) 
     )
     biased = make_dense_config(attention_bias=True)
     assert biased.dense_parameters - make_dense_config().dense_parameters == 3 * (32 + 2 * 16 + 32)
+    biased = make_dense_config(model_type="qwen2")
+    assert biased.dense_parameters - make_dense_config().dense_parameters == 3 * (32 + 2 * 16)
+    assert make_dense_config(model_type="mistral", sliding_window=None).dense_parameters == make_dense_config().dense_parameters
 
 
 def make_dense_config(**fields: Any) -> ModelConfig:

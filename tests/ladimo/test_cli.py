@@ -136,8 +136,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["convert", "dense", "out", "--method", "magic"],
         ["convert", "dense", "out", "--layers", "some"],
         ["convert", "dense", "out", "--tokens", "many"],
+        ["convert", "dense", "out", "--jobs", "0"],
         ["evaluate", "model"],
         ["evaluate", "model", "--text", "file", "--tokens", "0"],
+        ["evaluate", "model", "--text", "file", "--items", "-1"],
     ],
 )
 def test_bad_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_implementations_agree_at_any_size(num_tokens: int) -> None:
 
 
 def test_cpu_runs_grouped_and_a_device_does_not() -> None:
-    """On the meta device, as on CUDA, the path without host synchronisation is taken, whatever the size."""
+    """On the meta device, as on any without kernels, the path without host synchronisation is taken, whatever the size."""
     assert torch.equal(apply_experts(*draw(9)), apply_experts_grouped(*draw(9)))
     for num_tokens in (1, MAX_GATHERED // EXPERTS, 64):
         on_meta = [argument.to("meta") for argument in draw(num_tokens)]

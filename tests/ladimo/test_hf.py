@@ -95,6 +95,19 @@ def test_set_policy(moe_dir: Path) -> None:
     assert all((first - second).abs().max() > 1e-2 for first, second in zip(seen, seen[1:], strict=False))
 
 
+@torch.no_grad()
+def test_a_policy_named_at_loading(moe_dir: Path, tmp_path: Path) -> None:
+    """As evaluation harnesses load models: through the Auto class, with options only."""
+    reference = theirs(moe_dir)
+    reference.set_policy(read_policies(moe_dir, ours(moe_dir).config)["fast"].layers)
+    named = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32, policy="fast")
+    assert torch.equal(named(IDS).logits, reference(IDS).logits)
+    named.save_pretrained(tmp_path)  # the name is not kept: the copy has no policies
+    assert "policy" not in AutoConfig.from_pretrained(tmp_path).to_dict()
+    with pytest.raises(ValueError, match="has no policy 'slow'"):
+        AutoModelForCausalLM.from_pretrained(moe_dir, policy="slow")
+
+
 @pytest.mark.parametrize(
     ("rules", "named"),
     [

@@ -1,4 +1,4 @@
-"""Our forward pass against transformers' LLaMA: whole sequences, prefill, chunked prefill, decode, and all of them mixed."""
+"""Our forward pass against transformers' LLaMA, Mistral and Qwen2: whole sequences, prefill, chunks, decode, and all mixed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, read_config, read_policies
 from ladimo.model.config import ModelConfig
@@ -30,6 +30,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "head_dim_16": {"head_dim": 16},
     "sharded": {"max_shard_size": "20KB"},
     "rms_norm_eps": {"rms_norm_eps": 0.1},
+    "mistral": {"model_type": "mistral", "head_dim": 16},
+    "mistral_window_null": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
 }
 
 
@@ -40,7 +48,7 @@ def dense_pair(
     """Our model, tokens [2, S] and transformers' logits [2, S, V] for them."""
     path = make_dense(tmp_path_factory.mktemp(request.param), **CONFIGS[request.param])
     ids = torch.randint(VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    theirs = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         logits = theirs(ids).logits
     assert logits.abs().max() > 1  # else the tolerance below would say little

@@ -18,6 +18,7 @@ LAYER = MoeLayerConfig(EXPERTS, 2, 8)
 CONFIG = ModelConfig.from_dict(
     moe_config_json(
         {
+            "model_type": "llama",
             "vocab_size": 10,
             "hidden_size": 32,
             "intermediate_size": 64,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ladimo.model.config import ExpertWeight, MoeLayerConfig, ScoreFunction
-from ladimo.model.inputs import RoutingTables
+from ladimo.model.inputs import MAX_DEFERRED_STEPS, MAX_DEFERRED_TOKENS, RoutingTables
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -177,7 +177,8 @@ def test_writing_a_row_changes_the_outcome_in_place() -> None:
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**16), num_tokens=st.integers(1, 9))
 def test_record_equals_a_recount(seed: int, num_tokens: int) -> None:
-    """Two steps of three layers, the middle one dense; policy 0 is padding."""
+    """Two steps of three layers, the middle one dense; policy 0 is padding. The same when counting is put off."""
+    deferred = RoutingTables.empty(num_policies=3, num_layers=3, num_experts=EXPERTS, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     tables = RoutingTables.empty(num_policies=3, num_layers=3, num_experts=EXPERTS, device="cpu")
     tokens_expected = torch.zeros(3, 3, EXPERTS, dtype=torch.int64)
@@ -189,6 +190,7 @@ def test_record_equals_a_recount(seed: int, num_tokens: int) -> None:
         expert_ids = expert_ids.masked_fill(torch.arange(EXPERTS) >= kept, -1)
         expert_ids[1] = -1
         tables.record(expert_ids, policy_ids)
+        deferred.defer(expert_ids, policy_ids)
         for layer in range(3):
             hit = set()
             for policy, ids in zip(policy_ids.tolist(), expert_ids[layer].tolist(), strict=True):
@@ -200,6 +202,21 @@ def test_record_equals_a_recount(seed: int, num_tokens: int) -> None:
     assert torch.equal(tables.expert_tokens, tokens_expected)
     assert torch.equal(tables.distinct_experts, distinct_expected)
     assert (tables.expert_tokens[0] == 0).all()
+    for _ in range(2):  # settling once more counts nothing twice
+        deferred.settle()
+        assert torch.equal(deferred.expert_tokens, tokens_expected)
+        assert torch.equal(deferred.distinct_experts, distinct_expected)
+
+
+def test_counting_is_put_off_for_so_long_only() -> None:
+    tables = RoutingTables.empty(num_policies=2, num_layers=1, num_experts=2, device="cpu")
+    one = torch.tensor([[[1, -1]]])
+    for _ in range(MAX_DEFERRED_STEPS + 1):
+        tables.defer(one, torch.tensor([1]))
+    assert tables.expert_tokens[1].tolist() == [[0, MAX_DEFERRED_STEPS]]
+    tables.defer(one.expand(1, MAX_DEFERRED_TOKENS, 2), torch.ones(MAX_DEFERRED_TOKENS, dtype=torch.int64))
+    assert tables.expert_tokens[1].tolist() == [[0, MAX_DEFERRED_STEPS + 1 + MAX_DEFERRED_TOKENS]]
+    assert tables.distinct_experts.tolist() == [[0, MAX_DEFERRED_STEPS + 2, 0]]
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,7 @@
 """An engine without a network: the real scheduler, policy table and threads over a runner that counts upwards."""
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -12,7 +13,7 @@ from server.engine.config import EngineLimits
 from server.engine.core import EngineCore
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
-from server.engine.request import Sequence, TokenLogprobs
+from server.engine.request import Sequence, TokenExperts, TokenLogprobs
 from server.engine.scheduler import Scheduler
 
 FAKE_VOCAB = 300
@@ -60,6 +61,15 @@ class FakeRunner:
         self._steps_left = steps
         self.gate.set()
 
+    graph_captures = 0
+
+    def graph_bucket(self, batch: Batch) -> int | None:
+        return None
+
+    def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
+        output = self.execute(batch)
+        return lambda: output
+
     def execute(self, batch: Batch) -> BatchOutput:
         if self._steps_left == 0:
             self._steps_left = None
@@ -81,7 +91,18 @@ class FakeRunner:
             for sequence, token_id in zip(drawing, token_ids, strict=True)
         ]
         counts = [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled]
-        return BatchOutput(drawn, counts, [self._prompt_logprobs(*scheduled) for scheduled in batch.scheduled])
+        return BatchOutput(
+            drawn,
+            counts,
+            [self._prompt_logprobs(*scheduled) for scheduled in batch.scheduled],
+            [self._experts(*scheduled) for scheduled in batch.scheduled],
+        )
+
+    def _experts(self, sequence: Sequence, count: int) -> list[TokenExperts]:
+        if sequence.request.trace is None:
+            return []
+        top_k = self.table.tables.rows[sequence.policy_row, :, 0].long().tolist()
+        return [tuple(tuple(range(top_k[layer])) for layer in self.table.config.moe_layer_indices)] * count
 
     def _prompt_logprobs(self, sequence: Sequence, count: int) -> list[TokenLogprobs]:
         num_top, begin = sequence.request.sampling.prompt_logprobs, sequence.num_computed + 1
@@ -100,6 +121,16 @@ class FakeRunner:
         for layer, k in enumerate(top_k.tolist()):
             self.table.tables.expert_tokens[row, layer, :k] += num_tokens
         return (top_k * num_tokens).tolist()
+
+
+class Clock:
+    """Stands in for a module's `time`: passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 def fake_core(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import uvicorn
 
-from server.app import create_app
+from server.app import Access, create_app
 from server.engine.async_engine import EngineState
 from server.launch import build_services
 from server.policies.controller import RecentLatencies
@@ -15,13 +15,13 @@ from server.settings import read_settings
 
 
 @asynccontextmanager
-async def serving_model(model: Path, *flags: str) -> AsyncIterator[str]:
+async def serving_model(model: Path, *flags: str, access: Access | None = None) -> AsyncIterator[str]:
     """The address of a server of the checkpoint, run on CPU with the given flags; its model's name is "model"."""
     settings = read_settings([str(model), "--device", "cpu", "--served-model-name", "model", *flags])
     latencies = RecentLatencies()
     services = build_services(settings, latencies)
     died: list[BaseException] = []
-    app = create_app(services, latencies, on_dead=died.append)
+    app = create_app(services, latencies, access or Access(), on_dead=died.append)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     task = asyncio.create_task(server.serve())
     try:

@@ -6,12 +6,13 @@ and for clients that leave.
 
 import asyncio
 import json
+import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import uvicorn
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
-from server.api.http_protocol import BoundedHttpProtocol
+from server.api.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.api.services import Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
@@ -34,6 +35,7 @@ from server.metrics import Metrics
 from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.policies.targets import Target
+from server.telemetry import Telemetry
 from server.text.tokenizer import Tokenizer
 from tests.factories import save_tokenizer
 from tests.server.fakes import FAKE_CONFIG, FakeRunner, fake_core, fake_policy
@@ -69,6 +71,7 @@ class Server:
     runner: FakeRunner
     died: list[BaseException]
     releases: list[threading.Event] = field(default_factory=list)
+    connections: Callable[[], int] = lambda: 0
 
     async def complete(self, prompt: Any = "a", **fields: Any) -> dict[str, Any]:
         reply = await self.client.post("/v1/completions", json={"prompt": prompt, **fields})
@@ -78,13 +81,16 @@ class Server:
 
     async def metrics(self) -> dict[str, float]:
         """Every sample on /metrics by its name and labels as they are written there."""
-        lines = (await self.client.get("/metrics")).text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, value in pairs}
+        return sample_values((await self.client.get("/metrics")).content)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+    async def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+        async with asyncio.timeout(seconds):
             while not condition():
+                await asyncio.sleep(0.005)
+
+    async def until_async(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(10):
+            while not await condition():
                 await asyncio.sleep(0.005)
 
     def hold_after(self, steps: int) -> threading.Event:
@@ -101,6 +107,18 @@ class Server:
 
         self.runner.execute = held  # type: ignore[method-assign]
         return release
+
+    def step_by_step(self) -> "Steps":
+        """Hold every step back until it is told to go."""
+        execute, steps = self.runner.execute, Steps(self)
+
+        def held(batch: Batch) -> BatchOutput:
+            steps.waiting.set()
+            steps.turn.acquire()
+            return execute(batch)
+
+        self.runner.execute = held  # type: ignore[method-assign]
+        return steps
 
     def watch_requests(self) -> dict[str, GenerationRequest]:
         """What reaches the engine from now on, by request id."""
@@ -124,6 +142,23 @@ class Server:
         await self.services.engine.read_experts()
 
 
+class Steps:
+    """The engine's steps, one at a time."""
+
+    def __init__(self, server: Server) -> None:
+        self.waiting, self.turn = threading.Event(), threading.Semaphore(0)
+        self._server = server
+
+    async def begun(self) -> None:
+        """Wait until a step has begun."""
+        await self._server.until(self.waiting.is_set)
+
+    def go(self) -> None:
+        """Let it run."""
+        self.waiting.clear()
+        self.turn.release()
+
+
 @dataclass
 class Parts:
     """What a test may want other than usual."""
@@ -133,10 +168,15 @@ class Parts:
     max_queue_tokens: int | None = None
     request_timeout: float | None = None
     strict_fields: bool = False
+    fair_queueing: Literal["key", "user", "none"] = "key"
+    stall_timeout: float = 120.0
+    header_timeout: float = HEADER_SECONDS
+    send_timeout: float = SEND_SECONDS
     default: Target | None = None
     directory: Path | None = None
     build: Callable[[EngineCore], EngineCore] = lambda core: core
     wait_ready: bool = True
+    telemetry: Telemetry | None = None
 
 
 @asynccontextmanager
@@ -170,6 +210,9 @@ async def make_server(
         model_name=MODEL,
         request_timeout=parts.request_timeout,
         strict_fields=parts.strict_fields,
+        fair_queueing=parts.fair_queueing,
+        telemetry=parts.telemetry,
+        stall_timeout=parts.stall_timeout,
     )
     died: list[BaseException] = []
     app = create_app(services, latencies, parts.access, on_dead=died.append)
@@ -196,19 +239,22 @@ async def serving(tmp_path: Path, parts: Parts | None = None, **core: Any) -> As
 
 @asynccontextmanager
 async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) -> AsyncIterator[Server]:
-    """A server on a socket."""
-    async with make_server(tmp_path, parts or Parts(), **core) as (app, services, runner, died):
+    """A server on a socket. What the kernel keeps of an answer that nobody reads is little."""
+    parts = parts or Parts()
+    async with make_server(tmp_path, parts, **core) as (app, services, runner, died):
+        http = bounded_http(parts.header_timeout, parts.send_timeout)
         uvicorn_server = uvicorn.Server(
-            uvicorn.Config(
-                app, port=0, http=BoundedHttpProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=5
-            )
+            uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
         )
-        task = asyncio.create_task(uvicorn_server.serve())
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        port = listener.getsockname()[1]
+        task = asyncio.create_task(uvicorn_server.serve([listener]))
         while not uvicorn_server.started or services.engine.state is EngineState.LOADING:
             await asyncio.sleep(0.005)
-        port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
         client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10)
         server = Server(client, app, services, runner, died)
+        server.connections = lambda: len(uvicorn_server.server_state.connections)
         try:
             async with client:
                 yield server
@@ -216,6 +262,12 @@ async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) 
             server.release()
             uvicorn_server.should_exit = True
             await task
+
+
+def sample_values(page: bytes) -> dict[str, float]:
+    """The samples of a metrics page by name and labels as they are written there."""
+    pairs = (line.rsplit(" ", 1) for line in page.decode().splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
 
 
 def events(text: str) -> list[dict[str, Any]]:

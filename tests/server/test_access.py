@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ async def test_headers_that_never_end_are_not_collected(tmp_path: Path) -> None:
         with pytest.raises(ConnectionError):
             await send(4096)
         writer.close()
+
+
+@pytest.mark.parametrize(
+    "text", [b"\x16\x03\x01\x02\x00", b"HELO me\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /a b HTTP/1.1\r\n\r\n"]
+)
+async def test_what_is_not_http_gets_an_error_of_the_usual_shape(tmp_path: Path, text: bytes) -> None:
+    async with serving_http(tmp_path) as server:
+        head, _, body = (await raw(server, text)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["code"] == "invalid_request"
+        assert (await server.client.get("/health")).status_code == 200
 
 
 async def test_large_bodies_are_no_headers(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ GUIDELLM = {**VLLM, "stream_options": {"include_usage": True, "continuous_usage_
 async def test_one_chunk_per_token_and_usage_at_the_end(tmp_path: Path, flavour: dict[str, Any], path: str) -> None:
     async with serving_http(tmp_path, Parts(max_queue=64), eos_token_ids=frozenset({70, 80, 90})) as server:
         models = (await server.client.get("/v1/models")).json()["data"]
-        assert models[0]["id"] == MODEL
+        assert (models[0]["id"], models[0]["root"]) == (MODEL, MODEL)
 
         async def one(number: int) -> None:
             tokens = 3 + number % 20

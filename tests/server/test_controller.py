@@ -83,4 +83,5 @@ def test_recent_latencies_are_90th_percentiles_of_the_window() -> None:
     assert latencies.measured(0.0) == Measured(None, None)
     latencies.observe(stats)
     assert latencies.measured(time.monotonic()) == Measured(0.009, None)
+    assert latencies.measured(time.monotonic(), since=time.monotonic()) == Measured(None, None)
     assert latencies.measured(time.monotonic() + 1e6) == Measured(None, None)

@@ -75,6 +75,28 @@ def test_states_are_independent() -> None:
     assert second.allowed_tokens().sum() == 2
 
 
+def test_what_follows_a_complete_text_is_not_the_grammar_s_business() -> None:
+    state = COMPILER.choice(["ab"]).start()
+    for token in [*TOKENIZER.encode("ab", add_special_tokens=False), EOS_ID, 5, EOS_ID]:
+        state.advance(token)
+        assert state.problem is None
+    assert state.allowed_tokens().nonzero()[0].tolist() == [EOS_ID]
+
+
+def test_a_grammar_that_needs_too_much_work_says_so() -> None:
+    state = COMPILER.regex("(a?){3000}a{3000}").start()
+    assert state.allowed_tokens().any()
+    state.advance(TOKENIZER.encode("a", add_special_tokens=False)[0])
+    assert state.problem is not None
+    assert state.allowed_tokens().nonzero()[0].tolist() == [EOS_ID]
+
+
+def test_a_grammar_is_read_once_however_many_sequences_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = COMPILER.json_schema({"type": "object", "properties": {f"name{n}": {"type": "integer"} for n in range(200)}})
+    monkeypatch.setattr("server.text.grammar.LLMatcher", None)  # starting a sequence reads nothing
+    assert all(grammar.start().allowed_tokens().any() for _ in range(300))
+
+
 @pytest.mark.parametrize("pattern", ["(((", "a{2,1}", "[z-a]", "(?<x"])
 def test_broken_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"\S"):

@@ -98,6 +98,10 @@ def test_a_broken_config_file_is_one_line_and_exit_2(
         (["m", "--policy", "a", "--accuracy", "0.5"], "exclude"),
         (["m", "--max-num-seqs", "0"], "--max-num-seqs"),
         (["m", "--shutdown-timeout", "inf"], "--shutdown-timeout"),
+        (["m", "--header-timeout", "0"], "--header-timeout"),
+        (["m", "--body-timeout", "nan"], "--body-timeout"),
+        (["m", "--send-timeout", "-1"], "--send-timeout"),
+        (["m", "--stall-timeout", "inf"], "--stall-timeout"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +191,7 @@ def test_a_failed_step_ends_the_process_with_1(
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr("server.logs.configure", lambda level: None)
-    monkeypatch.setattr("server.engine.model_runner.ModelRunner.execute", fail)
+    monkeypatch.setattr("server.engine.model_runner.ModelRunner.launch", fail)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

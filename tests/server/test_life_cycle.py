@@ -10,6 +10,7 @@ import pytest
 
 from server.app import drain
 from server.engine.core import EngineCore
+from tests.server.fakes import Clock
 from tests.server.serving import ADMIN, Parts, Server, events, serving, serving_http
 
 BODY = {"prompt": "a", "max_tokens": 60}
@@ -143,11 +144,29 @@ async def test_a_failed_step_in_mid_stream_is_an_error_event_and_done(tmp_path: 
         assert (await server.metrics())['ladimo_request_failures_total{code="engine_dead"}'] == 1
 
 
-async def test_a_stalled_engine_is_not_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(tmp_path) as server:
-        assert (await server.client.get("/health/live")).status_code == 200
-        monkeypatch.setattr("server.api.ops.STALLED_SECONDS", -1.0)
-        assert (await server.client.get("/health/live")).status_code == 503
+async def test_a_stuck_step_is_not_alive_and_a_long_prompt_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("server.api.ops.time", clock)
+    monkeypatch.setattr("server.engine.async_engine.time", clock)
+    async with serving(tmp_path, Parts(stall_timeout=10.0), max_step_tokens=1) as server:
+
+        async def alive() -> bool:
+            return (await server.client.get("/health/live")).status_code == 200
+
+        steps = server.step_by_step()
+        answer = asyncio.create_task(server.complete([5] * 40, max_tokens=1))
+        for _ in range(39):  # a prompt of 40 steps of 9 seconds each
+            await steps.begun()
+            clock.now += 9
+            assert await alive()
+            steps.go()
+        await steps.begun()
+        clock.now += 11
+        assert not await alive()
+        assert (await server.client.get("/health")).json()["error"]["code"] == "engine_dead"
+        steps.go()
+        await answer
+        await server.until_async(alive)
 
 
 async def test_drain_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> None:

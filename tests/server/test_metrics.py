@@ -3,14 +3,19 @@
 import asyncio
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from server.engine.messages import ExpertSnapshot, StepStats
+from server.exposition import Histogram as OurHistogram
 from server.metrics import Metrics
-from tests.server.serving import ADMIN, TOP_K, serving
+from tests.server.serving import ADMIN, TOP_K, sample_values, serving
 
 LAYERS = (0, 2)  # layer 1 is dense
 EXPERTS = 4
@@ -119,24 +124,23 @@ def test_aggregates_stay_without_series_per_expert() -> None:
     snapshot = ExpertSnapshot(1, {"a": counts, "b": [[0, 10, 0, 0], [0] * 4]}, {"a": 20, "b": 10}, [[0, 3, 1, 0, 0], [0] * 5])
     for per_expert in (True, False):
         metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5, per_expert)
-        text = metrics.render(snapshot).decode()
-        assert ("ladimo_expert_tokens_total{" in text) is per_expert
-        value = metrics.registry.get_sample_value
-        assert value("ladimo_layer_experts_per_token", {"layer": "0", "policy": "a"}) == 2
-        assert value("ladimo_active_parameters_ratio", {"policy": "b"}) == 0.5
-        assert value("ladimo_expert_load_imbalance", {"layer": "0"}) == 30 / 12.5
-        assert value("ladimo_experts_never_used", {"layer": "0"}) == 2
+        value = sample_values(metrics.render(snapshot))
+        assert any(name.startswith("ladimo_expert_tokens_total{") for name in value) is per_expert
+        assert value['ladimo_layer_experts_per_token{layer="0",policy="a"}'] == 2
+        assert value['ladimo_active_parameters_ratio{policy="b"}'] == 0.5
+        assert value['ladimo_expert_load_imbalance{layer="0"}'] == 30 / 12.5
+        assert value['ladimo_experts_never_used{layer="0"}'] == 2
         entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4)) / math.log(4)
-        assert value("ladimo_expert_load_entropy_ratio", {"layer": "0"}) == pytest.approx(entropy)
-        assert value("ladimo_layer_distinct_experts_per_step_sum", {"layer": "0"}) == 5
-        assert value("ladimo_layer_distinct_experts_per_step_bucket", {"layer": "0", "le": "1.0"}) == 3
+        assert value['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(entropy)
+        assert value['ladimo_layer_distinct_experts_per_step_sum{layer="0"}'] == 5
+        assert value['ladimo_layer_distinct_experts_per_step_bucket{layer="0",le="1.0"}'] == 3
 
 
 def test_an_even_load_has_entropy_one_and_one_expert_zero() -> None:
     for counts, ratio in (([5, 5, 5, 5], 1.0), ([20, 0, 0, 0], 0.0)):
         metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5)
-        metrics.render(ExpertSnapshot(1, {"a": [counts]}, {"a": 20}, [[0] * 5]))
-        assert metrics.registry.get_sample_value("ladimo_expert_load_entropy_ratio", {"layer": "0"}) == pytest.approx(ratio)
+        value = sample_values(metrics.render(ExpertSnapshot(1, {"a": [counts]}, {"a": 20}, [[0] * 5])))
+        assert value['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(ratio)
 
 
 def test_prefix_cache_figures_come_from_the_steps() -> None:
@@ -151,10 +155,10 @@ async def test_declarations_say_what_is_exported(tmp_path: Path) -> None:
     """Types, labels and buckets of every sample, against a server that has done some of everything."""
     async with serving(tmp_path) as server:
         await asyncio.gather(*(server.complete("ab", max_tokens=9, routing=name) for name in TOP_K))
-        await server.metrics()
+        text = (await server.client.get("/metrics")).text
         declared = {d.name.removesuffix("_total"): d for d in server.services.metrics.declarations}
         seen = set()
-        for family in server.services.metrics.registry.collect():
+        for family in text_string_to_metric_families(text):
             if family.name.startswith("ladimo_"):
                 declaration = declared[family.name]
                 assert (family.type, family.documentation) == (declaration.type, declaration.help)
@@ -213,3 +217,49 @@ async def test_names_of_the_contract_are_declared(tmp_path: Path) -> None:
         assert declared == {d.name.removeprefix("ladimo_").removesuffix("_total") for d in server.services.metrics.declarations}
         assert "process_cpu_seconds_total" in text
         assert "_created" not in text
+
+
+class Parsed(Collector):
+    """A page read back, for prometheus_client to write again."""
+
+    def __init__(self, text: str) -> None:
+        self.families = list(text_string_to_metric_families(text))
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def test_the_page_is_written_as_prometheus_client_writes_it() -> None:
+    """Names, labels and their order, numbers, headers: byte by byte, and again after everything has changed."""
+    metrics = Metrics(CollectorRegistry(), {0: 12, 3: 4}, lambda experts: 0.5)
+    metrics.show_policies({"full": "abc", 'wild \\ "one"\n%s': "def"}, "full", 1.0)
+    for turn in range(3):
+        rows = [[turn * 10**expert for expert in range(12)] for _ in range(4)]
+        routed = {"full": 7, 'wild \\ "one"\n%s': turn}
+        snapshot = ExpertSnapshot(1, dict.fromkeys(routed, rows), routed, [[turn * n for n in range(13)] for _ in range(4)])
+        stats = StepStats(0.1, 4, 2, 1, 0, 0.5, 0, first_token_seconds=[("full", 0.1 * turn)])
+        metrics.record(stats)
+        text = metrics.render(snapshot)
+        assert text == generate_latest(Parsed(text.decode()))
+        assert metrics.render(None).count(b"\nladimo_") == text.count(b"\nladimo_")
+    assert b'ladimo_expert_tokens_total{expert="11",layer="0",policy="full"} 2e+11\n' in text
+
+
+def test_histograms_count_as_prometheus_client_counts() -> None:
+    registry, bounds = CollectorRegistry(), (0.001, 0.5, 1, 2.5)
+    theirs = [
+        Histogram("a", "An a.", registry=registry, buckets=bounds),
+        Histogram("b", "A b.", ["policy"], registry=registry, buckets=bounds),
+    ]
+    ours = [OurHistogram("a", "An a.", bounds), OurHistogram("b", "A b.", bounds, "policy")]
+
+    def written() -> tuple[str, str]:
+        return "".join(one.write() for one in ours), generate_latest(registry).decode()
+
+    assert written()[0] == written()[1]
+    for values in ((0.0, 0.001, 0.5), (0.50001, 1, 2.5, 3, math.inf), (1e-9,) * 3):
+        for value in values:
+            for one in (theirs[0], ours[0], theirs[1].labels("x"), ours[1].labels("x"), theirs[1].labels("y")):
+                one.observe(value)
+            ours[1].labels("y").observe(value)
+        assert written()[0] == written()[1]

@@ -1,7 +1,4 @@
-"""The OpenAPI page says what the server does; schemathesis, where it is installed, asks thousands of questions of it.
-
-schemathesis is not a dependency of this project: `pip install schemathesis` where this is to run.
-"""
+"""The OpenAPI page says what the server does, and schemathesis asks thousands of questions of it."""
 
 import asyncio
 import json
@@ -11,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.app import Access
 from tests.server.real import serving_model
 from tests.server.serving import serving
 
@@ -46,11 +44,11 @@ async def test_every_route_is_described_with_its_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed")
 async def test_schemathesis_finds_nothing(moe_dir: Path, tmp_path: Path) -> None:
-    async with serving_model(moe_dir, "--max-model-len", "64") as url:
+    async with serving_model(moe_dir, "--max-model-len", "64", access=Access(open_admin=True)) as url:
         process = await asyncio.create_subprocess_exec(
-            *(str(SCHEMATHESIS), "run", f"{url}/openapi.json", "--max-examples", "60", "--checks", CHECKS),
+            *(str(SCHEMATHESIS), "run", f"{url}/openapi.json", "--max-examples", "20", "--checks", CHECKS),
+            *("--exclude-path", "/admin/drain"),  # after which all others are answered 503
             *("--continue-on-failure", "--generation-database", "none", "--no-color"),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

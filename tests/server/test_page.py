@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -29,8 +30,9 @@ FLAGS = (
 COUNT_CHANGES = """
 window.changes = 0;
 const observer = new MutationObserver(records => { window.changes += records.length; });
-observer.observe(document.querySelector(".answer pre"), { characterData: true, subtree: true });
+observer.observe(document.querySelector(".answer pre"), { childList: true });
 """
+ANSWERS = (".answer:first-child", ".answer:last-child")
 AXE = files("axe_core_python").joinpath("axe.min.js")
 needs_chromium = pytest.mark.skipif(
     shutil.which("chromium") is None or shutil.which("chromedriver") is None,
@@ -233,6 +235,29 @@ def test_two_policies_side_by_side(page: Page) -> None:
     page.run()
     assert page("#progress").text == "Done: the same text."
     assert not page.all("mark")
+
+
+@needs_chromium
+def test_tokens_are_shaded_by_their_experts_and_tell_their_layers_choices(page: Page) -> None:
+    page.open()
+    page.type("#max-tokens", "30")
+    page.choose("how", "policy")
+    Select(page("#policy")).select_by_value("full")
+    Select(page("#other")).select_by_value("fast")
+    page.run()
+    depths = [{token.get_attribute("style") for token in page.all(f"{one} .token")} for one in ANSWERS]
+    assert depths == [{"--share: 0.550;"}, {"--share: 0.060;"}]  # two experts in every layer, and one
+    for answer, experts in zip(ANSWERS, (r"experts \d, \d", r"expert \d"), strict=True):
+        slider, told, tokens = page(f"{answer} .walk input"), page(f"{answer} .told"), page.all(f"{answer} .token")
+        assert len(tokens) == int(slider.get_attribute("max") or 0)
+        for keys, place in ((Keys.END, len(tokens)), (Keys.HOME, 1), (Keys.ARROW_RIGHT, 2)):
+            slider.send_keys(keys)
+            assert re.fullmatch(rf'{place}, ("[^"]*"|no text of its own): layer 0: {experts}; layer 2: {experts}', told.text)
+            assert slider.get_attribute("aria-valuetext") == told.text
+            assert [token for token in tokens if "now" in str(token.get_attribute("class"))] == [tokens[place - 1]]
+    wide = next(place for place, token in enumerate(page.all(f"{ANSWERS[0]} .token")) if place > 2 and token.rect["width"] > 4)
+    ActionChains(page.driver).move_to_element(page.all(f"{ANSWERS[0]} .token")[wide]).perform()
+    page.until(lambda: page(f"{ANSWERS[0]} .told").text.startswith(f"{wide + 1}, "))
 
 
 @needs_chromium

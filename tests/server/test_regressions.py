@@ -1,29 +1,42 @@
 """Vulnerabilities and bugs that other servers had, by name: each is a test here, or says which test elsewhere it is."""
 
+import ast
+import hashlib
 import json
 import math
 import resource
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import httpx
 import pytest
 
+import server
+from server.engine.request import GenerationRequest, SamplingParams, Sequence
 from server.settings import read_settings
 from server.text.grammar import GrammarCompiler
+from tests.deploy import test_dashboards
 from tests.factories import VOCAB_SIZE, make_moe, make_tokenizer
+from tests.ladimo import test_capture
 from tests.server import (
     test_access,
     test_bad_input,
     test_choices,
     test_fuzz,
+    test_hostile_checkpoints,
     test_life_cycle,
     test_logprobs,
     test_routing_api,
+    test_slow_clients,
     test_storms,
     test_structured_output,
 )
+from tests.server.engine import test_generation, test_logits, test_scheduler
+from tests.server.fakes import fake_policy
 from tests.server.real import serving_model
 from tests.server.serving import CONTEXT, serving
 
@@ -33,6 +46,9 @@ ELSEWHERE: dict[str, Callable[..., object]] = {
     ),
     "CVE-2025-48956: giant headers exhaust memory": test_access.test_giant_headers_are_refused_and_the_connection_closed,
     "CVE-2025-59425: keys compared in variable time": test_access.test_each_key_opens_and_comparison_takes_constant_time,
+    "CVE-2026-53923, CVE-2025-53630: a weight file's header with absurd sizes": (
+        test_hostile_checkpoints.test_weights_with_absurd_headers_are_one_line_and_no_memory
+    ),
     "CVE-2026-44223: an unlucky mix of sampling options kills the engine": test_fuzz.test_completions,
     "CVE-2026-48746, CVE-2026-48710: the Host header opens closed routes": test_access.test_no_path_and_no_host_opens_a_door,
     "vllm#54947, #10806, #9428: left, and goes on": test_life_cycle.test_a_client_that_leaves_frees_everything,
@@ -49,7 +65,22 @@ ELSEWHERE: dict[str, Callable[..., object]] = {
     "a swap in mid-stream": test_routing_api.test_a_running_stream_keeps_its_version_and_the_next_request_gets_the_new_one,
     "an invalid policy table is taken": test_routing_api.test_a_broken_policy_is_refused_with_its_first_wrong_field,
     "a failed step leaves the server up but dead": test_life_cycle.test_a_failed_step_ends_every_request_and_is_told,
-    "alive, ready, and nothing runs": test_life_cycle.test_a_stalled_engine_is_not_alive,
+    "alive, ready, and nothing runs": test_life_cycle.test_a_stuck_step_is_not_alive_and_a_long_prompt_is,
+    "clients that send, or read, without end or hardly at all": (
+        test_slow_clients.test_a_stream_that_nobody_reads_is_cut_and_its_places_are_free
+    ),
+    "a constraint is left without a word": (
+        test_structured_output.test_a_constraint_that_cannot_be_followed_to_its_end_is_an_error_not_a_short_text
+    ),
+    "a metric renamed under a dashboard": test_dashboards.test_query_reads_what_is_exported,
+    "padding rows are counted": test_capture.test_padded_rows_run_nothing_and_disturb_nobody,
+    "penalties of another row": test_logits.test_rows_without_wishes_are_untouched,
+    "a batch changes an answer": test_generation.test_a_request_is_the_same_alone_and_among_seven_other_policies,
+    "a prefix of policy A under policy B": (
+        test_generation.test_a_cached_prefix_changes_no_token_and_is_never_shared_between_policies
+    ),
+    "blocks do not come back": test_scheduler.test_every_request_finishes_with_its_own_tokens,
+    "experts' counters are not tokens times k": test_generation.test_counters_are_exactly_tokens_times_k,
     "swap storm": test_storms.test_the_default_changes_hundreds_of_times_a_second_under_load,
 }
 
@@ -106,11 +137,65 @@ def test_cve_2025_32381_a_grammar_cache_that_grows() -> None:
 
     def compile_many(begin: int, end: int) -> int:
         for number in range(begin, end):
-            compiler.json_schema({"type": "object", "properties": {f"name{number}": {"const": "x" * (number % 50)}}}).start()
+            properties = {f"name{number}": {"const": "x" * (number % 50)}}
+            compiler.json_schema({"type": "object", "properties": properties, "additionalProperties": False}).start()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = compile_many(0, 500)
-    assert compile_many(500, 3000) - before < 20 * 1024  # KiB
+    assert compile_many(500, 10_000) - before < 20 * 1024  # KiB
+
+
+def repeats(pattern: Any, endless: bool = False) -> Iterator[str]:
+    """The repetitions without end inside another such, in a parsed pattern: what makes backtracking take exponential time."""
+    for operation, argument in pattern:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT"):
+            _, most, inner = argument
+            if endless and most > 16:
+                yield str(inner)
+            yield from repeats(inner, endless or most > 16)
+        elif name == "SUBPATTERN":
+            yield from repeats(argument[-1], endless)
+        elif name == "BRANCH":
+            for branch in argument[1]:
+                yield from repeats(branch, endless)
+
+
+def test_cve_2025_48887_no_pattern_of_ours_can_backtrack_for_ever() -> None:
+    assert list(repeats(_parser.parse("(a+)+"))) != []
+    assert list(repeats(_parser.parse("(a|b*c){2,}"))) != []
+    patterns = []
+    for file in Path(server.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
+                assert isinstance(node.args[0], ast.Constant), f"{file}:{node.lineno}: a pattern made at run time"
+                patterns.append(node.args[0].value)
+    assert len(patterns) >= 3
+    for pattern in patterns:
+        assert list(repeats(_parser.parse(pattern))) == [], pattern
+
+
+def sequence(prompt: list[int], version: str = "full", salt: str = "") -> Sequence:
+    request = GenerationRequest("x", tuple(prompt), SamplingParams(max_tokens=1), fake_policy(version), cache_salt=salt)
+    return Sequence(request, 1, 0, 0.0, [])
+
+
+def test_cve_2025_25183_prefixes_that_python_hashes_alike_have_different_keys() -> None:
+    modulus = sys.hash_info.modulus
+    for left, right in (([-1] * 8, [-2] * 8), ([0] * 8, [modulus] * 8), ([7] * 8, [7 + modulus] * 8)):
+        assert hash(tuple(left)) == hash(tuple(right))
+        assert sequence(left).prefix_keys(2, 4) != sequence(right).prefix_keys(2, 4)
+    base = sequence([1, 2, 3, 4, 5, 6, 7, 8]).prefix_keys(2, 4)
+    assert all(len(key) == hashlib.sha256().digest_size for key in base)
+    others = {
+        "an earlier block": sequence([9, 2, 3, 4, 5, 6, 7, 8]),
+        "the same tokens, cut elsewhere": sequence([1, 2, 3, 4, 0, 5, 6, 7, 8]),
+        "the salt": sequence([1, 2, 3, 4, 5, 6, 7, 8], salt="s"),
+        "the policy": sequence([1, 2, 3, 4, 5, 6, 7, 8], version="fast"),
+    }
+    for what, other in others.items():
+        assert other.prefix_keys(2, 4)[1] != base[1], what
+    assert sequence([1, 2, 3, 4, 5, 6, 7, 8]).prefix_keys(2, 4) == base
 
 
 async def test_cve_2025_46570_cached_prompts_are_shared_under_the_same_salt_only(moe_dir: Path) -> None:
@@ -176,6 +261,27 @@ async def test_cve_2026_5760_and_2024_34359_a_checkpoint_s_template_runs_in_a_sa
             reply = await server.client.post(path, json=CHAT)
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages"), reply.text
         assert (await server.complete("a", max_tokens=1))["choices"][0]["text"] == "b"
+
+
+async def test_cve_2025_62426_long_texts_are_worked_on_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as server:
+        tokenizer, threads = server.services.tokenizer, list[str]()
+        for name in ("_encode", "decode"):
+            work = getattr(tokenizer, name)
+
+            def watched(*arguments: Any, _work: Callable[..., object] = work, **options: Any) -> object:
+                threads.append(threading.current_thread().name)
+                return _work(*arguments, **options)
+
+            monkeypatch.setattr(tokenizer, name, watched)
+        text = "abc " * 100_000
+        tokens = (await server.client.post("/tokenize", json={"prompt": text, "add_special_tokens": False})).json()["tokens"]
+        assert (await server.client.post("/detokenize", json={"tokens": tokens})).json()["prompt"] == text
+        assert (await server.client.post("/tokenize", json=CHAT)).status_code == 200
+        assert len(threads) == 3
+        assert all(thread.startswith("tokenizer") for thread in threads)
 
 
 def test_cve_2026_3059_and_others_the_server_is_bound_to_this_machine_unless_told_otherwise() -> None:

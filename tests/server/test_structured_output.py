@@ -121,3 +121,19 @@ async def test_constraints_that_grow_without_end_do_not_stop_the_server(moe_dir:
         reply = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 60, "guided_json": nested})
         assert reply.status_code in (200, 400)
         assert await complete(client, guided_choice=["yes"]) == "yes"
+
+
+async def test_a_constraint_that_cannot_be_followed_to_its_end_is_an_error_not_a_short_text(moe_dir: Path) -> None:
+    async with serving_model(moe_dir) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+        fields = {"prompt": "x", "max_tokens": 60, "guided_regex": "(a?){3000}a{3000}"}
+        for more in ({}, {"ignore_eos": True}, {"n": 3}):
+            whole = await client.post("/v1/completions", json={**fields, **more})
+            assert (whole.status_code, whole.json()["error"]["code"]) == (400, "invalid_request")
+            assert "too complex" in whole.json()["error"]["message"]
+        stream = (await client.post("/v1/completions", json={**fields, "stream": True})).text
+        *_, last, done = [line for line in stream.splitlines() if line]
+        assert "too complex" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert done == "data: [DONE]"
+        assert await complete(client, guided_choice=["yes"]) == "yes"
+        beyond = {"prompt": "x", "max_tokens": 9, "guided_choice": ["yes"], "ignore_eos": True}
+        assert (await client.post("/v1/completions", json=beyond)).json()["usage"]["completion_tokens"] == 9

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from ladimo.convert.distill import CurvePoint, LayerData, distill_layer, full_rule, route, run_experts
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.split import contiguous_partition, split_ffn
-from ladimo.model.config import MoeLayerConfig
+from ladimo.convert.split import check_experts, contiguous_partition, split_ffn
+from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 
 class Ladimo:
+    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+        return recipe
+
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Raises ValueError when there are more experts than neurons."""
         split, hidden_size, intermediate_size = recipe.split, mlp.gate_proj.in_features, mlp.gate_proj.out_features
-        if split.experts > intermediate_size:
-            raise ValueError(f"split.experts: is {split.experts}, the FFN has {intermediate_size} neurons")
+        check_experts(split.experts, mlp)
         partition = contiguous_partition(intermediate_size, split.experts)
         # With scores divided by the sum of the k largest, a rule of mass tau that does not renormalise is DYN(tau) with the
         # best expert keeping the weight it was trained with.
@@ -31,7 +33,7 @@ class Ladimo:
             score_norm_top_k=split.top_k,
         )
         gate = torch.randn(split.experts, hidden_size, generator=generator) * split.gate_std
-        expert_layer = split_ffn(mlp, partition, layer, gate)
+        expert_layer = split_ffn(mlp, partition, layer, {"weight": gate})
         factor = {"none": 1.0, "experts": float(split.experts), "fit": 0.0}[split.output_scale]
         if split.output_scale == "fit":
             batch = recipe.train.batch_tokens
@@ -58,7 +60,7 @@ class Ladimo:
 @torch.no_grad()
 def best_scale(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
     """The scalar s that minimises the squared error of s * layer(inputs) to the targets, both [T, D], under `full`."""
-    device = layer.gate.weight.device
+    device = layer.experts.down_proj.device
     x, y = inputs.to(device, torch.float32), targets.to(device, torch.float32)
     _, topk_weights, topk_ids = route(layer, x, full_rule(layer))
     out = run_experts(layer, x, topk_weights, topk_ids)

@@ -22,6 +22,7 @@ def make_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
 def small_recipe(**flags: object) -> Recipe:
     """A conversion of about a second: 4 experts, 2 per token, all layers, 60 steps."""
     defaults = {
+        "method": "ladimo",
         "layers": "all",
         "tokens": 3000,
         "split.experts": 4,

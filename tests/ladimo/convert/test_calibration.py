@@ -6,7 +6,7 @@ import torch
 
 from ladimo.checkpoint import read_config
 from ladimo.convert.calibration import PIECE_CHARACTERS, Encoder, calibrate, evaluation_blocks, pieces
-from tests.factories import BOS_ID
+from tests.factories import BOS_ID, EOS
 from tests.ladimo.convert.conftest import make_text
 
 
@@ -74,11 +74,26 @@ def test_text_must_be_there_and_utf8(encoder: Encoder, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(source: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(read_config(source), vocab_size=200)
-    with pytest.raises(ValueError, match="gives id 256, the model's vocab_size is 200"):
-        Encoder(source, config)
+    """256 bytes and two special tokens: a model of 257 lacks EOS, one of 256 BOS too, and one of 600 is another model."""
+    config = read_config(source)
+    encoder = Encoder(source, dataclasses.replace(config, vocab_size=257))
+    with pytest.raises(ValueError, match="gives id 257, the model's vocab_size is 257"):
+        encoder.encode([EOS])
+    with pytest.raises(ValueError, match="gives id 256, the model's vocab_size is 256"):
+        Encoder(source, dataclasses.replace(config, vocab_size=256))
+    for size in (200, 600):
+        with pytest.raises(ValueError, match=f"the tokenizer has 258 tokens, the model's vocab_size is {size}"):
+            Encoder(source, dataclasses.replace(config, vocab_size=size))
+
+
+def test_a_missing_or_broken_tokenizer_is_refused(source: Path, tmp_path: Path) -> None:
+    for model_type in ("llama", "mistral", "qwen2"):  # for some of these transformers would make up a tokenizer of one token
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+        with pytest.raises(ValueError, match="has no tokenizer; one of tokenizer.json"):
+            Encoder(tmp_path, read_config(source))
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="cannot read the tokenizer"):
-        Encoder(tmp_path, config)
+        Encoder(tmp_path, read_config(source))
 
 
 def test_pieces_join_to_the_text() -> None:

@@ -1,14 +1,28 @@
 import dataclasses
+import itertools
+import math
+import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladimo.convert.choose_policy import candidate_policies, choose_layers, choose_rule, full_cost, predicted_cost
+from ladimo.convert.choose_policy import (
+    Option,
+    Rules,
+    choose_layers,
+    choose_rule,
+    full_cost,
+    interpolate,
+    named_policies,
+    solve,
+    spread,
+)
 from ladimo.convert.operating_points import describe_rules, rule_name
-from ladimo.convert.profile import LayerProfile, profile_layer
+from ladimo.convert.profile import LayerProfile, distinct_experts, profile_layer
 from ladimo.convert.recipe import PolicyRecipe
+from ladimo.convert.solver import choose
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -33,7 +47,7 @@ def profile(gate_std: float, top_k: int = 2, seed: int = 0) -> LayerProfile:
     """Of a random layer: the larger gate_std, the surer the router."""
     torch.manual_seed(seed)
     layer = ExpertLayer(32, MoeLayerConfig(4, top_k, 24, score_norm_top_k=top_k)).requires_grad_(False)
-    layer.gate.weight.normal_(0, gate_std)
+    layer.gate.get_parameter("weight").normal_(0, gate_std)
     layer.experts.gate_up_proj.normal_(0, 0.2)
     layer.experts.down_proj.normal_(0, 0.2)
     return profile_layer(layer, torch.randn(500, 32), torch.randn(500, 32), TAUS)
@@ -50,20 +64,87 @@ def test_sure_layers_run_one_expert_and_torn_layers_two() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_policies_fit_the_model_and_are_ordered_by_cost(top_k: int) -> None:
+def test_named_policies_fit_the_model_and_are_ordered_by_cost(top_k: int) -> None:
     config = model(3, top_k)
     profiles = {index: profile(std, top_k, seed=index) for index, std in enumerate((0.1, 0.3, 1.0))}
-    chosen = candidate_policies(profiles, config, PolicyRecipe())
-    for name, rules in chosen.items():
-        policy = RoutingPolicy(name, "", rules)
+    chosen = named_policies(profiles, config, PolicyRecipe())
+    costs = []
+    for name in ("fast", "balanced", "quality", "full"):
+        policy = RoutingPolicy(name, "", chosen[name])
         policy.validate(config)
         assert RoutingPolicy.from_dict(policy.to_dict()) == policy
-    costs = [predicted_cost(chosen[name], profiles, config) for name in ("fast", "balanced", "quality", "full")]
+        known = [profiles[index].by_top_k + profiles[index].by_tau for index in range(3)]
+        experts = (
+            next(entry for entry in entries if entry.rule == rule) for entries, rule in zip(known, policy.layers, strict=True)
+        )
+        costs.append(config.active_parameters_ratio(tuple(entry.experts_per_token for entry in experts)))
     assert costs == sorted(costs)
     assert costs[-1] == pytest.approx(full_cost(config))
-    extra = [predicted_cost(rules, profiles, config) for name, rules in chosen.items() if name.startswith("mass-")]
-    assert len(extra) >= (3 if top_k > 1 else 0)
-    assert all(cost <= costs[-1] for cost in extra)
+
+
+def options(costs: list[list[float]], damages: list[list[float]]) -> dict[int, list[Option]]:
+    """Layer i's option j runs costs[i][j] experts; its top_k tells it apart."""
+    return {
+        index: [Option(LayerRule(place + 1), *pair) for place, pair in enumerate(zip(*layer, strict=True))]
+        for index, layer in enumerate(zip(costs, damages, strict=True))
+    }
+
+
+numbers = st.lists(st.floats(0, 8), min_size=2, max_size=4)
+
+
+@given(st.lists(st.tuples(numbers, st.randoms(use_true_random=False)), min_size=1, max_size=4), st.floats(0.3, 1.2))
+def test_the_solver_finds_the_best_choice_within_the_budget(
+    layers: list[tuple[list[float], random.Random]], target: float
+) -> None:
+    costs = [layer for layer, _ in layers]
+    damages = [[rng.random() for _ in layer] for layer, rng in layers]
+    picked = choose(costs, damages, target * 8)
+
+    def total(picks: tuple[int, ...], values: list[list[float]]) -> float:
+        return sum(layer[pick] for layer, pick in zip(values, picks, strict=True))
+
+    every = list(itertools.product(*(range(len(layer)) for layer in costs)))
+    slack = len(costs) * max(0.0, target * 8 - sum(map(min, costs))) / 4000 + 1e-6
+    affordable = [total(picks, damages) for picks in every if total(picks, costs) <= target * 8 - slack]
+    if total(picked, costs) > target * 8 + 1e-6:  # nothing fits: the cheapest
+        assert total(picked, costs) == pytest.approx(min(total(picks, costs) for picks in every))
+    else:
+        assert total(picked, damages) <= min(affordable, default=math.inf) + 1e-9
+
+
+def test_a_larger_budget_never_does_more_damage() -> None:
+    config = model(3)
+    rng = random.Random(0)
+    known = options([[1, 2, 4]] * 3, [sorted((rng.random() for _ in range(3)), reverse=True) for _ in range(3)])
+
+    def damage(rules: Rules) -> float:
+        return sum(known[index][rule.top_k - 1].damage for index, rule in enumerate(rules) if rule)
+
+    found = [damage(solve(known, config, target / 100)) for target in range(40, 125, 5)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] == pytest.approx(sum(layer[2].damage for layer in known.values()))
+    path = spread(known, config, 10)
+    assert len(path) == len(set(path)) > 3
+
+
+def test_damage_is_interpolated_between_what_was_measured() -> None:
+    errors, damages = [0.1, 0.4], [0.01, 0.16]
+    assert interpolate(errors, damages, 0.1) == pytest.approx(0.01)
+    assert interpolate(errors, damages, 0.2) == pytest.approx(0.04)  # a straight line on logarithmic scales
+    assert interpolate(errors, damages, 0.4) == pytest.approx(0.16)
+    assert interpolate(errors, damages, 0.05) == pytest.approx(0.005)
+    assert interpolate(errors, damages, 0.8) == pytest.approx(0.32)
+    assert interpolate([0.2], [0.02], 0.1) == pytest.approx(0.01)
+
+
+def test_distinct_experts_are_counted_per_batch() -> None:
+    ids = torch.tensor([[0, 1]] * 64 + [[2, 3]] * 64)
+    one, both = torch.ones(128, dtype=torch.int64), torch.full((128,), 2)
+    assert distinct_experts(ids[:64], one[:64], 4) == 1.0
+    assert distinct_experts(ids[:64], both[:64], 4) == 2.0
+    assert 1.0 < distinct_experts(ids, one, 4) <= 2.0  # a batch of 32 random tokens nearly always meets both kinds
+    assert distinct_experts(ids[:5], both[:5], 4) == 2.0
 
 
 @given(

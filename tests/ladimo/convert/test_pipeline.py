@@ -171,7 +171,8 @@ def test_an_interrupted_conversion_resumes_to_the_same_result(
 def test_finished_layers_are_not_trained_again(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with interrupted(workspace.Workspace, "save_layer", 3):
         convert(str(made.dense), tmp_path / "moe", made.recipe, [made.text])
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "ladimo")
+    caplog.clear()
     convert(str(made.dense), tmp_path / "moe", made.recipe, [made.text])
     trained = [record.getMessage() for record in caplog.records if "holdout error" in record.getMessage()]
     assert len(trained) == 1
@@ -184,7 +185,7 @@ def test_sigkill_and_resume(made: Made, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     train = made.recipe.train
     recipe.write_text(
-        f"tokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n[train]\nsteps = {train.steps}\n"
+        f"method = 'ladimo'\ntokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n[train]\nsteps = {train.steps}\n"
         f"batch_tokens = {train.batch_tokens}\nexpert_lr = {train.expert_lr}\ngate_lr = {train.gate_lr}\n"
     )
     out = tmp_path / "moe"

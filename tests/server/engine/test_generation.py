@@ -12,12 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import read_config, read_policies
-from ladimo.policy import LayerRule, RoutingPolicy
+from ladimo.policy import RoutingPolicy
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.messages import StepStats, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
+from tests.server.engine.graphs import eight_policies, random_prompts
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=9, block_size=4, max_step_tokens=24, max_policies=12)
 
@@ -30,25 +31,6 @@ async def running(directory: Path, config: EngineConfig = CONFIG) -> AsyncIterat
         yield engine
     finally:
         await engine.stop()
-
-
-def rules(directory: Path, name: str, **rule: Any) -> RoutingPolicy:
-    """A policy with the same rule in every expert layer."""
-    layers = read_config(directory).layers
-    return RoutingPolicy(name, "", tuple(None if layer is None else LayerRule(**rule) for layer in layers))
-
-
-def eight_policies(directory: Path) -> list[RoutingPolicy]:
-    return [
-        rules(directory, "k1", top_k=1),
-        rules(directory, "k2", top_k=2),
-        rules(directory, "k3", top_k=3),
-        rules(directory, "k4", top_k=4),
-        rules(directory, "mass", top_k=4, mass=0.6),
-        rules(directory, "floor", top_k=4, floor=0.2, renormalize=False),
-        rules(directory, "subset", top_k=2, experts=(1, 3)),
-        rules(directory, "one", top_k=1, renormalize=False),
-    ]
 
 
 def request(name: str, policy: RoutingPolicy, prompt: list[int], **params: Any) -> GenerationRequest:
@@ -64,16 +46,11 @@ def ids(answer: list[TokenEvent]) -> list[int]:
     return [event.token_id for event in answer if event.token_id is not None]
 
 
-def prompts(count: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(0, 256, (7 + 5 * i,), generator=generator).tolist() for i in range(count)]
-
-
 async def test_greedy_equals_transformers_under_full(moe_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32)
     policy = read_policies(moe_dir, read_config(moe_dir))["full"]
     async with running(moe_dir) as engine:
-        for i, prompt in enumerate(prompts(3)):
+        for i, prompt in enumerate(random_prompts(3)):
             mine = ids(await events(engine, request(f"r{i}", policy, prompt)))
             theirs = model.generate(
                 torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -83,20 +60,22 @@ async def test_greedy_equals_transformers_under_full(moe_dir: Path) -> None:
 
 async def test_a_request_is_the_same_alone_and_among_seven_other_policies(moe_dir: Path) -> None:
     policies = eight_policies(moe_dir)
-    asked = [request(f"r{i}", policy, prompt) for i, (policy, prompt) in enumerate(zip(policies, prompts(8), strict=True))]
+    asked = [
+        request(f"r{i}", policy, prompt) for i, (policy, prompt) in enumerate(zip(policies, random_prompts(8), strict=True))
+    ]
     async with running(moe_dir) as engine:
         alone = [ids(await events(engine, replace(one, request_id=f"alone-{one.request_id}"))) for one in asked]
         together = [ids(answer) for answer in await asyncio.gather(*(events(engine, one) for one in asked))]
     assert together == alone
     # The policies are no decoration: on one prompt they do not all write the same.
     async with running(moe_dir) as engine:
-        same_prompt = [ids(await events(engine, request(p.name, p, prompts(1)[0]))) for p in policies]
+        same_prompt = [ids(await events(engine, request(p.name, p, random_prompts(1)[0]))) for p in policies]
     assert len({tuple(answer) for answer in same_prompt}) > 3
 
 
 async def test_preemption_changes_no_token(moe_dir: Path) -> None:
     policies = eight_policies(moe_dir)
-    asked = [request(f"r{i}", policies[i], prompt) for i, prompt in enumerate(prompts(6))]
+    asked = [request(f"r{i}", policies[i], prompt) for i, prompt in enumerate(random_prompts(6))]
     small = replace(CONFIG, max_model_len=64, kv_cache_blocks=26)
     async with running(moe_dir, replace(CONFIG, max_model_len=64)) as engine:
         roomy = [ids(await events(engine, one)) for one in asked]
@@ -110,7 +89,7 @@ async def test_preemption_changes_no_token(moe_dir: Path) -> None:
 
 async def test_a_cached_prefix_changes_no_token_and_is_never_shared_between_policies(moe_dir: Path) -> None:
     policies = eight_policies(moe_dir)
-    prompt = prompts(8)[7]
+    prompt = random_prompts(8)[7]
     steps: list[StepStats] = []
     fresh = []
     for policy in policies:
@@ -134,7 +113,7 @@ async def test_a_cached_prefix_changes_no_token_and_is_never_shared_between_poli
 
 async def test_sampling_depends_on_the_seed_and_nothing_else(moe_dir: Path) -> None:
     policy = eight_policies(moe_dir)[1]
-    prompt = prompts(1)[0]
+    prompt = random_prompts(1)[0]
     params = {"temperature": 1.0, "top_p": 0.95}
     async with running(moe_dir) as engine:
         alone = ids(await events(engine, request("alone", policy, prompt, seed=11, **params)))
@@ -150,7 +129,7 @@ async def test_counters_are_exactly_tokens_times_k(moe_dir: Path) -> None:
     policies = eight_policies(moe_dir)[:4]
     layers = read_config(moe_dir).moe_layer_indices
     async with running(moe_dir) as engine:
-        asked = [request(f"r{i}", policies[i % 4], prompt) for i, prompt in enumerate(prompts(8))]
+        asked = [request(f"r{i}", policies[i % 4], prompt) for i, prompt in enumerate(random_prompts(8))]
         answers = await asyncio.gather(*(events(engine, one) for one in asked))
         snapshot = await engine.read_experts()
     for k, policy in enumerate(policies, start=1):
@@ -168,7 +147,7 @@ async def test_counters_are_exactly_tokens_times_k(moe_dir: Path) -> None:
 async def test_dense_checkpoint_is_served_too(dense_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
     policy = read_policies(dense_dir, read_config(dense_dir))["full"]
-    prompt = prompts(1)[0]
+    prompt = random_prompts(1)[0]
     async with running(dense_dir) as engine:
         answer = await events(engine, request("r", policy, prompt))
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)

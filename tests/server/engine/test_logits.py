@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from ladimo.checkpoint import read_config, read_policies
 from server.engine.request import GenerationRequest, SamplingParams, Sequence
 from server.engine.sampler import LogitAdjuster, SamplingInputs, sample
-from tests.server.engine.test_generation import CONFIG, events, ids, prompts, request, running
+from tests.server.engine.graphs import random_prompts
+from tests.server.engine.test_generation import CONFIG, events, ids, request, running
 from tests.server.fakes import fake_policy
 
 VOCAB = 20
@@ -129,9 +130,9 @@ async def test_a_constraint_steers_one_request_and_no_other(moe_dir: Path) -> No
     policy = read_policies(moe_dir, read_config(moe_dir))["full"]
     constraint = Alternating()
     async with running(moe_dir) as engine:
-        free = request("free", policy, prompts(1)[0])
+        free = request("free", policy, random_prompts(1)[0])
         alone = ids(await events(engine, replace(free, request_id="alone")))
-        bound = request("bound", policy, prompts(1)[0], constraint=constraint)
+        bound = request("bound", policy, random_prompts(1)[0], constraint=constraint)
         answers = await asyncio.gather(events(engine, free), events(engine, bound))
     assert ids(answers[0]) == alone
     assert [token % 2 for token in ids(answers[1])] == [0, 1] * 12
@@ -145,7 +146,7 @@ async def test_logprobs_equal_transformers(moe_dir: Path, small_cache: bool) -> 
     config = replace(CONFIG, max_model_len=64, kv_cache_blocks=24) if small_cache else CONFIG
     asked = [
         request(f"r{i}", policy, prompt[:35], max_tokens=20, temperature=1.0, seed=i, logprobs=3, prompt_logprobs=2)
-        for i, prompt in enumerate(prompts(5))
+        for i, prompt in enumerate(random_prompts(5))
     ]
     async with running(moe_dir, config) as engine:
         answers = await asyncio.gather(*(events(engine, one) for one in asked))
@@ -172,7 +173,7 @@ async def test_logprobs_equal_transformers(moe_dir: Path, small_cache: bool) -> 
 
 async def test_priority_goes_first_and_keeps_every_token(moe_dir: Path) -> None:
     policy = read_policies(moe_dir, read_config(moe_dir))["full"]
-    prompt = prompts(1)[0]
+    prompt = random_prompts(1)[0]
     finished: list[str] = []
 
     async with running(moe_dir, replace(CONFIG, max_num_seqs=1)) as engine:

@@ -66,7 +66,7 @@ def test_counts_survive_the_reuse_of_rows(uses: list[tuple[str, int, int]]) -> N
         row = table.acquire(fake_policy(name, top_k))
         expert_ids = torch.full((3, tokens, 4), -1)
         expert_ids[[0, 2], :, :top_k] = torch.arange(top_k)
-        table.tables.record(expert_ids, torch.full((tokens,), row))
+        table.tables.defer(expert_ids, torch.full((tokens,), row))
         table.add_routed(row, tokens)
         table.release(row)
         totals = expected.setdefault(name, [[0] * 4 for _ in range(3)])

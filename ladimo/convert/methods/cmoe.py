@@ -1,0 +1,111 @@
+"""CMoE (arXiv 2502.04416): often activated neurons are always on, the rest is clustered by which tokens activate it, and one
+representative neuron per cluster is the router. Needs no training.
+
+Legend: N neurons, E experts, S of them always on.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
+from ladimo.convert.partition import as_partition, balanced_assignment, coactivation, expert_sizes
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.split import check_experts, split_ffn
+from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.router import SELECTION_BIAS
+
+MAX_TOKENS = 16_384  # eight sequences of 2048, as in the paper
+ROUNDS = 10  # the paper makes one; columns as sparse as K_a = 10 leaves them do not move in the second
+ALWAYS = 2.0  # a selection bias above any difference of softmax scores
+
+
+class Cmoe:
+    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+        return recipe
+
+    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+        """Raises ValueError when there are more experts than neurons."""
+        check_experts(recipe.split.experts, mlp)
+        num_experts, num_shared = recipe.split.experts, num_shared_experts(recipe)
+        picked = torch.randperm(len(data.fit_inputs), generator=generator)[:MAX_TOKENS]
+        counts = coactivation(mlp, data.fit_inputs[picked], recipe.cmoe.channels).cpu()
+        labels, representatives = cluster(counts, num_experts, num_shared)
+        partition = as_partition(labels, num_experts)
+        layer = MoeLayerConfig(
+            num_experts=num_experts,
+            num_experts_per_tok=recipe.split.top_k,
+            moe_intermediate_size=partition.shape[1],
+            expert_weight="one",
+            router="glu",
+            selection_bias=True,
+        )
+        router = {SELECTION_BIAS: torch.zeros(num_experts)}
+        router[SELECTION_BIAS][:num_shared] = ALWAYS
+        for name in ("gate_proj", "up_proj"):
+            rows = F.normalize(mlp.get_submodule(name).get_parameter("weight").detach().float().cpu(), dim=1)
+            router[f"{name}.weight"] = F.pad(rows[representatives], (0, 0, num_shared, 0))  # always on needs no score
+        return split_ffn(mlp, partition, layer, router)
+
+    def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
+        return distill_layer(layer, data, recipe.train, generator)
+
+    def describe(self, recipe: Recipe) -> str:
+        split, train, shared = recipe.split, recipe.train, num_shared_experts(recipe)
+        name = f"S{shared}A{split.top_k - shared}E{split.experts}"
+        tuned = (
+            f"All weights of the experts are then distilled layer by layer with k = {split.top_k} ({train.steps} steps of "
+            f"{train.batch_tokens} tokens, learning rate {train.expert_lr:g}), where the paper tunes LoRA adapters and a gate "
+            f"scale end to end and balances the load by the bias; the router stays as it is."
+            if train.steps
+            else "Training-free."
+        )
+        return (
+            f"CMoE (arXiv 2502.04416), {name}: the neurons most often among a token's {recipe.cmoe.channels} largest always "
+            f"run, the rest is split by balanced k-means on their 0/1 activation columns (L1, at most {ROUNDS} rounds), and "
+            f"each routed expert is scored by its representative neuron, |silu(gate x) * (up x)|. Experts count with weight "
+            f"one. {tuned}"
+        )
+
+
+def num_shared_experts(recipe: Recipe) -> int:
+    """How many of the running experts are the same for every token."""
+    return round(recipe.cmoe.shared * recipe.split.top_k)
+
+
+def cluster(counts: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, Tensor]:
+    """Co-activation counts [N, N] -> labels [N], of which 0 .. S - 1 are always on, and the neuron nearest to the centre of
+    each routed expert, [E - S].
+
+    Balanced k-means on the 0/1 activation columns under L1. The routed neurons that are activated most often are the first
+    centres, mean columns of clusters the later ones, against which representatives are measured too. The counts hold all there
+    is to know (`distances`).
+    """
+    sizes = expert_sizes(len(counts), num_experts)
+    often = counts.diagonal()
+    order = often.argsort(descending=True, stable=True)
+    labels = torch.empty(len(counts), dtype=torch.int64)
+    labels[order] = torch.arange(num_experts).repeat_interleave(sizes)
+    routed = order[int(sizes[:num_shared].sum()) :]
+    if num_shared == num_experts:
+        return labels, routed
+    products, magnitudes = counts[routed][:, routed], often[routed]
+    centres = torch.eye(len(routed))[: num_experts - num_shared]  # [E - S, routed]: the neurons whose mean column a centre is
+    cluster_of = torch.full((len(routed),), -1)
+    for _ in range(ROUNDS):
+        previous, cluster_of = cluster_of, balanced_assignment(distances(products, magnitudes, centres), sizes[num_shared:])
+        members = F.one_hot(cluster_of, num_experts - num_shared).t().float()
+        centres = members / members.sum(dim=1, keepdim=True)
+        if torch.equal(cluster_of, previous):
+            break
+    labels[routed] = cluster_of + num_shared
+    nearest = distances(products, magnitudes, centres).masked_fill(members.t() == 0, torch.inf).argmin(dim=0)
+    return labels, routed[nearest]
+
+
+def distances(products: Tensor, magnitudes: Tensor, centres: Tensor) -> Tensor:
+    """L1 distances [R, C] of 0/1 columns m to centres c in [0, 1]^T, |m| + |c| - 2 m.c, from the columns' inner products
+    [R, R], their sums [R] and the weights [C, R] of the columns in each centre."""
+    return magnitudes[:, None] + centres @ magnitudes - 2 * products @ centres.t()

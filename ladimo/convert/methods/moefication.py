@@ -1,0 +1,61 @@
+"""MoEfication (arXiv 2110.01786): neurons with similar weights become an expert, a small network learns which experts matter.
+
+Written for ReLU, where an expert's activation is the sum of its positive neurons; for SwiGLU we read it as the sum of |h|.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from ladimo.convert.distill import CurvePoint, LayerData
+from ladimo.convert.partition import as_partition, balanced_kmeans
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.router_fit import activation_mass, fit_router
+from ladimo.convert.split import check_experts, split_ffn
+from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+
+
+class Moefication:
+    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+        return recipe
+
+    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+        """Clusters of `gate_proj` rows of length one; the router starts as the clusters' centres, as in the released code.
+
+        Raises ValueError when there are more experts than neurons.
+        """
+        check_experts(recipe.split.experts, mlp)
+        num_experts = recipe.split.experts
+        rows = F.normalize(mlp.gate_proj.weight.detach().float(), dim=1)
+        labels = balanced_kmeans(rows, num_experts, generator)
+        partition = as_partition(labels, num_experts)
+        layer = MoeLayerConfig(
+            num_experts=num_experts,
+            num_experts_per_tok=recipe.split.top_k,
+            moe_intermediate_size=partition.shape[1],
+            score_function="sigmoid",
+            expert_weight="one",
+            router="mlp",
+            router_hidden_size=num_experts,
+        )
+        members = F.one_hot(labels, num_experts).to(rows)
+        centres = (members.t() @ rows) / members.sum(dim=0).unsqueeze(1)
+        # The released code divides each input by its length; after RMSNorm lengths hardly differ, so the mean one will do.
+        length = data.fit_inputs.float().norm(dim=1).mean().to(rows.device)
+        router = {"fc1.weight": centres / length, "fc2.weight": torch.eye(num_experts)}
+        return split_ffn(mlp, partition, layer, router)
+
+    def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
+        masses = activation_mass(layer, data.fit_inputs)
+        return fit_router(layer, data, masses, recipe.train, generator)
+
+    def describe(self, recipe: Recipe) -> str:
+        split, train = recipe.split, recipe.train
+        return (
+            f"MoEfication (arXiv 2110.01786), read for SwiGLU. Balanced k-means on the rows of gate_proj makes {split.experts} "
+            f"experts, an exact partition: all of them with weight one are the dense FFN. A two-layer tanh router (hidden size "
+            f"{split.experts}) predicts each expert's share of the sum of |h| by binary cross-entropy ({train.steps} steps of "
+            f"{train.batch_tokens} tokens, learning rate {train.gate_lr:g}); the {split.top_k} best run with weight one. "
+            f"Experts are not trained. Skipped experts add nothing: G-MoEfication's mean compensation is not included."
+        )

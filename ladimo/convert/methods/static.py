@@ -1,0 +1,83 @@
+"""The control: prune to the same budget by the same statistics and distil the same way, without routing.
+
+Every layer keeps its most important neurons as one expert that always runs. Where this ties with a routed method at equal cost,
+routing does not pay.
+"""
+
+import dataclasses
+
+import torch
+
+from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
+from ladimo.convert.least_squares import solve_down
+from ladimo.convert.partition import neuron_statistics
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.split import split_ffn
+from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+
+
+class Static:
+    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+        """With the share of neurons that `target_active` leaves, the same in every layer that may be converted.
+
+        Raises ValueError when the layers cannot get that small.
+        """
+        if recipe.static.kept:
+            return recipe
+        width = static_width(config, recipe)
+        kept = width / config.intermediate_size
+        return dataclasses.replace(recipe, static=dataclasses.replace(recipe.static, kept=kept))
+
+    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+        """Needs a recipe whose static.kept is set (`resolve`)."""
+        assert recipe.static.kept > 0
+        width = max(1, round(recipe.static.kept * mlp.gate_proj.out_features))
+        kept = neuron_statistics(mlp, data.fit_inputs).importance.topk(width).indices.sort().values.cpu()
+        config = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
+        layer = split_ffn(mlp, kept.unsqueeze(0), config, {})
+        if recipe.static.resolve:
+            with torch.no_grad():
+                layer.experts.down_proj[0] = solve_down(mlp, kept, data, recipe.static.ridge)[0]
+        return layer
+
+    def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
+        return distill_layer(layer, data, recipe.train, generator)
+
+    def describe(self, recipe: Recipe) -> str:
+        static, train = recipe.static, recipe.train
+        ridge = f"ridge {static.ridge:g}" if static.ridge else "ridge chosen on the holdout"
+        solved = f" down_proj is solved again for them by least squares ({ridge})." if static.resolve else ""
+        tuned = (
+            f" All weights are then distilled layer by layer: {train.steps} steps of {train.batch_tokens} tokens, learning "
+            f"rate {train.expert_lr:g}."
+            if train.steps
+            else " Nothing is trained."
+        )
+        return (
+            f"Static pruning, the control without routing. Each converted FFN keeps the {static.kept:.1%} of its neurons whose "
+            f"output has the largest mean square, E[h^2] * |down column|^2.{solved}{tuned}"
+        )
+
+
+def static_width(config: ModelConfig, recipe: Recipe) -> int:
+    """The most neurons per candidate layer, the same in all, with which the model stays within `target_active`.
+
+    Raises ValueError when not even one does.
+    """
+
+    def cost(width: int) -> float:
+        layer = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
+        candidates = recipe.candidate_layers(config.num_hidden_layers)
+        layers = tuple(layer if index in candidates else None for index in range(config.num_hidden_layers))
+        return dataclasses.replace(config, layers=layers).active_parameters_ratio((1.0,) * config.num_hidden_layers)
+
+    whole, empty = cost(config.intermediate_size), cost(1)
+    if empty > recipe.target_active:
+        raise ValueError(f"target_active: is {recipe.target_active:g}, pruning these layers cannot go below {empty:.3f}")
+    per_neuron = (whole - empty) / max(1, config.intermediate_size - 1)
+    width = config.intermediate_size - round((whole - recipe.target_active) / per_neuron)
+    while cost(width) > recipe.target_active + 1e-12:
+        width -= 1
+    return width

@@ -1,0 +1,174 @@
+"""One function over many items in local processes: layers of a conversion on the cores or the device of one machine.
+
+Workers are spawned, never forked (CUDA and thread pools do not survive a fork), and each runs torch on the same number of CPU
+threads whatever the number of jobs, since sums taken by another number of threads differ in their last bits.
+"""
+
+import io
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+LOGGER = "ladimo"  # the logger whose lines workers hand over
+
+
+def run_jobs(
+    function: Callable[[Item], Result], items: Iterable[Item], jobs: int, threads: int = 1
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) as the results come, in no certain order, from `jobs` processes of `threads` CPU threads each.
+
+    With one job the work is done here, on as many threads. `function` is importable by name, and it, the items and the results
+    can be pickled; large tensors belong in files, which the caller names in the items. An item is taken from `items` when a
+    process is free for it, so that at most `jobs` are out at once. Log lines of the workers appear in this process.
+
+    Raises the first exception that a worker met (ValueError, OSError and MemoryError as such, others as RuntimeError), and
+    ChildProcessError when one was killed. The other workers are ended at once, as they are when the iterator is closed or the
+    program interrupted: work done in files must be finished by an atomic step.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if jobs == 1:
+        with cpu_threads(threads):
+            for item in items:
+                yield item, function(item)
+        return
+    source = iter(items)
+    workers: dict[Connection, BaseProcess] = {}
+    working: dict[Connection, Item] = {}
+    try:
+        for item in source:
+            working[_start(workers, function, threads, item)] = item
+            if len(workers) == jobs:
+                break
+        while working:
+            for connection in wait(list(working)):
+                assert isinstance(connection, Connection)
+                done = _receive(connection, workers[connection], working[connection])
+                if not done:
+                    continue
+                yield working.pop(connection), done[0]
+                for item in source:
+                    connection.send(item)
+                    working[connection] = item
+                    break
+    finally:
+        for connection, process in workers.items():
+            if connection in working:
+                process.kill()
+            connection.close()  # an idle worker ends by itself
+        for process in workers.values():
+            process.join()
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch on this many CPU threads in the calling process, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _start(workers: dict[Connection, BaseProcess], function: Callable[[Item], Result], threads: int, item: Item) -> Connection:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    level = logging.getLogger(LOGGER).getEffectiveLevel()
+    process = context.Process(target=_work, args=(there, function, threads, level), daemon=True)
+    process.start()
+    there.close()  # with our copy closed, its end is the end of the worker
+    workers[here] = process
+    here.send(item)
+    return here
+
+
+def _receive(connection: Connection, process: BaseProcess, item: object) -> list[Any]:
+    """One message of a worker: [result] when its item is done, [] when it was a log line."""
+    try:
+        kind, *values = connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        raise ChildProcessError(
+            f"the process that worked on {item} ended with exit code {process.exitcode}; "
+            f"a negative code is a signal, -9 most often memory running out: try fewer jobs"
+        ) from None
+    if kind == "log":
+        name, level, message = values
+        logging.getLogger(name).log(level, "%s", message)
+        return []
+    if kind == "error":
+        raise values[0]
+    return list(values)
+
+
+class _Send(logging.Handler):
+    """Log records to the parent, as text."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.connection.send(("log", record.name, record.levelno, record.getMessage()))
+
+
+class _Lines(io.TextIOWrapper):
+    """A stream that says it is no terminal, so that progress bars of several workers do not write over each other."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _work(connection: Connection, function: Callable[[Any], Any], threads: int, level: int) -> None:
+    """The life of a worker: items come until the parent closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stderr = _Lines(sys.stderr.buffer, line_buffering=True)
+    torch.set_num_threads(threads)
+    logger = logging.getLogger(LOGGER)
+    logger.addHandler(_Send(connection))
+    logger.propagate = False
+    logger.setLevel(level)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            message: tuple[Any, ...] = ("done", function(item))
+        except Exception as error:
+            message = ("error", _portable(error))
+        try:
+            connection.send(message)
+        except BrokenPipeError:
+            return
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave workers that write into files which the next run writes too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that can be pickled whatever the worker met, with the message; where it arose goes along as a note."""
+    kind = next((kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind)), None)
+    portable = RuntimeError(f"{type(error).__name__}: {error}") if kind is None else kind(str(error))
+    portable.add_note("".join(traceback.format_exception(error)))
+    return portable

@@ -1,0 +1,134 @@
+"""End-to-end distillation of narrow FFNs on the dense model's next-token distribution, for models that fit in memory whole.
+
+Legend: B sequences, S positions, D hidden_size, L layers.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ladimo.convert.distill import CURVE_POINTS
+from ladimo.convert.recipe import ElasticRecipe
+from ladimo.convert.teacher import StreamedModel
+from ladimo.model.inputs import StepInputs
+from ladimo.model.layers import GatedMLP
+from ladimo.model.transformer import DecoderLayer
+
+logger = logging.getLogger(__name__)
+
+WARMUP = 0.1
+FAR = 0.1  # nats; a student that is at least so far from its teacher is trained at the full learning rate
+
+Student = Sequence[GatedMLP | None]  # one FFN per layer, None where the dense one stays
+
+
+@dataclass(frozen=True, slots=True)
+class KlPoint:
+    """KL divergence from the dense model in nats per token after `step` steps. kl: mean since the last point, and held out where
+    it was measured."""
+
+    step: int
+    kl: float
+    holdout: float | None
+
+
+def polish(
+    dense: StreamedModel,
+    students: Sequence[Student],
+    fit: Tensor,
+    holdout: Tensor,
+    recipe: ElasticRecipe,
+    generator: torch.Generator,
+) -> list[list[KlPoint]]:
+    """Train the students' FFNs in place on token blocks fit [B, S], each student as often, on the same batches; one curve each.
+
+    Forward KL; AdamW, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights back.
+    `dense` holds fp32 weights. Raises ValueError when the loss diverges.
+    """
+    network = _Network(dense)
+    sequences = max(1, recipe.batch_tokens // fit.shape[1])
+    trained = [[mlp for mlp in student if mlp is not None] for student in students]
+    before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
+    optimizers = [
+        torch.optim.AdamW([w for mlp in mlps for w in mlp.parameters()], lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        for mlps in trained
+    ]
+    initial = [network.holdout_kl(student, holdout) for student in students]
+    # Adam's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones.
+    rates = [recipe.lr * min(1.0, math.sqrt(value / FAR)) for value in initial]
+    curves = [[KlPoint(0, value, value)] for value in initial]
+    running: list[list[float]] = [[] for _ in students]
+    order = torch.empty(0, dtype=torch.int64)
+    for step in tqdm(range(1, recipe.steps + 1), desc="  polish", leave=False, disable=None):
+        if len(order) < min(sequences, len(fit)):
+            order = torch.randperm(len(fit), generator=generator)
+        blocks, order = fit[order[:sequences]], order[sequences:]
+        with torch.no_grad():
+            target = network.log_probs(blocks, None)
+        for student, mlps, optimizer, losses, rate in zip(students, trained, optimizers, running, rates, strict=True):
+            weights = [w.requires_grad_() for mlp in mlps for w in mlp.parameters()]
+            loss = F.kl_div(network.log_probs(blocks, student), target, reduction="sum", log_target=True) / len(target)
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * _factor(step, recipe.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        if not all(math.isfinite(losses[-1]) for losses in running):
+            raise ValueError(f"end-to-end distillation diverged at step {step}; lower elastic.lr")
+        if step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS - 1)}:
+            for curve, losses in zip(curves, running, strict=True):
+                curve.append(KlPoint(step, sum(losses) / len(losses), None))
+                losses.clear()
+    for student, mlps, saved, curve, losses in zip(students, trained, before, curves, running, strict=True):
+        for mlp in mlps:
+            mlp.requires_grad_(False)
+        final = network.holdout_kl(student, holdout)
+        curve.append(KlPoint(recipe.steps, sum(losses) / max(1, len(losses)), final))
+        if final >= (curve[0].holdout or 0.0):
+            for mlp, weights_before in zip(mlps, saved, strict=True):
+                mlp.load_state_dict(weights_before)
+    return curves
+
+
+class _Network:
+    """The dense model whole in memory, run with other FFNs in place of its own."""
+
+    def __init__(self, dense: StreamedModel) -> None:
+        self.dense = dense
+        self.layers: list[DecoderLayer] = [dense.layer(index) for index in range(dense.config.num_hidden_layers)]
+
+    def log_probs(self, blocks: Tensor, student: Student | None) -> Tensor:
+        """Token blocks [B, S] -> log-probabilities of the next tokens [B * S, V]."""
+        device = self.dense.device
+        inputs = StepInputs.whole_sequences(blocks.to(device))
+        rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype)
+        hidden_states = self.dense.ends.model.embed_tokens(inputs.input_ids)
+        for index, layer in enumerate(self.layers):
+            attended = layer.attend(hidden_states, rope, inputs, None)
+            mlp = None if student is None else student[index]
+            hidden_states = attended + (layer.mlp if mlp is None else mlp)(layer.post_attention_layernorm(attended))
+        return self.dense.ends.logits(hidden_states).float().log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def holdout_kl(self, student: Student, blocks: Tensor) -> float:
+        total = sum(
+            F.kl_div(self.log_probs(row, student), self.log_probs(row, None), reduction="sum", log_target=True).item()
+            for row in blocks.split(1)
+        )
+        return total / blocks.numel()
+
+
+def _factor(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    warmup = max(1.0, WARMUP * steps)
+    if step <= warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))

@@ -1,0 +1,54 @@
+"""The dense checkpoint that a conversion starts from, checked before any work: a wrong input is refused at once, by file and
+field."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ladimo.checkpoint import DTYPES, TensorReader, read_config
+from ladimo.convert.calibration import Encoder
+from ladimo.model.config import ModelConfig
+from ladimo.model.transformer import MoeTransformer
+
+COMPUTED = "rotary_emb.inv_freq"  # older releases of transformers stored it; it follows from config.json
+
+
+def check_source(directory: Path) -> ModelConfig:
+    """Raises ValueError unless this is a whole dense model with its own tokenizer: every tensor that the configuration asks
+    for is there, of its shape and finite, and no layer has any other. Reads every weight once, one tensor at a time."""
+    config = read_config(directory)
+    if config.moe_layer_indices:
+        raise ValueError(f"{directory}: is converted already; give the dense model")
+    Encoder(directory, config)
+    reader = TensorReader(directory)
+    expected = {name: tuple(parameter.shape) for name, parameter in model_parameters(config)}
+    for name, shape in expected.items():
+        if name not in reader or reader.shape(name) != shape:
+            found = f"has shape {list(reader.shape(name))}" if name in reader else "is missing"
+            raise ValueError(f"{directory}: {name} {found}, config.json asks for {list(shape)}")
+    for name, file in reader.files.items():
+        if name.startswith("model.layers.") and name not in expected and not name.endswith(COMPUTED):
+            raise ValueError(f"{file}: {name} belongs to no layer that config.json describes")
+    for name in expected:
+        check_values(reader, name)
+    return config
+
+
+def check_values(reader: TensorReader, name: str) -> None:
+    """Raises ValueError unless the tensor is bf16, fp16 or fp32 and every value in it is finite."""
+    tensor = reader.get(name)
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(f"{reader.files[name]}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}")
+    low, high = (value.item() for value in tensor.aminmax())  # NaN wins in both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{reader.files[name]}: {name} holds a value that is {'NaN' if math.isnan(low) else 'infinite'}")
+
+
+def model_parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name and (meta) tensor of every parameter of a model of this configuration, in its order."""
+    with torch.device("meta"):
+        model = MoeTransformer(config)
+    yield from model.named_parameters()

@@ -1,0 +1,273 @@
+"""The bridge between a model and `step.c`: packs the weights, lays a step's inputs out as C structures, calls.
+
+Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E experts.
+"""
+
+import ctypes
+import weakref
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from ladimo.model.config import ModelConfig
+from ladimo.model.cpu.arena import Arena
+from ladimo.model.cpu.build import library
+from ladimo.model.cpu.packing import GROUP, KINDS, LARGEST, Format, Packed, pack, pack_gate_up, padded_size
+from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.kv_cache import KVCache
+from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
+from ladimo.model.transformer import DecoderLayer, MoeTransformer, StepOutput
+
+ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
+# Multiply-adds of a step below which waking the other threads costs more than they give.
+SERIAL_STEP = 10**6
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("scales", c_void_p)] + [
+        (name, c_int64) for name in ("rows", "panels", "cols", "kind")
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        [(name, c_void_p) for name in ("input_norm", "post_norm", "qkv_bias", "o_bias", "selection_bias")]
+        + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
+        + [
+            (name, c_int64)
+            for name in ("num_experts", "expert_size", "router_kind", "sigmoid", "score_norm_top_k", "weight_one")
+        ]
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in (
+                "num_layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "vocab",
+                "max_experts",
+                "bf16",
+                "activations",
+            )
+        ),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("embedding", "rope", "norm")),
+        ("head", _Matrix),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            "num_tokens",
+            "num_decode",
+            "num_segments",
+            "num_logits",
+            "table_width",
+            "block_size",
+            "num_blocks",
+            "parallel",
+        )
+    ] + [
+        (name, c_void_p)
+        for name in (
+            "input_ids",
+            "positions",
+            "policy_ids",
+            "slots",
+            "block_table",
+            "logit_indices",
+            "segments",
+            "rows",
+            "allowed",
+            "k_cache",
+            "v_cache",
+            "logits",
+            "expert_ids",
+        )
+    ]
+
+
+class Unsupported(Exception):
+    """The kernel cannot run this model; the message says why."""
+
+
+class NativeStep:
+    """`MoeTransformer.forward` over a cache, from packed weights.
+
+    The cache's tensors are read and written in the kernel's own layout, so a cache serves either this or torch. The step reads
+    nothing of the model but its embedding and rotary tables, which stay where they are. To be called by one thread at a time.
+    """
+
+    def __init__(self, model: MoeTransformer, format: Format, num_threads: int) -> None:
+        """Raises Unsupported."""
+        code = library()
+        if code is None:
+            raise Unsupported("there is no compiled kernel")
+        config, dtype = model.config, model.model.embed_tokens.weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise Unsupported(f"the weights are {dtype}")
+        self.config = config
+        self.dtype = dtype  # of the cache
+        self._arena = Arena()  # what the structures point into
+        self._router_format: Format = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        _check_columns(config, format)
+        layers = (_Layer * config.num_hidden_layers)()
+        for target, layer in zip(layers, model.model.layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            self._fill_layer(target, layer, format)
+        head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+        self._layers = layers
+        self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
+        self._rope = model.rotary.table.float().contiguous()
+        self._model = _Model(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab=config.vocab_size,
+            max_experts=config.max_num_experts if config.moe_layer_indices else 0,
+            bf16=dtype == torch.bfloat16,
+            activations=KINDS.index("int8" if format in LARGEST else format),
+            eps=config.rms_norm_eps,
+            embedding=self._embedding.data_ptr(),
+            rope=self._rope.data_ptr(),
+            norm=self._keep(model.model.norm.weight.float()),
+            head=self._matrix(pack(head, format)),
+            layers=layers,
+        )
+        self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
+        create, destroy = code.ladimo_create, code.ladimo_destroy
+        create.restype, create.argtypes, destroy.restype, destroy.argtypes = c_void_p, [c_int64], None, [c_void_p]
+        self._run = code.ladimo_step
+        self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
+        self._engine = create(num_threads)
+        if not self._engine:
+            raise Unsupported("there is no memory for the kernel's threads")
+        weakref.finalize(self, destroy, self._engine)
+
+    def __call__(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
+        """One step; logits are fp32. Raises MemoryError when there is no memory for its buffers."""
+        assert inputs.slot_mapping is not None and inputs.block_table is not None
+        assert kv_cache.k.dtype == self.dtype, "the cache was allocated for another dtype"
+        config, num_tokens = self.config, len(inputs.input_ids)
+        indices = torch.arange(num_tokens) if inputs.logit_indices is None else inputs.logit_indices
+        segments = (c_int64 * (4 * len(inputs.prefill)))(
+            *(number for s in inputs.prefill for number in (s.row, s.start, s.length, s.context_len))
+        )
+        logits = torch.empty(len(indices), config.vocab_size)
+        expert_ids = None
+        if config.moe_layer_indices:
+            expert_ids = torch.empty(config.num_hidden_layers, num_tokens, config.max_num_experts, dtype=torch.int64)
+        # Held until the call returns: contiguous() may have made copies.
+        given = [
+            tensor.contiguous()
+            for tensor in (
+                inputs.input_ids,
+                inputs.positions,
+                inputs.policy_ids,
+                inputs.slot_mapping,
+                inputs.block_table,
+                indices,
+            )
+        ]
+        step = _Step(
+            num_tokens,
+            inputs.num_decode,
+            len(inputs.prefill),
+            len(indices),
+            inputs.block_table.shape[1],
+            kv_cache.k.shape[2],
+            kv_cache.k.shape[1],
+            self._multiply_adds * num_tokens >= SERIAL_STEP,
+            *(tensor.data_ptr() for tensor in given),
+            ctypes.addressof(segments),
+            tables.rows.data_ptr(),
+            tables.allowed.data_ptr(),
+            kv_cache.k.data_ptr(),
+            kv_cache.v.data_ptr(),
+            logits.data_ptr(),
+            None if expert_ids is None else expert_ids.data_ptr(),
+        )
+        if self._run(self._engine, self._model, step):
+            raise MemoryError(f"no memory for a step of {num_tokens} tokens")
+        return StepOutput(logits, expert_ids)
+
+    def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: Format) -> None:
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        target.input_norm = self._keep(layer.input_layernorm.weight.float())
+        target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
+        target.qkv = self._matrix(pack(torch.cat([linear.weight for linear in projections]), format))
+        if attention.q_proj.bias is not None:
+            target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
+        target.o = self._matrix(pack(attention.o_proj.weight, format))
+        if attention.o_proj.bias is not None:
+            target.o_bias = self._keep(attention.o_proj.bias.float())
+        if isinstance(layer.mlp, GatedMLP):
+            gate_up = torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))[None]
+            self._fill_experts(target, gate_up, layer.mlp.down_proj.weight[None], format)
+            return
+        assert isinstance(layer.mlp, ExpertLayer)
+        moe = layer.mlp.config
+        self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
+        self._fill_router(target, layer.mlp.gate)
+        target.num_experts = moe.num_experts
+        target.sigmoid = moe.score_function == "sigmoid"
+        target.score_norm_top_k = moe.score_norm_top_k or 0
+        target.weight_one = moe.expert_weight == "one"
+
+    def _fill_experts(self, target: _Layer, gate_up: Tensor, down: Tensor, format: Format) -> None:
+        target.expert_size = padded_size(down.shape[2], format)
+        target.gate_up = self._matrix(pack_gate_up(gate_up, format))
+        idle = target.expert_size - down.shape[2]
+        target.down = self._matrix(pack(torch.nn.functional.pad(down, (0, idle)), format))
+
+    def _fill_router(self, target: _Layer, router: Router) -> None:
+        target.router_kind = ROUTER_NONE
+        if isinstance(router, LinearRouter):
+            target.router_kind = ROUTER_LINEAR
+            target.router = self._matrix(pack(router.weight, self._router_format))
+        elif isinstance(router, MlpRouter):
+            target.router_kind = ROUTER_MLP
+            target.router = self._matrix(pack(router.fc1.weight, self._router_format))
+            second = router.fc2.weight
+            target.router_second = self._matrix(pack(torch.nn.functional.pad(second, (0, second.shape[1] % 2)), self._router_format))
+        elif isinstance(router, GluRouter):
+            target.router_kind = ROUTER_GLU
+            target.router = self._matrix(pack(router.gate_proj.weight, self._router_format))
+            target.router_second = self._matrix(pack(router.up_proj.weight, self._router_format))
+        if router.e_score_correction_bias is not None:
+            target.selection_bias = self._keep(router.e_score_correction_bias.float())
+
+    def _matrix(self, packed: Packed) -> _Matrix:
+        return _Matrix(
+            self._keep(packed.data),
+            None if packed.scales is None else self._keep(packed.scales),
+            packed.rows,
+            packed.panels,
+            packed.cols,
+            KINDS.index(packed.format),
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        return self._arena.keep(tensor)
+
+
+def _check_columns(config: ModelConfig, format: Format) -> None:
+    multiple = GROUP if format in LARGEST else 2
+    for name, size in (("hidden_size", config.hidden_size), ("attention width", config.num_attention_heads * config.head_dim)):
+        if size % multiple:
+            raise Unsupported(f"{name} {size} is not a multiple of {multiple}")

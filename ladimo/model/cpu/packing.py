@@ -1,0 +1,105 @@
+"""Weights as `step.c` reads them: panels of 16 rows, up to four panels interleaved column by column into a block.
+
+Legend: N rows, K columns, P panels (16 rows each, the last padded with zeros), S columns that share a scale.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LANES, PANELS = 16, 4
+GROUP = 32  # columns that share a scale
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+KINDS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # in the order of step.c
+LARGEST = {"int8": 127, "int4": 7}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One matrix, or equal ones behind each other. `rows`, `panels` and `cols` are of one; `scales` fp32 [P * 16 * K / S] each."""
+
+    data: Tensor
+    scales: Tensor | None
+    rows: int
+    panels: int
+    cols: int
+    format: Format
+
+
+def pack(weights: Tensor, format: Format) -> Packed:
+    """Pack weights [N, K] or equally large matrices [E, N, K]; K is even, and a multiple of `GROUP` for the integer formats."""
+    stacked = weights if weights.ndim == 3 else weights[None]
+    _, rows, cols = stacked.shape
+    assert cols % (GROUP if format in LARGEST else 2) == 0
+    panels = -(-rows // LANES)
+    parts = [_pack_one(F.pad(matrix, (0, 0, 0, panels * LANES - rows)), format) for matrix in stacked]
+    scales = torch.cat([part for _, part in parts if part is not None]) if format in LARGEST else None
+    return Packed(torch.cat([data for data, _ in parts]), scales, rows, panels, cols, format)
+
+
+def pack_gate_up(gate_up: Tensor, format: Format) -> Packed:
+    """Pack [E, 2F, D], gate rows before up rows, with two panels of gate and two of up rows in each block."""
+    experts, _, cols = gate_up.shape
+    size = padded_size(gate_up.shape[1] // 2, format)
+    gate, up = (
+        F.pad(half, (0, 0, 0, size - half.shape[1])).view(experts, -1, LANES, cols) for half in gate_up.chunk(2, dim=1)
+    )
+    half_block = PANELS // 2
+    pairs = [torch.cat(both, dim=1) for both in zip(gate.split(half_block, 1), up.split(half_block, 1), strict=True)]
+    return pack(torch.cat(pairs, dim=1).flatten(1, 2), format)
+
+
+def padded_size(size: int, format: Format) -> int:
+    """An expert's size, padded with idle neurons to whole panels and whole groups of scales."""
+    multiple = max(LANES, GROUP) if format in LARGEST else LANES
+    return -(-size // multiple) * multiple
+
+
+def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, K / S].
+
+    Symmetric, to nearest. Of each group that scale of a few is taken which leaves the least squared error: for int4, clipping the
+    largest weight often pays.
+    """
+    largest = LARGEST[format]
+    groups = weights.float().unflatten(1, (-1, GROUP))
+    limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
+    best = torch.full_like(limit, torch.inf)
+    scales = limit / largest
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8) if format == "int4" else (1.0,):
+        scale = limit * shrink / largest
+        error = ((groups / scale).round().clamp(-largest, largest) * scale - groups).square().sum(dim=2, keepdim=True)
+        scales = torch.where(error < best, scale, scales)
+        best = torch.minimum(error, best)
+    integers = (groups / scales).round().clamp(-largest, largest)
+    return integers.flatten(1).to(torch.int8), scales.squeeze(2)
+
+
+def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
+    """The weights [N, K] in fp32 that `quantize` left."""
+    return (integers.float().unflatten(1, (-1, GROUP)) * scales.unsqueeze(2)).flatten(1)
+
+
+def _pack_one(matrix: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """One matrix [16 P, K] -> its bytes, and its scales."""
+    if format == "float32":
+        return _interleave(matrix.float(), 1).view(torch.uint8), None
+    if format == "bfloat16":
+        return _interleave(matrix.bfloat16(), 2).view(torch.uint8), None
+    integers, scales = quantize(matrix, format)
+    if format == "int4":  # of each 8 columns the first four are the lower halves of the bytes
+        low, high = (integers + 8).to(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
+        return _interleave((low | high << 4).flatten(1), 4), _interleave(scales, 1)
+    return _interleave((integers.to(torch.int16) + 128).to(torch.uint8), 4), _interleave(scales, 1)
+
+
+def _interleave(matrix: Tensor, together: int) -> Tensor:
+    """[16 P, K] -> flat; in each block, column by column (or `together` columns at a time) the block's panels."""
+    blocks = []
+    for block in matrix.split(PANELS * LANES):
+        columns = block.unflatten(0, (-1, LANES)).unflatten(2, (-1, together))  # [panels, 16, K / together, together]
+        blocks.append(columns.permute(2, 0, 1, 3).flatten())
+    return torch.cat(blocks)

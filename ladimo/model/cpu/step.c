@@ -1,0 +1,949 @@
+// One forward step of the whole network on CPU cores: C17 with GNU vector extensions, no library but libc, libm and pthreads.
+//
+// Every number of a token is computed in an order that depends on nothing but the token's own sequence: dot products run over
+// their columns one after another, attention over tiles of 16 positions, experts in the order of their numbers. So a token's
+// bits are the same alone, in a batch of any size, in any chunk of a prompt and on any number of threads.
+//
+// Weights are packed in panels of 16 rows (packing.py): lane i of a vector is row i, and a row's sum never crosses lanes.
+// Up to four panels, a "block", lie interleaved, so that a block is one stream of memory.
+//
+// Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define PANELS 4        // in a block
+#define TILE 6          // tokens that a block is multiplied with at once: PANELS * TILE sums fit the registers
+#define TOKEN_BLOCK 96  // tokens that one chunk of a long step takes
+#define QUERIES 16      // tokens of a prompt that read the keys together
+#define KEYS 16         // positions that attention takes at once
+#define GROUP 32        // columns that share a scale in the integer formats
+
+typedef float v16f __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t v16i __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t v16u __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t v16h __attribute__((vector_size(32), aligned(2), may_alias));
+
+enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
+enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
+
+// `rows` counts those that mean something, `panels` includes padding. `scales`: one number per row and GROUP columns.
+typedef struct {
+    const uint8_t *data;
+    const float *scales;
+    int64_t rows, panels, cols, kind;
+} Matrix;
+
+// The E experts of a layer (a dense FFN is one expert) are the panels of one matrix each. gate_up: two panels of gate rows, then
+// two of up rows, in turn.
+typedef struct {
+    const float *input_norm, *post_norm, *qkv_bias, *o_bias, *selection_bias;
+    Matrix qkv, o, gate_up, down, router, router_second;
+    int64_t num_experts, expert_size;  // num_experts 0: dense
+    int64_t router_kind, sigmoid, score_norm_top_k, weight_one;
+} Layer;
+
+typedef struct {
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocab, max_experts;
+    int64_t bf16;     // cache and embedding are bf16, else fp32
+    int64_t activations;  // FLOAT32, BFLOAT16, or INT8: `Rounded`
+    double eps;
+    const void *embedding;  // [V, D] in bf16 or fp32
+    const float *rope;      // [positions, 2, C]
+    const float *norm;
+    Matrix head;
+    const Layer *layers;
+} Model;
+
+typedef struct {
+    int64_t row, start, length, context;
+} Segment;
+
+// `StepInputs`, `RoutingTables` and `KVCache` as memory. The cache is this file's own: keys [blocks, G, C, block_size], values
+// [blocks, block_size, G, C].
+typedef struct {
+    int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel;
+    const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
+    const Segment *segments;
+    const float *rows;       // [P, L, 4]
+    const uint8_t *allowed;  // [P, L, E]
+    void *k_cache, *v_cache;
+    float *logits;        // [R, V]
+    int64_t *expert_ids;  // [L, T, E]
+} Step;
+
+// ---------------------------------------------------------------------------------------------------------------- threads
+//
+// A phase is a number of chunks that whoever is free takes. The caller's thread takes part, and a phase is over when its chunks
+// are done, not when every thread has come by: a thread that the system has put aside holds up nobody unless it holds a chunk.
+// Helpers spin for some microseconds between the phases of a step, then yield, and sleep between steps.
+
+typedef void (*Chunk)(const void *job, int64_t chunk);
+
+typedef struct {
+    _Atomic uint64_t ticket;  // low half: chunks not taken yet; high half: the phase's number, so that no chunk is taken for another's
+    _Atomic int64_t left;     // chunks not done yet
+    Chunk run;
+    const void *job;
+    _Atomic int awake, stop;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    int num_helpers;
+    pthread_t helpers[256];
+    void *scratch;
+    size_t scratch_size;
+} Engine;
+
+static inline void relax(int *spins) {
+    if (++*spins < 1000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    } else {
+        sched_yield();
+    }
+}
+
+static int take(Engine *engine) {
+    uint64_t seen = atomic_load_explicit(&engine->ticket, memory_order_acquire);
+    while ((uint32_t)seen) {
+        if (!atomic_compare_exchange_weak(&engine->ticket, &seen, seen - 1)) continue;
+        engine->run(engine->job, (int64_t)(uint32_t)seen - 1);
+        atomic_fetch_sub(&engine->left, 1);
+        return 1;
+    }
+    return 0;
+}
+
+static void *help(void *argument) {
+    Engine *engine = argument;
+    for (;;) {
+        pthread_mutex_lock(&engine->mutex);
+        while (!engine->awake && !engine->stop) pthread_cond_wait(&engine->wake, &engine->mutex);
+        pthread_mutex_unlock(&engine->mutex);
+        if (engine->stop) return NULL;
+        int spins = 0;
+        while (atomic_load_explicit(&engine->awake, memory_order_relaxed)) {
+            if (take(engine)) spins = 0;
+            else relax(&spins);
+        }
+    }
+}
+
+static void run(Engine *engine, Chunk chunk, const void *job, int64_t count) {
+    if (count <= 1 || !engine->awake) {
+        for (int64_t i = 0; i < count; i++) chunk(job, i);
+        return;
+    }
+    engine->run = chunk;
+    engine->job = job;
+    atomic_store(&engine->left, count);
+    uint64_t phase = (atomic_load(&engine->ticket) >> 32) + 1;
+    atomic_store_explicit(&engine->ticket, phase << 32 | (uint64_t)count, memory_order_release);
+    while (take(engine)) {}
+    int spins = 0;
+    while (atomic_load_explicit(&engine->left, memory_order_acquire)) relax(&spins);
+}
+
+static void set_awake(Engine *engine, int awake) {
+    if (!engine->num_helpers || engine->awake == awake) return;
+    pthread_mutex_lock(&engine->mutex);
+    engine->awake = awake;
+    if (awake) pthread_cond_broadcast(&engine->wake);
+    pthread_mutex_unlock(&engine->mutex);
+}
+
+void ladimo_destroy(Engine *engine) {
+    pthread_mutex_lock(&engine->mutex);
+    engine->stop = 1;
+    pthread_cond_broadcast(&engine->wake);
+    pthread_mutex_unlock(&engine->mutex);
+    for (int i = 0; i < engine->num_helpers; i++) pthread_join(engine->helpers[i], NULL);
+    pthread_cond_destroy(&engine->wake);
+    pthread_mutex_destroy(&engine->mutex);
+    free(engine->scratch);
+    free(engine);
+}
+
+Engine *ladimo_create(int64_t threads) {
+    Engine *engine = calloc(1, sizeof *engine);
+    if (!engine) return NULL;
+    pthread_mutex_init(&engine->mutex, NULL);
+    pthread_cond_init(&engine->wake, NULL);
+    while (engine->num_helpers < threads - 1 && engine->num_helpers < 256) {
+        if (pthread_create(&engine->helpers[engine->num_helpers], NULL, help, engine)) break;  // fewer do as well
+        engine->num_helpers++;
+    }
+    return engine;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- numbers
+
+static inline v16f splat(float x) { return x - (v16f){0}; }
+static inline v16f choose(v16i mask, v16f yes, v16f no) { return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no)); }
+
+static inline float sum_lanes(v16f v) {
+    float half[8], total = 0;
+    for (int i = 0; i < 8; i++) half[i] = v[i] + v[i + 8];
+    for (int i = 0; i < 8; i++) total += half[i];
+    return total;
+}
+
+static inline float max_lanes(v16f v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// e^x to about 2 units in the last place; below -87 nothing that fp32 can tell from 0.
+static inline v16f exp_lanes(v16f x) {
+    x = choose(x > splat(-87.0f), x, splat(-87.0f));
+    x = choose(x < splat(88.0f), x, splat(88.0f));
+    v16f n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
+    v16f r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    v16f p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (v16f)((v16i)p + (__builtin_convertvector(n, v16i) << 23));
+}
+
+static inline v16f silu(v16f x) { return x / (1.0f + exp_lanes(-x)); }
+
+static inline v16f widen(v16h x) { return (v16f)(__builtin_convertvector(x, v16u) << 16); }
+
+static inline v16h narrow(v16f x) {  // to the nearest, ties to even
+    v16u bits = (v16u)x;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, v16h);
+}
+
+static inline uint16_t narrow_one(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float widen_one(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline float read_one(const void *data, int64_t i, int64_t bf16) {
+    return bf16 ? widen_one(((const uint16_t *)data)[i]) : ((const float *)data)[i];
+}
+
+static inline void write_one(void *data, int64_t i, float x, int64_t bf16) {
+    if (bf16) ((uint16_t *)data)[i] = narrow_one(x);
+    else ((float *)data)[i] = x;
+}
+
+// Bytes of `size` activations.
+static inline int64_t activation_bytes(int64_t size, int64_t kind) {
+    return kind == FLOAT32 ? 4 * size : kind == BFLOAT16 ? 2 * size : size + size / GROUP * 8;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- products
+//
+// A tile function multiplies one block of r panels (its weights and scales) with n tokens' activations x[n] of `cols` columns and
+// leaves out[n][16 r]. Activations are of the weights' kind: fp32, bf16, or `Rounded` beside integers.
+
+typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
+#define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
+#define FOR_PANELS _Pragma("GCC unroll 8") for (int p = 0; p < r; p++)
+#define FOR_TOKENS _Pragma("GCC unroll 8") for (int t = 0; t < n; t++)
+#define WRITE_SUMS FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p]
+
+static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
+    (void)scales;
+    v16f sum[TILE][PANELS] = {0};
+    const v16f *panel = (const v16f *)w;
+    for (int64_t k = 0; k < cols; k++, panel += r) {
+        v16f weight[PANELS];
+        FOR_PANELS weight[p] = panel[p];
+        FOR_TOKENS {
+            v16f value = splat(((const float *)x[t])[k]);
+            FOR_PANELS sum[t][p] += weight[p] * value;
+        }
+    }
+    WRITE_SUMS;
+}
+
+// Two columns at a time: a lane of 32 bits holds the row's two weights, the lower half the first.
+static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
+    (void)scales;
+    v16f sum[TILE][PANELS] = {0};
+    const v16u *panel = (const v16u *)w;
+    for (int64_t k = 0; k < cols / 2; k++, panel += r) {
+#ifdef __AVX512BF16__
+        v16u weight[PANELS];
+        FOR_PANELS weight[p] = panel[p];
+        FOR_TOKENS {
+            __m512bh value = (__m512bh)_mm512_set1_epi32(((const int32_t *)x[t])[k]);
+            FOR_PANELS sum[t][p] = (v16f)_mm512_dpbf16_ps((__m512)sum[t][p], (__m512bh)weight[p], value);
+        }
+#else
+        v16f first[PANELS], second[PANELS];
+        FOR_PANELS first[p] = (v16f)(panel[p] << 16), second[p] = (v16f)(panel[p] & 0xffff0000u);
+        FOR_TOKENS {
+            const uint16_t *pair = (const uint16_t *)x[t] + 2 * k;
+            v16f one = splat(widen_one(pair[0])), two = splat(widen_one(pair[1]));
+            FOR_PANELS sum[t][p] += first[p] * one;
+            FOR_PANELS sum[t][p] += second[p] * two;
+        }
+#endif
+    }
+    WRITE_SUMS;
+}
+
+// Activations beside integer weights: columns rounded to 8 bits, a scale and the sum of the integers per group.
+typedef struct {
+    int8_t *columns;
+    float *scales;
+    int32_t *sums;
+} Rounded;
+
+static inline Rounded rounded(const void *x, int64_t cols) {
+    uint8_t *at = (uint8_t *)x;
+    return (Rounded){(int8_t *)at, (float *)(at + cols), (int32_t *)(at + cols + cols / GROUP * sizeof(float))};
+}
+
+// Four products of each lane's bytes, weights unsigned and activations signed, added to the lane.
+static inline v16i dot_bytes(v16i sum, v16u weights, uint32_t columns) {
+#ifdef __AVX512VNNI__
+    return (v16i)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32((int32_t)columns));
+#else
+    for (int i = 0; i < 4; i++) sum += (v16i)(weights >> 8 * i & 255) * (int32_t)(int8_t)(columns >> 8 * i);
+    return sum;
+#endif
+}
+
+// Integer weights are stored plus `offset`; taking offset times the sum of the columns away makes up for it. A lane holds four
+// columns of int8, or eight of int4: the first four in the lower halves of its bytes.
+static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
+    const int offset = 1 << (bits - 1), lanes = GROUP * bits / 32, together = r % 2 ? 1 : 2;
+    v16f sum[TILE][PANELS] = {0};
+    const v16u *panel = (const v16u *)w;
+    const v16f *scale = (const v16f *)scales;
+    for (int64_t g = 0; g < cols / GROUP; g++, scale += r, panel += lanes * r) {
+        _Pragma("GCC unroll 4") for (int first = 0; first < r; first += together) {
+            v16i part[TILE][2];
+            FOR_TOKENS for (int p = 0; p < together; p++) part[t][p] = (v16i){0} - offset * rounded(x[t], cols).sums[g];
+            for (int k = 0; k < lanes; k++)
+                for (int p = 0; p < together; p++) {
+                    v16u weight = panel[k * r + first + p];
+                    if (bits == 8) {
+                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], weight, ((const uint32_t *)x[t])[g * 8 + k]);
+                    } else {
+                        v16u low = weight & 0x0f0f0f0f, high = weight >> 4 & 0x0f0f0f0f;
+                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], low, ((const uint32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], high, ((const uint32_t *)x[t])[g * 8 + 2 * k + 1]);
+                    }
+                }
+            FOR_TOKENS for (int p = 0; p < together; p++)
+                sum[t][first + p] +=
+                    __builtin_convertvector(part[t][p], v16f) * (scale[first + p] * rounded(x[t], cols).scales[g]);
+        }
+    }
+    WRITE_SUMS;
+}
+
+static inline __attribute__((always_inline)) void tile_int8(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, 8, w, scales, cols, x, out);
+}
+
+static inline __attribute__((always_inline)) void tile_int4(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, 4, w, scales, cols, x, out);
+}
+
+static void round_group(const float *x, Rounded out, int64_t group) {
+    const v16f *v = (const v16f *)(x + group * GROUP);
+    v16i magnitude[2] = {(v16i)v[0] & 0x7fffffff, (v16i)v[1] & 0x7fffffff};
+    float most = max_lanes(choose(magnitude[0] > magnitude[1], (v16f)magnitude[0], (v16f)magnitude[1]));
+    float inverse = most > 0 ? 127.0f / most : 0.0f;
+    int32_t total = 0;
+    for (int half = 0; half < 2; half++) {
+        v16f shifted = v[half] * inverse + 12582912.0f;  // rounded: the integer is now in the low bits of the mantissa
+        v16i integers = (v16i)shifted - 0x4b400000;
+        for (int i = 0; i < LANES; i++) out.columns[group * GROUP + half * LANES + i] = (int8_t)integers[i], total += integers[i];
+    }
+    out.scales[group] = most / 127.0f;
+    out.sums[group] = total;
+}
+
+// Write `size` numbers as activations of a kind.
+static void write_activations(void *out, const float *x, int64_t size, int64_t kind) {
+    if (kind == FLOAT32) {
+        memcpy(out, x, size * sizeof(float));
+    } else if (kind == BFLOAT16) {
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) *(v16h *)((uint16_t *)out + i) = narrow(*(const v16f *)(x + i));
+        for (; i < size; i++) ((uint16_t *)out)[i] = narrow_one(x[i]);
+    } else {
+        for (int64_t group = 0; group < size / GROUP; group++) round_group(x, rounded(out, size), group);
+    }
+}
+
+#define DEFINE(kind, r, n) \
+    static void tile_##kind##_##r##_##n(TILE_ARGUMENTS) { tile_##kind(r, n, w, scales, cols, x, out); }
+#define DEFINE_PANELS(kind, r) \
+    DEFINE(kind, r, 1) DEFINE(kind, r, 2) DEFINE(kind, r, 3) DEFINE(kind, r, 4) DEFINE(kind, r, 5) DEFINE(kind, r, 6)
+#define DEFINE_KIND(kind) DEFINE_PANELS(kind, 1) DEFINE_PANELS(kind, 2) DEFINE_PANELS(kind, 3) DEFINE_PANELS(kind, 4)
+DEFINE_KIND(fp32)
+DEFINE_KIND(bf16)
+DEFINE_KIND(int8)
+DEFINE_KIND(int4)
+#define LIST_PANELS(kind, r)                                                                                              \
+    {                                                                                                                     \
+        tile_##kind##_##r##_1, tile_##kind##_##r##_2, tile_##kind##_##r##_3, tile_##kind##_##r##_4, tile_##kind##_##r##_5, \
+            tile_##kind##_##r##_6                                                                                         \
+    }
+#define LIST_KIND(kind) {LIST_PANELS(kind, 1), LIST_PANELS(kind, 2), LIST_PANELS(kind, 3), LIST_PANELS(kind, 4)}
+static const Tile TILES[4][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4)};
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
+static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
+static inline int64_t panel_bytes(const Matrix *m) {
+    static const int64_t half_bytes[] = {8, 4, 2, 1};
+    return LANES * m->cols * half_bytes[m->kind] / 2;
+}
+
+// The matrix of expert e where `m` is that of expert 0.
+static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
+    Matrix one = *m;
+    one.data += e * m->panels * panel_bytes(m);
+    if (m->scales) one.scales += e * m->panels * LANES * (m->cols / GROUP);
+    return one;
+}
+
+static inline void multiply(const Matrix *m, int64_t block, int64_t n, const void *const *x, float *out) {
+    const float *scales = m->scales ? m->scales + block * PANELS * LANES * (m->cols / GROUP) : NULL;
+    const uint8_t *data = m->data + block * PANELS * panel_bytes(m);
+    TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
+}
+
+// How many of `tokens` the next tile takes, so that tiles are of about one size.
+static inline int64_t tile_size(int64_t tokens) { return ceil_div(tokens, ceil_div(tokens, TILE)); }
+
+// target[t] = m x[t] (+ bias), or with `add` added to what is there.
+typedef struct {
+    const Matrix *m;
+    const uint8_t *x;
+    int64_t x_stride, tokens;  // stride in bytes
+    float *target;
+    int64_t target_stride;
+    const float *bias;
+    int add;
+} Product;
+
+static void product_chunk(const void *job, int64_t chunk) {
+    const Product *j = job;
+    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), block = chunk / token_blocks, row = block * PANELS * LANES;
+    int64_t begin = chunk % token_blocks * TOKEN_BLOCK, end = least(j->tokens, begin + TOKEN_BLOCK);
+    int64_t width = panels_of(j->m, block) * LANES, rows = least(width, j->m->rows - row);
+    float sums[TILE * PANELS * LANES];
+    const void *x[TILE];
+    for (int64_t t = begin, n; t < end; t += n) {
+        n = tile_size(end - t);
+        for (int64_t i = 0; i < n; i++) x[i] = j->x + (t + i) * j->x_stride;
+        multiply(j->m, block, n, x, sums);
+        for (int64_t i = 0; i < n; i++) {
+            float *target = j->target + (t + i) * j->target_stride + row;
+            const float *sum = sums + i * width;
+            if (j->bias)
+                for (int64_t c = 0; c < rows; c++) sums[i * width + c] += j->bias[row + c];
+            if (j->add)
+                for (int64_t c = 0; c < rows; c++) target[c] += sum[c];
+            else
+                memcpy(target, sum, rows * sizeof(float));
+        }
+    }
+}
+
+static void product(Engine *engine, Product job) {
+    run(engine, product_chunk, &job, num_blocks(job.m) * ceil_div(job.tokens, TOKEN_BLOCK));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the layer
+
+// A step's buffers, all [T, ...].
+typedef struct {
+    const Model *model;
+    const Step *step;
+    const Layer *layer;
+    int64_t layer_index;
+    int64_t hidden_bytes, attended_bytes, inner_bytes;  // of one token's activations
+    float *x, *qkv;               // hidden states [D], projections [(H + 2 G) C]
+    float *attended;              // [H C]
+    uint8_t *normed, *projected;  // [D] and [H C], activations
+    uint8_t *inner;               // [pairs, F], activations
+    float *weights;               // [E], by rank
+    int32_t *pair_token;          // tokens by expert, those of expert e from first_pair[e] on
+    float *pair_weight;           // and what its output counts there
+    int64_t *first_pair;          // [E + 1]
+    int64_t *query_items;         // {row, start, length, position} of tokens that attend together
+    int64_t num_items;
+} State;
+
+static void normalise(const float *x, const float *weight, int64_t size, double eps, float *out) {
+    v16f squares = {0};
+    int64_t i = 0;
+    float rest = 0;
+    for (; i + LANES <= size; i += LANES) {
+        v16f v = *(const v16f *)(x + i);
+        squares += v * v;
+    }
+    for (; i < size; i++) rest += x[i] * x[i];
+    float scale = 1.0f / sqrtf((sum_lanes(squares) + rest) / (float)size + (float)eps);
+    for (i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void input_norm_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    float normed[m->hidden];
+    normalise(s->x + t * m->hidden, s->layer->input_norm, m->hidden, m->eps, normed);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, m->activations);
+}
+
+static void rotate(float *x, const float *table, int64_t size, float scale) {
+    const float *cosine = table, *sine = table + size;
+    for (int64_t i = 0; i < size / 2; i++) {
+        float a = x[i], b = x[i + size / 2];
+        x[i] = (a * cosine[i] - b * sine[i]) * scale;
+        x[i + size / 2] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+}
+
+// Rotate a token's queries (scaled for the dot products) and keys, and store keys and values.
+static void store_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    const Step *step = s->step;
+    int64_t size = m->head_dim, groups = m->kv_heads, bs = step->block_size, slot = step->slots[t];
+    const float *table = m->rope + step->positions[t] * 2 * size;
+    float *q = s->qkv + t * (m->heads + 2 * groups) * size, *k = q + m->heads * size, *v = k + groups * size;
+    for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, size, 1.0f / sqrtf((float)size));
+    for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, size, 1.0f);
+    int64_t block = s->layer_index * step->num_blocks + slot / bs, offset = slot % bs;
+    for (int64_t i = 0; i < groups * size; i++) {
+        write_one(step->k_cache, (block * groups * size + i) * bs + offset, k[i], m->bf16);
+        write_one(step->v_cache, (block * bs + offset) * groups * size + i, v[i], m->bf16);
+    }
+}
+
+// Keys [C, 16] and values [16, C'] of up to 16 positions from `first` on, those up to `last` valid, C' = C rounded up to lanes.
+static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
+    const Model *m = s->model;
+    const Step *step = s->step;
+    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = step->block_size, groups = m->kv_heads;
+    const int64_t *table = step->block_table + row * step->table_width;
+    int64_t origin = s->layer_index * step->num_blocks, count = least(KEYS, last - first + 1);
+    if (bs % KEYS == 0) {
+        int64_t from = ((origin + table[first / bs]) * groups + g) * size * bs + first % bs;
+        for (int64_t c = 0; c < size; c++)
+            *(v16f *)(keys + c * KEYS) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->k_cache + from + c * bs))
+                                                 : *(const v16f *)((const float *)step->k_cache + from + c * bs);
+    } else {
+        memset(keys, 0, size * KEYS * sizeof(float));
+        for (int64_t j = 0; j < count; j++) {
+            int64_t from = ((origin + table[(first + j) / bs]) * groups + g) * size * bs + (first + j) % bs;
+            for (int64_t c = 0; c < size; c++) keys[c * KEYS + j] = read_one(step->k_cache, from + c * bs, m->bf16);
+        }
+    }
+    for (int64_t j = 0; j < count; j++) {
+        int64_t from = (((origin + table[(first + j) / bs]) * bs + (first + j) % bs) * groups + g) * size, c = 0;
+        for (; c + LANES <= size; c += LANES)
+            *(v16f *)(values + j * padded + c) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->v_cache + from + c))
+                                                         : *(const v16f *)((const float *)step->v_cache + from + c);
+        for (; c < padded; c++) values[j * padded + c] = c < size ? read_one(step->v_cache, from + c, m->bf16) : 0.0f;
+    }
+}
+
+// One query [C] over one tile of which `count` positions count: the running maximum, sum and output [C'] of an online softmax.
+static inline void attend_tile(
+    const float *q, const float *keys, const float *values, int64_t size, int64_t padded, int64_t count, float *most, float *total, float *out
+) {
+    v16f part[4] = {0};
+    int64_t c = 0;
+    for (; c + 4 <= size; c += 4)
+        for (int i = 0; i < 4; i++) part[i] += *(const v16f *)(keys + (c + i) * KEYS) * q[c + i];
+    for (; c < size; c++) part[0] += *(const v16f *)(keys + c * KEYS) * q[c];
+    v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    v16i counts = lane < (int32_t)count;
+    v16f scores = choose(counts, (part[0] + part[1]) + (part[2] + part[3]), splat(-INFINITY));
+    float highest = max_lanes(scores);
+    highest = highest > *most ? highest : *most;
+    v16f p = choose(counts, exp_lanes(scores - highest), splat(0.0f));
+    float kept = *most == -INFINITY ? 0.0f : expf(*most - highest);
+    *most = highest;
+    *total = *total * kept + sum_lanes(p);
+    for (int64_t i = 0; i < padded; i += LANES) {
+        v16f sum = *(v16f *)(out + i) * kept;
+        for (int64_t j = 0; j < count; j++) sum += *(const v16f *)(values + j * padded + i) * p[j];
+        *(v16f *)(out + i) = sum;
+    }
+}
+
+static void attend_item(const void *job, int64_t chunk) {
+    const State *s = job;
+    const Model *m = s->model;
+    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, group = m->heads / m->kv_heads;
+    const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
+    int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
+    int64_t last = position + length - 1, queries = length * group;
+    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries];
+    memset(out, 0, sizeof out);
+    for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY, total[i] = 0.0f;
+    for (int64_t first = 0; first <= last; first += KEYS) {
+        load_keys(s, row, g, first, last, keys, values);
+        for (int64_t t = first > position ? first - position : 0; t < length; t++)
+            for (int64_t h = 0; h < group; h++) {
+                const float *q = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + g * group + h) * size;
+                int64_t i = t * group + h, count = least(KEYS, position + t - first + 1);
+                attend_tile(q, keys, values, size, padded, count, most + i, total + i, out + i * padded);
+            }
+    }
+    for (int64_t i = 0; i < queries; i++) {
+        int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;
+        for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] / total[i];
+    }
+}
+
+static void project_token(const void *job, int64_t t) {
+    const State *s = job;
+    int64_t width = s->model->heads * s->model->head_dim;
+    write_activations(s->projected + t * s->attended_bytes, s->attended + t * width, width, s->model->activations);
+}
+
+// One token's m x, out [16 * panels].
+static void multiply_token(const Matrix *m, const void *x, float *out) {
+    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * LANES);
+}
+
+// From a token's normed hidden states [D] in fp32.
+static void router_logits(const State *s, const float *normed, float *logits) {
+    const Layer *l = s->layer;
+    float x[s->model->hidden];
+    int64_t experts = l->num_experts;
+    float first[l->router.panels * LANES + LANES], second[l->router_second.panels * LANES + LANES];
+    write_activations(x, normed, s->model->hidden, l->router.kind);
+    switch (l->router_kind) {
+    case ROUTER_LINEAR:
+        multiply_token(&l->router, x, first);
+        memcpy(logits, first, experts * sizeof(float));
+        return;
+    case ROUTER_MLP: {
+        int64_t hidden = l->router_second.cols;
+        float inner[hidden], activations[hidden];
+        multiply_token(&l->router, x, first);
+        for (int64_t i = 0; i < hidden; i++) inner[i] = i < l->router.rows ? tanhf(first[i]) : 0.0f;
+        write_activations(activations, inner, hidden, l->router.kind);
+        multiply_token(&l->router_second, activations, second);
+        memcpy(logits, second, experts * sizeof(float));
+        return;
+    }
+    case ROUTER_GLU:
+        multiply_token(&l->router, x, first);
+        multiply_token(&l->router_second, x, second);
+        for (int64_t e = 0; e < experts; e++) logits[e] = fabsf(first[e] / (1.0f + expf(-first[e])) * second[e]);
+        return;
+    default:
+        for (int64_t e = 0; e < experts; e++) logits[e] = -(float)e / (float)experts;
+    }
+}
+
+// `select_experts` for one token: ids and weights by rank, -1 and 0 where dropped.
+static void select_experts(const State *s, int64_t t, const float *logits, int64_t *ids, float *weights) {
+    const Layer *l = s->layer;
+    const Step *step = s->step;
+    int64_t experts = l->num_experts, at = step->policy_ids[t] * s->model->num_layers + s->layer_index;
+    const float *row = step->rows + at * 4;
+    const uint8_t *allowed = step->allowed + at * s->model->max_experts;
+    float scores[experts], order[experts], highest = -INFINITY, total = 0.0f;
+    for (int64_t e = 0; e < experts; e++)
+        if (allowed[e] && logits[e] > highest) highest = logits[e];
+    for (int64_t e = 0; e < experts; e++) {
+        scores[e] = !allowed[e] ? 0.0f : l->sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - highest);
+        total += scores[e];
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        if (!l->sigmoid && total > 0) scores[e] /= total;
+        order[e] = !allowed[e] ? -INFINITY : scores[e] + (l->selection_bias ? l->selection_bias[e] : 0.0f);
+    }
+    // Ranks beyond these keep nothing and divide nothing.
+    int64_t top_k = least(experts, (int64_t)row[0]), ranks = top_k > l->score_norm_top_k ? top_k : least(experts, l->score_norm_top_k);
+    int64_t best[experts];
+    float norm = 0.0f;
+    for (int64_t rank = 0; rank < ranks; rank++) {
+        int64_t winner = -1;
+        for (int64_t e = 0; e < experts; e++)
+            if (order[e] > (winner < 0 ? -INFINITY : order[winner])) winner = e;
+        best[rank] = winner;
+        if (winner < 0) {
+            ranks = rank;
+            break;
+        }
+        order[winner] = -INFINITY;
+        if (rank < l->score_norm_top_k) norm += scores[winner];
+    }
+    double mass = 0.0;  // torch sums in double and rounds each partial sum
+    float kept_total = 0.0f;
+    for (int64_t rank = 0; rank < s->model->max_experts; rank++) ids[rank] = -1;
+    for (int64_t rank = 0; rank < least(ranks, top_k); rank++) {
+        float score = scores[best[rank]];
+        if (l->score_norm_top_k) score /= norm > 1e-20f ? norm : 1e-20f;
+        mass += score;
+        float before = (float)mass - score;
+        weights[rank] = 0.0f;
+        if (rank && !(before < row[1] && score >= row[2])) continue;
+        ids[rank] = best[rank];
+        weights[rank] = l->weight_one ? 1.0f : score;
+        kept_total += weights[rank];
+    }
+    if (row[3] > 0)
+        for (int64_t rank = 0; rank < least(ranks, top_k); rank++) weights[rank] /= kept_total > 1e-20f ? kept_total : 1e-20f;
+}
+
+static void post_norm_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    const Layer *l = s->layer;
+    float normed[m->hidden];
+    normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, m->activations);
+    if (!m->max_experts) return;
+    int64_t *ids = s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * m->max_experts;
+    if (!l->num_experts) {
+        for (int64_t e = 0; e < m->max_experts; e++) ids[e] = -1;
+        return;
+    }
+    float logits[l->num_experts];
+    router_logits(s, normed, logits);
+    select_experts(s, t, logits, ids, s->weights + t * m->max_experts);
+}
+
+// Sort the step's (token, expert) pairs by expert. In a dense layer each token runs the one expert there is.
+static void group_tokens(State *s) {
+    const Layer *l = s->layer;
+    int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = l->num_experts;
+    if (!experts) {
+        s->first_pair[0] = 0, s->first_pair[1] = tokens;
+        for (int64_t t = 0; t < tokens; t++) s->pair_token[t] = (int32_t)t, s->pair_weight[t] = 1.0f;
+        return;
+    }
+    const int64_t *ids = s->step->expert_ids + s->layer_index * tokens * width;
+    memset(s->first_pair, 0, (experts + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < tokens * width; i++)
+        if (ids[i] >= 0) s->first_pair[ids[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) s->first_pair[e + 1] += s->first_pair[e];
+    int64_t next[experts];
+    memcpy(next, s->first_pair, sizeof next);
+    for (int64_t i = 0; i < tokens * width; i++) {
+        if (ids[i] < 0) continue;
+        int64_t pair = next[ids[i]]++;
+        s->pair_token[pair] = (int32_t)(i / width);
+        s->pair_weight[pair] = s->weights[i];
+    }
+}
+
+// Chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
+static int64_t expert_chunks(const State *s, int64_t e) {
+    int64_t pairs = s->first_pair[e + 1] - s->first_pair[e];
+    return num_blocks(&s->layer->gate_up) * ceil_div(pairs, TOKEN_BLOCK);
+}
+
+// Activations `first` .. `first + count` of a record of `size`; whole groups of them in the integer formats.
+static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t count, int64_t size, int64_t kind) {
+    if (kind == FLOAT32 || kind == BFLOAT16) {
+        write_activations(inner + activation_bytes(first, kind), x, count, kind);
+        return;
+    }
+    Rounded out = rounded(inner, size);
+    round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
+}
+
+static void gate_up_chunk(const void *job, int64_t chunk) {
+    const State *s = job;
+    const Model *m = s->model;
+    int64_t e = 0, size = s->layer->expert_size;
+    for (; chunk >= expert_chunks(s, e); e++) chunk -= expert_chunks(s, e);
+    Matrix matrix = expert_matrix(&s->layer->gate_up, e);
+    int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
+    int64_t block = chunk / token_blocks, begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK;
+    int64_t half = panels_of(&matrix, block) / 2;
+    end = least(end, begin + TOKEN_BLOCK);
+    float sums[TILE * PANELS * LANES];
+    const void *x[TILE];
+    for (int64_t pair = begin, n; pair < end; pair += n) {
+        n = tile_size(end - pair);
+        for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
+        multiply(&matrix, block, n, x, sums);
+        for (int64_t i = 0; i < n; i++) {
+            float product[PANELS / 2 * LANES];
+            uint8_t *inner = s->inner + (pair + i) * s->inner_bytes;
+            for (int64_t p = 0; p < half; p++) {
+                const float *gate = sums + (i * 2 * half + p) * LANES, *up = gate + half * LANES;
+                *(v16f *)(product + p * LANES) = silu(*(const v16f *)gate) * *(const v16f *)up;
+            }
+            write_inner(inner, product, block * PANELS / 2 * LANES, half * LANES, size, m->activations);
+        }
+    }
+}
+
+// 64 rows of the output for all experts and tokens, so that each is written by one thread in the order of the experts.
+static void down_chunk(const void *job, int64_t block) {
+    const State *s = job;
+    const Model *m = s->model;
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1;
+    int64_t row = block * PANELS * LANES;
+    float sums[TILE * PANELS * LANES];
+    const void *x[TILE];
+    for (int64_t e = 0; e < experts; e++) {
+        Matrix matrix = expert_matrix(&s->layer->down, e);
+        int64_t width = panels_of(&matrix, block) * LANES, rows = least(width, matrix.rows - row), end = s->first_pair[e + 1];
+        for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
+            n = tile_size(end - pair);
+            for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
+            multiply(&matrix, block, n, x, sums);
+            for (int64_t i = 0; i < n; i++) {
+                float *target = s->x + s->pair_token[pair + i] * m->hidden + row, weight = s->pair_weight[pair + i];
+                for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
+            }
+        }
+    }
+}
+
+static void run_layer(Engine *engine, State *s) {
+    const Model *m = s->model;
+    const Layer *l = s->layer;
+    s->inner_bytes = activation_bytes(l->expert_size, m->activations);
+    int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    run(engine, input_norm_token, s, tokens);
+    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, tokens, s->qkv, qkv_width, l->qkv_bias, 0});
+    run(engine, store_token, s, tokens);
+    run(engine, attend_item, s, s->num_items * m->kv_heads);
+    run(engine, project_token, s, tokens);
+    product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1});
+    run(engine, post_norm_token, s, tokens);
+    group_tokens(s);
+    int64_t chunks = 0;
+    for (int64_t e = 0; e < (l->num_experts ? l->num_experts : 1); e++) chunks += expert_chunks(s, e);
+    if (!chunks) return;
+    run(engine, gate_up_chunk, s, chunks);
+    run(engine, down_chunk, s, num_blocks(&l->down));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the step
+
+static void embed_token(const void *job, int64_t t) {
+    const State *s = job;
+    int64_t size = s->model->hidden, from = s->step->input_ids[t] * size;
+    for (int64_t i = 0; i < size; i++) s->x[t * size + i] = read_one(s->model->embedding, from + i, s->model->bf16);
+}
+
+static void final_norm_row(const void *job, int64_t r) {
+    const State *s = job;
+    const Model *m = s->model;
+    const float *x = s->x + s->step->logit_indices[r] * m->hidden;
+    float normed[m->hidden];
+    normalise(x, m->norm, m->hidden, m->eps, normed);
+    write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, m->activations);
+}
+
+// Tokens that attend together: a decoding row alone, a prompt's in runs that together have at most 64 queries per key head or are
+// QUERIES long. Returns how many; writes them unless `items` is NULL.
+static int64_t query_items(const Model *model, const Step *step, int64_t *items) {
+    int64_t count = 0, group = model->heads / model->kv_heads, run_length = 64 / group;
+    run_length = run_length < 1 ? 1 : least(run_length, QUERIES);
+    for (int64_t t = 0; t < step->num_decode; t++, count++)
+        if (items) memcpy(items + count * 4, (int64_t[4]){t, t, 1, step->positions[t]}, 4 * sizeof(int64_t));
+    for (int64_t i = 0; i < step->num_segments; i++) {
+        const Segment *segment = step->segments + i;
+        for (int64_t begin = 0; begin < segment->length; begin += run_length, count++) {
+            int64_t length = least(run_length, segment->length - begin), position = segment->context - segment->length + begin;
+            if (items) memcpy(items + count * 4, (int64_t[4]){segment->row, segment->start + begin, length, position}, 4 * sizeof(int64_t));
+        }
+    }
+    return count;
+}
+
+static void *carve(uint8_t **at, size_t size) {
+    void *begin = *at;
+    *at += (size + 63) / 64 * 64;
+    return begin;
+}
+
+// Lay the buffers out from `at` on; returns the end.
+static uint8_t *lay_out(State *s, uint8_t *at) {
+    const Model *m = s->model;
+    size_t tokens = s->step->num_tokens, pairs = tokens, inner = 0, experts = 1;
+    for (int64_t i = 0; i < m->num_layers; i++) {
+        const Layer *l = m->layers + i;
+        size_t places = l->num_experts ? l->num_experts : 1;
+        experts = places > experts ? places : experts;
+        pairs = tokens * places > pairs ? tokens * places : pairs;
+        size_t bytes = tokens * places * activation_bytes(l->expert_size, m->activations);
+        inner = bytes > inner ? bytes : inner;
+    }
+    size_t rows = (size_t)s->step->num_logits > tokens ? (size_t)s->step->num_logits : tokens;
+    s->x = carve(&at, tokens * m->hidden * sizeof(float));
+    s->qkv = carve(&at, tokens * (m->heads + 2 * m->kv_heads) * m->head_dim * sizeof(float));
+    s->normed = carve(&at, rows * s->hidden_bytes);
+    s->attended = carve(&at, tokens * m->heads * m->head_dim * sizeof(float));
+    s->projected = carve(&at, tokens * s->attended_bytes);
+    s->inner = carve(&at, inner);
+    s->weights = carve(&at, tokens * m->max_experts * sizeof(float));
+    s->pair_token = carve(&at, pairs * sizeof(int32_t));
+    s->pair_weight = carve(&at, pairs * sizeof(float));
+    s->first_pair = carve(&at, (experts + 1) * sizeof(int64_t));
+    s->query_items = carve(&at, s->num_items * 4 * sizeof(int64_t));
+    return at;
+}
+
+// Returns 0, or -1 when there is no memory for the step's buffers.
+int ladimo_step(Engine *engine, const Model *model, const Step *step) {
+    State state = {.model = model, .step = step};
+    state.hidden_bytes = activation_bytes(model->hidden, model->activations);
+    state.attended_bytes = activation_bytes(model->heads * model->head_dim, model->activations);
+    state.num_items = query_items(model, step, NULL);
+    size_t size = (size_t)lay_out(&state, NULL);
+    if (size > engine->scratch_size) {
+        free(engine->scratch);
+        engine->scratch = aligned_alloc(64, size);
+        engine->scratch_size = engine->scratch ? size : 0;
+        if (!engine->scratch) return -1;
+    }
+    lay_out(&state, engine->scratch);
+    query_items(model, step, state.query_items);
+    set_awake(engine, (int)step->parallel);
+    run(engine, embed_token, &state, step->num_tokens);
+    for (int64_t i = 0; i < model->num_layers; i++) {
+        state.layer = model->layers + i;
+        state.layer_index = i;
+        run_layer(engine, &state);
+    }
+    if (step->num_logits) {
+        run(engine, final_norm_row, &state, step->num_logits);
+        product(engine, (Product){&model->head, state.normed, state.hidden_bytes, step->num_logits, step->logits, model->vocab, NULL, 0});
+    }
+    set_awake(engine, 0);
+    return 0;
+}

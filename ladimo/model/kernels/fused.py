@@ -1,0 +1,82 @@
+"""Elementwise work done in one pass over memory, rounded exactly where `ladimo.model.layers` rounds.
+
+Legend: T tokens, D hidden_size, F intermediate_size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTWISE_TILE = 1024
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [T, D]. Reference: `ladimo.model.layers.rms_norm`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_rms_norm(x.contiguous(), None, weight, out, None, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + residual, both [T, D], and the sum itself. Reference: `ladimo.model.layers.add_rms_norm`."""
+    out, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    _launch_rms_norm(x.contiguous(), residual.contiguous(), weight, out, total, eps)
+    return out, total
+
+
+def _launch_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, total: Tensor | None, eps: float) -> None:
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _rms_norm_kernel[(x.numel() // size,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        out if total is None else total,
+        eps,
+        D=size,
+        ADD=residual is not None,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 512)),
+    )
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * D
+    columns = tl.arange(0, BLOCK)
+    live = columns < D
+    dtype = out_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + columns, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row + columns, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        total = (x + tl.load(residual_ptr + row + columns, mask=live, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(total_ptr + row + columns, total, mask=live)
+        x = total.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+    tl.store(out_ptr + row + columns, (weight * x.to(dtype).to(tl.float32)).to(dtype), mask=live)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both [T, F]. Reference: `ladimo.model.layers.silu_mul`."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    size = gate.shape[-1]
+    _silu_mul_kernel[(gate.numel() // size, triton.cdiv(size, ELEMENTWISE_TILE))](
+        gate.contiguous(), up.contiguous(), out, F=size, BLOCK=ELEMENTWISE_TILE
+    )
+    return out
+
+
+@triton.jit
+def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = columns < F
+    places = tl.program_id(0).to(tl.int64) * F + columns
+    dtype = out_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + places, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + places, mask=live, other=0.0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + places, (silu * up).to(dtype), mask=live)

@@ -1,0 +1,175 @@
+"""The routing rule and the counting of its choices, one launch each. References: `ladimo.model.routing.select_experts` and
+`ladimo.model.inputs.RoutingTables.record`.
+
+Legend: T tokens, E experts, K = E places per token, L layers, P policies.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ladimo.model.config import MoeLayerConfig
+
+# Tokens times experts routed in one program.
+SELECT_TILE = 512
+# Choices times experts compared at a time when choices are counted.
+COUNT_TILE = 8192
+
+
+def select_experts(
+    router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See the reference. `rows` [T, 4] and `allowed` [T, E] may be views of larger tables; ties go to the lower expert."""
+    num_tokens, num_experts = router_logits.shape
+    weights = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=router_logits.device)
+    ids = torch.empty(num_tokens, num_experts, dtype=torch.int64, device=router_logits.device)
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(1, SELECT_TILE // block_e)
+    _select_kernel[(triton.cdiv(num_tokens, block_t),)](
+        router_logits,
+        rows,
+        allowed.view(torch.uint8),
+        router_logits if selection_bias is None else selection_bias,
+        weights,
+        ids,
+        num_tokens,
+        router_logits.stride(0),
+        rows.stride(0),
+        allowed.stride(0),
+        E=num_experts,
+        SOFTMAX=layer.score_function == "softmax",
+        HAS_BIAS=selection_bias is not None,
+        NORM_TOP_K=layer.score_norm_top_k or 0,
+        WEIGHT_ONE=layer.expert_weight == "one",
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+    )
+    return weights, ids
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rows_stride", "allowed_stride"])
+def _select_kernel(
+    logits_ptr,
+    rows_ptr,
+    allowed_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    num_tokens,
+    logits_stride,
+    rows_stride,
+    allowed_stride,
+    E: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM_TOP_K: tl.constexpr,
+    WEIGHT_ONE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.arange(0, BLOCK_E)
+    in_range = tokens < num_tokens
+    live = in_range[:, None] & (experts < E)[None, :]
+    tokens = tokens.to(tl.int64)
+    allowed = tl.load(allowed_ptr + tokens[:, None] * allowed_stride + experts[None, :], mask=live, other=0) != 0
+    logits = tl.load(logits_ptr + tokens[:, None] * logits_stride + experts[None, :], mask=live, other=0.0).to(tl.float32)
+
+    if SOFTMAX:
+        logits = tl.where(allowed, logits, float("-inf"))
+        highest = tl.max(logits, axis=1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        exponentials = tl.where(allowed, tl.exp(logits - highest[:, None]), 0.0)
+        scores = exponentials / tl.maximum(tl.sum(exponentials, axis=1), 1e-30)[:, None]
+    else:
+        scores = tl.where(allowed, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
+    scores = tl.where(scores == scores, scores, 0.0)  # not a number: a rank must still be a place
+    order = scores
+    if HAS_BIAS:
+        order += tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
+    order = tl.where(allowed, order, float("-inf"))
+
+    # One expert after another: whom it stands before, and how much score stands before them.
+    rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)
+    mass_before = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    for expert in range(E):
+        its_order = tl.sum(tl.where((experts == expert)[None, :], order, 0.0), axis=1)[:, None]
+        its_score = tl.sum(tl.where((experts == expert)[None, :], scores, 0.0), axis=1)[:, None]
+        behind = (order < its_order) | ((order == its_order) & (experts > expert)[None, :])
+        rank += behind.to(tl.int32)
+        mass_before += tl.where(behind, its_score, 0.0)
+    if NORM_TOP_K > 0:
+        norm = tl.maximum(tl.sum(tl.where(rank < NORM_TOP_K, scores, 0.0), axis=1), 1e-20)[:, None]
+        scores = scores / norm
+        mass_before = mass_before / norm
+
+    rule = rows_ptr + tokens * rows_stride
+    top_k = tl.load(rule, mask=in_range, other=0.0)[:, None]
+    mass = tl.load(rule + 1, mask=in_range, other=0.0)[:, None]
+    floor = tl.load(rule + 2, mask=in_range, other=0.0)[:, None]
+    renormalize = tl.load(rule + 3, mask=in_range, other=0.0)[:, None]
+    enough = ((mass_before < mass) & (scores >= floor)) | (rank == 0)
+    kept = allowed & enough & (rank < top_k)
+    weights = kept.to(tl.float32) if WEIGHT_ONE else tl.where(kept, scores, 0.0)
+    total = tl.maximum(tl.sum(weights, axis=1), 1e-20)[:, None]
+    weights = tl.where(renormalize > 0, weights / total, weights)
+
+    places = tokens[:, None] * E + rank
+    ids = tl.where(kept, experts[None, :].to(tl.int64), -1)
+    tl.store(weights_ptr + places, weights, mask=live)
+    tl.store(ids_ptr + places, ids, mask=live)
+
+
+def record(expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distinct_experts: Tensor) -> None:
+    """Add one step's choices to the counters of `RoutingTables`: expert_ids [L, T, K], policy_ids [T], expert_tokens
+    [P, L, E], distinct_experts [L, E + 1]. One program per layer."""
+    num_layers, num_tokens, num_places = expert_ids.shape
+    num_experts = expert_tokens.shape[2]
+    block_e = triton.next_power_of_2(num_experts)
+    _record_kernel[(num_layers,)](
+        expert_ids.contiguous(),
+        policy_ids,
+        expert_tokens,
+        distinct_experts,
+        num_tokens * num_places,
+        num_layers,
+        K=num_places,
+        E=num_experts,
+        BLOCK=min(triton.next_power_of_2(num_tokens * num_places), max(16, COUNT_TILE // block_e)),
+        BLOCK_E=block_e,
+    )
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_layers"])
+def _record_kernel(
+    ids_ptr,
+    policies_ptr,
+    expert_tokens_ptr,
+    distinct_ptr,
+    num_choices,
+    num_layers,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    layer = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, BLOCK_E)
+    hit = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for start in range(0, num_choices, BLOCK):
+        choices = start + tl.arange(0, BLOCK)
+        live = choices < num_choices
+        ids = tl.load(ids_ptr + layer * num_choices + choices, mask=live, other=-1)
+        policies = tl.load(policies_ptr + choices // K, mask=live, other=0)
+        chosen = (ids[:, None] == experts[None, :]).to(tl.int32)
+        hit = tl.maximum(hit, tl.max(chosen, axis=0))
+        # Most steps are under one policy: its choices are summed here and added once, the others one by one.
+        common = tl.max(policies, axis=0)
+        counts = tl.sum(tl.where((policies == common)[:, None], chosen, 0), axis=0)
+        row = expert_tokens_ptr + (common * num_layers + layer) * E
+        tl.atomic_add(row + experts, counts.to(tl.int64), mask=(experts < E) & (counts > 0))
+        rows = expert_tokens_ptr + (policies * num_layers + layer) * E
+        tl.atomic_add(rows + ids, tl.full([BLOCK], 1, tl.int64), mask=(ids >= 0) & (policies != common))
+    counter = distinct_ptr + layer * (E + 1) + tl.sum((hit > 0).to(tl.int32), axis=0)
+    tl.store(counter, tl.load(counter) + 1)

@@ -1,0 +1,281 @@
+"""Every conversion method on the same model, tokens and evaluator, at equal budgets of active parameters.
+
+    python -m loadtests.conversion_bench ladimo/demo/model --out bench.json [--text FILE --evaluate FILE] [--tokens 100000]
+        [--seeds 0,1,2] [--methods ladimo,cmoe,...] [--plot bench.svg]
+
+Results are added to --out as they come, and what is there already is not done again, so a stopped run goes on. Without --text
+the text is Python's standard library and the evaluation its held-out modules. Where a method has the same number of experts in
+all layers, the last layers get one more as far as the budget allows, so that all come close to it; the table shows what is
+really active.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from ladimo.checkpoint import choose_device, read_config, read_json, read_policies, write_json, write_text
+from ladimo.convert.calibration import Encoder, calibrate, evaluation_blocks
+from ladimo.convert.charts import comparison_chart
+from ladimo.convert.choose_policy import Rules
+from ladimo.convert.evaluate import measure
+from ladimo.convert.finished import experts_of
+from ladimo.convert.pipeline import convert
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.report import REPORT
+from ladimo.convert.teacher import StreamedModel
+from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.policy import LayerRule
+from loadtests.conditions import conditions
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+WHOLE = {"layers": "all", "policies.points": 0}
+TUNED = {"train.steps": 400, "train.expert_lr": 5e-4}
+
+Points = dict[float, Rules]  # what to measure for each budget
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to get at every budget. recipe: values by dotted key for a budget, or for all (None) where one conversion serves
+    all. points: what to measure of the finished checkpoint."""
+
+    recipe: Callable[[float | None, ModelConfig], dict[str, Any]]
+    points: Callable[[Path, ModelConfig, float | None], Points]
+    each_budget: bool = False
+
+
+def variants() -> dict[str, Variant]:
+    def same(values: dict[str, Any]) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
+        return lambda budget, config: {**WHOLE, **values}
+
+    def static(budget: float | None, config: ModelConfig) -> dict[str, Any]:
+        assert budget is not None
+        return {**WHOLE, **TUNED, "method": "static", "target_active": budget}
+
+    def cmoe(budget: float | None, config: ModelConfig) -> dict[str, Any]:
+        assert budget is not None
+        count = max(1, min(8, int(uniform_experts(config, 8, 2 * config.hidden_size, budget))))
+        return {**WHOLE, **TUNED, "method": "cmoe", "split.top_k": count}
+
+    def elastic(**values: Any) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
+        return lambda budget, config: {"method": "elastic", "elastic.budgets": list(BUDGETS), "policies.points": 0, **values}
+
+    return {
+        "ladimo": Variant(same({"method": "ladimo"}), by_depth),
+        "moefication": Variant(same({"method": "moefication", "train.steps": 400}), by_top_k),
+        "cmoe": Variant(same({"method": "cmoe", "split.top_k": 6, "train.steps": 0}), by_top_k),
+        "cmoe, tuned": Variant(cmoe, by_top_k, each_budget=True),
+        "static": Variant(static, by_full, each_budget=True),
+        "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
+        "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
+        "elastic": Variant(elastic(), by_policy),
+    }
+
+
+def uniform_experts(config: ModelConfig, num_experts: int, router_per_expert: int, budget: float) -> float:
+    """How many of `num_experts` experts every layer can run within the budget, as a fraction."""
+    router = config.num_hidden_layers * num_experts * router_per_expert / config.dense_parameters
+    ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers / config.dense_parameters
+    return num_experts * (budget - router - (1 - ffn)) / ffn
+
+
+def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+    """LaDiMo's own way: policy `full` in the least damaging layers, as many as the budget asks for, the rest dense."""
+    report = read_json(directory / REPORT)
+    order = sorted(report["layers"], key=lambda layer: float(layer["converted_alone_perplexity"]))
+    points: Points = {}
+    for target in BUDGETS:
+        chosen: set[int] = set()
+        for layer in order:
+            if cost(config, _full(config, chosen)) <= target:
+                break
+            chosen.add(int(layer["layer"]))
+        points[target] = _full(config, chosen)
+    return points
+
+
+def by_top_k(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+    """The same number of experts in every layer, one more in the last ones."""
+    points: Points = {}
+    for target in BUDGETS if budget is None else (budget,):
+        best: Rules | None = None
+        for steps in range(config.num_hidden_layers * max(layer.num_experts for layer in config.layers if layer)):
+            rules = _spread_top_k(config, steps)
+            if rules is None or cost(config, rules) > target:
+                break
+            best = rules
+        if best is not None:
+            points[target] = best
+    return points
+
+
+def by_full(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+    assert budget is not None
+    return {budget: _full(config, set(range(config.num_hidden_layers)))}
+
+
+def by_policy(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+    policies = read_policies(directory, config)
+    report = read_json(directory / REPORT)
+    return {entry["target"]: policies[entry["policy"]].layers for entry in report["elastic"]["budgets"]}
+
+
+def cost(config: ModelConfig, rules: Rules) -> float:
+    """Active / dense parameters where a layer without a rule runs its dense FFN."""
+    layers = tuple(layer if rule is not None else None for layer, rule in zip(config.layers, rules, strict=True))
+    experts = tuple(None if rule is None else float(rule.top_k) for rule in rules)
+    return dataclasses.replace(config, layers=layers).active_parameters_ratio(experts)
+
+
+def _full(config: ModelConfig, chosen: set[int]) -> Rules:
+    return tuple(
+        LayerRule.full(layer) if layer is not None and index in chosen else None for index, layer in enumerate(config.layers)
+    )
+
+
+def _spread_top_k(config: ModelConfig, steps: int) -> Rules | None:
+    """1 + steps // L experts in every layer, one more in the last steps % L ones; None when a layer has not so many."""
+    depth = config.num_hidden_layers
+
+    def rule(index: int, layer: MoeLayerConfig | None) -> LayerRule:
+        assert layer is not None
+        count = 1 + steps // depth + (index >= depth - steps % depth)
+        return dataclasses.replace(LayerRule.full(layer), top_k=count)
+
+    rules = tuple(rule(index, layer) for index, layer in enumerate(config.layers))
+    fits = all(rule.top_k <= layer.num_experts for rule, layer in zip(rules, config.layers, strict=True) if layer)
+    return rules if fits else None
+
+
+def run_variant(
+    variant: Variant, source: Path, text: Sequence[Path] | None, tokens: int, seed: int, blocks: Tensor, device: str
+) -> Iterator[dict[str, Any]]:
+    """One result per budget that the method can reach."""
+    dense = StreamedModel(source, choose_device(device))
+    reference: Rules = (None,) * dense.config.num_hidden_layers
+    for budget in BUDGETS if variant.each_budget else (None,):
+        recipe = Recipe().override({"tokens": tokens, "seed": seed, **variant.recipe(budget, dense.config)})
+        with TemporaryDirectory() as temporary:
+            out, started = Path(temporary) / "moe", time.monotonic()
+            try:
+                convert(str(source), out, recipe, text, device)
+            except ValueError as error:
+                yield {"budget": budget, "error": str(error)}
+                continue
+            seconds = time.monotonic() - started
+            own = StreamedModel(out, dense.device)
+            points = variant.points(out, own.config, budget)
+            measured = measure(dense, experts_of(own), blocks, [reference, *points.values()], reference)
+            stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            for target, rules in points.items():
+                found = measured[rules]
+                yield {
+                    "budget": target,
+                    "active_parameters_ratio": cost(own.config, rules),
+                    "perplexity_ratio": found.perplexity / measured[reference].perplexity,
+                    "kl": found.kl,
+                    "next_token_agreement": found.next_token_agreement,
+                    "conversion_seconds": seconds,
+                    "stored_bytes": stored,
+                }
+
+
+def table(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown: a row per method and tokens, a column per budget: median perplexity ratio, spread over seeds, active share."""
+    rows: dict[tuple[str, int], dict[float, list[dict[str, Any]]]] = {}
+    for result in results:
+        if "error" not in result:
+            rows.setdefault((result["method"], result["tokens"]), {}).setdefault(result["budget"], []).append(result)
+    lines = ["| method | tokens | " + " | ".join(f"{100 * budget:.0f}%" for budget in BUDGETS) + " | seconds |"]
+    lines.append("| --- | ---: |" + " ---: |" * (len(BUDGETS) + 1))
+    for (method, tokens), budgets in sorted(rows.items(), key=lambda row: (row[0][1], row[0][0])):
+        cells = []
+        for budget in BUDGETS:
+            found = budgets.get(budget, [])
+            ratios = sorted(result["perplexity_ratio"] for result in found)
+            active = statistics.mean(result["active_parameters_ratio"] for result in found) if found else 0.0
+            spread = f" ({ratios[0]:.3f}-{ratios[-1]:.3f})" if len(ratios) > 1 else ""
+            cells.append(f"{statistics.median(ratios):.3f}{spread} at {100 * active:.1f}%" if found else "-")
+        seconds = statistics.median(result["conversion_seconds"] for found in budgets.values() for result in found)
+        lines.append(f"| {method} | {tokens:,} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def comparison(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that `ladimo report --comparison` reads: median and spread over seeds."""
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    for result in results:
+        if "error" not in result:
+            groups.setdefault((result["method"], result["tokens"], result["budget"]), []).append(result)
+    return [
+        {
+            "method": method,
+            "tokens": tokens,
+            "target": budget,
+            "active_parameters_ratio": statistics.median(result["active_parameters_ratio"] for result in found),
+            "perplexity_ratio": statistics.median(result["perplexity_ratio"] for result in found),
+            "spread": [
+                min(result["perplexity_ratio"] for result in found),
+                max(result["perplexity_ratio"] for result in found),
+            ],
+            "seeds": len(found),
+        }
+        for (method, tokens, budget), found in groups.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    known = variants()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="dense checkpoint directory")
+    parser.add_argument("--out", type=Path, required=True, help="JSON of all results, added to")
+    parser.add_argument("--text", type=Path, nargs="+", help="calibration text")
+    parser.add_argument("--evaluate", type=Path, help="text to evaluate on, with --text")
+    parser.add_argument("--evaluate-tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", default="100000", help="calibration tokens, one or more numbers")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default=";".join(known), help=f"separated by ';': {'; '.join(known)}")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--plot", type=Path, help="SVG of perplexity ratio against active parameters")
+    args = parser.parse_args(arguments)
+    if (args.text is None) != (args.evaluate is None):
+        parser.error("--text and --evaluate go together")
+    chosen = [name.strip() for name in args.methods.split(";") if name.strip()]
+    if unknown := sorted(set(chosen) - set(known)):
+        parser.error(f"unknown method {unknown[0]!r}; known: {'; '.join(known)}")
+    encoder = Encoder(args.model, read_config(args.model))
+    if args.evaluate is None:
+        blocks = calibrate(encoder, 5 * args.evaluate_tokens, 0, None).evaluation
+    else:
+        blocks = evaluation_blocks(encoder, args.evaluate, args.evaluate_tokens)
+    record: dict[str, Any] = read_json(args.out) if args.out.exists() else {"benchmark": "conversion_bench", "results": []}
+    record |= {"model": args.model.name, "evaluation_tokens": blocks[:, 1:].numel(), "protocol": encoder.protocol}
+    done = {(result["method"], result["tokens"], result["seed"]) for result in record["results"]}
+    for tokens in (int(count) for count in args.tokens.split(",")):
+        for seed in (int(seed) for seed in args.seeds.split(",")):
+            for name in chosen:
+                if (name, tokens, seed) in done:
+                    continue
+                found = run_variant(known[name], args.model, args.text, tokens, seed, blocks, args.device)
+                made = [{"method": name, "tokens": tokens, "seed": seed, **result} for result in found]
+                for result in made:
+                    print(json.dumps(result), flush=True)
+                record["results"] += made
+                write_json(args.out, {**record, **conditions()})
+    print(table(record["results"]))
+    if args.plot:
+        write_text(args.plot, comparison_chart(f"{args.model.name}: perplexity", comparison(record["results"])))
+    print(json.dumps({**record, **conditions()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Each kernel against what the hardware allows, measured in the same run: by tokens and experts per token.
+
+    python -m loadtests.kernel_bench [--experts 8] [--sweep]        on a GPU, about a minute
+    python -m loadtests.kernel_bench --dry-run                      in Triton's interpreter; its figures mean nothing
+
+Sizes are those of one layer of LLaMA-2-7B in bf16, its FFN cut into equal experts. Calls are timed inside a CUDA graph and go
+round several copies of the weights, so that neither launches nor the L2 cache flatter them. The bound of a call is the larger
+of the bytes it must move over the copy bandwidth and its operations over the matrix rate. `dense` is the whole FFN by torch.
+--sweep tries other tiles for the expert kernels.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.inputs import RoutingTables
+from loadtests.conditions import conditions
+from loadtests.limits import copy_bandwidth, matrix_rate, seconds_of
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One layer, and the numbers of tokens, experts per token, sequences and positions to try."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    heads: int = 32
+    head_dim: int = 128
+    copies: int = 4
+    decode: tuple[int, ...] = (1, 2, 5, 16, 32, 64, 256)
+    prefill: tuple[int, ...] = (2048, 8192)
+    batches: tuple[int, ...] = (1, 16, 64)
+    contexts: tuple[int, ...] = (512, 4096)
+
+
+TINY = Sizes(64, 128, 4, 16, copies=2, decode=(1, 3), prefill=(20,), batches=(2,), contexts=(40,))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One call: `bytes_moved` and `operations` are the least that the answer needs. `dense` is the ratio of the dense FFN's
+    time to this one's."""
+
+    kernel: str
+    case: str
+    seconds: float
+    bytes_moved: float
+    operations: float
+    dense: float | None = None
+
+
+def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
+    """Seconds of one of `calls`, which run one after another, all of them `repeats` times."""
+    if device.type != "cuda":
+        return seconds_of(lambda: [call() for call in calls], device, rounds=1) / len(calls)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in [*calls] * repeats:
+            call()
+    return seconds_of(graph.replay, device) / (repeats * len(calls))
+
+
+class Bench:
+    def __init__(self, sizes: Sizes, num_experts: int, device: torch.device, deadline: float) -> None:
+        self.sizes, self.num_experts, self.device, self.deadline = sizes, num_experts, device, deadline
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.results: list[Result] = []
+        self.bandwidth = copy_bandwidth(device)
+        self.matrix_rate = matrix_rate(device, self.dtype)
+        size, hidden = sizes.intermediate_size // num_experts, sizes.hidden_size
+        self.weights = [
+            (self.normal(num_experts, 2 * size, hidden) / hidden**0.5, self.normal(num_experts, hidden, size) / size**0.5)
+            for _ in range(sizes.copies)
+        ]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype, generator=self.generator)
+
+    def route(self, num_tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
+        """Uniform choices without repetition; every expert counts with one."""
+        ids = torch.rand(num_tokens, self.num_experts, device=self.device, generator=self.generator).argsort(dim=-1)
+        ids[:, top_k:] = -1
+        return (ids >= 0).float(), ids
+
+    def bound(self, result: Result) -> float:
+        return max(result.bytes_moved / self.bandwidth, result.operations / self.matrix_rate)
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        ratio = "" if result.dense is None else f"{result.dense:8.2f}x"
+        print(
+            f"{result.kernel:<22} {result.case:<30} {result.seconds * 1e6:10.1f} us "
+            f"{result.bytes_moved / result.seconds / 1e9:9.0f} GB/s {result.operations / result.seconds / 1e12:8.1f} TFLOP/s "
+            f"{self.bound(result) / result.seconds:7.1%} {ratio}",
+            flush=True,
+        )
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def expert_arguments(self, num_tokens: int, top_k: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        x = self.normal(num_tokens, self.sizes.hidden_size)
+        return [(x, *self.route(num_tokens, top_k), *pair) for pair in self.weights]
+
+    def experts(self, num_tokens: int, top_k: int, dense_seconds: float, tiles: Any = None, label: str = "") -> Result:
+        from ladimo.model.kernels.experts import apply_experts
+
+        arguments = self.expert_arguments(num_tokens, top_k)
+        calls = [partial(apply_experts, *a, tiles) for a in arguments]
+        seconds = seconds_per_call(calls, self.device, repeats=4 if num_tokens <= 256 else 1)
+        size, hidden = self.sizes.intermediate_size // self.num_experts, self.sizes.hidden_size
+        distinct = sum(len(set(a[2].unique().tolist()) - {-1}) for a in arguments) / len(arguments)
+        bytes_moved = (distinct * 3 * hidden * size + 2 * num_tokens * hidden) * self.dtype.itemsize
+        operations = 2 * 3 * hidden * size * num_tokens * top_k
+        case = f"T {num_tokens}, k {top_k}, {distinct:.1f} distinct{label}"
+        return Result("experts", case, seconds, bytes_moved, operations, dense_seconds / seconds)
+
+    def dense(self, num_tokens: int) -> Result:
+        """The dense FFN by torch, gate and up in one product, on the same weights."""
+        x = self.normal(num_tokens, self.sizes.hidden_size)
+        pairs = [(gate_up.flatten(0, 1), down.transpose(0, 1).flatten(1)) for gate_up, down in self.weights]
+
+        def ffn(gate_up: Tensor, down: Tensor) -> Tensor:
+            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+            return F.linear(F.silu(gate) * up, down)
+
+        calls = [partial(ffn, *pair) for pair in pairs]
+        seconds = seconds_per_call(calls, self.device, repeats=4 if num_tokens <= 256 else 1)
+        parameters = 3 * self.sizes.hidden_size * self.sizes.intermediate_size
+        bytes_moved = (parameters + 2 * num_tokens * self.sizes.hidden_size) * self.dtype.itemsize
+        return Result("dense FFN (torch)", f"T {num_tokens}", seconds, bytes_moved, 2 * parameters * num_tokens, 1.0)
+
+    def library_grouped(self, num_tokens: int, top_k: int, dense_seconds: float) -> Result | None:
+        """torch's own grouped matrix products on tokens already sorted by expert: a bound for what sorting could win."""
+        if self.device.type != "cuda" or not hasattr(torch, "_grouped_mm"):
+            return None
+        pairs = num_tokens * top_k
+        x = self.normal(pairs, self.sizes.hidden_size)
+        size, hidden = self.sizes.intermediate_size // self.num_experts, self.sizes.hidden_size
+        ends = torch.arange(1, self.num_experts + 1, device=self.device, dtype=torch.int32) * (pairs // self.num_experts)
+
+        def ffn(gate_up: Tensor, down: Tensor) -> Tensor:
+            gate, up = torch._grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+            return torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+        try:
+            seconds = seconds_of(lambda: [ffn(*pair) for pair in self.weights], self.device) / len(self.weights)
+        except RuntimeError as error:
+            print(f"torch._grouped_mm: {str(error).splitlines()[0]}")
+            return None
+        operations = 2 * 3 * hidden * size * pairs
+        return Result("torch._grouped_mm", f"T {num_tokens}, k {top_k}", seconds, 0, operations, dense_seconds / seconds)
+
+    def attention(self, batch: int, context: int, kv_heads: int) -> Result:
+        from ladimo.model.kernels.attention import attend_decode
+
+        block_size = 16
+        width = -(-context // block_size)
+        heads, head_dim = self.sizes.heads, self.sizes.head_dim
+        table = (torch.randperm(batch * width, device=self.device, generator=self.generator) + 1).view(batch, width)
+        q = self.normal(batch, heads, head_dim)
+        context_lens = torch.full((batch,), context, device=self.device)
+        shape = (batch * width + 1, block_size, kv_heads, head_dim)
+        caches = [(self.normal(*shape), self.normal(*shape)) for _ in range(self.sizes.copies)]
+        calls = [partial(attend_decode, q, k, v, table, context_lens) for k, v in caches]
+        seconds = seconds_per_call(calls, self.device, repeats=4)
+        keys = batch * context * kv_heads * head_dim
+        operations = 4 * batch * context * heads * head_dim
+        case = f"B {batch}, context {context}, {heads}/{kv_heads} heads"
+        return Result("attend_decode", case, seconds, 2 * keys * self.dtype.itemsize, operations)
+
+    def small(self, num_tokens: int) -> Iterator[Result]:
+        """What is bound by launches at one token and by memory at many."""
+        from ladimo.model.kernels import attention, fused, routing
+
+        hidden, width = self.sizes.hidden_size, self.sizes.intermediate_size
+        heads, head_dim = self.sizes.heads, self.sizes.head_dim
+        x, residual, weight = self.normal(num_tokens, hidden), self.normal(num_tokens, hidden), self.normal(hidden)
+        gate, up = self.normal(num_tokens, width), self.normal(num_tokens, width)
+        logits = self.normal(num_tokens, self.num_experts)
+        rows = torch.tensor([2.0, torch.inf, 0.0, 1.0], device=self.device).repeat(num_tokens, 1)
+        allowed = torch.ones(num_tokens, self.num_experts, dtype=torch.bool, device=self.device)
+        layer = MoeLayerConfig(self.num_experts, 2, width // self.num_experts)
+        ids = self.route(num_tokens, 2)[1].expand(32, -1, -1).contiguous()
+        tables = RoutingTables.empty(4, 32, self.num_experts, self.device)
+        policy_ids = torch.ones(num_tokens, dtype=torch.int64, device=self.device)
+        q, k, v = (self.normal(num_tokens, heads, head_dim) for _ in range(3))
+        rope = self.normal(num_tokens, 1, head_dim), self.normal(num_tokens, 1, head_dim)
+        caches = self.normal(num_tokens, 1, heads, head_dim), self.normal(num_tokens, 1, heads, head_dim)
+        slots = torch.arange(num_tokens, device=self.device)
+        row = hidden * num_tokens * self.dtype.itemsize
+        calls: dict[str, tuple[Callable[[], object], float]] = {
+            "add_rms_norm": (lambda: fused.add_rms_norm(x, residual, weight, 1e-5), 4 * row),
+            "silu_mul": (lambda: fused.silu_mul(gate, up), 3 * gate.nbytes),
+            "rotate_and_store": (lambda: attention.rotate_and_store(q, k, v, rope, *caches, slots), 6 * row),
+            "select_experts": (lambda: routing.select_experts(logits, rows, allowed, layer), 4 * ids[0].nbytes),
+            "record, 32 layers": (
+                lambda: routing.record(ids, policy_ids, tables.expert_tokens, tables.distinct_experts),
+                ids.nbytes,
+            ),
+        }
+        for name, (call, bytes_moved) in calls.items():
+            yield Result(name, f"T {num_tokens}", seconds_per_call([call], self.device, repeats=20), bytes_moved, 0)
+
+
+def candidate_tiles(num_tokens: int) -> Iterator[tuple[Any, Any]]:
+    """Pairs for `apply_experts`: one of the two differs from the present choice."""
+    from ladimo.model.kernels.experts import MATVEC_TILES, Tile, grouped_tiles
+
+    if num_tokens == 1:
+        first, second = MATVEC_TILES
+        tried = [Tile(1, n, k, warps) for n, k, warps in itertools.product((2, 4, 8), (512, 1024, 2048), (4, 8))]
+    else:
+        first, second = grouped_tiles(num_tokens)
+        sizes = itertools.product((first.m, 2 * first.m), (16, 32, 64, 128), (64, 128), (4, 8), (3, 4, 5))
+        tried = [Tile(*size) for size in sizes if size[0] <= 128 and abs(size[1] - first.n) <= 64]
+    yield first, second
+    for tile in tried:
+        yield tile, second
+        yield first, tile
+
+
+def sweep(bench: Bench, num_tokens: int, top_k: int, dense_seconds: float) -> None:
+    """The three fastest pairs of tiles and the present one."""
+    found = []
+    for tiles in candidate_tiles(num_tokens):
+        if bench.out_of_time:
+            break
+        try:
+            found.append((bench.experts(num_tokens, top_k, dense_seconds, tiles), tiles))
+        except Exception as error:  # a tile that does not fit the machine is no candidate
+            print(f"{tiles}: {str(error).splitlines()[0][:120]}")
+    present = found[0]
+    for result, tiles in [present, *sorted(found, key=lambda pair: pair[0].seconds)[:3]]:
+        bench.add(result)
+        print(f"    {tiles[0]}, {tiles[1]}")
+
+
+def measure(bench: Bench, sweeping: bool) -> None:
+    sizes = bench.sizes
+    every = bench.num_experts
+    for num_tokens in (*sizes.decode, *sizes.prefill):
+        dense = bench.dense(num_tokens)
+        bench.add(dense)
+        for top_k in sorted({1, 2, every // 2, every}):
+            if bench.out_of_time:
+                return
+            bench.add(bench.experts(num_tokens, top_k, dense.seconds))
+            if num_tokens in sizes.prefill and (library := bench.library_grouped(num_tokens, top_k, dense.seconds)):
+                bench.add(library)
+        if sweeping:
+            sweep(bench, num_tokens, 2, dense.seconds)
+            sweep(bench, num_tokens, every, dense.seconds)
+    for batch, context, kv_heads in itertools.product(sizes.batches, sizes.contexts, (sizes.heads, sizes.heads // 4)):
+        if bench.out_of_time:
+            return
+        bench.add(bench.attention(batch, context, kv_heads))
+    for num_tokens in (1, sizes.decode[-1], sizes.prefill[0]):
+        for result in bench.small(num_tokens):
+            bench.add(result)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=75.0, help="begin no measurement after this time")
+    parser.add_argument("--sweep", action="store_true", help="try other tiles; give it more --seconds")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("triton is not installed")
+    if args.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable when it is first imported, which may have happened in this process.
+        given = [*(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "loadtests.kernel_bench", *given]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU; use --dry-run")
+    with torch.inference_mode():
+        bench = Bench(TINY if args.dry_run else Sizes(), args.experts, device, time.monotonic() + args.seconds)
+        print(f"copy {bench.bandwidth / 1e9:.0f} GB/s, matrix product {bench.matrix_rate / 1e12:.1f} TFLOP/s")
+        print(f"{'':<53} {'time':>13} {'bytes':>14} {'operations':>16} {'bound':>7} {'dense/this':>9}")
+        measure(bench, args.sweep)
+    record = {
+        "benchmark": "kernel_bench",
+        "dry_run": args.dry_run,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "experts": args.experts,
+        "copy_bytes_per_second": bench.bandwidth,
+        "matrix_flops_per_second": bench.matrix_rate,
+        "results": [{**asdict(result), "of_bound": bench.bound(result) / result.seconds} for result in bench.results],
+        **conditions(),
+    }
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Compiles kernels for a GPU that is not there, down to the machine code that ptxas makes, and says what they use.
+
+    python -m loadtests.kernel_compile [--capability 90]
+
+One JSON line per compiled kernel: shared memory, registers per thread, bytes spilled. A process with TRITON_INTERPRET=1
+interprets kernels and cannot compile them.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.kernels import attention, experts, fused, routing
+
+
+class AbsentGPU(DriverBase):  # type: ignore[misc]
+    """Answers what the compiler asks about the device."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__()
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+@contextmanager
+def compile_only(capability: int, compiled: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
+    """Inside, launching a kernel compiles it and hands (name, constants, kernel) to `compiled` instead of running it."""
+    run = JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled(self.__name__, {k: v for k, v in kwargs.items() if isinstance(v, (int, bool))}, kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    with patch.object(JITFunction, "run", compile_instead):
+        yield
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_experts(num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8) -> None:
+    experts.apply_experts(
+        meta(num_tokens, hidden_size),
+        meta(num_tokens, num_experts, dtype=torch.float32),
+        meta(num_tokens, num_experts, dtype=torch.int64),
+        meta(num_experts, 2 * size, hidden_size),
+        meta(num_experts, hidden_size, size),
+    )
+
+
+def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bias: bool = False) -> None:
+    ids = routing.select_experts(
+        meta(num_tokens, num_experts),
+        meta(num_tokens, 4, dtype=torch.float32),
+        meta(num_tokens, num_experts, dtype=torch.bool),
+        layer,
+        meta(num_experts, dtype=torch.float32) if bias else None,
+    )[1]
+    routing.record(
+        ids.expand(4, num_tokens, num_experts),
+        meta(num_tokens, dtype=torch.int64),
+        meta(3, 4, num_experts, dtype=torch.int64),
+        meta(4, num_experts + 1, dtype=torch.int64),
+    )
+
+
+def launch_attention(batch: int, heads: int, kv_heads: int, head_dim: int = 128, blocks: int = 256) -> None:
+    cache = meta(1000, 16, kv_heads, head_dim)
+    attention.attend_decode(
+        meta(batch, heads, head_dim),
+        cache,
+        cache,
+        meta(batch, blocks, dtype=torch.int64),
+        meta(batch, dtype=torch.int64),
+    )
+    rope = meta(batch, 2, head_dim)
+    attention.rotate_and_store(
+        meta(batch, heads, head_dim),
+        meta(batch, kv_heads, head_dim),
+        meta(batch, kv_heads, head_dim),
+        (rope[:, 0, None], rope[:, 1, None]),
+        cache,
+        cache,
+        meta(batch, dtype=torch.int64),
+    )
+
+
+def launch_all() -> None:
+    """Every kernel in every form that a LLaMA of common shape meets."""
+    for num_tokens in (1, 2, 4, 5, 32, 64, 512):
+        launch_experts(num_tokens)
+    launch_experts(512, 4096, 1792)
+    launch_routing(64, 8, MoeLayerConfig(8, 2, 1376, score_norm_top_k=2))
+    launch_routing(64, 5, MoeLayerConfig(5, 2, 1376, score_function="sigmoid", expert_weight="one"), bias=True)
+    launch_routing(64, 256, MoeLayerConfig(256, 2, 1376))
+    launch_attention(1, 32, 32)
+    launch_attention(64, 32, 32)
+    launch_attention(1, 32, 8)
+    launch_attention(64, 28, 4)
+    launch_attention(2, 9, 3, head_dim=80)
+    fused.add_rms_norm(meta(8, 4096), meta(8, 4096), meta(4096), 1e-6)
+    fused.rms_norm(meta(8, 4000), meta(4000), 1e-6)
+    fused.silu_mul(meta(8, 11008), meta(8, 11008))
+
+
+def usage(kernel: Any, capability: int) -> dict[str, int]:
+    """Registers per thread and bytes spilled, as ptxas tells them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    assert registers and spilled, said
+    return {"registers": int(registers[1]), "spilled": int(spilled[1])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90)
+
+    def report(name: str, constants: dict[str, Any], kernel: Any) -> None:
+        line = {"kernel": name, "shared": kernel.metadata.shared, **usage(kernel, capability), "constants": constants}
+        print(json.dumps(line), flush=True)
+
+    capability = parser.parse_args().capability
+    with compile_only(capability, report):
+        launch_all()
+
+
+if __name__ == "__main__":
+    main()

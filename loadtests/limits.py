@@ -1,0 +1,62 @@
+"""What the hardware allows, measured where the benchmark runs (bytes and operations per second), and what a step needs."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ladimo.model.config import ModelConfig
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+    """Median seconds of `run`, the device's work included, after one run that does not count."""
+    run()
+    samples: list[float] = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end) / 1000)
+        else:
+            started = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - started)
+    return statistics.median(samples)
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second of a large copy, read and written bytes together."""
+    size = size or (4 * 2**30 if device.type == "cuda" else 2**27)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds_of(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations per second of a large square matrix product."""
+    size = size or (8192 if device.type == "cuda" else 512)
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    operations: int = 2 * size**3
+    return operations / seconds_of(lambda: left @ right, device)
+
+
+def decode_bytes(
+    config: ModelConfig, distinct_experts: Sequence[float | None], batch: int, context: float, itemsize: int
+) -> float:
+    """Bytes that a decode step must read: every dense weight, `distinct_experts` experts of each expert layer (by layer, None
+    where dense), and the keys and values of `batch` sequences of `context` tokens."""
+    weights = float(config.hidden_size * config.vocab_size)  # the output head; of the embedding table a row per token
+    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for layer, distinct in zip(config.layers, distinct_experts, strict=True):
+        weights += 2 * config.hidden_size * (heads + kv_heads)
+        if layer is None or distinct is None:
+            weights += 3 * config.hidden_size * config.intermediate_size
+        else:
+            weights += distinct * 3 * config.hidden_size * layer.moe_intermediate_size
+    cache = 2 * config.num_hidden_layers * kv_heads * context * batch
+    return (weights + cache) * itemsize

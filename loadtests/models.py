@@ -1,0 +1,97 @@
+"""Models of real shapes with random weights, made where they run: speed depends on shapes, not on what the weights say."""
+
+from typing import Any
+
+import torch
+
+from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.router import weight_dtype
+from ladimo.model.transformer import MoeTransformer
+from ladimo.policy import LayerRule, RoutingPolicy
+
+# Hugging Face fields of dense models.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "125m": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def partitioned_config(shape: str, num_experts: int = 8) -> ModelConfig:
+    """Every FFN cut into equal experts that count with weight one: all of them together are the dense FFN."""
+    size = SHAPES[shape]["intermediate_size"] // num_experts
+    assert size * num_experts == SHAPES[shape]["intermediate_size"]
+    layer = MoeLayerConfig(num_experts, num_experts, size, expert_weight="one")
+    layers = (layer,) * SHAPES[shape]["num_hidden_layers"]
+    return ModelConfig.from_dict({**SHAPES[shape], "model_type": "ladimo_llama", "moe_layers": moe_layers_to_json(layers)})
+
+
+def dense_config(shape: str) -> ModelConfig:
+    return ModelConfig.from_dict({**SHAPES[shape], "model_type": "llama"})
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> MoeTransformer:
+    """The model with normal weights; routers are wider than the rest, so that scores differ between tokens."""
+    with torch.device("meta"):
+        model = MoeTransformer(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = torch.empty(parameter.shape, dtype=weight_dtype(name, dtype), device=device)
+        if parameter.ndim == 1:
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        else:
+            weight.normal_(0.0, 0.2 if ".gate." in name else 0.02, generator=generator)
+        weights[name] = weight
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)
+    model.rotary.materialise(device)
+    return model.eval()
+
+
+def top_k_policy(config: ModelConfig, name: str, top_k: int, experts: tuple[int, ...] | None = None) -> RoutingPolicy:
+    """The same rule in every expert layer: `top_k` of all experts, or of a fixed subset."""
+    rule = LayerRule(top_k=top_k, renormalize=False, experts=experts)
+    return RoutingPolicy(name, "", tuple(None if layer is None else rule for layer in config.layers))

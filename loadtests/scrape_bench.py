@@ -1,0 +1,176 @@
+"""What a scrape of /metrics costs: throughput of a loaded server with and without a scrape every second, and its CPU time.
+
+    python -m loadtests.scrape_bench MODEL [--clients 4] [--seconds 10] [--rounds 6] [--every 1]
+
+The server is a process of its own. Both arms run under the same load, which never pauses, round by round in turn (AB, BA, AB,
+...); the figure is the median of the rounds' ratios. On a machine that others use, CPU time per token says more than tokens per
+second.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from ladimo.checkpoint import read_config, read_policies
+from loadtests.conditions import OtherLoad, conditions
+
+ARMS = ("quiet", "scraped")
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Reading:
+    """This process's clock, and the server's tokens and CPU seconds so far."""
+
+    at: float
+    tokens: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Round:
+    tokens_per_second: float
+    cpu_milliseconds_per_token: float
+
+
+@asynccontextmanager
+async def serving(model: Path, flags: Sequence[str]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server that runs for as long."""
+    command = [sys.executable, "-m", "server", str(model), "--port", "0", "--log-level", "ERROR", *flags]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while (found := re.search(rb"page\s+(http\S+)/", line := await process.stdout.readline())) is None:
+                if not line:
+                    raise RuntimeError("the server ended before it was ready")
+        async with httpx.AsyncClient(base_url=found[1].decode(), timeout=None) as client:
+            yield client
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+
+
+async def read(client: httpx.AsyncClient) -> Reading:
+    text = (await client.get("/metrics")).text
+    tokens = re.findall(r"^ladimo_generation_tokens_total\{.*\} (\S+)$", text, re.M)
+    cpu = re.findall(r"^process_cpu_seconds_total (\S+)$", text, re.M)
+    return Reading(time.perf_counter(), sum(map(float, tokens)), float(cpu[0]))
+
+
+async def load(client: httpx.AsyncClient, policy: str, tokens: int) -> None:
+    """One client: request after request, until cancelled."""
+    body = {"prompt": "def read_lines(path):\n", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "routing": policy}
+    while True:
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+
+
+async def scrape(client: httpx.AsyncClient, every: float) -> None:
+    """Until cancelled, at a fixed pace."""
+    due = time.perf_counter()
+    while True:
+        due += every
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        (await client.get("/metrics")).raise_for_status()
+
+
+async def one_round(client: httpx.AsyncClient, arm: str, seconds: float, every: float) -> Round:
+    begin = await read(client)
+    scraper = asyncio.create_task(scrape(client, every)) if arm == "scraped" else None
+    await asyncio.sleep(seconds)
+    if scraper is not None:
+        scraper.cancel()
+        with suppress(asyncio.CancelledError):
+            await scraper
+    end = await read(client)
+    tokens = end.tokens - begin.tokens
+    return Round(tokens / (end.at - begin.at), 1000 * (end.cpu - begin.cpu) / max(tokens, 1))
+
+
+async def scrape_milliseconds(client: httpx.AsyncClient, count: int) -> float:
+    """CPU time of one scrape of a server that does nothing else, HTTP included."""
+    begin = await read(client)
+    for _ in range(count - 1):
+        await client.get("/metrics")
+    end = await read(client)
+    return 1000 * (end.cpu - begin.cpu) / count
+
+
+async def measure(args: argparse.Namespace) -> dict[str, object]:
+    policies = list(read_policies(args.model, read_config(args.model)))
+    samples: dict[str, list[Round]] = {arm: [] for arm in ARMS}
+    async with serving(args.model, args.flag) as client:
+        clients = [asyncio.create_task(load(client, policies[n % len(policies)], args.tokens)) for n in range(args.clients)]
+        try:
+            await one_round(client, ARMS[0], args.seconds, args.every)  # warm
+            other, started = OtherLoad(), time.perf_counter()
+            for number in range(args.rounds):
+                for arm in ARMS if number % 2 == 0 else reversed(ARMS):
+                    samples[arm].append(await one_round(client, arm, args.seconds, args.every))
+            busy = other.cores(time.perf_counter() - started)
+        finally:
+            for task in clients:
+                task.cancel()
+            ended = await asyncio.gather(*clients, return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, Exception):
+                raise failure
+        page = (await client.get("/metrics")).text
+        cost = await scrape_milliseconds(client, 200)
+    for arm, rounds in samples.items():
+        speeds = sorted(one.tokens_per_second for one in rounds)
+        cpu = statistics.median(one.cpu_milliseconds_per_token for one in rounds)
+        print(
+            f"{arm:<8} {statistics.median(speeds):8.1f} tokens/s ({speeds[0]:.1f}-{speeds[-1]:.1f}) {cpu:7.3f} CPU ms per token"
+        )
+    pairs = list(zip(samples["quiet"], samples["scraped"], strict=True))
+    speed = sorted(scraped.tokens_per_second / quiet.tokens_per_second for quiet, scraped in pairs)
+    cpu_ratios = sorted(scraped.cpu_milliseconds_per_token / quiet.cpu_milliseconds_per_token for quiet, scraped in pairs)
+    print(f"scraped / quiet: throughput {statistics.median(speed):.4f} ({speed[0]:.4f}-{speed[-1]:.4f}), ", end="")
+    print(f"CPU per token {statistics.median(cpu_ratios):.4f} ({cpu_ratios[0]:.4f}-{cpu_ratios[-1]:.4f})")
+    print(f"a scrape of {page.count(chr(10))} lines: {cost:.2f} CPU ms; other processes kept {busy:.2f} cores busy")
+    return {
+        "benchmark": "scrape_bench",
+        "model": str(args.model),
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "rounds": args.rounds,
+        "scrape_every_seconds": args.every,
+        "throughput_ratio": statistics.median(speed),
+        "throughput_ratios": speed,
+        "cpu_per_token_ratio": statistics.median(cpu_ratios),
+        "cpu_per_token_ratios": cpu_ratios,
+        "tokens_per_second": {arm: [one.tokens_per_second for one in rounds] for arm, rounds in samples.items()},
+        "scrape_cpu_milliseconds": cost,
+        "metrics_lines": page.count("\n"),
+        "client_and_other_load_cores": busy,
+        **conditions(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a converted checkpoint")
+    parser.add_argument("--clients", type=int, default=4, help="requests at a time; policies in turn")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens per request")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=6, help="per arm")
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between scrapes")
+    parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--device=cpu")
+    print(json.dumps(asyncio.run(measure(parser.parse_args(argv)))))
+
+
+if __name__ == "__main__":
+    main()

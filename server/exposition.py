@@ -1,0 +1,105 @@
+"""Prometheus's text format for the series that are many: names and labels are written once, and a row of series only when it
+has changed. The bytes are those that prometheus_client writes, at a fraction of its time, of which the event loop has little.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from math import inf
+
+from prometheus_client.utils import floatToGoString
+
+
+class Row:
+    """Series that are written together: their names and labels stay, their values come with each writing."""
+
+    def __init__(self, series: Iterable[str]) -> None:
+        self._template = "".join(one.replace("%", "%%") + " %s\n" for one in series)
+        self._values: Sequence[float] | None = None
+        self._text = ""
+
+    def write(self, values: Sequence[float]) -> str:
+        if values != self._values:
+            self._values = values
+            self._text = self._template % tuple(map(number, values))
+        return self._text
+
+
+class BucketRow(Row):
+    """One histogram's series: a bucket for each upper bound and one for the rest, the count and the sum."""
+
+    def __init__(self, name: str, bounds: Iterable[float], **labels: str) -> None:
+        buckets = (series(f"{name}_bucket", le=number(bound), **labels) for bound in (*bounds, inf))
+        super().__init__([*buckets, series(f"{name}_count", **labels), series(f"{name}_sum", **labels)])
+
+    def write_counts(self, counts: Sequence[float], total: float) -> str:
+        """`counts` per bucket, not accumulated."""
+        below = list(accumulate(counts))
+        return self.write([*below, below[-1], total])
+
+
+class HistogramSeries:
+    """One label value's observations."""
+
+    def __init__(self, row: BucketRow, bounds: Sequence[float]) -> None:
+        self._row, self._bounds = row, bounds
+        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def write(self) -> str:
+        return self._row.write_counts(self._counts, self._sum)
+
+
+class Histogram:
+    """prometheus_client's Histogram with one label or none, for use from one thread."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str | None = None) -> None:
+        self._name, self._bounds, self._label = name, bounds, label
+        self._header = header(name, "histogram", text)
+        self._series: dict[str, HistogramSeries] = {}
+        if label is None:
+            self._series[""] = HistogramSeries(BucketRow(name, bounds), bounds)
+
+    def labels(self, value: str) -> HistogramSeries:
+        """The series of a label value, which is exported from now on."""
+        assert self._label is not None
+        found = self._series.get(value)
+        if found is None:
+            row = BucketRow(self._name, self._bounds, **{self._label: value})
+            found = self._series[value] = HistogramSeries(row, self._bounds)
+        return found
+
+    def observe(self, value: float) -> None:
+        self._series[""].observe(value)
+
+    def write(self) -> str:
+        return self._header + "".join(one.write() for one in self._series.values())
+
+
+def number(value: float) -> str:
+    written: str = floatToGoString(value)  # type: ignore[no-untyped-call]
+    return written
+
+
+def header(name: str, kind: str, text: str) -> str:
+    """`text` is one line without backslashes."""
+    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+
+
+def series(name: str, **labels: str) -> str:
+    """A name and its labels, ready for a value."""
+    if not labels:
+        return name
+    pairs = (f'{label}="{_escape(value)}"' for label, value in sorted(labels.items()))
+    return f"{name}{{{','.join(pairs)}}}"
+
+
+def line(name: str, value: float, **labels: str) -> str:
+    return f"{series(name, **labels)} {number(value)}\n"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

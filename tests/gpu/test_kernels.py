@@ -1,0 +1,236 @@
+"""The kernels on a GPU, in bf16 and at the sizes of a 7B model: parity with the plain modules, determinism, capture."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from ladimo.checkpoint import load_model, read_policies
+from ladimo.model import attention, experts, kernels, layers, routing
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.policy import LayerRule, RoutingPolicy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+EXPERTS, HIDDEN, INTERMEDIATE = 8, 4096, 1376
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, the modules run on torch alone."""
+    with patch.object(kernels, "available", lambda *tensors: False):
+        yield
+
+
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def weights() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    gate_up = normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5)
+    return gate_up, normal(EXPERTS, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5)
+
+
+def draw(num_tokens: int, top_k: int, weights: tuple[Tensor, Tensor], padding: int = 0) -> Arguments:
+    ids = torch.rand(num_tokens, EXPERTS, device="cuda").argsort(dim=-1)
+    ids[:, top_k:] = -1
+    ids[num_tokens - padding :] = -1
+    scores = torch.rand(num_tokens, EXPERTS, device="cuda") * (ids >= 0)
+    return normal(num_tokens, HIDDEN), scores, ids, *weights
+
+
+def exact(arguments: Arguments) -> Tensor:
+    """In double precision, expert by expert."""
+    x, scores, ids, gate_up, down = arguments
+    out = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
+    for expert in range(EXPERTS):
+        gate, up = (x.double() @ gate_up[expert].double().t()).chunk(2, dim=-1)
+        weight = (scores * (ids == expert)).sum(dim=-1, keepdim=True).double()
+        out += weight * ((torch.nn.functional.silu(gate) * up) @ down[expert].double().t())
+    return out
+
+
+def assert_bf16_close(actual: Tensor, expected: Tensor) -> None:
+    """Within one and a half percent of the typical size of an element: three roundings to bf16."""
+    assert actual.isfinite().all()
+    error = (actual.double() - expected.double()).abs().max()
+    assert error <= 0.015 * max(expected.double().square().mean().sqrt().item() * 4, 1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 17, 32, 64, 256, 511, 512, 1000])
+def test_experts(num_tokens: int, top_k: int, weights: tuple[Tensor, Tensor]) -> None:
+    """On both sides of every change of tiles, with padded rows at the end."""
+    arguments = draw(num_tokens, top_k, weights, padding=num_tokens // 5)
+    out = experts.apply_experts(*arguments)
+    assert_bf16_close(out, exact(arguments))
+    assert (out[num_tokens - num_tokens // 5 :] == 0).all()
+
+
+@pytest.mark.parametrize("num_tokens", [5000])
+def test_experts_of_a_long_prompt(num_tokens: int, weights: tuple[Tensor, Tensor]) -> None:
+    """Longer than one cut, tokens that take every expert among others."""
+    arguments = draw(num_tokens, 2, weights)
+    arguments[2][::3] = torch.arange(EXPERTS, device="cuda")
+    arguments[1][::3] = 1
+    assert_bf16_close(experts.apply_experts(*arguments), exact(arguments))
+
+
+@pytest.mark.parametrize("sizes", [(7, 96, 40, 5), (300, 200, 72, 3), (9, 288, 96, 16), (64, 2048, 704, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_experts_of_awkward_sizes(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    num_tokens, hidden, size, num_experts = sizes
+    ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
+    ids = ids.masked_fill(torch.rand(ids.shape, device="cuda") < 0.5, -1)
+    scores = torch.rand(ids.shape, device="cuda") * (ids >= 0)
+    x, gate_up = normal(num_tokens, hidden, dtype=dtype), normal(num_experts, 2 * size, hidden, scale=0.1, dtype=dtype)
+    down = normal(num_experts, hidden, size, scale=0.1, dtype=dtype)
+    out = experts.apply_experts(x, scores, ids, gate_up, down)
+    expected = experts.apply_experts_masked(x.double(), scores.double(), ids, gate_up.double(), down.double())
+    typical = expected.square().mean().sqrt().item()
+    tolerance = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance * typical)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 32, 64, 600])
+def test_same_numbers_every_time_and_whatever_the_neighbours(num_tokens: int, weights: tuple[Tensor, Tensor]) -> None:
+    first, second = draw(num_tokens, 2, weights), draw(num_tokens, 5, weights)
+    for a, b in zip(first[:3], second[:3], strict=True):
+        b[0] = a[0]
+    out = experts.apply_experts(*first)
+    assert all(torch.equal(experts.apply_experts(*first), out) for _ in range(3))
+    assert torch.equal(experts.apply_experts(*second)[0], out[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_routing(seed: int) -> None:
+    torch.manual_seed(seed)
+    num_experts, num_tokens = (8, 5, 64, 200)[seed % 4], (1, 64, 300, 33)[seed % 4]
+    softmax, one = bool(seed & 1), bool(seed & 2)
+    layer = MoeLayerConfig(
+        num_experts,
+        2,
+        8,
+        score_function="softmax" if softmax else "sigmoid",
+        score_norm_top_k=2 if seed & 4 else None,
+        expert_weight="one" if one else "score",
+    )
+    rules = [
+        LayerRule(2),
+        LayerRule(num_experts, renormalize=False),
+        LayerRule(2, mass=0.6),
+        LayerRule(4, floor=0.1, experts=(0, 2, 4)),
+    ]
+    tables = RoutingTables.empty(len(rules) + 1, 1, num_experts, "cuda")
+    for row, rule in enumerate(rules):
+        tables.write(row + 1, *RoutingPolicy("p", "", (rule,)).to_rows(num_experts))
+    policy_ids = torch.randint(len(rules) + 1, (num_tokens,), device="cuda")
+    rows, allowed = (table[:, 0] for table in tables.rules(policy_ids))
+    logits = torch.randn(num_tokens, num_experts, device="cuda") * 3
+    bias = torch.randn(num_experts, device="cuda")
+    scores, ids = routing.select_experts(logits, rows, allowed, layer, bias)
+    tables.record(ids[None], policy_ids)
+    counted = [tables.expert_tokens.clone(), tables.distinct_experts.clone()]
+    tables.expert_tokens.zero_()
+    tables.distinct_experts.zero_()
+    with plain():
+        expected_scores, expected_ids = routing.select_experts(logits, rows, allowed, layer, bias)
+        tables.record(expected_ids[None], policy_ids)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-6)
+    assert torch.equal(counted[0], tables.expert_tokens)
+    assert torch.equal(counted[1], tables.distinct_experts)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (6, 6, 80)])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_attention(batch: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    block_size, width = 16, 70
+    k, v = normal(2, batch * width + 1, block_size, kv_heads, head_dim)
+    table = (torch.randperm(batch * width, device="cuda") + 1).view(batch, width)
+    context_lens = torch.randint(1, width * block_size + 1, (batch,), device="cuda")
+    context_lens[-1] = 1
+    q = normal(batch, heads, head_dim)
+    out = attention.attend_decode(q, k, v, table, context_lens)
+    with plain():
+        expected = attention.attend_decode(q.float(), k.float(), v.float(), table, context_lens)
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.01)
+    assert torch.equal(out, attention.attend_decode(q, k, v, table, context_lens))
+    assert (attention.attend_decode(q, k, v, table, torch.zeros_like(context_lens)) == 0).all()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (9, 3, 64)])
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+def test_elementwise_kernels_round_as_torch_does(num_tokens: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    hidden = heads * head_dim
+    x, residual, weight = normal(num_tokens, hidden), normal(num_tokens, hidden), normal(hidden)
+    q, k, v = (normal(num_tokens, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    angles = torch.rand(num_tokens, head_dim // 2, device="cuda").repeat(1, 2) * 6
+    rope = angles.cos().to(torch.bfloat16)[:, None], angles.sin().to(torch.bfloat16)[:, None]
+    slots = torch.randperm(400, device="cuda")[:num_tokens]
+    ours, theirs = (torch.zeros(2, 25, 16, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+    def run(cache: Tensor) -> list[Tensor]:
+        normed, total = layers.add_rms_norm(x, residual, weight, 1e-5)
+        rotated = attention.rotate_and_store(q, k, v, rope, cache[0], cache[1], slots)
+        return [total, rotated, cache, normed, layers.silu_mul(x, residual)]
+
+    results = run(ours)
+    with plain():
+        expected = run(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(results[:3], expected[:3], strict=True))
+    for a, b in zip(results[3:], expected[3:], strict=True):  # sums in another order, another exponential: a last place
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+def on_gpu(model_dir: Path) -> tuple[torch.nn.Module, RoutingTables, list[str]]:
+    model = load_model(model_dir, torch.float32, torch.device("cuda"))
+    policies = read_policies(model_dir, model.config)
+    tables = RoutingTables.empty(len(policies) + 1, model.config.num_hidden_layers, model.config.max_num_experts, "cuda")
+    for row, policy in enumerate(policies.values()):
+        tables.write(row + 1, *policy.to_rows(model.config.max_num_experts))
+    return model, tables, list(policies)
+
+
+@torch.inference_mode()
+def test_a_model_on_kernels_is_the_model(moe_dir: Path) -> None:
+    model, tables, names = on_gpu(moe_dir)
+    ids = torch.randint(256, (2, 20), device="cuda")
+    for policy in range(1, len(names) + 1):
+        inputs = StepInputs.whole_sequences(ids, policy)
+        out = model(inputs, None, tables)
+        with plain():
+            expected = model(inputs, None, tables)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=2e-3)
+        assert torch.equal(out.expert_ids, expected.expert_ids)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 512])
+def test_capture_and_replay(num_tokens: int, weights: tuple[Tensor, Tensor]) -> None:
+    """A captured call follows its inputs: other ids, among them none at all, replay the same graph."""
+    arguments = draw(num_tokens, 2, weights)
+    run: Callable[[], Tensor] = lambda: experts.apply_experts(*arguments)  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for top_k in (2, 8, 1, 0):
+        for old, new in zip(arguments[:3], draw(num_tokens, top_k, weights)[:3], strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, run())

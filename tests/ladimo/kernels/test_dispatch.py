@@ -1,0 +1,86 @@
+"""The model on kernels is the model, and kernels stand in only where they can."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ladimo.checkpoint import load_model, read_policies
+from ladimo.model import kernels
+from tests.ladimo.stepping import Row, Stepper, make_tables
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
+def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""
+    model = load_model(moe_dir, torch.float32, torch.device("cpu"))
+    policies = list(read_policies(moe_dir, model.config).values())
+    results = []
+    for everywhere in (False, True):
+        monkeypatch.setattr(kernels, "available", lambda *tensors, everywhere=everywhere: everywhere)
+        steps = Stepper(model, make_tables(model, policies))
+        rows = [Row(list(range(10 * policy, 10 * policy + 20)), policy) for policy in (1, 2, 3, 4)]
+        logits = steps.step(prefill=[(row, 7 + row.policy) for row in rows])
+        logits += steps.step(decode=rows[:1])
+        inputs = steps.inputs(decode=rows)
+        assert inputs.context_lens is not None
+        inputs.policy_ids[2], inputs.context_lens[2] = 0, 1
+        with torch.no_grad():
+            out = model(inputs, steps.kv_cache, steps.tables)
+        assert out.expert_ids is not None
+        assert (out.expert_ids[:, 2] == -1).all()
+        steps.tables.record(out.expert_ids, inputs.policy_ids)
+        results.append((torch.cat([*logits, out.logits]), out.expert_ids, steps.tables))
+    (expected, expected_ids, expected_tables), (logits_of_kernels, ids, tables) = results
+    torch.testing.assert_close(logits_of_kernels, expected, rtol=0, atol=2e-4)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(tables.expert_tokens, expected_tables.expert_tokens)
+    assert torch.equal(tables.distinct_experts, expected_tables.distinct_experts)
+
+
+def test_kernels_are_for_the_gpu_and_not_for_training() -> None:
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    weight = torch.zeros(2).as_subclass(OnGPU)
+    assert kernels.available(weight, weight)
+    assert not kernels.available(weight, torch.zeros(2))
+    trained = torch.zeros(2).as_subclass(OnGPU).requires_grad_()
+    assert not kernels.available(weight, trained)
+    with torch.no_grad():
+        assert kernels.available(weight, trained)
+
+
+def test_serving_on_a_cpu_does_not_import_triton(moe_dir: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from ladimo.checkpoint import *; from ladimo.model.inputs import *\n"
+        "model = load_model(Path(sys.argv[1]), torch.float32, torch.device('cpu'))\n"
+        "tables = RoutingTables.empty(2, model.config.num_hidden_layers, model.config.max_num_experts, 'cpu')\n"
+        "model(StepInputs.whole_sequences(torch.zeros(1, 4, dtype=torch.int64)), None, tables)\n"
+        "assert not [name for name in sys.modules if name.startswith('ladimo.model.kernels.')]"
+    )
+    subprocess.run([sys.executable, "-c", code, str(moe_dir)], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """Types, layouts and the machine's limits at the sizes of a 7B model: what the interpreter does not know."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "loadtests.kernel_compile"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    compiled = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {"_select_kernel", "_matvec_down_kernel", "_grouped_down_kernel", "_attend_part_kernel"} < {
+        k["kernel"] for k in compiled
+    }
+    for kernel in compiled:
+        assert kernel["shared"] <= 227 * 1024, kernel  # what a block may have on compute capability 9.0
+        assert kernel["spilled"] == 0, kernel

@@ -1,0 +1,125 @@
+"""Every family of dense models through the whole product: converted, run by our network, by transformers and by the engine."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ladimo.checkpoint import TensorReader, load_model, moe_config_json, read_config, read_json, read_policies, write_json
+from ladimo.convert.pipeline import convert
+from ladimo.hf import LadimoLlamaForCausalLM
+from ladimo.model.config import ModelConfig
+from ladimo.model.inputs import StepInputs
+from server.engine.async_engine import AsyncEngine
+from server.engine.config import EngineConfig
+from server.engine.core import build_core
+from server.engine.request import GenerationRequest, SamplingParams
+from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe
+from tests.ladimo.convert.conftest import make_text, small_recipe
+from tests.ladimo.stepping import make_tables
+
+CPU = torch.device("cpu")
+IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"model_type": "mistral", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
+
+
+def theirs(directory: Path) -> LadimoLlamaForCausalLM:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert isinstance(model, LadimoLlamaForCausalLM)
+    return model
+
+
+@torch.no_grad()
+def assert_halves_agree(directory: Path) -> None:
+    """Our network and transformers' view give the same logits under every policy of the checkpoint."""
+    model, reference = load_model(directory, torch.float32, CPU), theirs(directory)
+    for policy in read_policies(directory, model.config).values():
+        reference.set_policy(policy.layers)
+        ours = model(StepInputs.whole_sequences(IDS), None, make_tables(model, [policy])).logits
+        assert ours.abs().max() > 1
+        assert (ours - reference(IDS).logits.flatten(0, 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_split_model_is_the_same_in_transformers(family: str, tmp_path: Path) -> None:
+    """Biases drawn at random, so that one too many or too few shows; saved by transformers and read again."""
+    moe = make_moe(tmp_path / "moe", **FAMILIES[family])
+    assert_halves_agree(moe)
+    theirs(moe).save_pretrained(tmp_path / "again")
+    (moe / "routing").rename(tmp_path / "again/routing")
+    assert_halves_agree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2_tied"])
+def test_conversion_end_to_end(family: str, tmp_path: Path) -> None:
+    fields = {**FAMILIES[family], "max_position_embeddings": 32}
+    dense = make_dense(tmp_path / "dense", **fields)
+    recipe = small_recipe(**{"train.steps": 5, "policies.points": 0})
+    assert convert(str(dense), tmp_path / "moe", recipe, [make_text(tmp_path / "text.txt")])
+    config = read_config(tmp_path / "moe")
+    assert (config.attention_bias, config.attention_output_bias) == (family != "mistral", False)
+    assert not any(name.endswith("o_proj.bias") for name in TensorReader(tmp_path / "moe").files)
+    assert_halves_agree(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path: Path) -> None:
+    """Greedy, the dense model and the converted one; the reference for the dense model is the family's own class."""
+    dense = make_dense(tmp_path / "dense", **FAMILIES[family])
+    moe = make_moe(tmp_path / "moe", dense=dense)
+    prompt = IDS[:1, :11]
+    for directory in (dense, moe):
+        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        expected = await asyncio.to_thread(
+            reference.generate,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=EOS_ID,
+        )
+        policy = read_policies(directory, read_config(directory))["full"]
+        config = EngineConfig(device="cpu", max_num_seqs=2, block_size=4, max_step_tokens=8)
+        engine = AsyncEngine(partial(build_core, directory, config), lambda _: None)
+        await engine.start()
+        try:
+            sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+            asked = GenerationRequest("one", tuple(prompt[0].tolist()), sampling, policy)
+            written = [event.token_id async for event in engine.generate(asked) if event.token_id is not None]
+        finally:
+            await engine.stop()
+        assert written == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_a_converted_configuration_says_what_its_family_left_unsaid(tmp_path: Path) -> None:
+    """Read without the family's name, it describes the same model; nothing of the window stays."""
+    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    for family, heads, kv_heads, context in (("mistral", 16, 8, 131072), ("qwen2", 32, 32, 32768), ("llama", 16, 16, 2048)):
+        raw = {"model_type": family, **sizes, "num_attention_heads": heads, "sliding_window": None}
+        dense = ModelConfig.from_dict(raw)
+        assert (dense.num_key_value_heads, dense.max_position_embeddings) == (kv_heads, context)
+        converted = moe_config_json(raw, [None, None])
+        assert ModelConfig.from_dict(converted) == dense
+        assert "sliding_window" not in converted
+
+
+def test_checkpoints_converted_before_there_were_families(tmp_path: Path) -> None:
+    """They have one flag for all four biases."""
+    moe = make_moe(tmp_path, attention_bias=True)
+    raw = read_json(moe / "config.json")
+    del raw["attention_output_bias"]
+    write_json(moe / "config.json", raw)
+    assert read_config(moe).attention_output_bias
+    assert_halves_agree(moe)

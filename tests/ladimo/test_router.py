@@ -1,0 +1,162 @@
+"""Routers of every kind: what they compute, what they cost, and their way through checkpoints and transformers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from ladimo.checkpoint import TensorReader, load_model, read_config, read_json, write_json
+from ladimo.model.config import MoeLayerConfig
+from ladimo.model.inputs import StepInputs
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.router import FixedOrder, GluRouter, LinearRouter, MlpRouter, make_router
+from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import VOCAB_SIZE, make_moe
+from tests.ladimo.stepping import make_tables
+
+IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "mlp": {"router": "mlp", "router_hidden_size": 6, "score_function": "sigmoid", "expert_weight": "one"},
+    "glu": {"router": "glu", "selection_bias": True, "expert_weight": "one"},
+    "none": {"router": "none", "expert_weight": "one"},
+    "substitutes": {"substitutes": 1, "selection_bias": True, "score_function": "sigmoid"},
+}
+
+
+@torch.no_grad()
+def test_what_routers_compute() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 16)
+    linear, mlp, glu, none = (
+        make_router(16, MoeLayerConfig(5, 2, 8, router=kind, router_hidden_size=3 if kind == "mlp" else None))
+        for kind in ("linear", "mlp", "glu", "none")
+    )
+    assert isinstance(linear, LinearRouter) and isinstance(mlp, MlpRouter) and isinstance(glu, GluRouter)
+    torch.testing.assert_close(linear(x), x @ linear.weight.t())
+    torch.testing.assert_close(mlp(x), torch.tanh(x @ mlp.fc1.weight.t()) @ mlp.fc2.weight.t())
+    gate, up = x @ glu.gate_proj.weight.t(), x @ glu.up_proj.weight.t()
+    torch.testing.assert_close(glu(x), (F.silu(gate) * up).abs())
+    assert isinstance(none, FixedOrder)
+    assert not list(none.parameters())
+    assert (none(x).diff(dim=1) < 0).all()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_without_a_router_experts_come_by_number(score_function: Any) -> None:
+    """Also among very many, in half precision, and among those that a policy allows."""
+    layer = ExpertLayer(
+        8, MoeLayerConfig(200, 3, 2, router="none", expert_weight="one", score_function=score_function)
+    ).bfloat16()
+    for rule, expected in [
+        (LayerRule(3), [0, 1, 2]),
+        (LayerRule(3, experts=(7, 50, 198, 199)), [7, 50, 198]),
+        (LayerRule(200), list(range(200))),
+    ]:
+        rows, allowed = RoutingPolicy("p", "", (rule,)).to_rows(200)
+        _, ids = layer(torch.randn(4, 8).bfloat16(), torch.tensor(rows).expand(4, 4), torch.tensor(allowed).expand(4, 200))
+        assert ids[:, : len(expected)].tolist() == [expected] * 4
+        assert (ids[:, len(expected) :] == -1).all()
+
+
+@torch.no_grad()
+def test_selection_bias_orders_and_does_not_score() -> None:
+    torch.manual_seed(0)
+    config = MoeLayerConfig(4, 2, 6, selection_bias=True, score_function="sigmoid")
+    layer, plain = ExpertLayer(8, config), ExpertLayer(8, MoeLayerConfig(4, 2, 6, score_function="sigmoid"))
+    layer.experts.down_proj.normal_()
+    layer.experts.gate_up_proj.normal_()
+    plain.load_state_dict({name: value for name, value in layer.state_dict().items() if "bias" not in name})
+    assert layer.gate.e_score_correction_bias is not None
+    layer.gate.e_score_correction_bias[3] = 2.0  # above any score: always first
+    rows, allowed = RoutingPolicy("p", "", (LayerRule(1, renormalize=False),)).to_rows(4)
+    x, row = torch.randn(50, 8), torch.tensor(rows).expand(50, 4)
+    out, ids = layer(x, row, torch.tensor(allowed).expand(50, 4))
+    assert (ids[:, 0] == 3).all()
+    only = torch.tensor([[False, False, False, True]]).expand(50, 4)
+    torch.testing.assert_close(out, plain(x, row, only)[0])
+
+
+def test_full_never_runs_substitutes() -> None:
+    assert LayerRule.full(MoeLayerConfig(4, 2, 8)) == LayerRule(2)
+    assert LayerRule.full(MoeLayerConfig(4, 2, 8, expert_weight="one")) == LayerRule(2, renormalize=False)
+    layer = MoeLayerConfig(6, 4, 8, expert_weight="one", substitutes=2)
+    assert LayerRule.full(layer) == LayerRule(4, renormalize=False, experts=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_checkpoints_of_every_kind(tmp_path: Path, kind: str) -> None:
+    """Our reader and transformers' agree under `full`; the config counts what is stored; a bias stays fp32 in a bf16 model."""
+    directory = make_moe(tmp_path, layer=KINDS[kind])
+    model = load_model(directory, torch.float32, torch.device("cpu"))
+    full = tuple(None if layer is None else LayerRule.full(layer) for layer in model.config.layers)
+    tables = make_tables(model, [RoutingPolicy("full", "", full)])
+    expected = model(StepInputs.whole_sequences(IDS), None, tables).logits.view(*IDS.shape, -1)
+    theirs, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (theirs(IDS).logits - expected).abs().max() < 1e-4
+
+    reader, config = TensorReader(directory), read_config(directory)
+    stored = [name for name in reader.files if "embed_tokens" not in name and "lm_head" not in name]
+    total = sum(math.prod(reader.shape(name)) for name in stored)
+    assert config.active_parameters_ratio((4.0, None, 4.0)) == pytest.approx(total / config.dense_parameters)
+
+    half = load_model(directory, torch.bfloat16, torch.device("cpu"))
+    their_half = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    for loaded in (half, their_half):
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16)
+    assert ("model.layers.0.mlp.gate.e_score_correction_bias" in reader) == KINDS[kind].get("selection_bias", False)
+
+
+@torch.no_grad()
+def test_a_checkpoint_from_before_routers_still_loads(tmp_path: Path) -> None:
+    directory = make_moe(tmp_path)
+    raw = read_json(directory / "config.json")
+    before = (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "score_function",
+        "score_norm_top_k",
+        "expert_weight",
+    )
+    raw["moe_layers"] = [entry and {name: entry[name] for name in before} for entry in raw["moe_layers"]]
+    expected = load_model(directory, torch.float32, torch.device("cpu"))
+    write_json(directory / "config.json", raw)
+    again = load_model(directory, torch.float32, torch.device("cpu"))
+    assert again.config == expected.config
+    assert "model.layers.0.mlp.gate.weight" in dict(again.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"router": "random"}, "router must be"),
+        ({"router": ["linear"]}, "router must be"),
+        ({"router": "mlp"}, "router_hidden_size"),
+        ({"router": "mlp", "router_hidden_size": 0}, "router_hidden_size"),
+        ({"router_hidden_size": 8}, "router_hidden_size must be null"),
+        ({"selection_bias": 1}, "selection_bias"),
+        ({"substitutes": -1}, "substitutes"),
+        ({"substitutes": True}, "substitutes"),
+        ({"substitutes": 4}, "substitutes must be below"),
+        ({"substitutes": 3}, r"num_experts_per_tok must be in 1\.\.1"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        MoeLayerConfig(4, 2, 8, **fields)
+
+
+def test_fresh_transformers_model_has_fresh_routers(tmp_path: Path) -> None:
+    directory = make_moe(tmp_path, layer={"router": "glu", "selection_bias": True})
+    model = type(AutoModelForCausalLM.from_pretrained(directory))(AutoModelForCausalLM.from_pretrained(directory).config)
+    router = model.model.layers[0].mlp.gate
+    assert not router.e_score_correction_bias.any()
+    assert 0.15 < router.up_proj.weight.std() < 0.25

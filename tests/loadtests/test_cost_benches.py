@@ -1,0 +1,24 @@
+"""The benchmarks of what observing costs run to their end and say what they measured; their numbers are not judged here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loadtests import counting_bench, scrape_bench
+
+
+def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counting_bench.main([str(moe_dir), "--batch", "1,3", "--rounds", "2", "--prompt", "5", "--tokens", "9"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["batch"] for row in record["results"]] == [1, 3]
+    assert all(0 < row["share"] < 1 and row["ratio"] > 0 for row in record["results"])
+
+
+@pytest.mark.slow
+def test_scrape_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--seconds", "0.5", "--rounds", "1", "--every", "0.1", "--clients", "2", "--tokens", "20"]
+    scrape_bench.main([str(moe_dir), *flags, "--flag=--device=cpu"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["scrape_cpu_milliseconds"] > 0
+    assert {arm: len(rounds) for arm, rounds in record["tokens_per_second"].items()} == {"quiet": 1, "scraped": 1}
