@@ -53,7 +53,7 @@ class Variant:
     each_budget: bool = False
 
 
-def variants() -> dict[str, Variant]:
+def variants(elastic_steps: int) -> dict[str, Variant]:
     def same(values: dict[str, Any]) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
         return lambda budget, config: {**WHOLE, **values}
 
@@ -67,7 +67,13 @@ def variants() -> dict[str, Variant]:
         return {**WHOLE, **TUNED, "method": "cmoe", "split.top_k": count}
 
     def elastic(**values: Any) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
-        return lambda budget, config: {"method": "elastic", "elastic.budgets": list(BUDGETS), "policies.points": 0, **values}
+        return lambda budget, config: {
+            "method": "elastic",
+            "elastic.budgets": list(BUDGETS),
+            "elastic.steps": elastic_steps,
+            "policies.points": 0,
+            **values,
+        }
 
     return {
         "ladimo": Variant(same({"method": "ladimo"}), by_depth),
@@ -211,30 +217,30 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 
 
 def comparison(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that `ladimo report --comparison` reads: median and spread over seeds."""
+    """The entries that `ladimo report --comparison` reads: median and half the distance between the seeds' extremes."""
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for result in results:
         if "error" not in result:
             groups.setdefault((result["method"], result["tokens"], result["budget"]), []).append(result)
-    return [
-        {
-            "method": method,
-            "tokens": tokens,
-            "target": budget,
-            "active_parameters_ratio": statistics.median(result["active_parameters_ratio"] for result in found),
-            "perplexity_ratio": statistics.median(result["perplexity_ratio"] for result in found),
-            "spread": [
-                min(result["perplexity_ratio"] for result in found),
-                max(result["perplexity_ratio"] for result in found),
-            ],
-            "seeds": len(found),
-        }
-        for (method, tokens, budget), found in groups.items()
-    ]
+    entries = []
+    for (method, tokens, budget), found in groups.items():
+        ratios = [result["perplexity_ratio"] for result in found]
+        entries.append(
+            {
+                "method": method,
+                "tokens": tokens,
+                "target": budget,
+                "active_parameters_ratio": statistics.median(result["active_parameters_ratio"] for result in found),
+                "perplexity_ratio": statistics.median(ratios),
+                "spread": (max(ratios) - min(ratios)) / 2,
+                "seeds": len(found),
+            }
+        )
+    return entries
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    known = variants()
+    names = list(variants(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="dense checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, help="JSON of all results, added to")
@@ -243,22 +249,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate-tokens", type=int, default=20_000)
     parser.add_argument("--tokens", default="100000", help="calibration tokens, one or more numbers")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--methods", default=";".join(known), help=f"separated by ';': {'; '.join(known)}")
+    parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
+    parser.add_argument(
+        "--elastic-steps", type=int, default=Recipe().elastic.steps, help="end-to-end steps (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", type=Path, help="SVG of perplexity ratio against active parameters")
     args = parser.parse_args(arguments)
     if (args.text is None) != (args.evaluate is None):
         parser.error("--text and --evaluate go together")
     chosen = [name.strip() for name in args.methods.split(";") if name.strip()]
-    if unknown := sorted(set(chosen) - set(known)):
-        parser.error(f"unknown method {unknown[0]!r}; known: {'; '.join(known)}")
+    if unknown := sorted(set(chosen) - set(names)):
+        parser.error(f"unknown method {unknown[0]!r}; known: {'; '.join(names)}")
+    known = variants(args.elastic_steps)
     encoder = Encoder(args.model, read_config(args.model))
     if args.evaluate is None:
         blocks = calibrate(encoder, 5 * args.evaluate_tokens, 0, None).evaluation
     else:
         blocks = evaluation_blocks(encoder, args.evaluate, args.evaluate_tokens)
     record: dict[str, Any] = read_json(args.out) if args.out.exists() else {"benchmark": "conversion_bench", "results": []}
-    record |= {"model": args.model.name, "evaluation_tokens": blocks[:, 1:].numel(), "protocol": encoder.protocol}
+    record |= {
+        "model": args.model.name,
+        "elastic_steps": args.elastic_steps,
+        "evaluation_tokens": blocks[:, 1:].numel(),
+        "protocol": encoder.protocol,
+    }
     done = {(result["method"], result["tokens"], result["seed"]) for result in record["results"]}
     for tokens in (int(count) for count in args.tokens.split(",")):
         for seed in (int(seed) for seed in args.seeds.split(",")):
@@ -270,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for result in made:
                     print(json.dumps(result), flush=True)
                 record["results"] += made
-                write_json(args.out, {**record, **conditions()})
+                write_json(args.out, {**record, **conditions(), "comparison": comparison(record["results"])})
     print(table(record["results"]))
     if args.plot:
         write_text(args.plot, comparison_chart(f"{args.model.name}: perplexity", comparison(record["results"])))

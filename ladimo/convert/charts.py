@@ -281,10 +281,11 @@ def _scale(values: Sequence[float], axis: Axis, start: float, end: float) -> Sca
     """A scale that holds all values and the axis' own range, with a margin, except below zero when that is the lowest."""
     held = [value for value in (*values, axis.low, axis.high) if math.isfinite(value)] or [1.0]
     low, high = min(held), max(held)
+    apart = high - low > 1e-9 * max(abs(low), abs(high))  # nearer ones are one value, and have no scale of their own
     if axis.log:
-        factor = (high / low) ** 0.05 if high > low else 2.0
+        factor = (high / low) ** 0.05 if apart else 2.0
         return Scale(low / factor, high * factor, start, end, log=True)
-    room = 0.05 * (high - low) or max(0.5, 0.1 * abs(high))
+    room = 0.05 * (high - low) if apart else max(0.5, 0.1 * abs(high))
     return Scale(low - room if low else 0.0, high + room, start, end)
 
 

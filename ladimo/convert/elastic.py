@@ -6,6 +6,7 @@ moe_intermediate_size.
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -124,6 +125,7 @@ class ElasticStages:
         """The substitutes of every budget, distilled end to end where the model is small enough: a stage. The curves."""
 
         def make() -> dict[str, Any]:
+            started = time.monotonic()
             size = sum(parameter.numel() for parameter in self.dense.ends.parameters()) + self.dense.config.dense_parameters
             trained = self.recipe.elastic.steps > 0 and size <= self.recipe.elastic.max_parameters
             if self.recipe.elastic.steps > 0 and not trained:
@@ -150,7 +152,7 @@ class ElasticStages:
                 tensors = {f"{index}.gate_up": pair[0] for index, pair in budget.items()}
                 tensors |= {f"{index}.down": pair[1] for index, pair in budget.items()}
                 self.workspace.save_tensors(f"budgets/{number}.safetensors", tensors or {"none": torch.zeros(1)})
-            return {"curves": curves}
+            return {"curves": curves, "seconds": time.monotonic() - started}
 
         curves: list[list[dict[str, Any]]] = self.workspace.stage("substitutes", make)["curves"]
         for target, curve in zip(self.recipe.elastic.budgets, curves, strict=True):

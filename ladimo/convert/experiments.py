@@ -37,7 +37,7 @@ THROUGHPUT_CONDITIONS = ("cpu", "gpu", "device", "dtype", "threads", "prompt_tok
 
 
 def initialisation_curves(
-    method: Method, mlp: GatedMLP, data: LayerData, recipe: Recipe, layer: int, steps: int = 200
+    method: Method, mlp: GatedMLP, data: LayerData, recipe: Recipe, layer: int, steps: int = 100
 ) -> dict[str, Any]:
     """Short trainings of one layer from the split weights and from random ones (LaDiMo's Fig 2), alike in all else.
 
@@ -118,7 +118,7 @@ def read_comparison(path: Path) -> list[dict[str, Any]]:
     """The key "comparison" from a benchmark's JSON: a list, or an object with the list under "comparison".
 
     Entries have the COMPARISON_FIELDS, others are dropped: `target` and `active_parameters_ratio` are shares of the dense
-    model's parameters, asked for and reached; `perplexity_ratio` is to dense, the mean over `seeds` seeds; `spread` is half the
+    model's parameters, asked for and reached; `perplexity_ratio` is to dense, the median of `seeds` seeds; `spread` is half the
     distance between the best and the worst of them. Raises ValueError naming the file and the first wrong field.
     """
     raw = read_json(path)
@@ -149,7 +149,8 @@ def _fields(entry: object, wanted: Mapping[str, type], where: str) -> dict[str, 
         raise ValueError(f"{where}: must be an object")
     for name, kind in wanted.items():
         value: Any = entry.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not valid:
             raise ValueError(f"{where}.{name}: must be of type {kind.__name__}, got {value!r}")
         if kind is not str and not 0 <= value < math.inf:
             raise ValueError(f"{where}.{name}: must be a number of at least 0, got {value!r}")

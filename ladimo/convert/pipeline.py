@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ladimo.convert.choose_policy import Rules, choose_layers, full_cost
 from ladimo.convert.distill import LayerData, full_rule, layer_error
 from ladimo.convert.elastic import ElasticStages, Widths, solve_layer
 from ladimo.convert.evaluate import measure, num_scored
+from ladimo.convert.experiments import depth_curve, initialisation_curves
 from ladimo.convert.methods import Method, get_method
 from ladimo.convert.operating_points import OperatingPoints, measure_operating_points
 from ladimo.convert.parallel import run_jobs
@@ -198,7 +199,7 @@ class Conversion(ABC):
         self, model: str, arguments: dict[str, Any], converted: tuple[int, ...], points: OperatingPoints
     ) -> dict[str, Any]:
         calibration = self.workspace.record("calibration")
-        layers = [self.layer_entry(index, converted) for index in self.candidates]
+        layers, extras = [self.layer_entry(index, converted) for index in self.candidates], self.report_extras()
         return {
             "format": 1,
             "model": model,
@@ -212,11 +213,11 @@ class Conversion(ABC):
                 "protocol": calibration["protocol"],
                 "device": device_name(self.dense.device),
                 "dtype": str(self.dense.dtype).removeprefix("torch."),
-                "training_seconds": sum(layer["seconds"] for layer in layers),
+                "training_seconds": sum(layer["seconds"] for layer in layers) + extras.pop("seconds", 0.0),
             },
             "num_hidden_layers": self.dense.config.num_hidden_layers,
             "layers": layers,
-            **self.report_extras(),
+            **extras,
             **policy_entries(points),
         }
 
@@ -226,7 +227,8 @@ class Conversion(ABC):
 
     @abstractmethod
     def report_extras(self) -> dict[str, Any]:
-        """Keys of report.json that this kind of conversion has beside those all have."""
+        """Keys of report.json that this kind of conversion has beside those all have; "seconds": of training besides the
+        layers'."""
 
     @property
     def _depth(self) -> range:
@@ -282,6 +284,7 @@ class LayerwiseConversion(Conversion):
             }
 
         record = self.workspace.stage("sensitivity", make)
+        self.workspace.stage("experiments", lambda: self.experiments(calibration, record["perplexity"]))
         for index, value in record["perplexity"].items():
             ratio = value / record["dense_perplexity"]
             logger.info("layer %s alone converted: perplexity %.3f (dense x %.3f)", index, value, ratio)
@@ -290,6 +293,21 @@ class LayerwiseConversion(Conversion):
         if self.recipe.layers == "auto" and cost > self.recipe.target_active:
             logger.warning("all layers converted; the target of %.1f%% is out of reach", 100 * self.recipe.target_active)
         return tuple(record["converted"])
+
+    def experiments(self, calibration: Calibration, damage: Mapping[str, float]) -> dict[str, Any]:
+        """What only the report shows: more and more layers converted, and where there is training, what the split start gives
+        it in the middle layer."""
+        order = sorted(self.candidates, key=lambda index: damage[str(index)])
+        found: dict[str, Any] = {
+            "depth": depth_curve(self.dense, self.experts, self.config(self.candidates), order, calibration.holdout)
+        }
+        middle = self.candidates[len(self.candidates) // 2]
+        if self.record(middle)["curve"] and self.recipe.method != "moefication":  # which trains no expert
+            blocks, cut = torch.cat((calibration.fit, calibration.holdout)), calibration.fit.numel()
+            for _, mlp, inputs, targets in self.dense.ffn_data(blocks, [middle]):
+                data = LayerData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+                found["initialisation"] = initialisation_curves(self.method, mlp, data, self.recipe, middle)
+        return found
 
     def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
         def make() -> dict[str, Any]:
@@ -307,7 +325,8 @@ class LayerwiseConversion(Conversion):
         return {"layer": index, "converted": index in converted, "converted_alone_perplexity": damage, **record}
 
     def report_extras(self) -> dict[str, Any]:
-        return {"holdout_dense_perplexity": self.workspace.record("sensitivity")["dense_perplexity"]}
+        sensitivity = self.workspace.record("sensitivity")
+        return {"holdout_dense_perplexity": sensitivity["dense_perplexity"], **self.workspace.record("experiments")}
 
 
 class ElasticConversion(Conversion):
@@ -345,19 +364,19 @@ class ElasticConversion(Conversion):
         return {"layer": index, "converted": index in converted, "damage": damage, **self.record(index)}
 
     def report_extras(self) -> dict[str, Any]:
-        curves = self.workspace.record("substitutes")["curves"]
+        trained = self.workspace.record("substitutes")
         names = list(self.stages.policies(self.budgets))
         targets = self.recipe.elastic.budgets
         by_target = self.stages.budget_names()
         budgets = [
             {"policy": by_target[number], "target": target, "widths": list(widths), "curve": curve}
-            for number, (target, widths, curve) in enumerate(zip(targets, self.budgets, curves, strict=True))
+            for number, (target, widths, curve) in enumerate(zip(targets, self.budgets, trained["curves"], strict=True))
         ]
         assert set(by_target) < set(names)
         size, experts = -(-self.dense.config.intermediate_size // self.recipe.split.experts), self.recipe.split.experts
         stored = sum(n for widths in self.budgets for n in widths if n < experts) * 3 * self.dense.config.hidden_size * size
         ratio = 1 + stored / self.dense.config.dense_parameters
-        return {"elastic": {"budgets": budgets, "experts": experts, "stored_ratio": ratio}}
+        return {"elastic": {"budgets": budgets, "experts": experts, "stored_ratio": ratio}, "seconds": trained["seconds"]}
 
     @property
     def stages(self) -> ElasticStages:

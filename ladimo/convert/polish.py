@@ -30,8 +30,8 @@ Student = Sequence[GatedMLP | None]  # one FFN per layer, None where the dense o
 
 @dataclass(frozen=True, slots=True)
 class KlPoint:
-    """KL divergence from the dense model in nats per token after `step` steps. kl: mean since the last point, and held out where
-    it was measured."""
+    """KL divergence from the dense model in nats per token after `step` steps. kl: mean since the last point; holdout: on held
+    out text, where it was measured."""
 
     step: int
     kl: float

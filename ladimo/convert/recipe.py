@@ -109,7 +109,7 @@ class ElasticRecipe:
     ridge: float = 0.0
     scan_tokens: int = 4096
     uniform: bool = False
-    steps: int = 40
+    steps: int = 160
     batch_tokens: int = 2048
     lr: float = 3e-4
     max_parameters: int = 500_000_000

@@ -5,7 +5,7 @@ which it can ask for nothing. Charts carry their numbers in tables, so that Mark
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
@@ -60,7 +60,7 @@ class Document:
     title: str
     lead: Sequence[str]
     tiles: Sequence[Tile] = ()
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[Section] = ()
 
 
 STYLE = """
@@ -118,6 +118,7 @@ th[aria-sort=descending] button::after { content: " ↓"; opacity: 1; }
   header, main { padding: 0 12px; } header { padding-top: 20px; } section { padding: 14px; } h1 { font-size: 23px; }
 }
 @media print {
+  :root { color-scheme: light; } .fluid { flex-basis: 290px; }
   body { background: none; font-size: 11pt; } nav { display: none; } th button::after { content: none; }
   section { border: 0; padding: 0; } figure, tr, .tile { break-inside: avoid; } h2 { break-after: avoid; }
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ladimo.convert.charts import Axis, Bar, Cell, Point, Series, bar_chart, comparison_panels, heatmap, line_chart
+from ladimo.convert.charts import FAINT, Axis, Bar, Cell, Point, Series, bar_chart, comparison_panels, heatmap, line_chart
 from ladimo.convert.choose_policy import NAMED
 from ladimo.convert.report_page import Document, Figure, Fold, Section, Table, Tile
 
@@ -85,7 +85,7 @@ def _frontier(report: Report) -> Section:
         own.sort(key=lambda name: policies[name]["active_parameters_ratio"])
         series = [
             Series("frontier", [_point_of(policies[name], name if name in NAMED else "") for name in own]),
-            Series("beaten", [_point_of(entry) for name, entry in policies.items() if name not in own], "#7a828c", line=False),
+            Series("beaten", [_point_of(entry) for name, entry in policies.items() if name not in own], FAINT, line=False),
         ]
         chart = line_chart(
             f"Frontier at batch {batch}", [one for one in series if one.points], x_axis, y_axis, guides=[(1.0, "dense model")]
@@ -104,7 +104,7 @@ def _frontier(report: Report) -> Section:
         rows.append([name, *([found["policy"], *_figures_of(found)] if found else ["none", "", "", "", ""])])
     header = ["perplexity / dense at most", "cheapest policy", "active", "perplexity / dense", "same next token", "KL (nats)"]
     guard = Table(header, rows, "Quality guards: the cheapest measured policy within a limit.")
-    text = "Each point is a policy, measured end to end on the evaluation text; the grey ones are beaten at this batch size."
+    text = "Each point is a policy, measured end to end on the evaluation text; grey ones are beaten at this batch size."
     return Section("What it costs, what it keeps", [text], [*figures, guard])
 
 
@@ -294,9 +294,11 @@ def _oracle(layers: Sequence[Report]) -> Figure | None:
     cells = [[_oracle_cell(layer, str(n)) for n in widths] for layer in nested]
     rows = [str(layer["layer"]) for layer in nested]
     chart = heatmap("Could routing pay? Oracle / static error", list(map(str, widths)), rows, cells, "layer · experts")
+    ratios = [float(cell.text) for line in cells for cell in line if cell]
     caption = (
         "Error of an oracle that picks each token's best experts, without repair, over that of the same number of fixed ones, "
-        "repaired. Below 1 (coloured) routing has room; a real router gets only part of it."
+        f"repaired. Below 1 (coloured) routing has room, of which a real router gets a part: {sum(r < 1 for r in ratios)} of "
+        f"{len(ratios)} cases here."
     )
     numbers = Table(
         ["layer", *map(str, widths)],

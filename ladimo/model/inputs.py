@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ladimo.model import kernels
 
-# On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together take
-# hardly more. A long step is counted at once, as it holds memory.
+# On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together
+# take hardly more. A long step is counted at once, as it holds memory.
 MAX_DEFERRED_STEPS = 64
 MAX_DEFERRED_TOKENS = 64
 

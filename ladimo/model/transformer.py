@@ -3,6 +3,7 @@
 Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, D hidden_size, M expert layers, E experts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,12 @@ class Backbone(nn.Module):
 
 
 class MoeTransformer(nn.Module):
-    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`."""
+    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`.
+
+    `native` computes steps over a cache in the place of `forward`, where the model was loaded for it (`ladimo.model.cpu`).
+    """
+
+    native: Callable[[StepInputs, KVCache, RoutingTables], StepOutput] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Sizes of one engine, fixed before anything is allocated."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class EngineConfig:
     max_policies: int = 64
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    quantize: Literal["none", "int8", "int4"] = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,7 +305,7 @@ class _Tally:
 
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     """Load the model and allocate everything the engine will ever use. Raises ValueError when it cannot be served so."""
-    return assemble_core(load(directory, config.device, config.dtype), config, eos_token_ids(directory))
+    return assemble_core(load(directory, config.device, config.dtype, config.quantize), config, eos_token_ids(directory))
 
 
 def assemble_core(

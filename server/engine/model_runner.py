@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladimo.checkpoint import choose_device, choose_dtype, load_model
+from ladimo.checkpoint import choose_device, choose_dtype, load_model, stored_dtype
+from ladimo.model.cpu.build import library
+from ladimo.model.cpu.native_step import Quantize, native_step
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
@@ -23,8 +25,10 @@ from server.engine.transfers import to_device, to_host
 # Of the memory that is free once the weights are loaded, this share goes to the cache unless the operator says a number.
 CUDA_CACHE_SHARE = 0.85
 CPU_CACHE_BYTES = 2 * 2**30
-# A smaller step (multiply-adds) runs on one CPU thread: others gain it little, and beside a busy neighbour, such as the HTTP
-# loop, waiting for them at every operation makes it many times slower.
+# What torch would use: as many as there are cores, or as the operator says.
+NUM_THREADS = torch.get_num_threads()
+# Where torch computes, a smaller step (multiply-adds) runs on one CPU thread: others gain it little, and beside a busy
+# neighbour, such as the HTTP loop, waiting for them at every operation makes it many times slower.
 SERIAL_STEP = 10**8
 
 
@@ -66,8 +70,10 @@ class ModelRunner:
         self.device = kv_cache.k.device
         self.block_size = kv_cache.k.shape[2]
         self.adjuster = LogitAdjuster(model.config.vocab_size, eos_token_ids, self.device)
-        self._num_threads = torch.get_num_threads()
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
+        self._native = None
+        if self.device.type == "cpu" and graphs is None:
+            self._native = model.native or native_step(model, NUM_THREADS)
 
     @property
     def graph_captures(self) -> int:
@@ -85,8 +91,9 @@ class ModelRunner:
         with the host once, and once more for each sequence that wants log-probabilities.
         """
         if self.device.type == "cpu":
-            serial = self._multiply_adds * batch.num_tokens < SERIAL_STEP
-            torch.set_num_threads(1 if serial else self._num_threads)  # of this thread only
+            # Beside the native step, which has threads of its own, torch has little to do.
+            serial = self._native is not None or self._multiply_adds * batch.num_tokens < SERIAL_STEP
+            torch.set_num_threads(1 if serial else NUM_THREADS)  # of this thread only
         bucket = self.graph_bucket(batch)
         if self.graphs is not None and bucket is not None:
             return self._replay(self.graphs, batch, bucket)
@@ -108,7 +115,7 @@ class ModelRunner:
 
     def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
-        logits, expert_ids = self.model(inputs, self.kv_cache, self.tables)
+        logits, expert_ids = (self._native or self.model)(inputs, self.kv_cache, self.tables)
         per_sequence = logits.split([num_logits(sequence, count) for sequence, count in batch.scheduled])
         last = [
             rows[-1:] for (sequence, count), rows in zip(batch.scheduled, per_sequence, strict=True) if samples(sequence, count)
@@ -210,10 +217,22 @@ def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[Tok
     return token_logprobs(logits[: len(following)], following, num_top)
 
 
-def load(directory: Path, device: str, dtype: str) -> MoeTransformer:
-    """Raises ValueError for a checkpoint that cannot be served, or a device or dtype that cannot be had."""
+def load(directory: Path, device: str, dtype: str, quantize: Quantize = "none") -> MoeTransformer:
+    """Raises ValueError for a checkpoint that cannot be served, or a device, dtype or quantisation that cannot be had.
+
+    On a CPU the weights are packed for the native step, where there is one, and "auto" is then bf16 if they are stored so: it
+    computes a request's numbers alike in every batch, which torch does not.
+    """
     chosen = choose_device(device)
-    return load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
+    if chosen.type != "cpu":
+        if quantize != "none":
+            raise ValueError(f"quantize {quantize}: only on CPU")
+        return load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
+    if dtype == "auto" and library() is not None and stored_dtype(directory) == torch.bfloat16:
+        dtype = "bfloat16"
+    model = load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
+    model.native = native_step(model, NUM_THREADS, quantize, release=True)
+    return model
 
 
 def affordable_blocks(model: MoeTransformer, block_size: int, max_model_len: int, max_num_seqs: int) -> int:

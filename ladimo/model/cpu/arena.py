@@ -1,5 +1,5 @@
-"""Memory for weights on huge pages: reading all of a model per token, the processor otherwise looks up an address every 4 KiB,
-which on a virtual machine halves the bandwidth."""
+"""Memory on huge pages for weights and cache: reading all of a model per token, the processor otherwise looks up an address every
+4 KiB, which on a virtual machine halves the bandwidth."""
 
 import mmap
 
@@ -21,7 +21,7 @@ class Arena:
         """Copy the tensor's content; its address."""
         source = tensor.detach().contiguous().flatten().view(torch.uint8)
         if not self._chunks or self._used + len(source) > len(self._chunks[-1]):
-            self._chunks.append(_huge(max(CHUNK, len(source))))
+            self._chunks.append(huge_zeros(max(CHUNK, len(source)), torch.uint8))
             self._used = 0
         target = self._chunks[-1][self._used : self._used + len(source)]
         target.copy_(source)
@@ -29,11 +29,10 @@ class Arena:
         return target.data_ptr()
 
 
-def _huge(size: int) -> Tensor:
-    """Fresh memory, on huge pages where the system has them."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+def huge_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [count], on huge pages where the system has them. Nothing is in memory before it is written to."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(count, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)

@@ -4,11 +4,14 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 """
 
 import ctypes
+import logging
 import weakref
 from ctypes import c_double, c_int64, c_void_p
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
@@ -21,15 +24,16 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer, StepOutput
 
+log = logging.getLogger(__name__)
+
+Quantize = Literal["none", "int8", "int4"]
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
 # Multiply-adds of a step below which waking the other threads costs more than they give.
 SERIAL_STEP = 10**6
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("scales", c_void_p)] + [
-        (name, c_int64) for name in ("rows", "panels", "cols", "kind")
-    ]
+    _fields_ = [("data", c_void_p), ("scales", c_void_p)] + [(name, c_int64) for name in ("rows", "panels", "cols", "kind")]
 
 
 class _Layer(ctypes.Structure):
@@ -110,8 +114,9 @@ class NativeStep:
     nothing of the model but its embedding and rotary tables, which stay where they are. To be called by one thread at a time.
     """
 
-    def __init__(self, model: MoeTransformer, format: Format, num_threads: int) -> None:
-        """Raises Unsupported."""
+    def __init__(self, model: MoeTransformer, format: Format, num_threads: int, release: bool = False) -> None:
+        """`release`: let go of the model's own weights layer by layer, so that they are never in memory twice; the model can
+        then compute nothing itself. Raises Unsupported before anything is changed."""
         code = library()
         if code is None:
             raise Unsupported("there is no compiled kernel")
@@ -127,6 +132,8 @@ class NativeStep:
         for target, layer in zip(layers, model.model.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             self._fill_layer(target, layer, format)
+            if release:
+                _release(layer)
         head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
         self._layers = layers
         self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
@@ -148,7 +155,9 @@ class NativeStep:
             head=self._matrix(pack(head, format)),
             layers=layers,
         )
-        self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
+        self._multiply_adds = config.dense_parameters + head.numel()  # per token, at most about
+        if release and model.lm_head is not None:
+            _release(model.lm_head)
         create, destroy = code.ladimo_create, code.ladimo_destroy
         create.restype, create.argtypes, destroy.restype, destroy.argtypes = c_void_p, [c_int64], None, [c_void_p]
         self._run = code.ladimo_step
@@ -233,7 +242,7 @@ class NativeStep:
         target.expert_size = padded_size(down.shape[2], format)
         target.gate_up = self._matrix(pack_gate_up(gate_up, format))
         idle = target.expert_size - down.shape[2]
-        target.down = self._matrix(pack(torch.nn.functional.pad(down, (0, idle)), format))
+        target.down = self._matrix(pack(F.pad(down, (0, idle)), format))
 
     def _fill_router(self, target: _Layer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
@@ -244,7 +253,7 @@ class NativeStep:
             target.router_kind = ROUTER_MLP
             target.router = self._matrix(pack(router.fc1.weight, self._router_format))
             second = router.fc2.weight
-            target.router_second = self._matrix(pack(torch.nn.functional.pad(second, (0, second.shape[1] % 2)), self._router_format))
+            target.router_second = self._matrix(pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format))
         elif isinstance(router, GluRouter):
             target.router_kind = ROUTER_GLU
             target.router = self._matrix(pack(router.gate_proj.weight, self._router_format))
@@ -264,6 +273,29 @@ class NativeStep:
 
     def _keep(self, tensor: Tensor) -> int:
         return self._arena.keep(tensor)
+
+
+def native_step(
+    model: MoeTransformer, num_threads: int, quantize: Quantize = "none", release: bool = False
+) -> NativeStep | None:
+    """The model's step, its weights packed as they are or rounded to integers. `release`: see `NativeStep`.
+
+    None, with one line in the log, for a model that the kernel cannot run; ValueError if it was to be quantised.
+    """
+    dtype = model.model.embed_tokens.weight.dtype
+    format: Format = quantize if quantize != "none" else "bfloat16" if dtype == torch.bfloat16 else "float32"
+    try:
+        return NativeStep(model, format, num_threads, release)
+    except Unsupported as reason:
+        if quantize != "none":
+            raise ValueError(f"quantize {quantize}: {reason}") from reason
+        log.warning("torch computes on this CPU: %s", reason)
+        return None
+
+
+def _release(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _check_columns(config: ModelConfig, format: Format) -> None:

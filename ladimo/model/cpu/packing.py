@@ -19,7 +19,7 @@ LARGEST = {"int8": 127, "int4": 7}
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One matrix, or equal ones behind each other. `rows`, `panels` and `cols` are of one; `scales` fp32 [P * 16 * K / S] each."""
+    """One matrix, or equal ones behind each other; `rows`, `panels`, `cols` are of one. `scales`: P * 16 * K / S of each."""
 
     data: Tensor
     scales: Tensor | None
@@ -44,9 +44,7 @@ def pack_gate_up(gate_up: Tensor, format: Format) -> Packed:
     """Pack [E, 2F, D], gate rows before up rows, with two panels of gate and two of up rows in each block."""
     experts, _, cols = gate_up.shape
     size = padded_size(gate_up.shape[1] // 2, format)
-    gate, up = (
-        F.pad(half, (0, 0, 0, size - half.shape[1])).view(experts, -1, LANES, cols) for half in gate_up.chunk(2, dim=1)
-    )
+    gate, up = (F.pad(half, (0, 0, 0, size - half.shape[1])).view(experts, -1, LANES, cols) for half in gate_up.chunk(2, dim=1))
     half_block = PANELS // 2
     pairs = [torch.cat(both, dim=1) for both in zip(gate.split(half_block, 1), up.split(half_block, 1), strict=True)]
     return pack(torch.cat(pairs, dim=1).flatten(1, 2), format)
@@ -61,7 +59,7 @@ def padded_size(size: int, format: Format) -> int:
 def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, K / S].
 
-    Symmetric, to nearest. Of each group that scale of a few is taken which leaves the least squared error: for int4, clipping the
+    Symmetric, to nearest. Of a few scales each group takes the one that leaves the least squared error: for int4, clipping the
     largest weight often pays.
     """
     largest = LARGEST[format]
@@ -86,20 +84,24 @@ def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
 def _pack_one(matrix: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     """One matrix [16 P, K] -> its bytes, and its scales."""
     if format == "float32":
-        return _interleave(matrix.float(), 1).view(torch.uint8), None
+        return _interleave(matrix.float()).view(torch.uint8), None
     if format == "bfloat16":
-        return _interleave(matrix.bfloat16(), 2).view(torch.uint8), None
+        return _interleave(matrix.bfloat16()).view(torch.uint8), None
     integers, scales = quantize(matrix, format)
     if format == "int4":  # of each 8 columns the first four are the lower halves of the bytes
-        low, high = (integers + 8).to(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
-        return _interleave((low | high << 4).flatten(1), 4), _interleave(scales, 1)
-    return _interleave((integers.to(torch.int16) + 128).to(torch.uint8), 4), _interleave(scales, 1)
+        low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
+        words = (low | high << 4).flatten(1)
+    else:
+        words = integers.view(torch.uint8) ^ 0x80  # plus 128
+    return _interleave(words).view(torch.uint8), _interleave(scales).view(torch.float32)
 
 
-def _interleave(matrix: Tensor, together: int) -> Tensor:
-    """[16 P, K] -> flat; in each block, column by column (or `together` columns at a time) the block's panels."""
-    blocks = []
-    for block in matrix.split(PANELS * LANES):
-        columns = block.unflatten(0, (-1, LANES)).unflatten(2, (-1, together))  # [panels, 16, K / together, together]
-        blocks.append(columns.permute(2, 0, 1, 3).flatten())
-    return torch.cat(blocks)
+def _interleave(matrix: Tensor) -> Tensor:
+    """[16 P, ...] -> flat words of 32 bits; in each block, word by word of the rows, its rows."""
+    words = matrix.contiguous().view(torch.int32)
+    out = torch.empty_like(words).flatten()
+    begin = 0
+    for block in words.split(PANELS * LANES):
+        out[begin : begin + block.numel()].view(block.shape[1], -1).copy_(block.t())
+        begin += block.numel()
+    return out

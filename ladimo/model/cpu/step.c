@@ -69,7 +69,7 @@ typedef struct {
 } Segment;
 
 // `StepInputs`, `RoutingTables` and `KVCache` as memory. The cache is this file's own: keys [blocks, G, C, block_size], values
-// [blocks, block_size, G, C].
+// [blocks, G, block_size, C], so that what one head reads of a block is one stretch of memory.
 typedef struct {
     int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel;
     const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
@@ -193,17 +193,22 @@ Engine *ladimo_create(int64_t threads) {
 static inline v16f splat(float x) { return x - (v16f){0}; }
 static inline v16f choose(v16i mask, v16f yes, v16f no) { return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no)); }
 
+#define HALVES(v, op) op(v, __builtin_shuffle(v, (v16i){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
+#define QUARTERS(v, op) op(v, __builtin_shuffle(v, (v16i){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
+static inline v16f add(v16f a, v16f b) { return a + b; }
+static inline v16f larger(v16f a, v16f b) { return choose(a > b, a, b); }
+
 static inline float sum_lanes(v16f v) {
-    float half[8], total = 0;
-    for (int i = 0; i < 8; i++) half[i] = v[i] + v[i + 8];
-    for (int i = 0; i < 8; i++) total += half[i];
-    return total;
+    v = HALVES(v, add);
+    v = QUARTERS(v, add);
+    return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
 static inline float max_lanes(v16f v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    v = HALVES(v, larger);
+    v = QUARTERS(v, larger);
+    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
 }
 
 // e^x to about 2 units in the last place; below -87 nothing that fp32 can tell from 0.
@@ -266,8 +271,8 @@ static inline int64_t activation_bytes(int64_t size, int64_t kind) {
 typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
 #define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
 #define FOR_PANELS _Pragma("GCC unroll 8") for (int p = 0; p < r; p++)
+#define FOR_TOGETHER _Pragma("GCC unroll 8") for (int p = 0; p < together; p++)
 #define FOR_TOKENS _Pragma("GCC unroll 8") for (int t = 0; t < n; t++)
-#define WRITE_SUMS FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p]
 
 static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
     (void)scales;
@@ -281,7 +286,7 @@ static inline __attribute__((always_inline)) void tile_fp32(const int r, const i
             FOR_PANELS sum[t][p] += weight[p] * value;
         }
     }
-    WRITE_SUMS;
+    FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p];
 }
 
 // Two columns at a time: a lane of 32 bits holds the row's two weights, the lower half the first.
@@ -298,17 +303,17 @@ static inline __attribute__((always_inline)) void tile_bf16(const int r, const i
             FOR_PANELS sum[t][p] = (v16f)_mm512_dpbf16_ps((__m512)sum[t][p], (__m512bh)weight[p], value);
         }
 #else
-        v16f first[PANELS], second[PANELS];
-        FOR_PANELS first[p] = (v16f)(panel[p] << 16), second[p] = (v16f)(panel[p] & 0xffff0000u);
+        v16f low[PANELS], high[PANELS];
+        FOR_PANELS low[p] = (v16f)(panel[p] << 16), high[p] = (v16f)(panel[p] & 0xffff0000u);
         FOR_TOKENS {
             const uint16_t *pair = (const uint16_t *)x[t] + 2 * k;
             v16f one = splat(widen_one(pair[0])), two = splat(widen_one(pair[1]));
-            FOR_PANELS sum[t][p] += first[p] * one;
-            FOR_PANELS sum[t][p] += second[p] * two;
+            FOR_PANELS sum[t][p] += low[p] * one;
+            FOR_PANELS sum[t][p] += high[p] * two;
         }
 #endif
     }
-    WRITE_SUMS;
+    FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p];
 }
 
 // Activations beside integer weights: columns rounded to 8 bits, a scale and the sum of the integers per group.
@@ -336,17 +341,18 @@ static inline v16i dot_bytes(v16i sum, v16u weights, uint32_t columns) {
 // Integer weights are stored plus `offset`; taking offset times the sum of the columns away makes up for it. A lane holds four
 // columns of int8, or eight of int4: the first four in the lower halves of its bytes.
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
-    const int offset = 1 << (bits - 1), lanes = GROUP * bits / 32, together = r % 2 ? 1 : 2;
-    v16f sum[TILE][PANELS] = {0};
-    const v16u *panel = (const v16u *)w;
-    const v16f *scale = (const v16f *)scales;
-    for (int64_t g = 0; g < cols / GROUP; g++, scale += r, panel += lanes * r) {
-        _Pragma("GCC unroll 4") for (int first = 0; first < r; first += together) {
-            v16i part[TILE][2];
-            FOR_TOKENS for (int p = 0; p < together; p++) part[t][p] = (v16i){0} - offset * rounded(x[t], cols).sums[g];
-            for (int k = 0; k < lanes; k++)
-                for (int p = 0; p < together; p++) {
-                    v16u weight = panel[k * r + first + p];
+    const int offset = 1 << (bits - 1), lanes = GROUP * bits / 32;
+    const int together = r % 2 || n == 1 ? r : 2;
+    for (int first = 0; first < r; first += together) {
+        v16f sum[TILE][PANELS] = {0};
+        const v16u *panel = (const v16u *)w + first;
+        const v16f *scale = (const v16f *)scales + first;
+        for (int64_t g = 0; g < cols / GROUP; g++, scale += r) {
+            v16i part[TILE][PANELS];
+            FOR_TOKENS FOR_TOGETHER part[t][p] = (v16i){0} - offset * rounded(x[t], cols).sums[g];
+            for (int k = 0; k < lanes; k++, panel += r) {
+                FOR_TOGETHER {
+                    v16u weight = panel[p];
                     if (bits == 8) {
                         FOR_TOKENS part[t][p] = dot_bytes(part[t][p], weight, ((const uint32_t *)x[t])[g * 8 + k]);
                     } else {
@@ -355,12 +361,12 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
                         FOR_TOKENS part[t][p] = dot_bytes(part[t][p], high, ((const uint32_t *)x[t])[g * 8 + 2 * k + 1]);
                     }
                 }
-            FOR_TOKENS for (int p = 0; p < together; p++)
-                sum[t][first + p] +=
-                    __builtin_convertvector(part[t][p], v16f) * (scale[first + p] * rounded(x[t], cols).scales[g]);
+            }
+            FOR_TOKENS FOR_TOGETHER sum[t][p] +=
+                __builtin_convertvector(part[t][p], v16f) * (scale[p] * rounded(x[t], cols).scales[g]);
         }
+        FOR_TOKENS FOR_TOGETHER *(v16f *)(out + (t * r + first + p) * LANES) = sum[t][p];
     }
-    WRITE_SUMS;
 }
 
 static inline __attribute__((always_inline)) void tile_int8(const int r, const int n, TILE_ARGUMENTS) {
@@ -439,9 +445,6 @@ static inline void multiply(const Matrix *m, int64_t block, int64_t n, const voi
     TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
 }
 
-// How many of `tokens` the next tile takes, so that tiles are of about one size.
-static inline int64_t tile_size(int64_t tokens) { return ceil_div(tokens, ceil_div(tokens, TILE)); }
-
 // target[t] = m x[t] (+ bias), or with `add` added to what is there.
 typedef struct {
     const Matrix *m;
@@ -461,7 +464,7 @@ static void product_chunk(const void *job, int64_t chunk) {
     float sums[TILE * PANELS * LANES];
     const void *x[TILE];
     for (int64_t t = begin, n; t < end; t += n) {
-        n = tile_size(end - t);
+        n = least(TILE, end - t);
         for (int64_t i = 0; i < n; i++) x[i] = j->x + (t + i) * j->x_stride;
         multiply(j->m, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
@@ -543,10 +546,11 @@ static void store_token(const void *job, int64_t t) {
     for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, size, 1.0f / sqrtf((float)size));
     for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, size, 1.0f);
     int64_t block = s->layer_index * step->num_blocks + slot / bs, offset = slot % bs;
-    for (int64_t i = 0; i < groups * size; i++) {
-        write_one(step->k_cache, (block * groups * size + i) * bs + offset, k[i], m->bf16);
-        write_one(step->v_cache, (block * bs + offset) * groups * size + i, v[i], m->bf16);
-    }
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t c = 0; c < size; c++) {
+            write_one(step->k_cache, ((block * groups + g) * size + c) * bs + offset, k[g * size + c], m->bf16);
+            write_one(step->v_cache, ((block * groups + g) * bs + offset) * size + c, v[g * size + c], m->bf16);
+        }
 }
 
 // Keys [C, 16] and values [16, C'] of up to 16 positions from `first` on, those up to `last` valid, C' = C rounded up to lanes.
@@ -557,6 +561,15 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     const int64_t *table = step->block_table + row * step->table_width;
     int64_t origin = s->layer_index * step->num_blocks, count = least(KEYS, last - first + 1);
     if (bs % KEYS == 0) {
+        if (first + KEYS <= last) {  // the next tile is on its way while this one is worked on
+            int64_t next = first + KEYS, item = m->bf16 ? 2 : 4, stretch = KEYS * size * item;
+            int64_t begin = ((origin + table[next / bs]) * groups + g) * size * bs;
+            const char *k = (const char *)step->k_cache + (begin + next % bs) * item;
+            const char *v = (const char *)step->v_cache + (begin + next % bs * size) * item;
+            if (bs == KEYS)
+                for (int64_t i = 0; i < stretch; i += 64) __builtin_prefetch(k + i);
+            for (int64_t i = 0; i < stretch; i += 64) __builtin_prefetch(v + i);
+        }
         int64_t from = ((origin + table[first / bs]) * groups + g) * size * bs + first % bs;
         for (int64_t c = 0; c < size; c++)
             *(v16f *)(keys + c * KEYS) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->k_cache + from + c * bs))
@@ -569,7 +582,7 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
         }
     }
     for (int64_t j = 0; j < count; j++) {
-        int64_t from = (((origin + table[(first + j) / bs]) * bs + (first + j) % bs) * groups + g) * size, c = 0;
+        int64_t from = (((origin + table[(first + j) / bs]) * groups + g) * bs + (first + j) % bs) * size, c = 0;
         for (; c + LANES <= size; c += LANES)
             *(v16f *)(values + j * padded + c) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->v_cache + from + c))
                                                          : *(const v16f *)((const float *)step->v_cache + from + c);
@@ -592,7 +605,7 @@ static inline void attend_tile(
     float highest = max_lanes(scores);
     highest = highest > *most ? highest : *most;
     v16f p = choose(counts, exp_lanes(scores - highest), splat(0.0f));
-    float kept = *most == -INFINITY ? 0.0f : expf(*most - highest);
+    float kept = *most == highest ? 1.0f : *most == -INFINITY ? 0.0f : expf(*most - highest);
     *most = highest;
     *total = *total * kept + sum_lanes(p);
     for (int64_t i = 0; i < padded; i += LANES) {
@@ -793,7 +806,7 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     float sums[TILE * PANELS * LANES];
     const void *x[TILE];
     for (int64_t pair = begin, n; pair < end; pair += n) {
-        n = tile_size(end - pair);
+        n = least(TILE, end - pair);
         for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
         multiply(&matrix, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
@@ -820,7 +833,7 @@ static void down_chunk(const void *job, int64_t block) {
         Matrix matrix = expert_matrix(&s->layer->down, e);
         int64_t width = panels_of(&matrix, block) * LANES, rows = least(width, matrix.rows - row), end = s->first_pair[e + 1];
         for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
-            n = tile_size(end - pair);
+            n = least(TILE, end - pair);
             for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
             multiply(&matrix, block, n, x, sums);
             for (int64_t i = 0; i < n; i++) {

@@ -49,7 +49,8 @@ def recipe_flags(made: Made, path: Path) -> list[str]:
     """The command line that gives `made`."""
     train = made.recipe.train
     path.write_text(
-        f"method = 'ladimo'\ntokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n[train]\nsteps = {train.steps}\n"
+        f"method = 'ladimo'\ntokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n"
+        f"[train]\nsteps = {train.steps}\n"
         f"batch_tokens = {train.batch_tokens}\nexpert_lr = {train.expert_lr}\ngate_lr = {train.gate_lr}\n"
     )
     return ["--text", str(made.text), "--recipe", str(path)]

@@ -185,7 +185,8 @@ def test_sigkill_and_resume(made: Made, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     train = made.recipe.train
     recipe.write_text(
-        f"method = 'ladimo'\ntokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n[train]\nsteps = {train.steps}\n"
+        f"method = 'ladimo'\ntokens = {made.recipe.tokens}\nlayers = 'all'\n[split]\nexperts = 4\n"
+        f"[train]\nsteps = {train.steps}\n"
         f"batch_tokens = {train.batch_tokens}\nexpert_lr = {train.expert_lr}\ngate_lr = {train.gate_lr}\n"
     )
     out = tmp_path / "moe"
