@@ -590,28 +590,61 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     }
 }
 
-// One query [C] over one tile of which `count` positions count: the running maximum, sum and output [C'] of an online softmax.
-static inline void attend_tile(
-    const float *q, const float *keys, const float *values, int64_t size, int64_t padded, int64_t count, float *most, float *total, float *out
+// n queries over one tile, of which counts[i] positions count for query i: the running maximum, sum and output [C'] of an online
+// softmax each. Several at once share the loads of keys and values; a query's own sums run in the same order for every n.
+static inline __attribute__((always_inline)) void attend_tile(
+    const int n, const float *const *q, const float *keys, const float *values, int64_t size, int64_t padded, const int64_t *counts,
+    float *most, float *total, float *out
 ) {
-    v16f part[4] = {0};
+    v16f part[4][4] = {0};
     int64_t c = 0;
     for (; c + 4 <= size; c += 4)
-        for (int i = 0; i < 4; i++) part[i] += *(const v16f *)(keys + (c + i) * KEYS) * q[c + i];
-    for (; c < size; c++) part[0] += *(const v16f *)(keys + c * KEYS) * q[c];
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+            v16f key = *(const v16f *)(keys + (c + i) * KEYS);
+            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) part[j][i] += key * q[j][c + i];
+        }
+    for (; c < size; c++)
+        _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) part[j][0] += *(const v16f *)(keys + c * KEYS) * q[j][c];
     v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    v16i counts = lane < (int32_t)count;
-    v16f scores = choose(counts, (part[0] + part[1]) + (part[2] + part[3]), splat(-INFINITY));
-    float highest = max_lanes(scores);
-    highest = highest > *most ? highest : *most;
-    v16f p = choose(counts, exp_lanes(scores - highest), splat(0.0f));
-    float kept = *most == highest ? 1.0f : *most == -INFINITY ? 0.0f : expf(*most - highest);
-    *most = highest;
-    *total = *total * kept + sum_lanes(p);
-    for (int64_t i = 0; i < padded; i += LANES) {
-        v16f sum = *(v16f *)(out + i) * kept;
-        for (int64_t j = 0; j < count; j++) sum += *(const v16f *)(values + j * padded + i) * p[j];
-        *(v16f *)(out + i) = sum;
+    float p[4][KEYS], kept[4];
+    int64_t longest = 0;
+    _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
+        v16i valid = lane < (int32_t)counts[j];
+        v16f scores = choose(valid, (part[j][0] + part[j][1]) + (part[j][2] + part[j][3]), splat(-INFINITY));
+        float highest = max_lanes(scores);
+        highest = highest > most[j] ? highest : most[j];
+        v16f weights = choose(valid, exp_lanes(scores - highest), splat(0.0f));
+        kept[j] = most[j] == highest ? 1.0f : most[j] == -INFINITY ? 0.0f : expf(most[j] - highest);
+        most[j] = highest;
+        total[j] = total[j] * kept[j] + sum_lanes(weights);
+        *(v16f *)p[j] = weights;
+        longest = counts[j] > longest ? counts[j] : longest;
+    }
+    for (int64_t first = 0; first < padded; first += 4 * LANES) {
+        int64_t vectors = least(4, (padded - first) / LANES);
+        v16f sum[4][4];
+        if (vectors == 4) {
+            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++)
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+                    sum[j][i] = *(v16f *)(out + j * padded + first + i * LANES) * kept[j];
+            for (int64_t k = 0; k < longest; k++)
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+                    v16f value = *(const v16f *)(values + k * padded + first + i * LANES);
+                    _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) sum[j][i] += value * p[j][k];
+                }
+            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++)
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+                    *(v16f *)(out + j * padded + first + i * LANES) = sum[j][i];
+        } else {
+            for (int64_t i = 0; i < vectors; i++)
+                _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
+                    float *target = out + j * padded + first + i * LANES;
+                    v16f one = *(v16f *)target * kept[j];
+                    for (int64_t k = 0; k < longest; k++)
+                        one += *(const v16f *)(values + k * padded + first + i * LANES) * p[j][k];
+                    *(v16f *)target = one;
+                }
+        }
     }
 }
 
@@ -627,12 +660,18 @@ static void attend_item(const void *job, int64_t chunk) {
     for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY, total[i] = 0.0f;
     for (int64_t first = 0; first <= last; first += KEYS) {
         load_keys(s, row, g, first, last, keys, values);
-        for (int64_t t = first > position ? first - position : 0; t < length; t++)
-            for (int64_t h = 0; h < group; h++) {
-                const float *q = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + g * group + h) * size;
-                int64_t i = t * group + h, count = least(KEYS, position + t - first + 1);
-                attend_tile(q, keys, values, size, padded, count, most + i, total + i, out + i * padded);
+        for (int64_t i = (first > position ? first - position : 0) * group, n; i < queries; i += n) {
+            const float *q[4];
+            int64_t counts[4];
+            n = queries - i < 4 ? 1 : 4;
+            for (int64_t j = 0; j < n; j++) {
+                int64_t t = (i + j) / group, h = g * group + (i + j) % group;
+                q[j] = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + h) * size;
+                counts[j] = least(KEYS, position + t - first + 1);
             }
+            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i, out + i * padded);
+            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i, out + i * padded);
+        }
     }
     for (int64_t i = 0; i < queries; i++) {
         int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;

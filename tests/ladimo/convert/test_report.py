@@ -133,13 +133,14 @@ def test_each_method_has_the_sections_of_its_data(directories: dict[str, Path]) 
         for text in own[method]:
             assert text in pages[method]
             assert text not in pages[other]
-        for text in SECTIONS.values():
-            assert text not in pages[method].replace("&#x27;", "'")
+        for key, text in SECTIONS.items():
+            measured = method == "ladimo" and key in ("depth", "initialisation")
+            assert (text in pages[method].replace("&#x27;", "'")) == measured
 
 
 @pytest.mark.parametrize("key", EXTRAS)
 def test_optional_sections_come_with_their_data(directory: Path, key: str) -> None:
-    report = read_json(directory / "report.json")
+    report = {name: value for name, value in read_json(directory / "report.json").items() if name != key}
     without, having = document(report), document({**report, key: EXTRAS[key]})
     for print_out in (to_page, to_markdown):
         assert SECTIONS[key] not in print_out(without)

@@ -1,0 +1,41 @@
+"""Text that a dense model writes itself: calibration and evaluation text for a model whose own training text is not to be had.
+
+    python -m loadtests.sample_text MODEL OUT.txt [--tokens 200000] [--seed 0]
+
+Sampled at temperature 1 from BOS, window by window, one sample a paragraph; perplexity on it is the model's own entropy.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ladimo.checkpoint import write_text
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    length = model.config.max_position_embeddings - 1
+    start = torch.full((64, 1), tokenizer.bos_token_id)
+    texts: list[str] = []
+    while len(texts) * length < args.tokens:
+        ids = model.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=length, do_sample=True, top_k=0, pad_token_id=0
+        )
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    write_text(args.out, "\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    main()
