@@ -122,36 +122,27 @@ class ElasticStages:
         return [tuple(widths) for widths in record["widths"]]
 
     def substitutes(self, budgets: Sequence[Widths], fit: Tensor, holdout: Tensor) -> list[list[dict[str, Any]]]:
-        """The substitutes of every budget, distilled end to end where the model is small enough: a stage. The curves."""
+        """Distil the substitutes of every budget end to end where the model is small enough: a stage. The curves."""
 
         def make() -> dict[str, Any]:
             started = time.monotonic()
-            size = sum(parameter.numel() for parameter in self.dense.ends.parameters()) + self.dense.config.dense_parameters
-            trained = self.recipe.elastic.steps > 0 and size <= self.recipe.elastic.max_parameters
-            if self.recipe.elastic.steps > 0 and not trained:
-                logger.info("%s parameters: too many to distil end to end, the substitutes stay as solved", f"{size:,}")
-            solved = [
-                {index: self._solved(index, count) for index, count in enumerate(widths) if count < self.num_experts}
-                for widths in budgets
-            ]
             curves: list[list[dict[str, Any]]] = [[] for _ in budgets]
-            if trained:
+            if self._trains:
                 teacher = StreamedModel(self.dense.directory, self.dense.device, "float32")
                 students: list[Student] = [
-                    [self._narrow(budget.get(index)) for index in range(self.dense.config.num_hidden_layers)]
-                    for budget in solved
+                    [
+                        self._narrow(*self._solved(index, count)) if count < self.num_experts else None
+                        for index, count in enumerate(widths)
+                    ]
+                    for widths in budgets
                 ]
                 sequences = max(1, self.recipe.elastic.scan_tokens // holdout.shape[1])
                 generator = torch.Generator().manual_seed(self.recipe.seed)
                 points = polish(teacher, students, fit, holdout[:sequences], self.recipe.elastic, generator)
                 curves = [[asdict(point) for point in curve] for curve in points]
-                for budget, student in zip(solved, students, strict=True):
-                    for index in budget:
-                        budget[index] = self._cut(student[index])
-            for number, budget in enumerate(solved):
-                tensors = {f"{index}.gate_up": pair[0] for index, pair in budget.items()}
-                tensors |= {f"{index}.down": pair[1] for index, pair in budget.items()}
-                self.workspace.save_tensors(f"budgets/{number}.safetensors", tensors or {"none": torch.zeros(1)})
+                self.workspace.save_tensors("substitutes.safetensors", self._trained_tensors(students))
+            elif self.recipe.elastic.steps:
+                logger.info("the model is too large to distil it end to end, substitutes stay as solved")
             return {"curves": curves, "seconds": time.monotonic() - started}
 
         curves: list[list[dict[str, Any]]] = self.workspace.stage("substitutes", make)["curves"]
@@ -164,18 +155,20 @@ class ElasticStages:
 
     def finish(self, budgets: Sequence[Widths], dtype: torch.dtype) -> None:
         """The finished expert layers into the workspace: the exact partition, then each budget's substitutes."""
-        stored = [self.workspace.load_tensors(f"budgets/{number}.safetensors") for number in range(len(budgets))]
+        trained = self.workspace.load_tensors("substitutes.safetensors") if self._trains else {}
         for index in self.converted(budgets):
-            pairs = [
-                (tensors[f"{index}.gate_up"], tensors[f"{index}.down"])
-                for tensors, widths in zip(stored, budgets, strict=True)
-                if widths[index] < self.num_experts
-            ]
+            pairs = []
+            for number, widths in enumerate(budgets):
+                if widths[index] < self.num_experts:
+                    names = (f"{number}.{index}.gate_up", f"{number}.{index}.down")
+                    solved = None if self._trains else self._solved(index, widths[index])
+                    pairs.append(solved or (trained[names[0]], trained[names[1]]))
             layer = self._layer(index, pairs)
             self.workspace.save_layer(index, layer, dtype)
             record = self.workspace.layer_record(index)
             assert record is not None
-            self.workspace.finish_layer(index, layer.config, {key: value for key, value in record.items() if key != "config"})
+            known = {key: value for key, value in record.items() if key != "config"}
+            self.workspace.finish_layer(index, layer.config, known)
 
     def converted(self, budgets: Sequence[Widths]) -> tuple[int, ...]:
         """Layers that some budget narrows."""
@@ -216,24 +209,32 @@ class ElasticStages:
     def _nested(self, index: int) -> dict[str, Tensor]:
         return self.workspace.load_tensors(f"layers/{index}/nested.safetensors")
 
-    def _narrow(self, pair: tuple[Tensor, Tensor] | None) -> GatedMLP | None:
+    @property
+    def _trains(self) -> bool:
+        ends = sum(parameter.numel() for parameter in self.dense.ends.parameters())
+        size = ends + self.dense.config.dense_parameters
+        return self.recipe.elastic.steps > 0 and size <= self.recipe.elastic.max_parameters
+
+    def _narrow(self, gate_up: Tensor, down: Tensor) -> GatedMLP:
         """Substitutes as one narrow FFN, in fp32 on the device."""
-        if pair is None:
-            return None
-        gate_up, down = pair
         gate, up = gate_up.chunk(2, dim=1)  # [n, F, D]
         mlp = GatedMLP(down.shape[1], gate.shape[0] * gate.shape[1])
         weights = {"gate_proj": gate.flatten(0, 1), "up_proj": up.flatten(0, 1), "down_proj": down.transpose(0, 1).flatten(1)}
         mlp.load_state_dict({f"{name}.weight": weight.clone() for name, weight in weights.items()})
         return mlp.to(self.dense.device)
 
-    def _cut(self, mlp: GatedMLP | None) -> tuple[Tensor, Tensor]:
-        """The inverse of `_narrow`."""
-        assert mlp is not None
-        count = mlp.gate_proj.out_features // self._expert_size
-        gate, up, down = (layer.weight.detach().cpu() for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        gate_up = torch.cat((gate.view(count, -1, gate.shape[1]), up.view(count, -1, up.shape[1])), dim=1)
-        return gate_up, down.view(down.shape[0], count, -1).transpose(0, 1).contiguous()
+    def _trained_tensors(self, students: Sequence[Student]) -> dict[str, Tensor]:
+        """The inverse of `_narrow`, by "budget.layer.name"."""
+        tensors = {}
+        for number, student in enumerate(students):
+            for index, mlp in enumerate(student):
+                if mlp is not None:
+                    count = mlp.gate_proj.out_features // self._expert_size
+                    gate, up, down = (layer.weight.detach().cpu() for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+                    parts = gate.view(count, -1, gate.shape[1]), up.view(count, -1, up.shape[1])
+                    tensors[f"{number}.{index}.gate_up"] = torch.cat(parts, dim=1)
+                    tensors[f"{number}.{index}.down"] = down.view(down.shape[0], count, -1).transpose(0, 1)
+        return tensors
 
     @staticmethod
     def _uniform_cost(config: ModelConfig, count: int) -> float:
