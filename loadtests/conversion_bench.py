@@ -105,7 +105,8 @@ def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Poin
             if cost(config, _full(config, chosen)) <= target:
                 break
             chosen.add(int(layer["layer"]))
-        points[target] = _full(config, chosen)
+        if cost(config, _full(config, chosen)) <= target:  # else not even all layers save enough
+            points[target] = _full(config, chosen)
     return points
 
 
