@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import choose_device, choose_dtype, load_model, read_config, read_policies
+from ladimo.checkpoint import choose_device, load_model, read_config, read_policies
+from ladimo.model.cpu.native_step import native_step
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests import peers
@@ -32,6 +33,7 @@ from loadtests.models import SHAPES, dense_config, partitioned_config, random_mo
 from loadtests.runs import mean, random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
+from server.engine.model_runner import NUM_THREADS, serving_dtype
 
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
@@ -164,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="our engine's weights, on CPU")
     args = parser.parse_args(arguments)
     wanted = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(wanted) - set(PEERS)):
@@ -174,13 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads = torch.get_num_threads()
     device = choose_device(args.device)
     if args.shape is not None:
-        dtype = (
-            getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
-        )
+        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
         subjects = random_subjects(args.shape, dtype, device)
     else:
-        dtype = choose_dtype(args.dtype, args.dense, device)
+        dtype = serving_dtype(args.dtype, args.dense, device)
         subjects = read_subjects(args.model, args.dense, args.policies.split(","), dtype, device)
+    if args.quantize != "none":
+        for model in (subjects.moe, subjects.dense):
+            model.native = native_step(model, NUM_THREADS, args.quantize)
     others, missing = make_peers(wanted, subjects.dense_peer, args.gguf, threads)
     batches = [int(batch) for batch in args.batch.split(",")]
     bandwidth = copy_bandwidth(device)
@@ -236,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "generated_tokens": args.tokens,
         "prefill_tokens": args.prefill,
         "rounds": args.rounds,
+        "quantize": args.quantize,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "copy_bandwidth_bytes_per_second": bandwidth,

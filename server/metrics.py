@@ -1,7 +1,7 @@
 """Every Prometheus metric, declared once, with the names of vLLM where it has them. Base units; prefix `ladimo_`."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,7 @@ class Declaration:
 EXPERT_TOKENS = Declaration(
     f"{PREFIX}expert_tokens_total",
     "counter",
-    "Times an expert was chosen; not exported under --expert-metrics aggregate.",
+    "Times an expert was chosen, for the experts that the policy may choose; not exported under --expert-metrics aggregate.",
     ("layer", "expert", "policy"),
 )
 EXPERTS_PER_TOKEN = Declaration(
@@ -67,16 +67,24 @@ DISTINCT_EXPERTS = Declaration(
     ("layer",),
 )
 LOAD_IMBALANCE = Declaration(
-    f"{PREFIX}expert_load_imbalance", "gauge", "Busiest expert's tokens over the mean, since start; 1 is even.", ("layer",)
+    f"{PREFIX}expert_load_imbalance",
+    "gauge",
+    "Busiest expert's tokens over the mean of the experts that its policy may choose, since start; 1 is even. Mean over"
+    " policies, weighted by their tokens.",
+    ("layer",),
 )
 LOAD_ENTROPY = Declaration(
     f"{PREFIX}expert_load_entropy_ratio",
     "gauge",
-    "Entropy of the experts' tokens over that of an even load, since start; 1 is even, 0 is one expert.",
+    "Entropy of the experts' tokens over that of an even load on the experts that the policy may choose, since start; 1 is"
+    " even, 0 is one expert of several. Mean over policies, weighted by their tokens.",
     ("layer",),
 )
 NEVER_USED = Declaration(
-    f"{PREFIX}experts_never_used", "gauge", "Experts that no token has chosen since start, under any policy.", ("layer",)
+    f"{PREFIX}experts_never_used",
+    "gauge",
+    "Experts that a policy with traffic may choose and that no token has chosen since start, under any policy.",
+    ("layer",),
 )
 ACTIVE_PARAMETERS = Declaration(
     f"{PREFIX}active_parameters_ratio", "gauge", "Active over dense parameters per token, measured since start.", ("policy",)
@@ -272,7 +280,8 @@ class Metrics:
 
 
 class ExpertExposition:
-    """Expert figures of the last snapshot, as text. Only expert layers are exported; layers and experts are counted from 0.
+    """Expert figures of the last snapshot, as text. Only expert layers are exported, and under a policy only the experts that
+    it may choose; layers and experts are counted from 0.
 
     They are most of the page, so they do not go through the registry.
     """
@@ -286,7 +295,7 @@ class ExpertExposition:
         self._num_experts, self._active_parameters_ratio = num_experts, active_parameters_ratio
         self._per_expert = per_expert
         self._text = self._written({})
-        self._rows: dict[tuple[str, int], Row] = {}
+        self._rows: dict[tuple[str, int, tuple[int, ...]], Row] = {}
         self._distinct = {
             layer: BucketRow(DISTINCT_EXPERTS.name, range(experts + 1), layer=str(layer))
             for layer, experts in num_experts.items()
@@ -296,10 +305,17 @@ class ExpertExposition:
         """`snapshot` None repeats the last one."""
         if snapshot is not None:
             lines: dict[Declaration, list[str]] = {metric: [] for metric in EXPERT_METRICS}
-            for policy, layers in snapshot.expert_tokens.items():
-                self._policy(policy, layers, snapshot.routed_tokens.get(policy, 0), lines)
+            loads = {
+                policy: [
+                    [counts[expert] for expert in experts]
+                    for counts, experts in zip(layers, snapshot.reachable[policy], strict=True)
+                ]
+                for policy, layers in snapshot.expert_tokens.items()
+            }
+            for policy in loads:
+                self._policy(policy, loads[policy], snapshot, lines)
             for layer, experts in self._num_experts.items():
-                self._layer(layer, experts, snapshot, lines)
+                self._layer(layer, experts, loads, snapshot, lines)
             self._text = self._written(lines)
         return self._text
 
@@ -311,46 +327,66 @@ class ExpertExposition:
                 parts += lines.get(metric, ())
         return "".join(parts)
 
-    def _policy(self, policy: str, layers: list[list[int]], routed: int, lines: dict[Declaration, list[str]]) -> None:
-        measured: list[float | None] = [None] * len(layers)
-        for layer, experts in self._num_experts.items():
-            counts = layers[layer][:experts]
+    def _policy(
+        self, policy: str, loads: list[list[int]], snapshot: ExpertSnapshot, lines: dict[Declaration, list[str]]
+    ) -> None:
+        """`loads`: by layer, the counts of the experts that the policy may choose."""
+        routed = snapshot.routed_tokens.get(policy, 0)
+        measured: list[float | None] = [None] * len(loads)
+        for layer in self._num_experts:
             if self._per_expert:
-                row = self._rows.get((policy, layer))
+                experts = tuple(snapshot.reachable[policy][layer])
+                row = self._rows.get((policy, layer, experts))
                 if row is None:
-                    row = self._rows[policy, layer] = Row(_expert_series(policy, layer, experts))
-                lines[EXPERT_TOKENS].append(row.write(counts))
+                    row = self._rows[policy, layer, experts] = Row(_expert_series(policy, layer, experts))
+                lines[EXPERT_TOKENS].append(row.write(loads[layer]))
             if routed:
-                measured[layer] = sum(counts) / routed
-                lines[EXPERTS_PER_TOKEN].append(
-                    line(EXPERTS_PER_TOKEN.name, sum(counts) / routed, layer=str(layer), policy=policy)
-                )
+                measured[layer] = per_token = sum(loads[layer]) / routed
+                lines[EXPERTS_PER_TOKEN].append(line(EXPERTS_PER_TOKEN.name, per_token, layer=str(layer), policy=policy))
         if routed:
             lines[ACTIVE_PARAMETERS].append(
                 line(ACTIVE_PARAMETERS.name, self._active_parameters_ratio(tuple(measured)), policy=policy)
             )
 
-    def _layer(self, layer: int, experts: int, snapshot: ExpertSnapshot, lines: dict[Declaration, list[str]]) -> None:
+    def _layer(
+        self,
+        layer: int,
+        experts: int,
+        loads: Mapping[str, list[list[int]]],
+        snapshot: ExpertSnapshot,
+        lines: dict[Declaration, list[str]],
+    ) -> None:
         steps = snapshot.distinct_experts[layer][: experts + 1]
         total = sum(number * count for number, count in enumerate(steps))
         lines[DISTINCT_EXPERTS].append(self._distinct[layer].write_counts([*steps, 0], total))
-        load = [
-            sum(counts) for counts in zip(*(rows[layer][:experts] for rows in snapshot.expert_tokens.values()), strict=True)
-        ]
-        if any(load):
+        # Each policy is judged by the experts that it may choose: what a mask leaves out on purpose is no imbalance.
+        tokens = {policy: snapshot.routed_tokens.get(policy, 0) for policy in loads if any(loads[policy][layer])}
+        routed = sum(tokens.values())
+        if routed:
+            reachable = {expert for policy in tokens for expert in snapshot.reachable[policy][layer]}
+            unused = [
+                expert for expert in reachable if not any(snapshot.expert_tokens[policy][layer][expert] for policy in tokens)
+            ]
             for metric, value in (
-                (LOAD_IMBALANCE, max(load) * experts / sum(load)),
-                (LOAD_ENTROPY, _entropy(load) / math.log(experts) if experts > 1 else 1.0),
-                (NEVER_USED, load.count(0)),
+                (LOAD_IMBALANCE, sum(n * _imbalance(loads[policy][layer]) for policy, n in tokens.items()) / routed),
+                (LOAD_ENTROPY, sum(n * _evenness(loads[policy][layer]) for policy, n in tokens.items()) / routed),
+                (NEVER_USED, len(unused)),
             ):
                 lines[metric].append(line(metric.name, value, layer=str(layer)))
 
 
-def _expert_series(policy: str, layer: int, experts: int) -> list[str]:
-    return [series(EXPERT_TOKENS.name, expert=str(expert), layer=str(layer), policy=policy) for expert in range(experts)]
+def _expert_series(policy: str, layer: int, experts: Iterable[int]) -> list[str]:
+    return [series(EXPERT_TOKENS.name, expert=str(expert), layer=str(layer), policy=policy) for expert in experts]
 
 
-def _entropy(load: Sequence[int]) -> float:
-    """In nats."""
+def _imbalance(load: Sequence[int]) -> float:
+    """The largest over the mean."""
+    return max(load) * len(load) / sum(load)
+
+
+def _evenness(load: Sequence[int]) -> float:
+    """Entropy over that of an even load; 1 where there is no choice."""
+    if len(load) == 1:
+        return 1.0
     total = sum(load)
-    return -sum(count / total * math.log(count / total) for count in load if count)
+    return -sum(count / total * math.log(count / total) for count in load if count) / math.log(len(load))

@@ -168,7 +168,10 @@ def experts() -> dashboard.Dashboard:
         f"{rate('ladimo_expert_tokens_total', 'expert', chosen)}"
         f" / on () group_left () {rate('ladimo_expert_tokens_total', '', chosen)}"
     )
-    load = rate("ladimo_expert_tokens_total", "layer, expert")
+    load = rate("ladimo_expert_tokens_total", "layer, policy, expert", POLICY)
+    policy_load = rate("ladimo_expert_tokens_total", "layer, policy", POLICY)
+    judged = "Each policy by the experts that it may choose."
+    since_start = f"{judged} Mean over all policies, weighted by their tokens."
     return with_rows(
         board,
         {
@@ -177,7 +180,7 @@ def experts() -> dashboard.Dashboard:
                     "Share of choices by expert, layer $layer",
                     share,
                     "percentunit",
-                    f"One row per expert. {aggregate}",
+                    f"One row per expert that a chosen policy may choose. {aggregate}",
                     "{{expert}}",
                     rows=True,
                 )
@@ -187,30 +190,46 @@ def experts() -> dashboard.Dashboard:
             "Balance": [
                 graph(
                     "Busiest expert over the mean",
-                    [(f"max by (layer) ({load}) / avg by (layer) ({load})", "layer {{layer}}")],
-                    text=f"1 is even. {aggregate}",
+                    [
+                        (
+                            f"max by (layer) (max by (layer, policy) ({load}) / avg by (layer, policy) ({load}))",
+                            "layer {{layer}}",
+                        )
+                    ],
+                    text=f"1 is even. {judged} The most uneven one is shown. {aggregate}",
                 ),
                 graph(
                     "Busiest expert over the mean, since start",
                     [(f"max by (layer) ({gauge('ladimo_expert_load_imbalance')})", "layer {{layer}}")],
+                    text=f"1 is even. {since_start}",
                 ),
                 graph(
                     "Evenness, since start",
                     [(f"min by (layer) ({gauge('ladimo_expert_load_entropy_ratio')})", "layer {{layer}}")],
                     "percentunit",
-                    "Entropy of the load over that of an even load.",
+                    f"Entropy of the load over that of an even load. {since_start}",
                 ),
                 graph(
                     "Experts never used since start",
                     [(f"max by (layer) ({gauge('ladimo_experts_never_used')})", "layer {{layer}}")],
+                    text="Of those that a policy with traffic may choose.",
                 ),
                 graph(
                     "Experts unused lately",
-                    [(f"count by (layer) ({load} == 0)", "layer {{layer}}")],
-                    text=f"Empty while all are used. {aggregate}",
+                    [
+                        (
+                            f"count by (layer, policy) ({load} == 0 and on (layer, policy) {policy_load} > 0)",
+                            "layer {{layer}}, {{policy}}",
+                        )
+                    ],
+                    text=f"Of those that a policy with traffic may choose. Empty while all are used. {aggregate}",
                 ),
                 graph(
-                    "Choices", [(rate("ladimo_expert_tokens_total", "layer"), "layer {{layer}}")], "cps", aggregate, stack=True
+                    "Choices",
+                    [(rate("ladimo_expert_tokens_total", "layer", POLICY), "layer {{layer}}")],
+                    "cps",
+                    aggregate,
+                    stack=True,
                 ),
             ],
             "Work": [

@@ -121,12 +121,15 @@ class Activated:
 class ExpertSnapshot:
     """Running totals since start.
 
-    expert_tokens[policy][layer][expert]: times chosen. routed_tokens[policy]: tokens computed under it.
-    distinct_experts[layer][n]: steps in which exactly n experts of the layer were chosen. Dense layers are all zeros.
+    expert_tokens[policy][layer][expert]: times chosen. reachable[policy][layer]: the experts that any version of the policy
+    that was in the table may choose, in rising order; no other is ever chosen. routed_tokens[policy]: tokens computed under it.
+    distinct_experts[layer][n]: steps in which exactly n experts of the layer were chosen. Dense layers are all zeros, and no
+    expert of theirs is reachable.
     """
 
     call_id: int
     expert_tokens: dict[str, list[list[int]]]
+    reachable: dict[str, list[list[int]]]
     routed_tokens: dict[str, int]
     distinct_experts: list[list[int]]
 

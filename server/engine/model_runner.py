@@ -217,20 +217,25 @@ def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[Tok
     return token_logprobs(logits[: len(following)], following, num_top)
 
 
+def serving_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
+    """ "auto" on a CPU is bf16 where the weights are stored so and the native step computes: its numbers for a request are the
+    same in every batch, which torch's are in fp32 only. Raises ValueError for a dtype that cannot be had."""
+    if dtype == "auto" and device.type == "cpu" and library() is not None and stored_dtype(directory) == torch.bfloat16:
+        return torch.bfloat16
+    return choose_dtype(dtype, directory, device)
+
+
 def load(directory: Path, device: str, dtype: str, quantize: Quantize = "none") -> MoeTransformer:
     """Raises ValueError for a checkpoint that cannot be served, or a device, dtype or quantisation that cannot be had.
 
-    On a CPU the weights are packed for the native step, where there is one, and "auto" is then bf16 if they are stored so: it
-    computes a request's numbers alike in every batch, which torch does not.
+    On a CPU the weights are packed for the native step, where there is one.
     """
     chosen = choose_device(device)
     if chosen.type != "cpu":
         if quantize != "none":
             raise ValueError(f"quantize {quantize}: only on CPU")
         return load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
-    if dtype == "auto" and library() is not None and stored_dtype(directory) == torch.bfloat16:
-        dtype = "bfloat16"
-    model = load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
+    model = load_model(directory, serving_dtype(dtype, directory, chosen), chosen)
     model.native = native_step(model, NUM_THREADS, quantize, release=True)
     return model
 

@@ -41,6 +41,7 @@ class PolicyTable:
         self._by_version: dict[str, int] = {}
         self._clock = 0
         self._expert_tokens: dict[str, torch.Tensor] = {}  # totals of policies whose row has been reused
+        self._reachable: dict[str, list[set[int]]] = {}  # by policy name, of all its versions so far
         self._routed_tokens: Counter[str] = Counter()
 
     def acquire(self, policy: RoutingPolicy) -> int:
@@ -92,6 +93,7 @@ class PolicyTable:
         return ExpertSnapshot(
             call_id=call_id,
             expert_tokens={name: counts.tolist() for name, counts in totals.items()},
+            reachable={name: [sorted(layer) for layer in layers] for name, layers in self._reachable.items()},
             routed_tokens=dict(self._routed_tokens),
             distinct_experts=distinct,
         )
@@ -107,6 +109,9 @@ class PolicyTable:
         self.tables.write(row, rows, allowed)
         self._rows[row] = _Row(policy)
         self._by_version[policy.version] = row
+        known = self._reachable.setdefault(policy.name, [set() for _ in self.config.layers])
+        for before, now in zip(known, _reachable(policy, self.config), strict=True):
+            before |= now
         return row
 
     def _take_row(self) -> int:
@@ -130,3 +135,16 @@ class PolicyTable:
             del self._by_version[entry.policy.version]
             self._rows[row] = None
         return row
+
+
+def _reachable(policy: RoutingPolicy, config: ModelConfig) -> list[set[int]]:
+    """The experts that a policy may choose, by layer."""
+    found: list[set[int]] = []
+    for rule, layer in zip(policy.layers, config.layers, strict=True):
+        if rule is None or layer is None:
+            found.append(set())
+            continue
+        named = range(layer.num_experts) if rule.experts is None else sorted(rule.experts)
+        # Without a router every token ranks the experts by number: those after the first top_k never run.
+        found.append(set(named[: rule.top_k] if layer.router == "none" else named))
+    return found

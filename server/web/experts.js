@@ -1,5 +1,6 @@
 // Which experts run: the counters of /metrics as a table of layers and experts, over the last seconds or since start.
 import { byId, samples } from "./api.js";
+import { defaultPolicy } from "./policies.js";
 
 const POLL_MILLISECONDS = 2000, WINDOW_MILLISECONDS = 10_000;
 let scrapes = []; // [{at, counts: Map(policy -> Map("layer expert" -> tokens))}], oldest first
@@ -16,19 +17,22 @@ async function scrape() {
   while (scrapes.length > 2 && scrapes[1].at <= at - WINDOW_MILLISECONDS) scrapes.shift();
 }
 
+// [layer, [{count, open}]]: choices under a policy, or under all; open to the policy, or to the default, are the experts that it
+// may choose, which are those that have a series under it.
 function tokens(policy) {
   const now = scrapes.at(-1).counts, before = byId("heat-window").value === "start" ? new Map() : scrapes[0].counts;
-  const layers = new Map();
+  const judge = now.get(policy || defaultPolicy()), layers = new Map();
   for (const [name, counts] of now) {
-    if (policy && name !== policy) continue;
     for (const [place, count] of counts) {
       const [layer, expert] = place.split(" ").map(Number);
       if (!layers.has(layer)) layers.set(layer, []);
       const row = layers.get(layer);
-      row[expert] = (row[expert] ?? 0) + count - (before.get(name)?.get(place) ?? 0);
+      row[expert] ??= { count: 0, open: judge?.has(place) ?? true };
+      if (!policy || name === policy) row[expert].count += count - (before.get(name)?.get(place) ?? 0);
     }
   }
-  return [...layers].sort(([a], [b]) => a - b);
+  const complete = row => Array.from(row, expert => expert ?? { count: 0, open: false });
+  return [...layers].sort(([a], [b]) => a - b).map(([layer, row]) => [layer, complete(row)]);
 }
 
 function cell(name, text, scope) {
@@ -46,7 +50,8 @@ function draw() {
     menu.value = names.includes(chosen) ? chosen : "";
   }
   const layers = tokens(menu.value), widest = Math.max(0, ...layers.map(([, row]) => row.length));
-  const total = layers.reduce((sum, [, row]) => sum + row.reduce((a, b) => a + b, 0), 0);
+  const choices = row => row.reduce((sum, { count }) => sum + count, 0);
+  const total = layers.reduce((sum, [, row]) => sum + choices(row), 0);
   byId("heat-note").textContent = layers.length
     ? `${total.toLocaleString("en")} choices`
     : "Nothing to show: no token yet, a dense model, or a server without counters per expert (--expert-metrics aggregate).";
@@ -54,11 +59,18 @@ function draw() {
   head.append(cell("td", "expert"), ...Array.from({ length: widest }, (_, expert) => cell("th", expert, "col")));
   document.querySelector("#heat thead").replaceChildren(...(layers.length ? [head] : []));
   document.querySelector("#heat tbody").replaceChildren(...layers.map(([layer, row]) => {
-    const line = document.createElement("tr"), sum = row.reduce((a, b) => a + b, 0);
-    line.append(cell("th", `layer ${layer}`, "row"), ...row.map(count => {
+    const line = document.createElement("tr"), sum = choices(row);
+    const shown = row.filter(({ count, open }) => open || count).length;
+    line.append(cell("th", `layer ${layer}`, "row"), ...row.map(({ count, open }) => {
+      if (!open && !count) {
+        const element = cell("td", "");
+        element.className = "closed";
+        element.title = `not for ${menu.value || `the default, ${defaultPolicy()}`}`;
+        return element;
+      }
       const share = sum ? count / sum : 0, element = cell("td", sum ? Math.round(100 * share) + " %" : "–");
       // Full colour at twice an even share or more, and never so deep that the number is hard to read.
-      element.style.setProperty("--share", (0.55 * Math.min(1, share * row.length / 2)).toFixed(3));
+      element.style.setProperty("--share", (0.55 * Math.min(1, share * shown / 2)).toFixed(3));
       element.title = `${count.toLocaleString("en")} choices`;
       return element;
     }));

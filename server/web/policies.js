@@ -44,6 +44,8 @@ function fillTable() {
   }));
 }
 
+export const defaultPolicy = () => routing?.default.policy;
+
 // The most experts per layer that any policy lets a token run, as a mean over its expert layers.
 export function mostExperts() {
   const means = (routing?.policies ?? []).map(policy => {

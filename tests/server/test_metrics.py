@@ -120,18 +120,23 @@ async def test_the_floor_of_automatic_control_shows(tmp_path: Path) -> None:
 
 
 def test_aggregates_stay_without_series_per_expert() -> None:
-    counts = [[30, 10, 0, 0], [0] * 4]
-    snapshot = ExpertSnapshot(1, {"a": counts, "b": [[0, 10, 0, 0], [0] * 4]}, {"a": 20, "b": 10}, [[0, 3, 1, 0, 0], [0] * 5])
+    snapshot = ExpertSnapshot(
+        1,
+        expert_tokens={"a": [[30, 10, 0, 0], [0] * 4], "b": [[0, 10, 0, 0], [0] * 4]},
+        reachable={"a": [[0, 1, 2, 3], []], "b": [[0, 1, 2, 3], []]},
+        routed_tokens={"a": 30, "b": 10},
+        distinct_experts=[[0, 3, 1, 0, 0], [0] * 5],
+    )
     for per_expert in (True, False):
         metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5, per_expert)
         value = sample_values(metrics.render(snapshot))
         assert any(name.startswith("ladimo_expert_tokens_total{") for name in value) is per_expert
-        assert value['ladimo_layer_experts_per_token{layer="0",policy="a"}'] == 2
+        assert value['ladimo_layer_experts_per_token{layer="0",policy="a"}'] == 40 / 30
         assert value['ladimo_active_parameters_ratio{policy="b"}'] == 0.5
-        assert value['ladimo_expert_load_imbalance{layer="0"}'] == 30 / 12.5
+        assert value['ladimo_expert_load_imbalance{layer="0"}'] == 0.75 * 30 / 10 + 0.25 * 10 / 2.5
         assert value['ladimo_experts_never_used{layer="0"}'] == 2
-        entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4)) / math.log(4)
-        assert value['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(entropy)
+        entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+        assert value['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(0.75 * entropy)
         assert value['ladimo_layer_distinct_experts_per_step_sum{layer="0"}'] == 5
         assert value['ladimo_layer_distinct_experts_per_step_bucket{layer="0",le="1.0"}'] == 3
 
@@ -139,8 +144,45 @@ def test_aggregates_stay_without_series_per_expert() -> None:
 def test_an_even_load_has_entropy_one_and_one_expert_zero() -> None:
     for counts, ratio in (([5, 5, 5, 5], 1.0), ([20, 0, 0, 0], 0.0)):
         metrics = Metrics(CollectorRegistry(), {0: 4}, lambda experts: 0.5)
-        value = sample_values(metrics.render(ExpertSnapshot(1, {"a": [counts]}, {"a": 20}, [[0] * 5])))
+        snapshot = ExpertSnapshot(1, {"a": [counts]}, {"a": [[0, 1, 2, 3]]}, {"a": 20}, [[0] * 5])
+        value = sample_values(metrics.render(snapshot))
         assert value['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(ratio)
+
+
+def test_a_policy_is_judged_by_the_experts_that_it_may_choose() -> None:
+    """What masks leave out has no series and is neither unused nor uneven; what they allow and nobody chose is."""
+    metrics = Metrics(CollectorRegistry(), {0: 8}, lambda experts: 0.5)
+    static, one = [0, 0, 5, 5, 5, 0, 0, 0], [0, 0, 0, 0, 0, 3, 0, 0]
+    counts = {"static": [static], "one": [one], "idle": [[0] * 8]}
+    reachable = {"static": [[2, 3, 4]], "one": [[5]], "idle": [[0, 1]]}
+    routed = {"static": 5, "one": 3}
+
+    def value() -> dict[str, float]:
+        return sample_values(metrics.render(ExpertSnapshot(1, counts, reachable, routed, [[0] * 9])))
+
+    page = value()
+    assert {
+        policy: [
+            expert
+            for expert in range(8)
+            if f'ladimo_expert_tokens_total{{expert="{expert}",layer="0",policy="{policy}"}}' in page
+        ]
+        for policy in counts
+    } == {policy: experts for policy, (experts,) in reachable.items()}
+    assert page['ladimo_expert_tokens_total{expert="4",layer="0",policy="static"}'] == 5
+    assert page['ladimo_layer_experts_per_token{layer="0",policy="static"}'] == 3
+    assert page['ladimo_expert_load_imbalance{layer="0"}'] == 1
+    assert page['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx(1)
+    assert page['ladimo_experts_never_used{layer="0"}'] == 0
+
+    # A new version may choose two more, one of which another policy has chosen.
+    reachable["static"] = [[2, 3, 4, 5, 7]]
+    page = value()
+    assert page['ladimo_expert_tokens_total{expert="7",layer="0",policy="static"}'] == 0
+    assert page['ladimo_expert_load_imbalance{layer="0"}'] == pytest.approx((5 * 5 / 3 + 3 * 1) / 8)
+    entropy = math.log(3) / math.log(5)
+    assert page['ladimo_expert_load_entropy_ratio{layer="0"}'] == pytest.approx((5 * entropy + 3 * 1) / 8)
+    assert page['ladimo_experts_never_used{layer="0"}'] == 1
 
 
 def test_prefix_cache_figures_come_from_the_steps() -> None:
@@ -236,7 +278,9 @@ def test_the_page_is_written_as_prometheus_client_writes_it() -> None:
     for turn in range(3):
         rows = [[turn * 10**expert for expert in range(12)] for _ in range(4)]
         routed = {"full": 7, 'wild \\ "one"\n%s': turn}
-        snapshot = ExpertSnapshot(1, dict.fromkeys(routed, rows), routed, [[turn * n for n in range(13)] for _ in range(4)])
+        reachable = dict.fromkeys(routed, [list(range(12)), [], [], list(range(4))])
+        distinct = [[turn * n for n in range(13)] for _ in range(4)]
+        snapshot = ExpertSnapshot(1, dict.fromkeys(routed, rows), reachable, routed, distinct)
         stats = StepStats(0.1, 4, 2, 1, 0, 0.5, 0, first_token_seconds=[("full", 0.1 * turn)])
         metrics.record(stats)
         text = metrics.render(snapshot)

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -284,12 +285,48 @@ def test_the_heatmap_shows_the_counters(page: Page) -> None:
     page.run()
     page.until(lambda: page.all("#heat tbody tr"))
     Select(page("#heat-window")).select_by_value("start")
+    page.until(lambda: "%" in page("#heat").text)  # the next scrape
     assert [row.text.split()[:2] for row in page.all("#heat tbody tr")] == [["layer", "0"], ["layer", "2"]]
     rows = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in page.all("#heat tbody tr")]
     assert all(len(row) == 8 for row in rows)
     assert all(abs(sum(int(cell.removesuffix(" %")) for cell in row) - 100) <= 8 for row in rows)
     Select(page("#heat-policy")).select_by_value("full")
     page.until(lambda: re.fullmatch(r"[\d,]+ choices", page("#heat-note").text))
+
+
+@needs_chromium
+def test_the_heatmap_greys_what_a_static_policy_leaves_out(driver: webdriver.Chrome, model: Path) -> None:
+    rules = [{"top_k": 2, "experts": [1, 6]}, None, {"top_k": 1, "experts": [7]}]
+    left_out = [[0, 2, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6]]
+    with running_server(model, "--insecure-admin", "--log-level", "ERROR") as (_, url):
+        page = Page(driver, url)
+
+        def cells(key: str) -> Any:
+            # In one go: the page draws them anew every two seconds.
+            return page.driver.execute_script(f"""
+                const rows = [...document.querySelectorAll("#heat tbody tr")];
+                return rows.map(row => [...row.cells].slice(1).map(cell => cell.{key}));
+            """)
+
+        def closed() -> list[list[int]]:
+            return [[expert for expert, name in enumerate(row) if name == "closed"] for row in cells("className")]
+
+        policy = {"name": "static", "description": "", "layers": rules}
+        assert httpx.put(f"{url}admin/routing/policies/static", json=policy).status_code < 300
+        assert httpx.put(f"{url}admin/routing/default", json={"policy": "static"}).status_code == 200
+        page.open()
+        page.type("#max-tokens", "20")
+        page.run()
+        Select(page("#heat-window")).select_by_value("start")
+        page.until(lambda: closed() == left_out)  # of the default
+        even = [["", "50 %", "", "", "", "", "50 %", ""], ["", "", "", "", "", "", "", "100 %"]]
+        page.until(lambda: cells("textContent") == even)
+        page.look("static")
+        Select(page("#heat-policy")).select_by_value("full")
+        page.until(lambda: closed() == [[], []])
+        Select(page("#heat-policy")).select_by_value("static")
+        page.until(lambda: closed() == left_out and cells("textContent") == even)
+        page.check_accessible()
 
 
 @needs_chromium

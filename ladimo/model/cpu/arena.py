@@ -1,5 +1,5 @@
-"""Memory on huge pages for weights and cache: reading all of a model per token, the processor otherwise looks up an address every
-4 KiB, which on a virtual machine halves the bandwidth."""
+"""Memory on huge pages for weights and cache: with all of a model read per token, the processor otherwise looks up an address
+every 4 KiB, which on a virtual machine halves the bandwidth."""
 
 import mmap
 

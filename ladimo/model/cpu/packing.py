@@ -78,7 +78,8 @@ def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
     """The weights [N, K] in fp32 that `quantize` left."""
-    return (integers.float().unflatten(1, (-1, GROUP)) * scales.unsqueeze(2)).flatten(1)
+    groups: Tensor = integers.float().unflatten(1, (-1, GROUP))
+    return (groups * scales.unsqueeze(2)).flatten(1)
 
 
 def _pack_one(matrix: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:

@@ -590,8 +590,14 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     }
 }
 
-// n queries over one tile, of which counts[i] positions count for query i: the running maximum, sum and output [C'] of an online
-// softmax each. Several at once share the loads of keys and values; a query's own sums run in the same order for every n.
+// A function of its own: merged into the sums that follow, a * b + c * d could be rounded in two ways, which need not be the same
+// for every number of queries.
+static __attribute__((noinline)) void rescale(float *x, int64_t size, float factor) {
+    for (int64_t i = 0; i < size; i += LANES) *(v16f *)(x + i) *= factor;
+}
+
+// n queries over one tile, of which counts[i] positions count for query i: the running maximum, sums by lane [16] and output
+// [C'] of an online softmax each. Several at once share the loads of keys and values; a query's own sums run in the same order for every n.
 static inline __attribute__((always_inline)) void attend_tile(
     const int n, const float *const *q, const float *keys, const float *values, int64_t size, int64_t padded, const int64_t *counts,
     float *most, float *total, float *out
@@ -606,7 +612,7 @@ static inline __attribute__((always_inline)) void attend_tile(
     for (; c < size; c++)
         _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) part[j][0] += *(const v16f *)(keys + c * KEYS) * q[j][c];
     v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float p[4][KEYS], kept[4];
+    float p[4][KEYS];
     int64_t longest = 0;
     _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
         v16i valid = lane < (int32_t)counts[j];
@@ -614,9 +620,13 @@ static inline __attribute__((always_inline)) void attend_tile(
         float highest = max_lanes(scores);
         highest = highest > most[j] ? highest : most[j];
         v16f weights = choose(valid, exp_lanes(scores - highest), splat(0.0f));
-        kept[j] = most[j] == highest ? 1.0f : most[j] == -INFINITY ? 0.0f : expf(most[j] - highest);
-        most[j] = highest;
-        total[j] = total[j] * kept[j] + sum_lanes(weights);
+        if (most[j] != highest) {
+            float kept = most[j] == -INFINITY ? 0.0f : expf(most[j] - highest);
+            rescale(out + j * padded, padded, kept);
+            rescale(total + j * LANES, LANES, kept);
+            most[j] = highest;
+        }
+        *(v16f *)(total + j * LANES) += weights;
         *(v16f *)p[j] = weights;
         longest = counts[j] > longest ? counts[j] : longest;
     }
@@ -626,7 +636,7 @@ static inline __attribute__((always_inline)) void attend_tile(
         if (vectors == 4) {
             _Pragma("GCC unroll 4") for (int j = 0; j < n; j++)
                 _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
-                    sum[j][i] = *(v16f *)(out + j * padded + first + i * LANES) * kept[j];
+                    sum[j][i] = *(v16f *)(out + j * padded + first + i * LANES);
             for (int64_t k = 0; k < longest; k++)
                 _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
                     v16f value = *(const v16f *)(values + k * padded + first + i * LANES);
@@ -639,7 +649,7 @@ static inline __attribute__((always_inline)) void attend_tile(
             for (int64_t i = 0; i < vectors; i++)
                 _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
                     float *target = out + j * padded + first + i * LANES;
-                    v16f one = *(v16f *)target * kept[j];
+                    v16f one = *(v16f *)target;
                     for (int64_t k = 0; k < longest; k++)
                         one += *(const v16f *)(values + k * padded + first + i * LANES) * p[j][k];
                     *(v16f *)target = one;
@@ -655,9 +665,10 @@ static void attend_item(const void *job, int64_t chunk) {
     const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
     int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
     int64_t last = position + length - 1, queries = length * group;
-    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries];
+    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries * LANES];
     memset(out, 0, sizeof out);
-    for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY, total[i] = 0.0f;
+    memset(total, 0, sizeof total);
+    for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY;
     for (int64_t first = 0; first <= last; first += KEYS) {
         load_keys(s, row, g, first, last, keys, values);
         for (int64_t i = (first > position ? first - position : 0) * group, n; i < queries; i += n) {
@@ -669,13 +680,14 @@ static void attend_item(const void *job, int64_t chunk) {
                 q[j] = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + h) * size;
                 counts[j] = least(KEYS, position + t - first + 1);
             }
-            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i, out + i * padded);
-            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i, out + i * padded);
+            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i * LANES, out + i * padded);
+            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i * LANES, out + i * padded);
         }
     }
     for (int64_t i = 0; i < queries; i++) {
+        float inverse = 1.0f / sum_lanes(*(v16f *)(total + i * LANES));
         int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;
-        for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] / total[i];
+        for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] * inverse;
     }
 }
 

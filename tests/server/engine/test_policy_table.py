@@ -1,10 +1,13 @@
 """The policy table: rows are shared, held, reused, and nothing that was counted is ever lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.messages import PolicyTableFull
 from server.engine.policy_table import NONE_ROW, PolicyTable
 from tests.server.fakes import FAKE_CONFIG, fake_policy
@@ -76,8 +79,25 @@ def test_counts_survive_the_reuse_of_rows(uses: list[tuple[str, int, int]]) -> N
     snapshot = table.snapshot(7)
     assert snapshot.call_id == 7
     assert snapshot.expert_tokens == expected
+    assert snapshot.reachable == {name: [[0, 1, 2, 3], [], [0, 1, 2, 3]] for name in expected}
     assert snapshot.routed_tokens == {
         name: sum(tokens for other, tokens, _ in uses if other == name) for name in {name for name, _, _ in uses}
     }
     assert sum(snapshot.distinct_experts[0]) == len(uses)
     assert snapshot.distinct_experts[1] == [0] * 5
+
+
+def test_a_policy_reaches_the_experts_that_any_of_its_versions_names() -> None:
+    table = make_table(1)
+    for experts in ((0, 3), (1,)):  # the second version takes the first one's row
+        rule = LayerRule(1, experts=experts)
+        table.release(table.acquire(RoutingPolicy("a", "", (rule, None, LayerRule(2)))))
+    table.release(table.acquire(RoutingPolicy("b", "", (LayerRule(1, experts=(2,)), None, LayerRule(1, experts=(0, 1))))))
+    assert table.snapshot(1).reachable == {"a": [[0, 1, 3], [], [0, 1, 2, 3]], "b": [[2], [], [0, 1]]}
+
+
+def test_without_a_router_only_the_first_experts_are_reached() -> None:
+    layers = tuple(layer and replace(layer, router="none") for layer in FAKE_CONFIG.layers)
+    table = PolicyTable(replace(FAKE_CONFIG, layers=layers), 2, torch.device("cpu"))
+    table.acquire(RoutingPolicy("a", "", (LayerRule(2), None, LayerRule(2, experts=(1, 2, 3)))))
+    assert table.snapshot(1).reachable == {"a": [[0, 1], [], [1, 2]]}

@@ -1,0 +1,91 @@
+"""What integer weights cost in accuracy: perplexity on a text with the weights as stored, in int8 and in int4, on CPU.
+
+    python -m loadtests.quantized_accuracy MODEL --text FILE [--policy full] [--tokens 4096]
+
+All three run through the native step that the server uses. The last line is one JSON object; ratios are to the stored weights.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.model.cpu.native_step import NativeStep, Quantize, native_step
+from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
+from ladimo.model.kv_cache import KVCache
+from ladimo.policy import RoutingPolicy
+from loadtests.conditions import conditions
+from server.engine.model_runner import NUM_THREADS, serving_dtype
+
+BLOCK_SIZE = 16
+FORMATS: tuple[Quantize, ...] = ("none", "int8", "int4")
+
+
+def perplexity(step: NativeStep, policy: RoutingPolicy, windows: Tensor) -> float:
+    """Of tokens [N, S], each window on its own."""
+    config, length = step.config, windows.shape[1]
+    num_blocks = -(-length // BLOCK_SIZE)
+    cache = KVCache.allocate(config, num_blocks + 1, BLOCK_SIZE, step.dtype, "cpu")
+    tables = RoutingTables.empty(2, config.num_hidden_layers, config.max_num_experts, "cpu")
+    tables.write(1, *policy.to_rows(config.max_num_experts))
+    positions, total = torch.arange(length), 0.0
+    for window in windows:
+        inputs = StepInputs(
+            input_ids=window,
+            positions=positions,
+            policy_ids=torch.ones_like(window),
+            slot_mapping=positions + BLOCK_SIZE,  # block 0 is the null block
+            block_table=torch.arange(1, num_blocks + 1)[None],
+            prefill=(PrefillSegment(0, 0, length, length),),
+        )
+        logits = step(inputs, cache, tables).logits
+        total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
+    return math.exp(total / windows[:, 1:].numel())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--policy", default="full")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--window", type=int, default=512, help="tokens that are read together")
+    args = parser.parse_args(arguments)
+    policies = read_policies(args.model, read_config(args.model))
+    if args.policy not in policies:
+        parser.error(f"there is no policy {args.policy!r}; there are {', '.join(policies)}")
+    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8"), add_special_tokens=False)[
+        "input_ids"
+    ]
+    count = min(args.tokens, len(ids)) // args.window
+    if not count:
+        parser.error(f"{args.text}: has {len(ids)} tokens, one window is {args.window}")
+    windows = torch.tensor(ids[: count * args.window]).view(count, args.window)
+    cpu = torch.device("cpu")
+    dtype = serving_dtype("auto", args.model, cpu)
+    figures: dict[str, dict[str, float]] = {}
+    for format in FORMATS:
+        step = native_step(load_model(args.model, dtype, cpu), NUM_THREADS, format, release=True)
+        if step is None:
+            parser.error("there is no native step on this machine")
+        found = perplexity(step, policies[args.policy], windows)
+        stored = figures["none"]["perplexity"] if figures else found
+        figures[format] = {"perplexity": found, "perplexity_ratio": found / stored}
+        print(f"{format:<6} perplexity {found:9.4f}  ratio {found / stored:.4f}")
+    record = {"benchmark": "quantized_accuracy", "model": str(args.model), "text": str(args.text), "policy": args.policy}
+    print(
+        json.dumps(
+            record | {"tokens": windows.numel(), "dtype": str(dtype).removeprefix("torch."), "results": figures} | conditions()
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
