@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="our engine's weights, on CPU")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="our engine's weights, on CPU")
     args = parser.parse_args(arguments)
     wanted = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(wanted) - set(PEERS)):
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         dtype = serving_dtype(args.dtype, args.dense, device)
         subjects = read_subjects(args.model, args.dense, args.policies.split(","), dtype, device)
-    if args.quantize != "none":
+    if args.quantize is not None:
         for model in (subjects.moe, subjects.dense):
             model.native = native_step(model, NUM_THREADS, args.quantize)
     others, missing = make_peers(wanted, subjects.dense_peer, args.gguf, threads)

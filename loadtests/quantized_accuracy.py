@@ -25,7 +25,7 @@ from loadtests.conditions import conditions
 from server.engine.model_runner import NUM_THREADS, serving_dtype
 
 BLOCK_SIZE = 16
-FORMATS: tuple[Quantize, ...] = ("none", "int8", "int4")
+FORMATS: dict[str, Quantize | None] = {"stored": None, "int8": "int8", "int4": "int4"}
 
 
 def perplexity(step: NativeStep, policy: RoutingPolicy, windows: Tensor) -> float:
@@ -71,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cpu = torch.device("cpu")
     dtype = serving_dtype("auto", args.model, cpu)
     figures: dict[str, dict[str, float]] = {}
-    for format in FORMATS:
+    for name, format in FORMATS.items():
         step = native_step(load_model(args.model, dtype, cpu), NUM_THREADS, format, release=True)
         if step is None:
             parser.error("there is no native step on this machine")
         found = perplexity(step, policies[args.policy], windows)
-        stored = figures["none"]["perplexity"] if figures else found
-        figures[format] = {"perplexity": found, "perplexity_ratio": found / stored}
-        print(f"{format:<6} perplexity {found:9.4f}  ratio {found / stored:.4f}")
+        stored = figures["stored"]["perplexity"] if figures else found
+        figures[name] = {"perplexity": found, "perplexity_ratio": found / stored}
+        print(f"{name:<6} perplexity {found:9.4f}  ratio {found / stored:.4f}")
     record = {"benchmark": "quantized_accuracy", "model": str(args.model), "text": str(args.text), "policy": args.policy}
     print(
         json.dumps(

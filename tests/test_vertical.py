@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = make_dense(folder / "dense", max_position_embeddings=64)
     (folder / "recipe.toml").write_text(RECIPE)
     text = make_text(folder / "text.txt")
-    command = [sys.executable, "-m", "ladimo", "convert", str(dense), str(folder / "moe")]
+    command = [sys.executable, "-m", "ladimo", "convert", str(dense), str(folder / "moe"), "--method", "ladimo"]
     subprocess.run([*command, "--text", str(text), "--recipe", str(folder / "recipe.toml")], check=True, timeout=300)
     return folder / "moe"
 

@@ -21,7 +21,7 @@ class EngineConfig:
     max_policies: int = 64
     prefix_caching: bool = True
     cuda_graphs: bool = True
-    quantize: Literal["none", "int8", "int4"] = "none"
+    quantize: Literal["int8", "int4"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

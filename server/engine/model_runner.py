@@ -225,14 +225,14 @@ def serving_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dt
     return choose_dtype(dtype, directory, device)
 
 
-def load(directory: Path, device: str, dtype: str, quantize: Quantize = "none") -> MoeTransformer:
+def load(directory: Path, device: str, dtype: str, quantize: Quantize | None = None) -> MoeTransformer:
     """Raises ValueError for a checkpoint that cannot be served, or a device, dtype or quantisation that cannot be had.
 
     On a CPU the weights are packed for the native step, where there is one.
     """
     chosen = choose_device(device)
     if chosen.type != "cpu":
-        if quantize != "none":
+        if quantize is not None:
             raise ValueError(f"quantize {quantize}: only on CPU")
         return load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
     model = load_model(directory, serving_dtype(dtype, directory, chosen), chosen)

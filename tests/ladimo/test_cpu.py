@@ -20,6 +20,7 @@ from ladimo.model.kv_cache import KVCache
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
+from server.engine.model_runner import load as load_to_serve
 from tests.factories import VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -302,3 +303,19 @@ def test_tables_and_config_are_what_the_kernel_assumes() -> None:
     assert tables.rows.dtype == torch.float32 and tables.allowed.dtype == torch.bool
     assert tables.rows.is_contiguous() and tables.allowed.is_contiguous()
     assert ModelConfig.__dataclass_fields__["rms_norm_eps"].type is float
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float32, "auto", torch.float32),
+        (torch.float16, "auto", torch.float32),
+    ],
+)
+def test_what_the_server_computes_in(tmp_path: Path, stored: torch.dtype, asked: str, expected: torch.dtype) -> None:
+    model = load_to_serve(make_dense(tmp_path, dtype=stored), "cpu", asked)
+    assert isinstance(model.native, NativeStep)
+    assert model.native.dtype == expected
+    assert load_to_serve(tmp_path, "cpu", asked, "int8").native is not None

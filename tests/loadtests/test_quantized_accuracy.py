@@ -17,11 +17,11 @@ def test_every_format_has_its_figures(moe_dir: Path, tmp_path: Path, capsys: pyt
     main([str(moe_dir), "--text", str(text), "--policy", "full", "--tokens", "256", "--window", "64"])
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     results = record["results"]
-    assert list(results) == ["none", "int8", "int4"]
+    assert list(results) == ["stored", "int8", "int4"]
     assert record["tokens"] == 256
-    assert results["none"]["perplexity_ratio"] == 1
+    assert results["stored"]["perplexity_ratio"] == 1
     assert abs(results["int8"]["perplexity_ratio"] - 1) < 0.1
-    assert results["int4"]["perplexity"] != results["int8"]["perplexity"] != results["none"]["perplexity"]
+    assert results["int4"]["perplexity"] != results["int8"]["perplexity"] != results["stored"]["perplexity"]
 
 
 def test_wrong_arguments_are_named(moe_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

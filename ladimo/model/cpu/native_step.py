@@ -26,7 +26,7 @@ from ladimo.model.transformer import DecoderLayer, MoeTransformer, StepOutput
 
 log = logging.getLogger(__name__)
 
-Quantize = Literal["none", "int8", "int4"]
+Quantize = Literal["int8", "int4"]
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
 # Multiply-adds of a step below which waking the other threads costs more than they give.
 SERIAL_STEP = 10**6
@@ -276,18 +276,18 @@ class NativeStep:
 
 
 def native_step(
-    model: MoeTransformer, num_threads: int, quantize: Quantize = "none", release: bool = False
+    model: MoeTransformer, num_threads: int, quantize: Quantize | None = None, release: bool = False
 ) -> NativeStep | None:
     """The model's step, its weights packed as they are or rounded to integers. `release`: see `NativeStep`.
 
     None, with one line in the log, for a model that the kernel cannot run; ValueError if it was to be quantised.
     """
     dtype = model.model.embed_tokens.weight.dtype
-    format: Format = quantize if quantize != "none" else "bfloat16" if dtype == torch.bfloat16 else "float32"
+    format: Format = quantize if quantize is not None else "bfloat16" if dtype == torch.bfloat16 else "float32"
     try:
         return NativeStep(model, format, num_threads, release)
     except Unsupported as reason:
-        if quantize != "none":
+        if quantize is not None:
             raise ValueError(f"quantize {quantize}: {reason}") from reason
         log.warning("torch computes on this CPU: %s", reason)
         return None
