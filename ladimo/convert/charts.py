@@ -266,7 +266,9 @@ def ticks(low: float, high: float, log: bool = False, whole: bool = False) -> li
                 every = math.ceil(len(found) / 7)
                 return found[::every]
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 3)
+    step *= max(
+        factor for factor in (1, 2, 5) if factor == 1 or factor * step <= (high - low) / 3
+    )  # the logarithm may round up
     step = max(step, 1.0) if whole else step
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
