@@ -1,12 +1,12 @@
 """Speed of the engine by batch and policy, beside other engines on the dense model, in the same run.
 
     python -m loadtests.engine_bench models/demo --dense ladimo/demo/model [--batch 1,8] [--policies full,fast] [--dtype NAME]
-    python -m loadtests.engine_bench --shape 125m [--gguf dense.gguf]
+    python -m loadtests.engine_bench --shape 125m [--quantize int8]
 
 Rounds are interleaved: each measures every row once, in turn. A row's figure is the median of its rounds, its ratio the
-median of the per-round ratios to transformers' `generate`. Decode: from the first token on. Prefill: one prompt of --prefill
-tokens until its first token. With --shape the weights are random and the experts partition the FFN. A peer that cannot run
-here is left out with its reason.
+median of the per-round ratios to transformers' `generate` and to llama.cpp. Decode: from the first token on. Prefill: one
+prompt of --prefill tokens until its first token. With --shape the weights are random and the experts partition the FFN. A peer
+that cannot run here is left out with its reason.
 """
 
 import argparse
@@ -82,17 +82,33 @@ def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Sub
     )
 
 
-def make_peers(
-    names: Sequence[str], dense_peer: Any, gguf: Path | None, threads: int
-) -> tuple[dict[str, peers.Peer], dict[str, str]]:
+@dataclass(frozen=True)
+class Rival:
+    """Another engine: seconds of a decode, and of a prefill where that can be measured."""
+
+    decode: peers.Peer
+    prefill: Callable[[list[list[int]]], float] | None = None
+
+
+def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) -> tuple[dict[str, Rival], dict[str, str]]:
     """Peers by the name of their row, and why others are missing."""
-    made: dict[str, peers.Peer] = {}
+    made: dict[str, Rival] = {}
     missing: dict[str, str] = {}
-    makers: dict[str, tuple[str, Callable[[], peers.Peer]]] = {
-        "generate": (REFERENCE, lambda: peers.generate(dense_peer)),
-        "static": ("transformers static cache, dense", lambda: peers.static_cache(dense_peer)),
-        "continuous": ("transformers continuous batching, dense", lambda: peers.continuous_batching(dense_peer)),
-        "llama.cpp": (LLAMA_CPP, lambda: peers.llama_cpp(gguf, threads)),
+
+    def llama_cpp() -> Rival:
+        dtype = "F32" if dense_peer.dtype == torch.float32 else "BF16"
+        weights = {None: dtype, "int8": "Q8_0", "int4": "Q4_0"}[args.quantize]
+        context = max(args.prompt + args.tokens, args.prefill + 2)
+        if dense_peer.device.type != "cpu":
+            raise peers.Unavailable("llama.cpp is measured on CPU only")
+        peer = peers.llama_cpp(dense_peer, weights, torch.get_num_threads(), max(batch_sizes(args)), context)
+        return Rival(peer.decode, peer.prefill)
+
+    makers: dict[str, tuple[str, Callable[[], Rival]]] = {
+        "generate": (REFERENCE, lambda: Rival(peers.generate(dense_peer), partial(peers.forward_seconds, dense_peer))),
+        "static": ("transformers static cache, dense", lambda: Rival(peers.static_cache(dense_peer))),
+        "continuous": ("transformers continuous batching, dense", lambda: Rival(peers.continuous_batching(dense_peer))),
+        "llama.cpp": (LLAMA_CPP, llama_cpp),
     }
     for name in names:
         row, make = makers[name]
@@ -116,12 +132,16 @@ def peer_decode(peer: peers.Peer, prompts: list[list[int]], tokens: int) -> Samp
     return Sample(peer(prompts, tokens))
 
 
-def peer_prefill(model: Any, prompts: list[list[int]]) -> Sample:
-    return Sample(peers.forward_seconds(model, prompts))
+def peer_prefill(prefill: Callable[[list[list[int]]], float], prompts: list[list[int]]) -> Sample:
+    return Sample(prefill(prompts))
+
+
+def batch_sizes(args: argparse.Namespace) -> list[int]:
+    return [int(batch) for batch in args.batch.split(",")]
 
 
 def make_rows(
-    subjects: Subjects, others: dict[str, peers.Peer], batches: Sequence[int], args: argparse.Namespace
+    subjects: Subjects, others: dict[str, Rival], batches: Sequence[int], args: argparse.Namespace
 ) -> dict[tuple[str, int, str], Callable[[], Sample]]:
     """What to measure, by (measure, batch, name)."""
     sizes = EngineConfig(
@@ -139,13 +159,13 @@ def make_rows(
     for batch in batches:
         prompts = random_prompts(batch, args.prompt, vocab_size)
         for name, peer in others.items():
-            if batch == 1 or name != LLAMA_CPP:
-                rows["decode", batch, name] = partial(peer_decode, peer, prompts, args.tokens)
+            rows["decode", batch, name] = partial(peer_decode, peer.decode, prompts, args.tokens)
         for name, (each, policy) in engines.items():
             rows["decode", batch, name] = partial(engine_decode, each, policy, prompts, args.tokens)
     prompt = random_prompts(1, args.prefill, vocab_size)
-    if REFERENCE in others:
-        rows["prefill", 1, REFERENCE] = partial(peer_prefill, subjects.dense_peer, prompt)
+    for name, peer in others.items():
+        if peer.prefill is not None:
+            rows["prefill", 1, name] = partial(peer_prefill, peer.prefill, prompt)
     for name, (each, policy) in engines.items():
         rows["prefill", 1, name] = partial(engine_prefill, each, policy, prompt)
     return rows
@@ -159,7 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--policies", default="full,balanced,fast")
     parser.add_argument("--peers", default=",".join(PEERS), help="of " + ", ".join(PEERS))
-    parser.add_argument("--gguf", type=Path, help="the dense model for llama.cpp")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens before decoding")
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that prefill is measured with")
@@ -185,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quantize is not None:
         for model in (subjects.moe, subjects.dense):
             model.native = native_step(model, NUM_THREADS, args.quantize)
-    others, missing = make_peers(wanted, subjects.dense_peer, args.gguf, threads)
-    batches = [int(batch) for batch in args.batch.split(",")]
+    others, missing = make_peers(wanted, subjects.dense_peer, args)
+    batches = batch_sizes(args)
     bandwidth = copy_bandwidth(device)
     rows = make_rows(subjects, others, batches, args)
     for key, run in list(rows.items()):
@@ -219,10 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "lowest": speeds[0],
             "highest": speeds[-1],
         }
-        if (reference := samples.get((measure, batch, REFERENCE))) is not None:
-            row["ratio_to_transformers"] = statistics.median(
-                theirs.seconds / ours.seconds for theirs, ours in zip(reference, taken, strict=True)
-            )
+        for field, peer in (("ratio_to_transformers", REFERENCE), ("ratio_to_llama_cpp", LLAMA_CPP)):
+            if (reference := samples.get((measure, batch, peer))) is not None:
+                row[field] = statistics.median(b.seconds / a.seconds for a, b in zip(taken, reference, strict=True))
         if measure == "decode":
             distinct = taken[-1].distinct or (None,) * config.num_hidden_layers
             need = decode_bytes(config, distinct, batch, args.prompt + args.tokens / 2, dtype.itemsize)
@@ -254,17 +272,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
-    print(f"{'':<8}{'batch':>5}  {'policy':<40} {'tok/s':>9} {'spread':>19} {'x ref':>6} {'bandwidth':>10} {'distinct':>9}")
+    heads = f"{'tok/s':>9} {'spread':>19} {'x hf':>6} {'x cpp':>6} {'bandwidth':>10} {'distinct':>9}"
+    print(f"{'':<8}{'batch':>5}  {'policy':<40} {heads}")
+    columns = (
+        ("ratio_to_transformers", ">6.2f"),
+        ("ratio_to_llama_cpp", ">6.2f"),
+        ("fraction_of_bandwidth", ">10.1%"),
+        ("distinct_experts_per_step", ">9.2f"),
+    )
     for row in results:
+        cells = " ".join(_cell(row.get(field), form) for field, form in columns)
         spread = f"{row['lowest']:.1f}-{row['highest']:.1f}"
-        ratio, share, hit = (
-            row.get(n) for n in ("ratio_to_transformers", "fraction_of_bandwidth", "distinct_experts_per_step")
-        )
-        print(
-            f"{row['measure']:<8}{row['batch']:>5}  {row['policy']:<40} {row['tokens_per_second']:9.1f} {spread:>19} "
-            f"{'' if ratio is None else f'{ratio:.2f}':>6} {'' if share is None else f'{share:.1%}':>10} "
-            f"{'' if hit is None else f'{hit:.2f}':>9}"
-        )
+        head = f"{row['measure']:<8}{row['batch']:>5}  {row['policy']:<40}"
+        print(f"{head} {row['tokens_per_second']:9.1f} {spread:>19} {cells}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    width = form[1:].partition(".")[0]
+    return " " * int(width) if value is None else format(value, form)
 
 
 if __name__ == "__main__":

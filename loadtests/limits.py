@@ -46,10 +46,16 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def decode_bytes(
-    config: ModelConfig, distinct_experts: Sequence[float | None], batch: int, context: float, itemsize: int
+    config: ModelConfig,
+    distinct_experts: Sequence[float | None],
+    batch: int,
+    context: float,
+    itemsize: int,
+    weight_size: float | None = None,
 ) -> float:
     """Bytes that a decode step must read: every dense weight, `distinct_experts` experts of each expert layer (by layer, None
-    where dense), and the keys and values of `batch` sequences of `context` tokens."""
+    where dense), and the keys and values of `batch` sequences of `context` tokens. `weight_size`: bytes of a weight, where they
+    are not `itemsize`."""
     weights = float(config.hidden_size * config.vocab_size)  # the output head; of the embedding table a row per token
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     for layer, distinct in zip(config.layers, distinct_experts, strict=True):
@@ -59,4 +65,4 @@ def decode_bytes(
         else:
             weights += distinct * 3 * config.hidden_size * layer.moe_intermediate_size
     cache = 2 * config.num_hidden_layers * kv_heads * context * batch
-    return (weights + cache) * itemsize
+    return weights * (weight_size or itemsize) + cache * itemsize

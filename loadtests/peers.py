@@ -5,10 +5,14 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+if TYPE_CHECKING:
+    from loadtests.llama_cpp_peer import LlamaCpp
 
 # Prompts and tokens to generate for each -> seconds from the first token on.
 Peer = Callable[[Sequence[Sequence[int]], int], float]
@@ -92,26 +96,15 @@ def continuous_batching(model: Any) -> Peer:
     return run
 
 
-def llama_cpp(file: Path | None, threads: int) -> Peer:
-    """llama.cpp on a GGUF file of the dense model, one sequence at a time. Raises Unavailable."""
-    if file is None:
-        raise Unavailable("no GGUF file was given")
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise Unavailable("llama-cpp-python is not installed")
-    import llama_cpp as library
+def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: int) -> "LlamaCpp":
+    """llama.cpp on the same dense weights, its matrices kept as `weights` (F32, BF16, Q8_0, Q4_0), for `sequences` sequences of
+    `context` tokens. Raises Unavailable."""
+    if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
+        raise Unavailable(f"{missing[0]} is not installed (pip install '.[bench]')")
+    from loadtests.gguf_file import write_gguf
+    from loadtests.llama_cpp_peer import LlamaCpp
 
-    llama = library.Llama(str(file), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def run(prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        if len(prompts) != 1:
-            raise Unavailable("the Python binding runs one sequence at a time")
-        llama.reset()
-        llama.eval(list(prompts[0]))
-        token = llama.sample(temp=0.0)
-        started = time.perf_counter()
-        for _ in range(tokens - 1):
-            llama.eval([token])
-            token = llama.sample(temp=0.0)
-        return time.perf_counter() - started
-
-    return run
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "dense.gguf"
+        write_gguf(file, model, weights)
+        return LlamaCpp(file, threads, sequences, context)  # mapped: it stays readable without its name

@@ -1,23 +1,24 @@
 """What a scrape of /metrics costs: throughput of a loaded server with and without a scrape every second, and its CPU time.
 
-    python -m loadtests.scrape_bench MODEL [--clients 4] [--seconds 10] [--rounds 6] [--every 1]
+    python -m loadtests.scrape_bench MODEL [--clients 4] [--seconds 2] [--rounds 150] [--every 1]
 
 The server is a process of its own. Both arms run under the same load, which never pauses, round by round in turn (AB, BA, AB,
-...); the figure is the median of the rounds' ratios. On a machine that others use, CPU time per token says more than tokens per
-second.
+...). Rounds are short, so that a machine whose speed drifts treats both alike, and many, so that the interval is narrow: the
+figure is scraped over quiet of all rounds together, with a 95% interval from resampling the pairs. The readings between rounds
+are scrapes too, as many in either arm. On a machine that others use, CPU time per token says more than tokens per second.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
@@ -40,8 +41,25 @@ class Reading:
 
 @dataclass(frozen=True)
 class Round:
-    tokens_per_second: float
-    cpu_milliseconds_per_token: float
+    seconds: float
+    tokens: float
+    cpu_milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio of scraped to quiet, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f}-{self.high:.4f})"
 
 
 @asynccontextmanager
@@ -79,11 +97,11 @@ async def load(client: httpx.AsyncClient, policy: str, tokens: int) -> None:
 
 async def scrape(client: httpx.AsyncClient, every: float) -> None:
     """Until cancelled, at a fixed pace."""
-    due = time.perf_counter()
+    due = time.perf_counter() + every / 2
     while True:
-        due += every
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         (await client.get("/metrics")).raise_for_status()
+        due += every
 
 
 async def one_round(client: httpx.AsyncClient, arm: str, seconds: float, every: float) -> Round:
@@ -95,8 +113,29 @@ async def one_round(client: httpx.AsyncClient, arm: str, seconds: float, every: 
         with suppress(asyncio.CancelledError):
             await scraper
     end = await read(client)
-    tokens = end.tokens - begin.tokens
-    return Round(tokens / (end.at - begin.at), 1000 * (end.cpu - begin.cpu) / max(tokens, 1))
+    return Round(end.at - begin.at, end.tokens - begin.tokens, 1000 * (end.cpu - begin.cpu))
+
+
+def throughput(rounds: Sequence[Round]) -> float:
+    """Tokens per second."""
+    return sum(one.tokens for one in rounds) / sum(one.seconds for one in rounds)
+
+
+def cpu_per_token(rounds: Sequence[Round]) -> float:
+    """Milliseconds of the server's CPU time."""
+    return sum(one.cpu_milliseconds for one in rounds) / sum(one.tokens for one in rounds)
+
+
+def estimate(figure: Callable[[Sequence[Round]], float], pairs: Sequence[tuple[Round, Round]], draws: int = 2000) -> Estimate:
+    """The figure of the second rounds over that of the first; percentile bootstrap over the pairs (Efron, 1979)."""
+
+    def ratio(chosen: Sequence[tuple[Round, Round]]) -> float:
+        quiet, scraped = zip(*chosen, strict=True)
+        return figure(scraped) / figure(quiet)
+
+    generator = random.Random(0)
+    drawn = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(draws))
+    return Estimate(ratio(pairs), drawn[draws // 40], drawn[-draws // 40 - 1])
 
 
 async def scrape_milliseconds(client: httpx.AsyncClient, count: int) -> float:
@@ -131,16 +170,12 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         cost = await scrape_milliseconds(client, 200)
     for arm, rounds in samples.items():
         speeds = sorted(one.tokens_per_second for one in rounds)
-        cpu = statistics.median(one.cpu_milliseconds_per_token for one in rounds)
-        print(
-            f"{arm:<8} {statistics.median(speeds):8.1f} tokens/s ({speeds[0]:.1f}-{speeds[-1]:.1f}) {cpu:7.3f} CPU ms per token"
-        )
+        print(f"{arm:<8} {throughput(rounds):8.1f} tokens/s ({speeds[0]:.1f}-{speeds[-1]:.1f}), ", end="")
+        print(f"{cpu_per_token(rounds):.3f} CPU ms per token")
     pairs = list(zip(samples["quiet"], samples["scraped"], strict=True))
-    speed = sorted(scraped.tokens_per_second / quiet.tokens_per_second for quiet, scraped in pairs)
-    cpu_ratios = sorted(scraped.cpu_milliseconds_per_token / quiet.cpu_milliseconds_per_token for quiet, scraped in pairs)
-    print(f"scraped / quiet: throughput {statistics.median(speed):.4f} ({speed[0]:.4f}-{speed[-1]:.4f}), ", end="")
-    print(f"CPU per token {statistics.median(cpu_ratios):.4f} ({cpu_ratios[0]:.4f}-{cpu_ratios[-1]:.4f})")
-    print(f"a scrape of {page.count(chr(10))} lines: {cost:.2f} CPU ms; other processes kept {busy:.2f} cores busy")
+    speed, cpu = estimate(throughput, pairs), estimate(cpu_per_token, pairs)
+    print(f"scraped / quiet: throughput {speed}, CPU per token {cpu}")
+    print(f"a scrape of {page.count(chr(10))} lines: {cost:.2f} CPU ms; all other processes kept {busy:.2f} cores busy")
     return {
         "benchmark": "scrape_bench",
         "model": str(args.model),
@@ -148,11 +183,9 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         "seconds": args.seconds,
         "rounds": args.rounds,
         "scrape_every_seconds": args.every,
-        "throughput_ratio": statistics.median(speed),
-        "throughput_ratios": speed,
-        "cpu_per_token_ratio": statistics.median(cpu_ratios),
-        "cpu_per_token_ratios": cpu_ratios,
-        "tokens_per_second": {arm: [one.tokens_per_second for one in rounds] for arm, rounds in samples.items()},
+        "throughput_ratio": asdict(speed),
+        "cpu_per_token_ratio": asdict(cpu),
+        "tokens_per_second": {arm: [round(one.tokens_per_second, 1) for one in rounds] for arm, rounds in samples.items()},
         "scrape_cpu_milliseconds": cost,
         "metrics_lines": page.count("\n"),
         "client_and_other_load_cores": busy,
@@ -165,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="a converted checkpoint")
     parser.add_argument("--clients", type=int, default=4, help="requests at a time; policies in turn")
     parser.add_argument("--tokens", type=int, default=100, help="tokens per request")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a round")
-    parser.add_argument("--rounds", type=int, default=6, help="per arm")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
+    parser.add_argument("--rounds", type=int, default=150, help="per arm")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between scrapes")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--device=cpu")
     print(json.dumps(asyncio.run(measure(parser.parse_args(argv)))))

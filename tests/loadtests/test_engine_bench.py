@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from loadtests.engine_bench import REFERENCE, main
+from loadtests import peers
+from loadtests.engine_bench import LLAMA_CPP, REFERENCE, main
+from loadtests.models import SHAPES
+from loadtests.runs import random_prompts
 
 SIZES = ["--device", "cpu", "--prompt", "8", "--tokens", "5", "--prefill", "20", "--rounds", "1", "--batch", "1,3"]
 
@@ -18,14 +22,42 @@ def record_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 
 def test_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    record = record_of(capsys, "--shape", "tiny", "--peers", "generate,llama.cpp,continuous")
+    record = record_of(capsys, "--shape", "tiny", "--peers", "generate,continuous")
     rows = {(row["measure"], row["batch"], row["policy"]): row for row in record["results"]}
     names = {REFERENCE, "dense", "all", "half", "quarter"}
     assert set(rows) == {(m, b, name) for m, b in (("decode", 1), ("decode", 3), ("prefill", 1)) for name in names}
     assert rows["decode", 1, "half"]["distinct_experts_per_step"] == 4
     assert rows["decode", 3, "all"]["distinct_experts_per_step"] == 8
     assert all(row["ratio_to_transformers"] == 1 for key, row in rows.items() if key[2] == REFERENCE)
-    assert set(record["left_out"]) == {"llama.cpp, dense", "transformers continuous batching, dense"}
+    assert set(record["left_out"]) == {"transformers continuous batching, dense"}
+
+
+def test_a_missing_rival_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    record = record_of(capsys, "--shape", "tiny", "--peers", "llama.cpp")
+    assert "bench" in record["left_out"][LLAMA_CPP]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "125m"])
+def test_llama_cpp_says_what_the_model_says(shape: str) -> None:
+    """The rival runs the same model, tied or not: greedy tokens equal transformers'."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    fields = {**SHAPES[shape], "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = peers.dense_llama(fields, torch.float32, torch.device("cpu"))
+    for parameter in model.parameters():  # wide enough for clear winners
+        parameter.data *= 3
+    rival = peers.llama_cpp(model, "F32", 1, 2, 64)
+    prompts = random_prompts(2, 9, fields["vocab_size"])
+    for prompt in prompts:
+        expected = list(prompt)
+        with torch.inference_mode():
+            while len(expected) < len(prompt) + 12:
+                expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert rival.greedy(prompt, 12) == expected[len(prompt) :]
+    assert rival.decode(prompts, 4) > 0
+    assert rival.prefill(prompts) > 0
 
 
 def test_checkpoints(moe_dir: Path, dense_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

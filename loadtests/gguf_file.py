@@ -1,0 +1,77 @@
+"""A dense LLaMA as a GGUF file, for llama.cpp to run: only what speed and greedy tokens need, no tokenizer.
+
+GGUF's architecture `llama` expects the rows of the query and key projections in the interleaved order of the original LLaMA
+code, where transformers keeps the two halves of each head apart; `_interleaved` is the permutation between them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(path: Path, model: Any, weights: str) -> None:
+    """`model` is a LlamaForCausalLM of transformers, `weights` the type of its matrices: F32, BF16 or Q8_0.
+
+    Raises ValueError for biases and scaled RoPE, which the benchmarks' models do not have.
+    """
+    config = model.config
+    state = model.state_dict()
+    if any(name.endswith(".bias") for name in state) or config.rope_parameters["rope_type"] != "default":
+        raise ValueError("only models without biases and with plain RoPE are written as GGUF here")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("no_vocab")
+    quantization = gguf.GGMLQuantizationType[weights]
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        matrix = tensor.float()
+        if ".q_proj." in name or ".k_proj." in name:
+            matrix = _interleaved(matrix, config.head_dim)
+        stored = quantization if matrix.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data: np.ndarray[Any, Any] = gguf.quants.quantize(matrix.contiguous().numpy(), stored)
+        writer.add_tensor(_gguf_name(name), data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in ENDS:
+        return f"{ENDS[stem]}.weight"
+    _, _, index, rest = stem.split(".", 3)
+    return f"blk.{index}.{LAYER_NAMES[rest]}.weight"
+
+
+def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """[heads * head_dim, D]: of each head row i and row i + head_dim / 2 side by side."""
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    return torch.stack(halves.unbind(dim=1), dim=2).view_as(weight)

@@ -1,0 +1,86 @@
+"""llama.cpp on a dense model, through the C interface that llama-cpp-python binds: several sequences per step, greedy."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp as library
+
+STEP_TOKENS = 512  # of one call of the library, and of one of its matrix products
+
+Row = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
+
+
+class LlamaCpp:
+    """One model file and one context for `sequences` sequences of at most `context` tokens each."""
+
+    def __init__(self, file: Path, threads: int, sequences: int, context: int) -> None:
+        self._quiet = library.llama_log_callback(lambda level, text, data: None)
+        library.llama_log_set(self._quiet, None)
+        library.llama_backend_init()
+        model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
+        if model is None:
+            raise ValueError(f"llama.cpp could not read {file}")
+        params = library.llama_context_default_params()
+        params.n_ctx = sequences * context
+        params.n_batch = params.n_ubatch = STEP_TOKENS
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = threads
+        self.context = library.llama_init_from_model(model, params)
+        assert self.context is not None
+        self.sampler = library.llama_sampler_init_greedy()
+        self.batch = library.llama_batch_init(STEP_TOKENS, 0, 1)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Forget everything, read the prompts; the first token of each."""
+        library.llama_memory_clear(library.llama_get_memory(self.context), True)
+        rows = [
+            (token, position, sequence, position == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        first: list[int] = []
+        for begin in range(0, len(rows), STEP_TOKENS):
+            first += self._step(rows[begin : begin + STEP_TOKENS])
+        return first
+
+    def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Seconds from the first tokens on until each prompt has `tokens`."""
+        last = self.start(prompts)
+        started = time.perf_counter()
+        for done in range(tokens - 1):
+            last = self._step(
+                [(token, len(prompt) + done, i, True) for i, (token, prompt) in enumerate(zip(last, prompts, strict=True))]
+            )
+        return time.perf_counter() - started
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Seconds until every prompt has its first token."""
+        started = time.perf_counter()
+        self.start(prompts)
+        return time.perf_counter() - started
+
+    def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """The tokens themselves, to see that the file says what the model says."""
+        found = self.start([prompt])
+        while len(found) < tokens:
+            found += self._step([(found[-1], len(prompt) + len(found) - 1, 0, True)])
+        return found
+
+    def _step(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens after the rows whose logits are wanted."""
+        batch = self.batch
+        batch.n_tokens = len(rows)
+        for index, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[index] = token
+            batch.pos[index] = position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequence
+            batch.logits[index] = wanted
+        if library.llama_decode(self.context, batch):
+            raise RuntimeError("llama.cpp could not run a step")
+        return [
+            library.llama_sampler_sample(self.sampler, self.context, index)
+            for index, (_, _, _, wanted) in enumerate(rows)
+            if wanted
+        ]
