@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ladimo.model.config import MOE_TYPE, ModelConfig
+from ladimo.model.quantization import Quantize
+from ladimo.model.quantized_layers import quantize_layers, quantize_model
 from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 from ladimo.policy import Frontier, RoutingPolicy
@@ -217,6 +219,19 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Moe
         model = MoeTransformer(config)
     reader.load(model, "", dtype, device)
     model.rotary.materialise(device)
+    return model.eval()
+
+
+def load_quantized_model(directory: Path, dtype: torch.dtype, device: torch.device, format: Quantize) -> MoeTransformer:
+    """`load_model` with weights rounded to integers: layer by layer, so that one layer at most is in memory in `dtype`."""
+    config = read_config(directory)
+    reader = TensorReader(directory)
+    model = load_without_layers(reader, config, dtype, device)
+    quantize_model(model, format)  # the output head; there are no layers yet
+    for index in range(config.num_hidden_layers):
+        layer = load_layer(reader, config, index, dtype, device)
+        quantize_layers(layer, format)
+        model.model.layers.append(layer)
     return model.eval()
 
 

@@ -38,9 +38,10 @@ class LayerRule:
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
         """The layer's rule in policy `full`: as many experts as it was distilled for, substitutes never among them. Weights
-        are made to sum to one, except where each expert counts with one."""
+        are made to sum to one, except where each of these experts counts with one."""
         experts = tuple(range(layer.num_experts - layer.substitutes)) if layer.substitutes else None
-        return cls(layer.num_experts_per_tok, renormalize=layer.expert_weight == "score", experts=experts)
+        scored = layer.expert_weight == "score" and not layer.fixed_experts
+        return cls(layer.num_experts_per_tok, renormalize=scored, experts=experts)
 
     def to_dict(self) -> dict[str, Any]:
         experts = None if self.experts is None else list(self.experts)

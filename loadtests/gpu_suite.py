@@ -29,6 +29,8 @@ import torch
 
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import RoutingTables
+from ladimo.model.quantization import Quantize
+from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.conditions import conditions
@@ -42,6 +44,7 @@ from server.engine.messages import Activate, StepStats, Submit
 from server.engine.request import GenerationRequest, SamplingParams
 
 ROOT = Path(__file__).parent.parent
+FORMATS: tuple[Quantize | None, ...] = (None, "int8", "int4")
 DRY_LIMIT = 240  # seconds, of every section of a dry run
 LEAST_SECONDS = 10  # a section is not begun with less time left
 
@@ -166,6 +169,41 @@ def decode(bench: Bench) -> None:
         spread_milliseconds=spread([1000 * value for value in seconds]),
         speed_to_all=base / statistics.median(seconds),
     )
+
+
+def integers(bench: Bench) -> None:
+    """Batch 1 with weights as integers, by policy: time per token, and the weights as they are in the same process."""
+    prompt, tokens = bench.size(128, 20), bench.size(65, 6)
+    bandwidth = copy_bandwidth(bench.device)
+    bench.notes |= {"copy_bandwidth_bytes_per_second": bandwidth, "prompt_tokens": prompt, "tokens": tokens}
+    prompts = random_prompts(1, prompt, bench.config.vocab_size)
+    policies = {name: policy for name, policy in bench.policies().items() if name in ("all", "quarter")}
+    base: dict[str, float] = {}
+    for format in FORMATS:
+        model = bench.model()
+        if format is not None:
+            quantize_model(model, format)
+        core = bench.core(model, 1, prompt + tokens + 16, prompt + tokens)
+        rows = {name: partial(serve, core, [policy], prompts, tokens) for name, policy in policies.items()}
+        # A scale of 32 bits per 32 weights: one bit each.
+        size = bench.dtype.itemsize if format is None else (int(format.removeprefix("int")) + 1) / 8
+        for name, runs in interleaved(rows, bench.size(3, 2)).items():
+            seconds = [run.step_seconds for run in runs]
+            middle = statistics.median(seconds)
+            base.setdefault(name, middle)
+            need = decode_bytes(bench.config, runs[-1].distinct, 1, prompt + tokens / 2, bench.dtype.itemsize, size)
+            bench.row(
+                weights=format or "as they are",
+                policy=name,
+                milliseconds=1000 * middle,
+                spread_milliseconds=spread([1000 * value for value in seconds]),
+                tokens_per_second=1 / middle,
+                fraction_of_bandwidth=need / bandwidth / middle,
+                speed_to_as_they_are=base[name] / middle,
+                distinct_experts=mean(runs[-1].distinct),
+            )
+        del model, core, rows
+        gc.collect()
 
 
 def prefill(bench: Bench) -> None:
@@ -373,6 +411,7 @@ def gpu_tests(bench: Bench) -> None:
 # In the order in which they run, each with the seconds it may take.
 SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "decode": (decode, 80),
+    "integers": (integers, 50),
     "prefill": (prefill, 60),
     "swap": (swap, 45),
     "counting": (counting, 60),

@@ -6,6 +6,7 @@
 Sizes are those of one layer of LLaMA-2-7B in bf16, its FFN cut into equal experts. Calls are timed inside a CUDA graph and go
 round several copies of the weights, so that neither launches nor the L2 cache flatter them. The bound of a call is the larger
 of the bytes it must move over the copy bandwidth and its operations over the matrix rate. `dense` is the whole FFN by torch.
+Rows marked int8 and int4 read weights as integers; their bytes are those of the integers and scales.
 --sweep tries other tiles for the expert kernels.
 """
 
@@ -28,8 +29,11 @@ from torch.nn import functional as F
 
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables
+from ladimo.model.quantization import Quantize, Weights, quantize_weights
 from loadtests.conditions import conditions
 from loadtests.limits import copy_bandwidth, matrix_rate, seconds_of
+
+FORMATS: tuple[Quantize, ...] = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Bench:
             (self.normal(num_experts, 2 * size, hidden) / hidden**0.5, self.normal(num_experts, hidden, size) / size**0.5)
             for _ in range(sizes.copies)
         ]
+        self.integers: dict[Quantize, list[tuple[Weights, Weights]]] = {}
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype, generator=self.generator)
@@ -120,22 +125,47 @@ class Bench:
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def expert_arguments(self, num_tokens: int, top_k: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        x = self.normal(num_tokens, self.sizes.hidden_size)
-        return [(x, *self.route(num_tokens, top_k), *pair) for pair in self.weights]
-
-    def experts(self, num_tokens: int, top_k: int, dense_seconds: float, tiles: Any = None, label: str = "") -> Result:
+    def experts(
+        self, num_tokens: int, top_k: int, dense_seconds: float, tiles: Any = None, format: Quantize | None = None
+    ) -> Result:
         from ladimo.model.kernels.experts import apply_experts
 
-        arguments = self.expert_arguments(num_tokens, top_k)
+        x = self.normal(num_tokens, self.sizes.hidden_size)
+        arguments = [(x, *self.route(num_tokens, top_k), *pair) for pair in self.stored(format)]
         calls = [partial(apply_experts, *a, tiles) for a in arguments]
         seconds = seconds_per_call(calls, self.device, repeats=4 if num_tokens <= 256 else 1)
         size, hidden = self.sizes.intermediate_size // self.num_experts, self.sizes.hidden_size
         distinct = sum(len(set(a[2].unique().tolist()) - {-1}) for a in arguments) / len(arguments)
-        bytes_moved = (distinct * 3 * hidden * size + 2 * num_tokens * hidden) * self.dtype.itemsize
+        gate_up, down = arguments[0][3:]
+        bytes_moved = distinct * (gate_up.nbytes + down.nbytes) / self.num_experts + 2 * x.nbytes
         operations = 2 * 3 * hidden * size * num_tokens * top_k
-        case = f"T {num_tokens}, k {top_k}, {distinct:.1f} distinct{label}"
-        return Result("experts", case, seconds, bytes_moved, operations, dense_seconds / seconds)
+        case = f"T {num_tokens}, k {top_k}, {distinct:.1f} distinct"
+        name = "experts" if format is None else f"experts, {format}"
+        return Result(name, case, seconds, bytes_moved, operations, dense_seconds / seconds)
+
+    def stored(self, format: Quantize | None) -> list[tuple[Weights, Weights]]:
+        """The experts' weights, as they are or as integers made of them."""
+        if format is None:
+            return [*self.weights]
+        if format not in self.integers:
+            self.integers[format] = [
+                (quantize_weights(gate_up, format), quantize_weights(down, format)) for gate_up, down in self.weights
+            ]
+        return self.integers[format]
+
+    def linear(self, num_rows: int, format: Quantize | None) -> Result:
+        """A dense layer as wide as it is long: its weights as integers, or torch's own product."""
+        from ladimo.model.kernels.linear import linear
+
+        hidden = self.sizes.hidden_size
+        x = self.normal(num_rows, hidden)
+        whole = [self.normal(hidden, hidden) / hidden**0.5 for _ in range(4 * self.sizes.copies)]
+        weights: list[Weights] = [*whole] if format is None else [quantize_weights(one, format) for one in whole]
+        calls = [partial(F.linear, x, one) if isinstance(one, Tensor) else partial(linear, x, one) for one in weights]
+        seconds = seconds_per_call(calls, self.device, repeats=4)
+        bytes_moved = weights[0].nbytes + 2 * x.nbytes
+        name = "linear (torch)" if format is None else f"linear, {format}"
+        return Result(name, f"T {num_rows}, {hidden} x {hidden}", seconds, bytes_moved, 2 * hidden * hidden * num_rows)
 
     def dense(self, num_tokens: int) -> Result:
         """The dense FFN by torch, gate and up in one product, on the same weights."""
@@ -280,6 +310,20 @@ def measure(bench: Bench, sweeping: bool) -> None:
     for num_tokens in (1, sizes.decode[-1], sizes.prefill[0]):
         for result in bench.small(num_tokens):
             bench.add(result)
+    measure_integers(bench)
+
+
+def measure_integers(bench: Bench) -> None:
+    """Where decoding reads fewer bytes for them, and what a prompt pays."""
+    sizes = bench.sizes
+    for num_tokens in sorted({1, sizes.decode[len(sizes.decode) // 2], sizes.decode[-1], sizes.prefill[0]}):
+        dense = bench.dense(num_tokens)
+        for format, top_k in itertools.product(FORMATS, (2, bench.num_experts)):
+            if bench.out_of_time:
+                return
+            bench.add(bench.experts(num_tokens, top_k, dense.seconds, format=format))
+        for weights in (None, *FORMATS):
+            bench.add(bench.linear(num_tokens, weights))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,10 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.kernels import attention, experts, fused, routing
+from ladimo.model.kernels import attention, experts, fused, linear, routing
+from ladimo.model.quantization import Quantize, Weights, quantize_weights
+
+INTEGERS: tuple[Quantize, ...] = ("int8", "int4")
 
 
 class AbsentGPU(DriverBase):  # type: ignore[misc]
@@ -77,14 +80,24 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_experts(num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8) -> None:
+def launch_experts(
+    num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8, format: Quantize | None = None
+) -> None:
+    def weights(*shape: int) -> Weights:
+        return meta(*shape) if format is None else quantize_weights(meta(*shape), format)
+
     experts.apply_experts(
         meta(num_tokens, hidden_size),
         meta(num_tokens, num_experts, dtype=torch.float32),
         meta(num_tokens, num_experts, dtype=torch.int64),
-        meta(num_experts, 2 * size, hidden_size),
-        meta(num_experts, hidden_size, size),
+        weights(num_experts, 2 * size, hidden_size),
+        weights(num_experts, hidden_size, size),
     )
+
+
+def launch_linear(num_rows: int, format: Quantize, num_inputs: int = 4096, num_outputs: int = 4096, bias: bool = False) -> None:
+    weights = quantize_weights(meta(num_outputs, num_inputs), format)
+    linear.linear(meta(num_rows, num_inputs), weights, meta(num_outputs) if bias else None)
 
 
 def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bias: bool = False) -> None:
@@ -129,6 +142,12 @@ def launch_all() -> None:
     for num_tokens in (1, 2, 4, 5, 32, 64, 512):
         launch_experts(num_tokens)
     launch_experts(512, 4096, 1792)
+    for format in INTEGERS:
+        for num_tokens in (1, 2, 32, 64, 512):
+            launch_experts(num_tokens, format=format)
+        for num_rows in (1, 2, 32, 64, 300):
+            launch_linear(num_rows, format, num_inputs=11008)
+        launch_linear(2, format, num_inputs=3584, num_outputs=512, bias=True)
     launch_routing(64, 8, MoeLayerConfig(8, 2, 1376, score_norm_top_k=2))
     launch_routing(64, 5, MoeLayerConfig(5, 2, 1376, score_function="sigmoid", expert_weight="one"), bias=True)
     launch_routing(64, 256, MoeLayerConfig(256, 2, 1376))

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from ladimo.checkpoint import load_model, read_config, read_policies
-from ladimo.model.cpu.native_step import NativeStep, Quantize, native_step
+from ladimo.model.cpu.native_step import NativeStep, native_step
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.quantization import Quantize
 from ladimo.policy import RoutingPolicy
 from loadtests.conditions import conditions
 from server.engine.model_runner import NUM_THREADS, serving_dtype

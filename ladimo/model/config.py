@@ -29,7 +29,8 @@ class MoeLayerConfig:
     `expert_weight` says whether a chosen expert counts with its score or with one (an exact partition sums with one).
     `router` is the network that scores the experts (`ladimo.model.router`), "mlp" with a hidden layer of `router_hidden_size`.
     `selection_bias`: the router has a bias that enters the order of the experts, not their scores. The last `substitutes`
-    experts stand in for skipped ones, and policy `full` never runs them.
+    experts stand in for skipped ones, and policy `full` never runs them. The first `fixed_experts` experts have no row in the
+    router and score one whatever the token: a policy runs all or none of them by its mask, beside others that are routed.
     """
 
     num_experts: int
@@ -42,15 +43,18 @@ class MoeLayerConfig:
     router_hidden_size: int | None = None
     selection_bias: bool = False
     substitutes: int = 0
+    fixed_experts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             _positive_int({name: getattr(self, name)}, name)
         _positive_int({"score_norm_top_k": self.score_norm_top_k}, "score_norm_top_k", default=1)
-        if isinstance(self.substitutes, bool) or not isinstance(self.substitutes, int) or self.substitutes < 0:
-            raise ValueError(f"substitutes must be an integer of at least 0, got {self.substitutes!r}")
-        if self.substitutes >= self.num_experts:
-            raise ValueError(f"substitutes must be below num_experts {self.num_experts}, got {self.substitutes}")
+        for name in ("substitutes", "fixed_experts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+            if value >= self.num_experts:
+                raise ValueError(f"{name} must be below num_experts {self.num_experts}, got {value}")
         most = self.num_experts - self.substitutes
         if self.num_experts_per_tok > most:
             raise ValueError(f"num_experts_per_tok must be in 1..{most}, got {self.num_experts_per_tok}")
@@ -66,6 +70,8 @@ class MoeLayerConfig:
             _positive_int({"router_hidden_size": self.router_hidden_size}, "router_hidden_size")
         elif self.router_hidden_size is not None:
             raise ValueError(f"router_hidden_size must be null unless router is mlp, got {self.router_hidden_size!r}")
+        if self.fixed_experts and (self.router != "linear" or self.score_function != "sigmoid"):
+            raise ValueError(f"fixed_experts need router linear and score_function sigmoid, got {self.fixed_experts}")
         if not isinstance(self.selection_bias, bool):
             raise ValueError(f"selection_bias must be true or false, got {self.selection_bias!r}")
 
@@ -73,7 +79,7 @@ class MoeLayerConfig:
         """Parameters of the router for hidden states of this size."""
         hidden = self.router_hidden_size or 0
         weights = {
-            "linear": hidden_size * self.num_experts,
+            "linear": hidden_size * (self.num_experts - self.fixed_experts),
             "mlp": hidden * (hidden_size + self.num_experts),
             "glu": 2 * hidden_size * self.num_experts,
             "none": 0,

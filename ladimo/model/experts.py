@@ -3,6 +3,7 @@
 
     (hidden_states [T, D], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2F, D], down_proj [E, D, F]) -> [T, D]
 
+The kernels, and `apply_experts`, also take weights as integers; off the GPU these are made whole first.
 An id of -1 is no expert; its weight is 0. Gate rows come before up rows, as in transformers. Legend: T tokens, K places,
 E experts, D hidden_size, F moe_intermediate_size.
 """
@@ -12,20 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.model import kernels
+from ladimo.model.quantization import Weights, as_tensor, storage
 
 # Up to this many (token, place) pairs a copy of the chosen experts' weights is affordable.
 MAX_GATHERED = 16
 
 
 def apply_experts(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Weights, down_proj: Weights
 ) -> Tensor:
     """On CPU group tokens by expert: only the chosen experts' weights are read, in place. On a device stay free of host
     synchronisation, so that a decode step can be captured: kernels on a GPU, else the forms below."""
-    if kernels.available(hidden_states, topk_weights, gate_up_proj, down_proj):
+    if kernels.available(hidden_states, topk_weights, storage(gate_up_proj), storage(down_proj)):
         from ladimo.model.kernels import experts
 
         return experts.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
+    gate_up_proj, down_proj = (as_tensor(weights, hidden_states.dtype) for weights in (gate_up_proj, down_proj))
     if hidden_states.device.type == "cpu":
         return apply_experts_grouped(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
     if topk_ids.numel() <= MAX_GATHERED:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ladimo.model.config import MoeLayerConfig
 
 SELECTION_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name; kept in fp32 whatever the dtype of the weights
+FIXED_LOGIT = 40.0  # its sigmoid is one in fp32, and it is exact in every dtype
 
 
 class Router(nn.Module):
@@ -27,15 +28,16 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """One bias-free linear map, weight [E, D]."""
+    """One bias-free linear map, weight [E - fixed_experts, D]; the logits of the fixed experts are a constant."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(layer)
+        self.fixed_experts = layer.fixed_experts
         bound = hidden_size**-0.5
-        self.weight = nn.Parameter(torch.empty(layer.num_experts, hidden_size).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(layer.num_experts - self.fixed_experts, hidden_size).uniform_(-bound, bound))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight)
+        return F.pad(F.linear(hidden_states, self.weight), (self.fixed_experts, 0), value=FIXED_LOGIT)
 
 
 class MlpRouter(Router):

@@ -16,6 +16,7 @@ def expert_scores(
     """Scores of all experts, best first, and their numbers: both [T, E]. Experts outside `allowed` [T, E] come last, scored 0.
 
     Softmax runs over the allowed experts; sigmoid scores are independent. `selection_bias` [E] enters the order, not the score.
+    Ties go to the lower expert, as in the kernels.
     """
     router_logits = router_logits.float()
     if layer.score_function == "softmax":
@@ -23,7 +24,7 @@ def expert_scores(
     else:
         scores = router_logits.sigmoid() * allowed
     order = scores if selection_bias is None else scores + selection_bias
-    ids = order.masked_fill(~allowed, -torch.inf).topk(scores.shape[-1], dim=-1).indices
+    ids = order.masked_fill(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     scores = scores.gather(-1, ids)
     if layer.score_norm_top_k is not None:
         scores = scores / scores[:, : layer.score_norm_top_k].sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -108,8 +108,9 @@ class MoeTransformer(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and output head: [R, D] -> [R, V]."""
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.model.norm(hidden_states), head)
+        normed: Tensor = self.model.norm(hidden_states)
+        logits: Tensor = F.linear(normed, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(normed)
+        return logits
 
     def _stack(self, expert_ids: list[Tensor | None]) -> Tensor | None:
         """Per-layer ids [T, E_l] -> one tensor [L, T, E] padded with -1."""

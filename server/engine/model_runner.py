@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladimo.checkpoint import choose_device, choose_dtype, load_model, stored_dtype
+from ladimo.checkpoint import choose_device, choose_dtype, load_model, load_quantized_model, stored_dtype
 from ladimo.model.cpu.build import library
-from ladimo.model.cpu.native_step import Quantize, native_step
+from ladimo.model.cpu.native_step import native_step
 from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.kernels import triton_installed
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.quantization import Quantize
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.cuda_graphs import DecodeGraphs
@@ -228,15 +230,24 @@ def serving_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dt
 def load(directory: Path, device: str, dtype: str, quantize: Quantize | None = None) -> MoeTransformer:
     """Raises ValueError for a checkpoint that cannot be served, or a device, dtype or quantisation that cannot be had.
 
-    On a CPU the weights are packed for the native step, where there is one.
+    On a CPU the weights are packed for the native step, where there is one; on a GPU kernels read integers where they lie.
     """
     chosen = choose_device(device)
     if chosen.type != "cpu":
-        if quantize is not None:
-            raise ValueError(f"quantize {quantize}: only on CPU")
-        return load_model(directory, choose_dtype(dtype, directory, chosen), chosen)
+        return _load_on_gpu(directory, choose_dtype(dtype, directory, chosen), chosen, quantize)
     model = load_model(directory, serving_dtype(dtype, directory, chosen), chosen)
     model.native = native_step(model, NUM_THREADS, quantize, release=True)
+    return model
+
+
+def _load_on_gpu(directory: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize | None) -> MoeTransformer:
+    if quantize is None:
+        return load_model(directory, dtype, device)
+    if not triton_installed():
+        raise ValueError(f"quantize {quantize}: Triton is not installed")
+    model = load_quantized_model(directory, dtype, device, quantize)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the weights were rounded from is free for the KV cache
     return model
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.model.quantization import Quantize
 from ladimo.model.transformer import MoeTransformer
 from loadtests.models import partitioned_config, random_model, top_k_policy
 from server.engine.batch import Batch
@@ -22,6 +23,7 @@ from server.engine.core import EngineCore, assemble_core
 from server.engine.cuda_graphs import bucket_sizes
 from server.engine.messages import Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import load as load_to_serve
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.server.engine.graphs import Driver, assert_idle, eight_policies, mixed_requests, random_prompts
 
@@ -199,6 +201,19 @@ def test_greedy_equals_transformers(moe_dir: Path, replayed: EngineCore) -> None
             ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert driver.run()[f"r{index}"] == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_integer_weights_are_served_from_graphs(moe_dir: Path, format: Quantize) -> None:
+    """As the server loads them: replayed steps write what steps without graphs do."""
+    answers = []
+    for graphs in (False, True):
+        model = load_to_serve(moe_dir, "cuda", "float32", format)
+        driver = Driver(assemble_core(model, replace(CONFIG, max_num_seqs=8, cuda_graphs=graphs)))
+        driver.submit(*endless(mixed_requests(moe_dir, 6)))
+        answers.append(driver.run())
+        assert_idle(driver.core)
+    assert answers[0] == answers[1]
 
 
 def test_the_same_request_in_the_same_bucket_writes_the_same_in_bf16() -> None:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ladimo.checkpoint import load_model, read_policies
-from ladimo.model import attention, experts, kernels, layers, routing
+from ladimo.model import attention, experts, kernels, layers, quantization, routing
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.quantization import Quantize, QuantizedWeights, quantize_weights
+from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -115,6 +118,72 @@ def test_same_numbers_every_time_and_whatever_the_neighbours(num_tokens: int, we
     assert torch.equal(experts.apply_experts(*second)[0], out[0])
 
 
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def integers(request: pytest.FixtureRequest, weights: tuple[Tensor, Tensor]) -> tuple[QuantizedWeights, QuantizedWeights]:
+    gate_up, down = weights
+    return quantize_weights(gate_up, request.param), quantize_weights(down, request.param)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 32, 64, 511, 512, 1000])
+def test_experts_of_integers(num_tokens: int, top_k: int, integers: tuple[QuantizedWeights, QuantizedWeights]) -> None:
+    """Against what the integers stand for: the same arithmetic as with weights as they are."""
+    whole = integers[0].to_dtype(torch.float32), integers[1].to_dtype(torch.float32)
+    x, scores, ids, gate_up, down = draw(num_tokens, top_k, whole, padding=num_tokens // 5)
+    out = experts.apply_experts(x, scores, ids, *integers)
+    assert_bf16_close(out, exact((x, scores, ids, gate_up, down)))
+    assert (out[num_tokens - num_tokens // 5 :] == 0).all()
+    assert torch.equal(experts.apply_experts(x, scores, ids, *integers), out)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("sizes", [(7, 96, 40, 5), (1, 200, 72, 3), (64, 2048, 704, 64)])
+def test_integers_of_awkward_sizes(sizes: tuple[int, int, int, int], format: Quantize) -> None:
+    num_tokens, hidden, size, num_experts = sizes
+    ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
+    ids[:, 1::2] = -1
+    scores = torch.rand(ids.shape, device="cuda") * (ids >= 0)
+    x = normal(num_tokens, hidden, dtype=torch.float32)
+    stored = [
+        quantize_weights(normal(num_experts, *shape, scale=0.1), format) for shape in ((2 * size, hidden), (hidden, size))
+    ]
+    whole = [one.to_dtype(torch.float64) for one in stored]
+    expected = experts.apply_experts_masked(x.double(), scores.double(), ids, *whole)
+    typical = expected.square().mean().sqrt().item()
+    out = experts.apply_experts(x, scores, ids, *stored)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4 * typical)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(4096, 4096), (4096, 11008), (513, 3600)])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 33, 255, 256, 1000])
+def test_linear_of_integers(num_rows: int, num_outputs: int, num_inputs: int, format: Quantize) -> None:
+    weights = quantize_weights(normal(num_outputs, num_inputs, scale=num_inputs**-0.5), format)
+    x, bias = normal(num_rows, num_inputs), normal(num_outputs)
+    expected = x.double() @ weights.to_dtype(torch.float64).t() + bias.double()
+    assert_bf16_close(quantization.linear(x, weights, bias), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_capture_and_replay_of_integers(num_tokens: int, integers: tuple[QuantizedWeights, QuantizedWeights]) -> None:
+    """Both kinds of layer, one after the other, as a captured step has them."""
+    whole = integers[0].to_dtype(torch.bfloat16), integers[1].to_dtype(torch.bfloat16)
+    inputs = draw(num_tokens, 2, whole)[:3]
+    dense = quantize_weights(normal(HIDDEN, HIDDEN, scale=HIDDEN**-0.5), "int4")
+    run: Callable[[], Tensor] = lambda: quantization.linear(experts.apply_experts(*inputs, *integers), dense)  # noqa: E731
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for top_k in (8, 1, 0):
+        for old, new in zip(inputs, draw(num_tokens, top_k, whole)[:3], strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, run())
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_routing(seed: int) -> None:
     torch.manual_seed(seed)
@@ -196,7 +265,7 @@ def test_elementwise_kernels_round_as_torch_does(num_tokens: int, heads: int, kv
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
 
 
-def on_gpu(model_dir: Path) -> tuple[torch.nn.Module, RoutingTables, list[str]]:
+def on_gpu(model_dir: Path) -> tuple[MoeTransformer, RoutingTables, list[str]]:
     model = load_model(model_dir, torch.float32, torch.device("cuda"))
     policies = read_policies(model_dir, model.config)
     tables = RoutingTables.empty(len(policies) + 1, model.config.num_hidden_layers, model.config.max_num_experts, "cuda")
@@ -206,8 +275,11 @@ def on_gpu(model_dir: Path) -> tuple[torch.nn.Module, RoutingTables, list[str]]:
 
 
 @torch.inference_mode()
-def test_a_model_on_kernels_is_the_model(moe_dir: Path) -> None:
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: Quantize | None) -> None:
     model, tables, names = on_gpu(moe_dir)
+    if format is not None:
+        quantize_model(model, format)
     ids = torch.randint(256, (2, 20), device="cuda")
     for policy in range(1, len(names) + 1):
         inputs = StepInputs.whole_sequences(ids, policy)

@@ -25,6 +25,8 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.experts import MAX_GATHERED, apply_experts_grouped
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.quantization import Quantize
+from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.transformer import MoeTransformer, StepOutput
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -64,11 +66,15 @@ class NoHostValues(TorchFunctionMode):
 class DecodeStep:
     """A model, its cache, its tables and one step's inputs, all on the fake device."""
 
-    def __init__(self, config: ModelConfig, batch: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, dtype: torch.dtype = torch.bfloat16, format: Quantize | None = None
+    ) -> None:
         with DEVICE:
             self.model = MoeTransformer(config)
         weights = {n: torch.empty(p.shape, dtype=dtype, device=DEVICE) for n, p in self.model.named_parameters()}
         self.model.load_state_dict(weights, assign=True)
+        if format is not None:
+            quantize_model(self.model, format)
         self.model.rotary.table = torch.empty(config.max_position_embeddings, 2, config.head_dim, device=DEVICE)
         self.kv_cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, dtype, DEVICE)
         self.tables = RoutingTables.empty(NUM_POLICIES, config.num_hidden_layers, config.max_num_experts, DEVICE)
@@ -110,12 +116,16 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
         assert logits.device.type == expert_ids.device.type == DEVICE.type
 
 
-@pytest.mark.parametrize("batch", [1, 2, 64, 600])
-def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "format"), [(1, None), (2, None), (64, None), (600, None), (1, "int8"), (64, "int4"), (600, "int4")]
+)
+def test_decode_step_of_moe_on_kernels(
+    moe_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int, format: Quantize | None
+) -> None:
     """What the kernels' launchers do beside launching is as free of the host: the launches are left out, as nothing can run on
     fake tensors."""
     pytest.importorskip("triton")
-    from ladimo.model.kernels import attention, experts, fused, routing
+    from ladimo.model.kernels import attention, experts, fused, linear, routing
 
     launched = set()
 
@@ -127,13 +137,13 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
             assert all(type(size) is int and size > 0 for size in grid)
             return lambda *args, **options: launched.add(self.name)
 
-    for module in (attention, experts, fused, routing):
+    for module in (attention, experts, fused, linear, routing):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launch(name))
     monkeypatch.setattr(ladimo.model.kernels, "available", lambda *tensors: True)
     config = read_config(moe_dir)
     with fake():
-        logits, expert_ids = DecodeStep(config, batch).run()
+        logits, expert_ids = DecodeStep(config, batch, format=format).run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None and expert_ids.shape[1] == batch
     names = {
@@ -147,6 +157,8 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
     assert names < launched
     assert ("_matvec_down_kernel" in launched) == (batch == 1)
     assert ("_grouped_down_kernel" in launched) == (batch > 1)
+    dense = "_matvec_kernel" if batch == 1 else "_matmul_kernel" if batch < linear.WHOLE_ROWS else "_whole_kernel"
+    assert launched & {"_matvec_kernel", "_matmul_kernel", "_whole_kernel"} == ({dense} if format else set())
 
 
 def test_decode_step_of_dense_model(dense_dir: Path) -> None:

@@ -1,5 +1,7 @@
 """The compiled forward step against torch, and what it promises beyond: a token's bits depend on its own sequence alone."""
 
+import ctypes
+import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,11 @@ from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build, native_step
 from ladimo.model.cpu.native_step import NativeStep
-from ladimo.model.cpu.packing import GROUP, LARGEST, Format, dequantize, pack, quantize
+from ladimo.model.cpu.packing import Format, pack
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.quantization import GROUP, LARGEST, Quantize, dequantize, quantize
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.model_runner import load as load_to_serve
@@ -33,12 +36,35 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp_router": {"layer": {"router": "mlp", "router_hidden_size": 7}},
     "no_router": {"layer": {"router": "none", "expert_weight": "one"}, "top_k": 3},
     "scores_divided": {"layer": {"score_norm_top_k": 2}},
+    "fixed_experts": {"layer": {"score_function": "sigmoid", "fixed_experts": 1}},
     "six_experts": {"num_experts": 6},
     "qwen2": {"model_type": "qwen2"},
     "output_bias": {"attention_bias": True},
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "mqa_wide_heads": {"head_dim": 80, "num_key_value_heads": 1},
 }
+
+
+# What the compiler is told besides: each set leaves vectors of another width, so that every processor's code is tested on one.
+WIDTHS = {
+    "as_wide_as_can_be": (),
+    "no_bf16_products": ("-mno-avx512bf16", "-mno-avx512vnni"),
+    "avx2": ("-mno-avx512f", "-mno-avx512bf16", "-mno-avx512vnni"),
+    "sse": ("-mno-avx2",),
+}
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the kernel for vectors of this width."""
+    flags = WIDTHS[request.param]
+    if not flags:
+        return
+    if platform.machine() != "x86_64":
+        pytest.skip("the flags are those of x86")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    narrow = ctypes.CDLL(str(build.compiled(build.cache_directory())))
+    monkeypatch.setattr(native_step, "library", lambda: narrow)
 
 
 class Cached(Stepper):
@@ -72,6 +98,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer
     ("name", "block_size"),
     [*((name, size) for name in MODELS for size in (4, 16)), ("linear_router", 24), ("linear_router", 32)],
 )
+@pytest.mark.usefixtures("width")
 def test_logits_are_torchs(tmp_path: Path, name: str, block_size: int) -> None:
     """Prompts, chunks, decoding and all of them mixed, each row under another policy."""
     model, policies = load(make_moe(tmp_path, **MODELS[name]))
@@ -128,6 +155,7 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
 
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.usefixtures("width")
 def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format) -> None:
     """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three."""
     monkeypatch.setattr(native_step, "SERIAL_STEP", 0)  # wake the helpers for tiny steps, too
@@ -156,6 +184,7 @@ def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, monkeypatch: p
             assert torch.equal(logits[0], whole[place])
 
 
+@pytest.mark.usefixtures("width")
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     model, policies = load(make_moe(tmp_path), torch.bfloat16)
     exact, _ = load(tmp_path)
@@ -169,7 +198,8 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "least"), [("int8", 0.995), ("int4", 0.8)])
-def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: Format, least: float) -> None:
+@pytest.mark.usefixtures("width")
+def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: Quantize, least: float) -> None:
     """Against torch on the rounded weights only the rounding of activations is left; against the weights as they were, more."""
     model, policies = load(make_dense(tmp_path, intermediate_size=128))
     native = Cached(model, NativeStep(model, format, 2), policies)
@@ -191,7 +221,7 @@ def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: For
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_rounding_is_within_half_a_step(format: Format) -> None:
+def test_rounding_is_within_half_a_step(format: Quantize) -> None:
     weights = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
     weights[3, :GROUP] = 0
     integers, scales = quantize(weights, format)

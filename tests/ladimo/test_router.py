@@ -14,6 +14,7 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.router import FixedOrder, GluRouter, LinearRouter, MlpRouter, make_router
+from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE, make_moe
 from tests.ladimo.stepping import make_tables
@@ -25,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "glu": {"router": "glu", "selection_bias": True, "expert_weight": "one"},
     "none": {"router": "none", "expert_weight": "one"},
     "substitutes": {"substitutes": 1, "selection_bias": True, "score_function": "sigmoid"},
+    "fixed": {"fixed_experts": 2, "score_function": "sigmoid"},
 }
 
 
@@ -79,6 +81,37 @@ def test_selection_bias_orders_and_does_not_score() -> None:
     assert (ids[:, 0] == 3).all()
     only = torch.tensor([[False, False, False, True]]).expand(50, 4)
     torch.testing.assert_close(out, plain(x, row, only)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_fixed_experts_count_with_one_and_only_the_others_are_scored(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = MoeLayerConfig(7, 3, 6, score_function="sigmoid", substitutes=4, fixed_experts=3)
+    layer = ExpertLayer(8, config)
+    for weight in layer.experts.parameters():
+        weight.normal_()
+    layer, x = layer.to(dtype), torch.randn(40, 8).to(dtype)
+    gate = layer.gate.get_parameter("weight")
+    assert gate.shape == (4, 8)
+    assert config.router_parameters(8) == 32
+
+    def run(rule: LayerRule) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, allowed = RoutingPolicy("p", "", (rule,)).to_rows(7)
+        router_logits = layer.gate(x)
+        return select_experts(router_logits, torch.tensor(rows).expand(40, 4), torch.tensor(allowed).expand(40, 7), config)
+
+    full = LayerRule.full(config)
+    assert full == LayerRule(3, renormalize=False, experts=(0, 1, 2))
+    weights, ids = run(full)
+    assert ids.tolist() == [[0, 1, 2, -1, -1, -1, -1]] * 40
+    assert weights.tolist() == [[1.0] * 3 + [0.0] * 4] * 40  # exactly
+    weights, ids = run(LayerRule(2, experts=(3, 4, 5, 6)))
+    best = (x @ gate.t()).topk(2, dim=1)
+    assert torch.equal(ids[:, :2], 3 + best.indices) and (ids[:, 2:] == -1).all()
+    scores = best.values.float().sigmoid()
+    torch.testing.assert_close(weights[:, :2], scores / scores.sum(dim=1, keepdim=True), rtol=1e-2, atol=1e-2)
+    assert len(ids[:, 0].unique()) > 1
 
 
 def test_full_never_runs_substitutes() -> None:
@@ -147,6 +180,10 @@ def test_a_checkpoint_from_before_routers_still_loads(tmp_path: Path) -> None:
         ({"substitutes": True}, "substitutes"),
         ({"substitutes": 4}, "substitutes must be below"),
         ({"substitutes": 3}, r"num_experts_per_tok must be in 1\.\.1"),
+        ({"fixed_experts": -1}, "fixed_experts"),
+        ({"fixed_experts": 4, "score_function": "sigmoid"}, "fixed_experts must be below"),
+        ({"fixed_experts": 2}, "fixed_experts need router linear and score_function sigmoid"),
+        ({"fixed_experts": 2, "score_function": "sigmoid", "router": "glu"}, "fixed_experts need router linear"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:

@@ -140,7 +140,8 @@ def test_policies_of_one_call_equal_separate_calls(layer: MoeLayerConfig, rule_l
     weights, ids = select(tables, policy_ids, router_logits, layer)
     for token, policy in enumerate(policy_ids):
         alone = select(tables, [policy], router_logits[token, None], layer)
-        assert torch.equal(weights[token, None], alone[0])
+        # Torch's vector functions and their scalar rests may differ in a last bit.
+        torch.testing.assert_close(weights[token, None], alone[0], rtol=0, atol=1e-6)
         assert torch.equal(ids[token, None], alone[1])
 
 

@@ -15,7 +15,7 @@ from loadtests.gpu_suite import ROOT, SECTIONS, run_all, run_section
 ABSENT = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "llguidance", "hypothesis")
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "swap", "counting", "batches"])
+@pytest.mark.parametrize("name", ["decode", "integers", "prefill", "swap", "counting", "batches"])
 def test_section(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_section(name, tmp_path, "tiny", dry=True) == 0
     record = json.loads((tmp_path / f"{name}.json").read_text())
@@ -33,6 +33,17 @@ def test_decode_says_how_far_from_the_limit(tmp_path: Path) -> None:
     assert [distinct[name] for name in ("all", "half", "quarter", "quarter fixed")] == [8, 4, 2, 2]
     assert rows["all"]["limit_to_all"] == rows["all"]["speed_to_all"] == 1
     assert 1 < rows["half"]["limit_to_all"] < rows["quarter"]["limit_to_all"]
+
+
+def test_integers_need_fewer_bytes(tmp_path: Path) -> None:
+    run_section("integers", tmp_path, "tiny", dry=True)
+    record = json.loads((tmp_path / "integers.json").read_text())
+    rows = {(row["weights"], row["policy"]): row for row in record["results"]}
+    assert [*rows] == [(weights, policy) for weights in ("as they are", "int8", "int4") for policy in ("all", "quarter")]
+    assert {row["distinct_experts"] for (_, policy), row in rows.items() if policy == "quarter"} == {2}
+    needed = {key: row["fraction_of_bandwidth"] * row["milliseconds"] for key, row in rows.items()}
+    for policy in ("all", "quarter"):
+        assert needed["as they are", policy] > 2 * needed["int8", policy] > 2 * needed["int4", policy]
 
 
 def test_needs_no_web_framework(tmp_path: Path) -> None:
@@ -85,7 +96,7 @@ def test_what_a_failed_section_had_measured_is_kept(tmp_path: Path, monkeypatch:
 
 def test_limits_fit_into_eight_minutes() -> None:
     """Sections rarely take their limit; the last ones get what is left."""
-    assert sum(limit for _, limit in list(SECTIONS.values())[:5]) <= 400
+    assert sum(limit for _, limit in list(SECTIONS.values())[:6]) <= 425
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import ctypes
 import logging
 import weakref
 from ctypes import c_double, c_int64, c_void_p
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,17 @@ from torch.nn import functional as F
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library
-from ladimo.model.cpu.packing import GROUP, KINDS, LARGEST, Format, Packed, pack, pack_gate_up, padded_size
+from ladimo.model.cpu.packing import KINDS, Format, Packed, pack, pack_gate_up, padded_size
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.quantization import GROUP, LARGEST, Quantize
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer, StepOutput
 
 log = logging.getLogger(__name__)
 
-Quantize = Literal["int8", "int4"]
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
 # Multiply-adds of a step below which waking the other threads costs more than they give.
 SERIAL_STEP = 10**6
@@ -40,10 +39,8 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         [(name, c_void_p) for name in ("input_norm", "post_norm", "qkv_bias", "o_bias", "selection_bias")]
         + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
-        + [
-            (name, c_int64)
-            for name in ("num_experts", "expert_size", "router_kind", "sigmoid", "score_norm_top_k", "weight_one")
-        ]
+        + [(name, c_int64) for name in ("num_experts", "expert_size", "router_kind", "fixed_experts")]
+        + [(name, c_int64) for name in ("sigmoid", "score_norm_top_k", "weight_one")]
     )
 
 
@@ -60,7 +57,6 @@ class _Model(ctypes.Structure):
                 "vocab",
                 "max_experts",
                 "bf16",
-                "activations",
             )
         ),
         ("eps", c_double),
@@ -147,7 +143,6 @@ class NativeStep:
             vocab=config.vocab_size,
             max_experts=config.max_num_experts if config.moe_layer_indices else 0,
             bf16=dtype == torch.bfloat16,
-            activations=KINDS.index("int8" if format in LARGEST else format),
             eps=config.rms_norm_eps,
             embedding=self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
@@ -247,7 +242,7 @@ class NativeStep:
     def _fill_router(self, target: _Layer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
         if isinstance(router, LinearRouter):
-            target.router_kind = ROUTER_LINEAR
+            target.router_kind, target.fixed_experts = ROUTER_LINEAR, router.fixed_experts
             target.router = self._matrix(pack(router.weight, self._router_format))
         elif isinstance(router, MlpRouter):
             target.router_kind = ROUTER_MLP

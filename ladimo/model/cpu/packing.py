@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ladimo.model.quantization import GROUP, LARGEST, quantize
+
 LANES, PANELS = 16, 4
-GROUP = 32  # columns that share a scale
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 KINDS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # in the order of step.c
-LARGEST = {"int8": 127, "int4": 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +54,6 @@ def padded_size(size: int, format: Format) -> int:
     """An expert's size, padded with idle neurons to whole panels and whole groups of scales."""
     multiple = max(LANES, GROUP) if format in LARGEST else LANES
     return -(-size // multiple) * multiple
-
-
-def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, K / S].
-
-    Symmetric, to nearest. Of a few scales each group takes the one that leaves the least squared error: for int4, clipping the
-    largest weight often pays.
-    """
-    largest = LARGEST[format]
-    groups = weights.float().unflatten(1, (-1, GROUP))
-    limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
-    best = torch.full_like(limit, torch.inf)
-    scales = limit / largest
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8) if format == "int4" else (1.0,):
-        scale = limit * shrink / largest
-        error = ((groups / scale).round().clamp(-largest, largest) * scale - groups).square().sum(dim=2, keepdim=True)
-        scales = torch.where(error < best, scale, scales)
-        best = torch.minimum(error, best)
-    integers = (groups / scales).round().clamp(-largest, largest)
-    return integers.flatten(1).to(torch.int8), scales.squeeze(2)
-
-
-def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
-    """The weights [N, K] in fp32 that `quantize` left."""
-    groups: Tensor = integers.float().unflatten(1, (-1, GROUP))
-    return (groups * scales.unsqueeze(2)).flatten(1)
 
 
 def _pack_one(matrix: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:

@@ -4,8 +4,9 @@
 // their columns one after another, attention over tiles of 16 positions, experts in the order of their numbers. So a token's
 // bits are the same alone, in a batch of any size, in any chunk of a prompt and on any number of threads.
 //
-// Weights are packed in panels of 16 rows (packing.py): lane i of a vector is row i, and a row's sum never crosses lanes.
-// Up to four panels, a "block", lie interleaved, so that a block is one stream of memory.
+// Weights are packed in panels of 16 rows (packing.py): a row has a lane of its own in one of the panel's vectors, and its sum never
+// crosses lanes. Up to four panels, a "block", lie interleaved, so that a block is one stream of memory. Vectors are as wide as the
+// processor's registers (wider ones live in memory), and a pass over a block takes as many of its rows as have room there.
 //
 // Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
 
@@ -16,22 +17,36 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#define LANES 16
+#if defined(__AVX512F__)
+#define LANES 16  // of a vector
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define LANES 8
+#define REGISTERS 16
+#else
+#define LANES 4
+#define REGISTERS (sizeof(void *) == 8 ? 16 : 8)
+#endif
+#define ROWS 16         // of a panel
+#define VECTORS (ROWS / LANES)
 #define PANELS 4        // in a block
-#define TILE 6          // tokens that a block is multiplied with at once: PANELS * TILE sums fit the registers
+#define TILE 6          // tokens that a block is multiplied with at once
 #define TOKEN_BLOCK 96  // tokens that one chunk of a long step takes
 #define QUERIES 16      // tokens of a prompt that read the keys together
 #define KEYS 16         // positions that attention takes at once
+#define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
+#define FIXED_LOGIT 40.0f  // of an expert without a row in the router (router.py)
 
-typedef float v16f __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t v16i __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t v16u __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t v16h __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
@@ -49,13 +64,12 @@ typedef struct {
     const float *input_norm, *post_norm, *qkv_bias, *o_bias, *selection_bias;
     Matrix qkv, o, gate_up, down, router, router_second;
     int64_t num_experts, expert_size;  // num_experts 0: dense
-    int64_t router_kind, sigmoid, score_norm_top_k, weight_one;
+    int64_t router_kind, fixed_experts, sigmoid, score_norm_top_k, weight_one;
 } Layer;
 
 typedef struct {
     int64_t num_layers, hidden, heads, kv_heads, head_dim, vocab, max_experts;
     int64_t bf16;     // cache and embedding are bf16, else fp32
-    int64_t activations;  // FLOAT32, BFLOAT16, or INT8: `Rounded`
     double eps;
     const void *embedding;  // [V, D] in bf16 or fp32
     const float *rope;      // [positions, 2, C]
@@ -190,50 +204,61 @@ Engine *ladimo_create(int64_t threads) {
 
 // ---------------------------------------------------------------------------------------------------------------- numbers
 
-static inline v16f splat(float x) { return x - (v16f){0}; }
-static inline v16f choose(v16i mask, v16f yes, v16f no) { return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no)); }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-#define HALVES(v, op) op(v, __builtin_shuffle(v, (v16i){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
-#define QUARTERS(v, op) op(v, __builtin_shuffle(v, (v16i){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
-static inline v16f add(v16f a, v16f b) { return a + b; }
-static inline v16f larger(v16f a, v16f b) { return choose(a > b, a, b); }
+#define UNROLL _Pragma("GCC unroll 8")
 
-static inline float sum_lanes(v16f v) {
-    v = HALVES(v, add);
-    v = QUARTERS(v, add);
+static inline vf splat(float x) { return x - (vf){0}; }
+static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+static inline vf add(vf a, vf b) { return a + b; }
+static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+// The first four lanes of the result hold all of `v`, joined by `op`.
+#if LANES == 16
+#define FOLD_HALVES(v, op) op(v, __builtin_shuffle(v, (vi){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
+#define FOLD_QUARTERS(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
+#define FOLD(v, op) FOLD_QUARTERS(FOLD_HALVES(v, op), op)
+#elif LANES == 8
+#define FOLD(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3}))
+#else
+#define FOLD(v, op) (v)
+#endif
+
+static inline float sum_lanes(vf v) {
+    v = FOLD(v, add);
     return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
-static inline float max_lanes(v16f v) {
-    v = HALVES(v, larger);
-    v = QUARTERS(v, larger);
+static inline float max_lanes(vf v) {
+    v = FOLD(v, larger);
     float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
 }
 
 // e^x to about 2 units in the last place; below -87 nothing that fp32 can tell from 0.
-static inline v16f exp_lanes(v16f x) {
+static inline vf exp_lanes(vf x) {
     x = choose(x > splat(-87.0f), x, splat(-87.0f));
     x = choose(x < splat(88.0f), x, splat(88.0f));
-    v16f n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
-    v16f r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    v16f p = splat(1.9875691500e-4f);
+    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return (v16f)((v16i)p + (__builtin_convertvector(n, v16i) << 23));
+    return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
 }
 
-static inline v16f silu(v16f x) { return x / (1.0f + exp_lanes(-x)); }
+static inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
 
-static inline v16f widen(v16h x) { return (v16f)(__builtin_convertvector(x, v16u) << 16); }
+static inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 
-static inline v16h narrow(v16f x) {  // to the nearest, ties to even
-    v16u bits = (v16u)x;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, v16h);
+static inline vh narrow(vf x) {  // to the nearest, ties to even
+    vu bits = (vu)x;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
 }
 
 static inline uint16_t narrow_one(float x) {
@@ -258,6 +283,15 @@ static inline void write_one(void *data, int64_t i, float x, int64_t bf16) {
     else ((float *)data)[i] = x;
 }
 
+// What activations are beside weights of a kind: INT8 is `Rounded`. Without an instruction for products of bf16 it is cheaper, and
+// more exact, to leave the activations in fp32.
+static inline int64_t activations_beside(int64_t weights) {
+#ifdef __AVX512BF16__
+    if (weights == BFLOAT16) return BFLOAT16;
+#endif
+    return weights == FLOAT32 || weights == BFLOAT16 ? FLOAT32 : INT8;
+}
+
 // Bytes of `size` activations.
 static inline int64_t activation_bytes(int64_t size, int64_t kind) {
     return kind == FLOAT32 ? 4 * size : kind == BFLOAT16 ? 2 * size : size + size / GROUP * 8;
@@ -266,54 +300,77 @@ static inline int64_t activation_bytes(int64_t size, int64_t kind) {
 // ---------------------------------------------------------------------------------------------------------------- products
 //
 // A tile function multiplies one block of r panels (its weights and scales) with n tokens' activations x[n] of `cols` columns and
-// leaves out[n][16 r]. Activations are of the weights' kind: fp32, bf16, or `Rounded` beside integers.
+// leaves out[n][16 r]. Of the block's vectors a pass takes as many as leave their sums, themselves and a value in registers; all
+// passes go over a stretch of columns, whose weights stay in the nearest cache, before the next stretch.
 
 typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
 #define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
-#define FOR_PANELS _Pragma("GCC unroll 8") for (int p = 0; p < r; p++)
-#define FOR_TOGETHER _Pragma("GCC unroll 8") for (int p = 0; p < together; p++)
-#define FOR_TOKENS _Pragma("GCC unroll 8") for (int t = 0; t < n; t++)
+#define MOST 8  // vectors in a pass
+#define IN_REGISTERS(v, held) (vectors % (v) == 0 && (held) <= (int)REGISTERS)
+#define LARGEST(fits) (fits(8) ? 8 : fits(6) ? 6 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1)
+#define STRETCH(bits) (2048 / (bits))  // columns
+#define FOR_STRETCHES(bits) for (int64_t begin = 0, end = least(STRETCH(bits), cols); begin < cols; begin = end, end = least(end + STRETCH(bits), cols))
+// Memory is read in its own order although a pass skips what the others take: while `step` words are worked on, as many are fetched of
+// the stretch that follows, of which each pass fetches its part.
+#define FETCH_AHEAD(at, step) \
+    if (pass < vectors) UNROLL for (int i = 0; i < pass * LANES; i += 16) __builtin_prefetch((const uint32_t *)(at) + (step) * pass * LANES + i)
+#define LOAD_SUMS vf sum[TILE][MOST] = {0}; if (begin) FOR_TOKENS FOR_VECTORS sum[t][v] = ((vf *)out)[t * vectors + first + v]
+#define FOR_VECTORS UNROLL for (int v = 0; v < pass; v++)
+#define FOR_TOKENS UNROLL for (int t = 0; t < n; t++)
+
+// Sums, weights and a value; one token alone multiplies weights as they are read.
+#define FLOAT_SUMS(v) IN_REGISTERS(v, n == 1 ? (v) + 4 : (v) * n + (v) + 1)
 
 static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
     (void)scales;
-    v16f sum[TILE][PANELS] = {0};
-    const v16f *panel = (const v16f *)w;
-    for (int64_t k = 0; k < cols; k++, panel += r) {
-        v16f weight[PANELS];
-        FOR_PANELS weight[p] = panel[p];
-        FOR_TOKENS {
-            v16f value = splat(((const float *)x[t])[k]);
-            FOR_PANELS sum[t][p] += weight[p] * value;
+    const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
+    FOR_STRETCHES(32) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vf *at = (const vf *)w + begin * vectors + first;
+        const vf *next = (const vf *)w + end * vectors + first * (end - begin);
+        for (int64_t k = begin; k < end; k++, at += vectors) {
+            FETCH_AHEAD(next, k - begin);
+            vf weight[MOST];
+            FOR_VECTORS weight[v] = at[v];
+            FOR_TOKENS {
+                vf value = splat(((const float *)x[t])[k]);
+                FOR_VECTORS sum[t][v] += weight[v] * value;
+            }
         }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
     }
-    FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p];
 }
 
 // Two columns at a time: a lane of 32 bits holds the row's two weights, the lower half the first.
 static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
     (void)scales;
-    v16f sum[TILE][PANELS] = {0};
-    const v16u *panel = (const v16u *)w;
-    for (int64_t k = 0; k < cols / 2; k++, panel += r) {
+    const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
+    FOR_STRETCHES(16) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vu *at = (const vu *)w + begin / 2 * vectors + first;
+        const vu *next = (const vu *)w + end / 2 * vectors + first * (end - begin) / 2;
+        for (int64_t k = begin / 2; k < end / 2; k++, at += vectors) {
+            FETCH_AHEAD(next, k - begin / 2);
 #ifdef __AVX512BF16__
-        v16u weight[PANELS];
-        FOR_PANELS weight[p] = panel[p];
-        FOR_TOKENS {
-            __m512bh value = (__m512bh)_mm512_set1_epi32(((const int32_t *)x[t])[k]);
-            FOR_PANELS sum[t][p] = (v16f)_mm512_dpbf16_ps((__m512)sum[t][p], (__m512bh)weight[p], value);
-        }
+            vu weight[MOST];
+            FOR_VECTORS weight[v] = at[v];
+            FOR_TOKENS {
+                __m512bh value = (__m512bh)_mm512_set1_epi32(((const int32_t *)x[t])[k]);
+                FOR_VECTORS sum[t][v] = (vf)_mm512_dpbf16_ps((__m512)sum[t][v], (__m512bh)weight[v], value);
+            }
 #else
-        v16f low[PANELS], high[PANELS];
-        FOR_PANELS low[p] = (v16f)(panel[p] << 16), high[p] = (v16f)(panel[p] & 0xffff0000u);
-        FOR_TOKENS {
-            const uint16_t *pair = (const uint16_t *)x[t] + 2 * k;
-            v16f one = splat(widen_one(pair[0])), two = splat(widen_one(pair[1]));
-            FOR_PANELS sum[t][p] += low[p] * one;
-            FOR_PANELS sum[t][p] += high[p] * two;
-        }
+            vf weight[MOST];
+            for (int half = 0; half < 2; half++) {
+                FOR_VECTORS weight[v] = half ? (vf)(at[v] & 0xffff0000u) : (vf)(at[v] << 16);
+                FOR_TOKENS {
+                    vf value = splat(((const float *)x[t])[2 * k + half]);
+                    FOR_VECTORS sum[t][v] += weight[v] * value;
+                }
+            }
 #endif
+        }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
     }
-    FOR_TOKENS FOR_PANELS *(v16f *)(out + (t * r + p) * LANES) = sum[t][p];
 }
 
 // Activations beside integer weights: columns rounded to 8 bits, a scale and the sum of the integers per group.
@@ -328,44 +385,77 @@ static inline Rounded rounded(const void *x, int64_t cols) {
     return (Rounded){(int8_t *)at, (float *)(at + cols), (int32_t *)(at + cols + cols / GROUP * sizeof(float))};
 }
 
-// Four products of each lane's bytes, weights unsigned and activations signed, added to the lane.
-static inline v16i dot_bytes(v16i sum, v16u weights, uint32_t columns) {
-#ifdef __AVX512VNNI__
-    return (v16i)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32((int32_t)columns));
-#else
-    for (int i = 0; i < 4; i++) sum += (v16i)(weights >> 8 * i & 255) * (int32_t)(int8_t)(columns >> 8 * i);
-    return sum;
-#endif
+// dot_int8 and dot_int4 add four products of each lane's bytes to the lane: weights as they are stored, unsigned, and activations;
+// `group_sum` turns what they have added over one group into the sum of (weight - offset) * activation, in 32 bits.
+#define OFFSET(bits) (1 << ((bits) - 1))
+
+#if defined(__AVX512VNNI__) && LANES == 16
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(columns));
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+
+#elif defined(__AVX2__) && LANES == 8
+// Bytes are multiplied unsigned with signed and added in pairs of 16 bits. Two int8 products just fit if the weight gives its sign
+// to the activation; those of int4 fit for a whole group.
+static inline __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    __m256i weight = (__m256i)(weights ^ 0x80808080u), column = _mm256_sign_epi8(_mm256_set1_epi32(columns), weight);
+    return sum + (vi)widen_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(weight), column));
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) {
+    return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(columns)));
+}
+static inline vi group_sum(vi sum, int32_t columns, int bits) {
+    if (bits == 8) return sum;
+    return (vi)widen_pairs((__m256i)sum) - OFFSET(bits) * columns;
 }
 
-// Integer weights are stored plus `offset`; taking offset times the sum of the columns away makes up for it. A lane holds four
-// columns of int8, or eight of int4: the first four in the lower halves of its bytes.
+#else
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    for (int i = 0; i < 4; i++) sum += (vi)(weights >> 8 * i & 255) * (int32_t)(int8_t)(columns >> 8 * i);
+    return sum;
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+#endif
+
+// Sums of all groups and of one, a weight in parts, a value.
+#define INTEGER_SUMS(v) IN_REGISTERS(v, 2 * (v) * n + 3)
+
+// Integer weights are stored plus their offset. A lane holds four columns of int8, or eight of int4: the first four in the lower
+// halves of its bytes.
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
-    const int offset = 1 << (bits - 1), lanes = GROUP * bits / 32;
-    const int together = r % 2 || n == 1 ? r : 2;
-    for (int first = 0; first < r; first += together) {
-        v16f sum[TILE][PANELS] = {0};
-        const v16u *panel = (const v16u *)w + first;
-        const v16f *scale = (const v16f *)scales + first;
-        for (int64_t g = 0; g < cols / GROUP; g++, scale += r) {
-            v16i part[TILE][PANELS];
-            FOR_TOKENS FOR_TOGETHER part[t][p] = (v16i){0} - offset * rounded(x[t], cols).sums[g];
-            for (int k = 0; k < lanes; k++, panel += r) {
-                FOR_TOGETHER {
-                    v16u weight = panel[p];
+    const int vectors = r * VECTORS, words = GROUP * bits / 32;
+    const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
+    FOR_STRETCHES(bits) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vu *at = (const vu *)w + begin / GROUP * words * vectors + first;
+        const vu *next = (const vu *)w + end / GROUP * words * vectors + first * (end - begin) / GROUP * words;
+        const vf *scale = (const vf *)scales + begin / GROUP * vectors + first;
+        for (int64_t g = begin / GROUP; g < end / GROUP; g++, scale += vectors) {
+            vi part[TILE][MOST] = {0};
+            for (int k = 0; k < words; k++, at += vectors) {
+                FETCH_AHEAD(next, (g - begin / GROUP) * words + k);
+                FOR_VECTORS {
+                    vu weight = at[v];
                     if (bits == 8) {
-                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], weight, ((const uint32_t *)x[t])[g * 8 + k]);
+                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], weight, ((const int32_t *)x[t])[g * 8 + k]);
                     } else {
-                        v16u low = weight & 0x0f0f0f0f, high = weight >> 4 & 0x0f0f0f0f;
-                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], low, ((const uint32_t *)x[t])[g * 8 + 2 * k]);
-                        FOR_TOKENS part[t][p] = dot_bytes(part[t][p], high, ((const uint32_t *)x[t])[g * 8 + 2 * k + 1]);
+                        vu low = weight & 0x0f0f0f0f, high = weight >> 4 & 0x0f0f0f0f;
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], low, ((const int32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], high, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     }
                 }
             }
-            FOR_TOKENS FOR_TOGETHER sum[t][p] +=
-                __builtin_convertvector(part[t][p], v16f) * (scale[p] * rounded(x[t], cols).scales[g]);
+            FOR_TOKENS {
+                Rounded columns = rounded(x[t], cols);
+                FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], bits), vf) *
+                                         (scale[v] * columns.scales[g]);
+            }
         }
-        FOR_TOKENS FOR_TOGETHER *(v16f *)(out + (t * r + first + p) * LANES) = sum[t][p];
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
     }
 }
 
@@ -378,18 +468,19 @@ static inline __attribute__((always_inline)) void tile_int4(const int r, const i
 }
 
 static void round_group(const float *x, Rounded out, int64_t group) {
-    const v16f *v = (const v16f *)(x + group * GROUP);
-    v16i magnitude[2] = {(v16i)v[0] & 0x7fffffff, (v16i)v[1] & 0x7fffffff};
-    float most = max_lanes(choose(magnitude[0] > magnitude[1], (v16f)magnitude[0], (v16f)magnitude[1]));
-    float inverse = most > 0 ? 127.0f / most : 0.0f;
-    int32_t total = 0;
-    for (int half = 0; half < 2; half++) {
-        v16f shifted = v[half] * inverse + 12582912.0f;  // rounded: the integer is now in the low bits of the mantissa
-        v16i integers = (v16i)shifted - 0x4b400000;
-        for (int i = 0; i < LANES; i++) out.columns[group * GROUP + half * LANES + i] = (int8_t)integers[i], total += integers[i];
+    const vf *v = (const vf *)(x + group * GROUP);
+    vf magnitude = {0};
+    for (int i = 0; i < GROUP / LANES; i++) magnitude = larger(magnitude, (vf)((vi)v[i] & 0x7fffffff));
+    float most = max_lanes(magnitude), inverse = most > 0 ? 127.0f / most : 0.0f;
+    vi total = {0};
+    for (int i = 0; i < GROUP / LANES; i++) {
+        vf shifted = v[i] * inverse + 12582912.0f;  // rounded: the integer is now in the low bits of the mantissa
+        vi integers = (vi)shifted - 0x4b400000;
+        *(vb *)(out.columns + group * GROUP + i * LANES) = __builtin_convertvector(integers, vb);
+        total += integers;
     }
     out.scales[group] = most / 127.0f;
-    out.sums[group] = total;
+    out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // below 2^24: exact
 }
 
 // Write `size` numbers as activations of a kind.
@@ -398,7 +489,7 @@ static void write_activations(void *out, const float *x, int64_t size, int64_t k
         memcpy(out, x, size * sizeof(float));
     } else if (kind == BFLOAT16) {
         int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) *(v16h *)((uint16_t *)out + i) = narrow(*(const v16f *)(x + i));
+        for (; i + LANES <= size; i += LANES) *(vh *)((uint16_t *)out + i) = narrow(*(const vf *)(x + i));
         for (; i < size; i++) ((uint16_t *)out)[i] = narrow_one(x[i]);
     } else {
         for (int64_t group = 0; group < size / GROUP; group++) round_group(x, rounded(out, size), group);
@@ -422,25 +513,24 @@ DEFINE_KIND(int4)
 #define LIST_KIND(kind) {LIST_PANELS(kind, 1), LIST_PANELS(kind, 2), LIST_PANELS(kind, 3), LIST_PANELS(kind, 4)}
 static const Tile TILES[4][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4)};
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
 static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
 static inline int64_t panel_bytes(const Matrix *m) {
     static const int64_t half_bytes[] = {8, 4, 2, 1};
-    return LANES * m->cols * half_bytes[m->kind] / 2;
+    return ROWS * m->cols * half_bytes[m->kind] / 2;
 }
 
 // The matrix of expert e where `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     Matrix one = *m;
     one.data += e * m->panels * panel_bytes(m);
-    if (m->scales) one.scales += e * m->panels * LANES * (m->cols / GROUP);
+    if (m->scales) one.scales += e * m->panels * ROWS * (m->cols / GROUP);
     return one;
 }
 
 static inline void multiply(const Matrix *m, int64_t block, int64_t n, const void *const *x, float *out) {
-    const float *scales = m->scales ? m->scales + block * PANELS * LANES * (m->cols / GROUP) : NULL;
+    const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
     const uint8_t *data = m->data + block * PANELS * panel_bytes(m);
     TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
 }
@@ -458,10 +548,10 @@ typedef struct {
 
 static void product_chunk(const void *job, int64_t chunk) {
     const Product *j = job;
-    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), block = chunk / token_blocks, row = block * PANELS * LANES;
+    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), block = chunk / token_blocks, row = block * PANELS * ROWS;
     int64_t begin = chunk % token_blocks * TOKEN_BLOCK, end = least(j->tokens, begin + TOKEN_BLOCK);
-    int64_t width = panels_of(j->m, block) * LANES, rows = least(width, j->m->rows - row);
-    float sums[TILE * PANELS * LANES];
+    int64_t width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
+    float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t t = begin, n; t < end; t += n) {
         n = least(TILE, end - t);
@@ -492,7 +582,8 @@ typedef struct {
     const Step *step;
     const Layer *layer;
     int64_t layer_index;
-    int64_t hidden_bytes, attended_bytes, inner_bytes;  // of one token's activations
+    int64_t activations;                                // their kind
+    int64_t hidden_bytes, attended_bytes, inner_bytes;  // of one token's
     float *x, *qkv;               // hidden states [D], projections [(H + 2 G) C]
     float *attended;              // [H C]
     uint8_t *normed, *projected;  // [D] and [H C], activations
@@ -506,11 +597,11 @@ typedef struct {
 } State;
 
 static void normalise(const float *x, const float *weight, int64_t size, double eps, float *out) {
-    v16f squares = {0};
+    vf squares = {0};
     int64_t i = 0;
     float rest = 0;
     for (; i + LANES <= size; i += LANES) {
-        v16f v = *(const v16f *)(x + i);
+        vf v = *(const vf *)(x + i);
         squares += v * v;
     }
     for (; i < size; i++) rest += x[i] * x[i];
@@ -523,7 +614,7 @@ static void input_norm_token(const void *job, int64_t t) {
     const Model *m = s->model;
     float normed[m->hidden];
     normalise(s->x + t * m->hidden, s->layer->input_norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, m->activations);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
 }
 
 static void rotate(float *x, const float *table, int64_t size, float scale) {
@@ -572,8 +663,9 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
         }
         int64_t from = ((origin + table[first / bs]) * groups + g) * size * bs + first % bs;
         for (int64_t c = 0; c < size; c++)
-            *(v16f *)(keys + c * KEYS) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->k_cache + from + c * bs))
-                                                 : *(const v16f *)((const float *)step->k_cache + from + c * bs);
+            for (int64_t i = 0; i < KEYS; i += LANES)
+                *(vf *)(keys + c * KEYS + i) = m->bf16 ? widen(*(const vh *)((const uint16_t *)step->k_cache + from + c * bs + i))
+                                                       : *(const vf *)((const float *)step->k_cache + from + c * bs + i);
     } else {
         memset(keys, 0, size * KEYS * sizeof(float));
         for (int64_t j = 0; j < count; j++) {
@@ -584,8 +676,8 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     for (int64_t j = 0; j < count; j++) {
         int64_t from = (((origin + table[(first + j) / bs]) * groups + g) * bs + (first + j) % bs) * size, c = 0;
         for (; c + LANES <= size; c += LANES)
-            *(v16f *)(values + j * padded + c) = m->bf16 ? widen(*(const v16h *)((const uint16_t *)step->v_cache + from + c))
-                                                         : *(const v16f *)((const float *)step->v_cache + from + c);
+            *(vf *)(values + j * padded + c) = m->bf16 ? widen(*(const vh *)((const uint16_t *)step->v_cache + from + c))
+                                                         : *(const vf *)((const float *)step->v_cache + from + c);
         for (; c < padded; c++) values[j * padded + c] = c < size ? read_one(step->v_cache, from + c, m->bf16) : 0.0f;
     }
 }
@@ -593,7 +685,7 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
 // A function of its own: merged into the sums that follow, a * b + c * d could be rounded in two ways, which need not be the same
 // for every number of queries.
 static __attribute__((noinline)) void rescale(float *x, int64_t size, float factor) {
-    for (int64_t i = 0; i < size; i += LANES) *(v16f *)(x + i) *= factor;
+    for (int64_t i = 0; i < size; i += LANES) *(vf *)(x + i) *= factor;
 }
 
 // n queries over one tile, of which counts[i] positions count for query i: the running maximum, sums by lane [16] and output
@@ -602,60 +694,74 @@ static inline __attribute__((always_inline)) void attend_tile(
     const int n, const float *const *q, const float *keys, const float *values, int64_t size, int64_t padded, const int64_t *counts,
     float *most, float *total, float *out
 ) {
-    v16f part[4][4] = {0};
-    int64_t c = 0;
-    for (; c + 4 <= size; c += 4)
-        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-            v16f key = *(const v16f *)(keys + (c + i) * KEYS);
-            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) part[j][i] += key * q[j][c + i];
-        }
-    for (; c < size; c++)
-        _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) part[j][0] += *(const v16f *)(keys + c * KEYS) * q[j][c];
-    v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    enum { CHAINS = REGISTERS >= 32 ? 4 : 2 };  // sums of every CHAINS-th column, apart
+    const int together = n == 1 ? KEY_VECTORS : 1;
+    vf scores[4][KEY_VECTORS];
+    for (int first = 0; first < KEY_VECTORS; first += together) {
+        vf part[4][KEY_VECTORS][CHAINS] = {0};
+        int64_t c = 0;
+        for (; c + CHAINS <= size; c += CHAINS)
+            UNROLL for (int i = 0; i < CHAINS; i++)
+                UNROLL for (int v = 0; v < together; v++) {
+                    vf key = *(const vf *)(keys + (c + i) * KEYS + (first + v) * LANES);
+                    UNROLL for (int j = 0; j < n; j++) part[j][v][i] += key * q[j][c + i];
+                }
+        for (; c < size; c++)
+            UNROLL for (int v = 0; v < together; v++) {
+                vf key = *(const vf *)(keys + c * KEYS + (first + v) * LANES);
+                UNROLL for (int j = 0; j < n; j++) part[j][v][0] += key * q[j][c];
+            }
+        UNROLL for (int j = 0; j < n; j++)
+            UNROLL for (int v = 0; v < together; v++) {
+                const vf *chain = part[j][v];
+                scores[j][first + v] = CHAINS == 4 ? (chain[0] + chain[1]) + (chain[CHAINS - 2] + chain[CHAINS - 1]) : chain[0] + chain[1];
+            }
+    }
     float p[4][KEYS];
     int64_t longest = 0;
-    _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
-        v16i valid = lane < (int32_t)counts[j];
-        v16f scores = choose(valid, (part[j][0] + part[j][1]) + (part[j][2] + part[j][3]), splat(-INFINITY));
-        float highest = max_lanes(scores);
-        highest = highest > most[j] ? highest : most[j];
-        v16f weights = choose(valid, exp_lanes(scores - highest), splat(0.0f));
+    UNROLL for (int j = 0; j < n; j++) {
+        vi lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        vf most_by_lane = splat(most[j]);
+        UNROLL for (int v = 0; v < KEY_VECTORS; v++) {
+            scores[j][v] = choose(lane + v * LANES < (int32_t)counts[j], scores[j][v], splat(-INFINITY));
+            most_by_lane = larger(most_by_lane, scores[j][v]);
+        }
+        float highest = max_lanes(most_by_lane);
         if (most[j] != highest) {
             float kept = most[j] == -INFINITY ? 0.0f : expf(most[j] - highest);
             rescale(out + j * padded, padded, kept);
-            rescale(total + j * LANES, LANES, kept);
+            rescale(total + j * KEYS, KEYS, kept);
             most[j] = highest;
         }
-        *(v16f *)(total + j * LANES) += weights;
-        *(v16f *)p[j] = weights;
+        UNROLL for (int v = 0; v < KEY_VECTORS; v++) {
+            vf weights = choose(lane + v * LANES < (int32_t)counts[j], exp_lanes(scores[j][v] - highest), splat(0.0f));
+            *(vf *)(total + j * KEYS + v * LANES) += weights;
+            *(vf *)(p[j] + v * LANES) = weights;
+        }
         longest = counts[j] > longest ? counts[j] : longest;
     }
-    for (int64_t first = 0; first < padded; first += 4 * LANES) {
-        int64_t vectors = least(4, (padded - first) / LANES);
-        v16f sum[4][4];
-        if (vectors == 4) {
-            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++)
-                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
-                    sum[j][i] = *(v16f *)(out + j * padded + first + i * LANES);
-            for (int64_t k = 0; k < longest; k++)
-                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                    v16f value = *(const v16f *)(values + k * padded + first + i * LANES);
-                    _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) sum[j][i] += value * p[j][k];
-                }
-            _Pragma("GCC unroll 4") for (int j = 0; j < n; j++)
-                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
-                    *(v16f *)(out + j * padded + first + i * LANES) = sum[j][i];
-        } else {
-            for (int64_t i = 0; i < vectors; i++)
-                _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {
-                    float *target = out + j * padded + first + i * LANES;
-                    v16f one = *(v16f *)target;
-                    for (int64_t k = 0; k < longest; k++)
-                        one += *(const v16f *)(values + k * padded + first + i * LANES) * p[j][k];
-                    *(v16f *)target = one;
-                }
-        }
+    enum { WIDE = REGISTERS >= 32 ? 4 : 2 };
+    const int64_t vectors = padded / LANES;
+    int64_t first = 0;
+    for (; first + WIDE <= vectors; first += WIDE) {
+        vf sum[4][WIDE];
+        UNROLL for (int j = 0; j < n; j++)
+            UNROLL for (int i = 0; i < WIDE; i++) sum[j][i] = ((vf *)(out + j * padded))[first + i];
+        for (int64_t k = 0; k < longest; k++)
+            UNROLL for (int i = 0; i < WIDE; i++) {
+                vf value = ((const vf *)(values + k * padded))[first + i];
+                UNROLL for (int j = 0; j < n; j++) sum[j][i] += value * p[j][k];
+            }
+        UNROLL for (int j = 0; j < n; j++)
+            UNROLL for (int i = 0; i < WIDE; i++) ((vf *)(out + j * padded))[first + i] = sum[j][i];
     }
+    for (; first < vectors; first++)
+        UNROLL for (int j = 0; j < n; j++) {
+            vf sum = ((vf *)(out + j * padded))[first];
+            for (int64_t k = 0; k < longest; k++) sum += ((const vf *)(values + k * padded))[first] * p[j][k];
+            ((vf *)(out + j * padded))[first] = sum;
+        }
 }
 
 static void attend_item(const void *job, int64_t chunk) {
@@ -665,7 +771,7 @@ static void attend_item(const void *job, int64_t chunk) {
     const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
     int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
     int64_t last = position + length - 1, queries = length * group;
-    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries * LANES];
+    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries * KEYS];
     memset(out, 0, sizeof out);
     memset(total, 0, sizeof total);
     for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY;
@@ -680,12 +786,14 @@ static void attend_item(const void *job, int64_t chunk) {
                 q[j] = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + h) * size;
                 counts[j] = least(KEYS, position + t - first + 1);
             }
-            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i * LANES, out + i * padded);
-            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i * LANES, out + i * padded);
+            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i * KEYS, out + i * padded);
+            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i * KEYS, out + i * padded);
         }
     }
     for (int64_t i = 0; i < queries; i++) {
-        float inverse = 1.0f / sum_lanes(*(v16f *)(total + i * LANES));
+        vf sums = {0};
+        for (int64_t v = 0; v < KEY_VECTORS; v++) sums += ((vf *)(total + i * KEYS))[v];
+        float inverse = 1.0f / sum_lanes(sums);
         int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;
         for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] * inverse;
     }
@@ -694,12 +802,12 @@ static void attend_item(const void *job, int64_t chunk) {
 static void project_token(const void *job, int64_t t) {
     const State *s = job;
     int64_t width = s->model->heads * s->model->head_dim;
-    write_activations(s->projected + t * s->attended_bytes, s->attended + t * width, width, s->model->activations);
+    write_activations(s->projected + t * s->attended_bytes, s->attended + t * width, width, s->activations);
 }
 
 // One token's m x, out [16 * panels].
 static void multiply_token(const Matrix *m, const void *x, float *out) {
-    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * LANES);
+    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * ROWS);
 }
 
 // From a token's normed hidden states [D] in fp32.
@@ -707,19 +815,20 @@ static void router_logits(const State *s, const float *normed, float *logits) {
     const Layer *l = s->layer;
     float x[s->model->hidden];
     int64_t experts = l->num_experts;
-    float first[l->router.panels * LANES + LANES], second[l->router_second.panels * LANES + LANES];
-    write_activations(x, normed, s->model->hidden, l->router.kind);
+    float first[l->router.panels * ROWS + ROWS], second[l->router_second.panels * ROWS + ROWS];
+    write_activations(x, normed, s->model->hidden, activations_beside(l->router.kind));
     switch (l->router_kind) {
     case ROUTER_LINEAR:
         multiply_token(&l->router, x, first);
-        memcpy(logits, first, experts * sizeof(float));
+        for (int64_t e = 0; e < l->fixed_experts; e++) logits[e] = FIXED_LOGIT;
+        memcpy(logits + l->fixed_experts, first, (experts - l->fixed_experts) * sizeof(float));
         return;
     case ROUTER_MLP: {
         int64_t hidden = l->router_second.cols;
         float inner[hidden], activations[hidden];
         multiply_token(&l->router, x, first);
         for (int64_t i = 0; i < hidden; i++) inner[i] = i < l->router.rows ? tanhf(first[i]) : 0.0f;
-        write_activations(activations, inner, hidden, l->router.kind);
+        write_activations(activations, inner, hidden, activations_beside(l->router.kind));
         multiply_token(&l->router_second, activations, second);
         memcpy(logits, second, experts * sizeof(float));
         return;
@@ -792,7 +901,7 @@ static void post_norm_token(const void *job, int64_t t) {
     const Layer *l = s->layer;
     float normed[m->hidden];
     normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, m->activations);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
     if (!m->max_experts) return;
     int64_t *ids = s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * m->max_experts;
     if (!l->num_experts) {
@@ -846,7 +955,6 @@ static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t c
 
 static void gate_up_chunk(const void *job, int64_t chunk) {
     const State *s = job;
-    const Model *m = s->model;
     int64_t e = 0, size = s->layer->expert_size;
     for (; chunk >= expert_chunks(s, e); e++) chunk -= expert_chunks(s, e);
     Matrix matrix = expert_matrix(&s->layer->gate_up, e);
@@ -854,20 +962,18 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     int64_t block = chunk / token_blocks, begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK;
     int64_t half = panels_of(&matrix, block) / 2;
     end = least(end, begin + TOKEN_BLOCK);
-    float sums[TILE * PANELS * LANES];
+    float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t pair = begin, n; pair < end; pair += n) {
         n = least(TILE, end - pair);
         for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
         multiply(&matrix, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
-            float product[PANELS / 2 * LANES];
+            float product[PANELS / 2 * ROWS];
             uint8_t *inner = s->inner + (pair + i) * s->inner_bytes;
-            for (int64_t p = 0; p < half; p++) {
-                const float *gate = sums + (i * 2 * half + p) * LANES, *up = gate + half * LANES;
-                *(v16f *)(product + p * LANES) = silu(*(const v16f *)gate) * *(const v16f *)up;
-            }
-            write_inner(inner, product, block * PANELS / 2 * LANES, half * LANES, size, m->activations);
+            const vf *gate = (const vf *)(sums + i * 2 * half * ROWS), *up = gate + half * VECTORS;
+            for (int64_t v = 0; v < half * VECTORS; v++) ((vf *)product)[v] = silu(gate[v]) * up[v];
+            write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, s->activations);
         }
     }
 }
@@ -877,12 +983,12 @@ static void down_chunk(const void *job, int64_t block) {
     const State *s = job;
     const Model *m = s->model;
     int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1;
-    int64_t row = block * PANELS * LANES;
-    float sums[TILE * PANELS * LANES];
+    int64_t row = block * PANELS * ROWS;
+    float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t e = 0; e < experts; e++) {
         Matrix matrix = expert_matrix(&s->layer->down, e);
-        int64_t width = panels_of(&matrix, block) * LANES, rows = least(width, matrix.rows - row), end = s->first_pair[e + 1];
+        int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row), end = s->first_pair[e + 1];
         for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
             n = least(TILE, end - pair);
             for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
@@ -898,7 +1004,7 @@ static void down_chunk(const void *job, int64_t block) {
 static void run_layer(Engine *engine, State *s) {
     const Model *m = s->model;
     const Layer *l = s->layer;
-    s->inner_bytes = activation_bytes(l->expert_size, m->activations);
+    s->inner_bytes = activation_bytes(l->expert_size, s->activations);
     int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
     run(engine, input_norm_token, s, tokens);
     product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, tokens, s->qkv, qkv_width, l->qkv_bias, 0});
@@ -929,7 +1035,7 @@ static void final_norm_row(const void *job, int64_t r) {
     const float *x = s->x + s->step->logit_indices[r] * m->hidden;
     float normed[m->hidden];
     normalise(x, m->norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, m->activations);
+    write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, s->activations);
 }
 
 // Tokens that attend together: a decoding row alone, a prompt's in runs that together have at most 64 queries per key head or are
@@ -964,7 +1070,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
         size_t places = l->num_experts ? l->num_experts : 1;
         experts = places > experts ? places : experts;
         pairs = tokens * places > pairs ? tokens * places : pairs;
-        size_t bytes = tokens * places * activation_bytes(l->expert_size, m->activations);
+        size_t bytes = tokens * places * activation_bytes(l->expert_size, s->activations);
         inner = bytes > inner ? bytes : inner;
     }
     size_t rows = (size_t)s->step->num_logits > tokens ? (size_t)s->step->num_logits : tokens;
@@ -985,8 +1091,9 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
 // Returns 0, or -1 when there is no memory for the step's buffers.
 int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     State state = {.model = model, .step = step};
-    state.hidden_bytes = activation_bytes(model->hidden, model->activations);
-    state.attended_bytes = activation_bytes(model->heads * model->head_dim, model->activations);
+    state.activations = activations_beside(model->head.kind);
+    state.hidden_bytes = activation_bytes(model->hidden, state.activations);
+    state.attended_bytes = activation_bytes(model->heads * model->head_dim, state.activations);
     state.num_items = query_items(model, step, NULL);
     size_t size = (size_t)lay_out(&state, NULL);
     if (size > engine->scratch_size) {

@@ -19,9 +19,9 @@ def available(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return _triton_installed()
+    return triton_installed()
 
 
 @cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
     return find_spec("triton") is not None

@@ -9,6 +9,10 @@ The weight of an expert is multiplied into its hidden activations, so that the o
 summed in expert order in fp32, so its numbers do not depend on its neighbours. A token that takes every expert of the layer
 is one row of one long product over all of them: the dense FFN's own work.
 
+Weights may be integers with scales, unpacked in registers as they are read: `W`, `BITS` and `PARTS` are those of
+`kernels.integers`. They stay so in long prompts, too, where whole weights would multiply faster: that would take a copy of all
+experts of a layer, of which a policy may use a few.
+
 Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts, K places per token.
 """
 
@@ -18,6 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ladimo.model.kernels.integers import load_columns, load_elements, stored, widen
+from ladimo.model.kernels.token_lists import find_block, list_kernel
+from ladimo.model.quantization import Weights
 
 # From this many tokens on, tokens that take every expert are multiplied as the dense FFN would; below, the sum over experts
 # is kept apart so that there is work for every multiprocessor.
@@ -31,7 +39,7 @@ SUM_TILE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share: `m` tokens times `n` output columns, `k` of the inner dimension at a time."""
+    """One program's share: `m` tokens times `n` output columns, `k` stored elements of a row of weights at a time."""
 
     m: int
     n: int
@@ -42,9 +50,11 @@ class Tile:
 
 # For the gate and up products and for the down product of one token. A wide `k` keeps many bytes in flight.
 MATVEC_TILES = Tile(1, 4, 1024, num_warps=4), Tile(1, 4, 512, num_warps=4)
+# The same for integers: so few scales belong to a tile that threads load their own and wait for nobody.
+INTEGER_MATVEC_TILES = Tile(1, 4, 512, num_warps=4), Tile(1, 4, 512, num_warps=4)
 
 
-def grouped_tiles(num_tokens: int) -> tuple[Tile, Tile]:
+def grouped_tiles(num_tokens: int, integers: bool = False) -> tuple[Tile, Tile]:
     """For the gate and up products (two accumulators of m x n) and for the down product."""
     if num_tokens <= 16:
         return Tile(16, 32, 64, num_warps=4, num_stages=5), Tile(16, 32, 64, num_warps=4, num_stages=5)
@@ -52,6 +62,8 @@ def grouped_tiles(num_tokens: int) -> tuple[Tile, Tile]:
         return Tile(32, 32, 64, num_warps=4, num_stages=5), Tile(32, 32, 64, num_warps=4, num_stages=5)
     if num_tokens < DENSE_TOKENS:
         return Tile(64, 64, 64, num_warps=4, num_stages=4), Tile(64, 64, 64, num_warps=4, num_stages=4)
+    if integers:  # a step of int4 takes 2 k columns of both factors, which in fp32 must find room in shared memory
+        return Tile(128, 64, 64, num_warps=8, num_stages=3), Tile(128, 64, 64, num_warps=8, num_stages=3)
     return Tile(128, 128, 64, num_warps=8, num_stages=3), Tile(128, 128, 64, num_warps=8, num_stages=4)
 
 
@@ -59,8 +71,8 @@ def apply_experts(
     hidden_states: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
     """See the reference; `tiles` overrides the choice made from the number of tokens."""
@@ -78,13 +90,13 @@ def _matvec(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
     out: Tensor,
     tiles: tuple[Tile, Tile] | None,
 ) -> None:
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    first, second = tiles or MATVEC_TILES
+    first, second = tiles or (MATVEC_TILES if isinstance(gate_up_proj, Tensor) else INTEGER_MATVEC_TILES)
     hidden = torch.empty(num_experts, intermediate_size, dtype=torch.float32, device=x.device)
     sizes = {
         "E": num_experts,
@@ -93,11 +105,13 @@ def _matvec(
         "K": ids.shape[1],
         "BLOCK_PLACES": triton.next_power_of_2(ids.shape[1]),
     }
+    gate_up, scales, form = stored(gate_up_proj)
     _matvec_gate_up_kernel[(num_experts, triton.cdiv(intermediate_size, first.n))](
-        x, weights, ids, gate_up_proj, hidden, **sizes, N=first.n, BLOCK=first.k, num_warps=first.num_warps
+        x, weights, ids, gate_up, scales, hidden, **sizes, **form, N=first.n, BLOCK=first.k, num_warps=first.num_warps
     )
+    down, scales, form = stored(down_proj)
     _matvec_down_kernel[(triton.cdiv(hidden_size, second.n),)](
-        hidden, ids, down_proj, out, **sizes, N=second.n, BLOCK=second.k, num_warps=second.num_warps
+        hidden, ids, down, scales, out, **sizes, **form, N=second.n, BLOCK=second.k, num_warps=second.num_warps
     )
 
 
@@ -112,12 +126,16 @@ def _matvec_gate_up_kernel(
     weights_ptr,
     ids_ptr,
     gate_up_ptr,
+    scales_ptr,
     hidden_ptr,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -132,17 +150,23 @@ def _matvec_gate_up_kernel(
     columns = tl.program_id(1) * N + tl.arange(0, N)
     rows = tl.minimum(columns, F - 1)  # a last, partial block reads its last row again
     inner = tl.arange(0, BLOCK)[None, :]
-    gate_ptrs = gate_up_ptr + (expert.to(tl.int64) * (2 * F) + rows[:, None]) * D + inner
+    gate_rows = expert.to(tl.int64) * (2 * F) + rows[:, None]
+    gate_ptrs = gate_up_ptr + gate_rows * W + inner
     # x is loaded in the shape of the weights, once per row: threads then hold what they multiply, and nothing is exchanged
     # between them until the sums at the end.
     x_ptrs = x_ptr + tl.zeros([N, 1], dtype=tl.int32) + inner
     gate = tl.zeros([N, BLOCK], dtype=tl.float32)
     up = tl.zeros([N, BLOCK], dtype=tl.float32)
-    for start in tl.static_range(0, D, BLOCK):
-        inside = start + inner < D
-        x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
-        gate += x * tl.load(gate_ptrs + start, mask=inside, other=0.0).to(tl.float32)
-        up += x * tl.load(gate_ptrs + F * D + start, mask=inside, other=0.0).to(tl.float32)
+    for start in tl.static_range(0, W, BLOCK):
+        for part in tl.static_range(PARTS):
+            columns_of_x = part * W + start
+            x = tl.load(x_ptrs + columns_of_x, mask=columns_of_x + inner < D, other=0.0).to(tl.float32)
+            if part == 0:
+                g = tl.load(gate_ptrs + start, mask=start + inner < W, other=0)
+            gate += x * widen(g, scales_ptr, gate_rows, start, W, BITS, part, 1).to(tl.float32)
+            if part == 0:
+                u = tl.load(gate_ptrs + F * W + start, mask=start + inner < W, other=0)
+            up += x * widen(u, scales_ptr, gate_rows + F, start, W, BITS, part, 1).to(tl.float32)
     hidden = _silu(tl.sum(gate, axis=1)) * tl.sum(up, axis=1) * weight
     tl.store(hidden_ptr + expert * F + columns, hidden, mask=columns < F)
 
@@ -152,12 +176,16 @@ def _matvec_down_kernel(
     hidden_ptr,
     ids_ptr,
     down_ptr,
+    scales_ptr,
     out_ptr,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     K: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -170,12 +198,16 @@ def _matvec_down_kernel(
     out = tl.zeros([N, BLOCK], dtype=tl.float32)
     for expert in range(E):
         if tl.sum((ids == expert).to(tl.int32), axis=0) > 0:
-            down_ptrs = down_ptr + (tl.cast(expert, tl.int64) * D + rows[:, None]) * F + inner
+            down_rows = tl.cast(expert, tl.int64) * D + rows[:, None]
+            down_ptrs = down_ptr + down_rows * W + inner
             hidden_ptrs = hidden_ptr + expert * F + tl.zeros([N, 1], dtype=tl.int32) + inner
-            for start in tl.static_range(0, F, BLOCK):
-                inside = start + inner < F
-                hidden = tl.load(hidden_ptrs + start, mask=inside, other=0.0)
-                out += hidden * tl.load(down_ptrs + start, mask=inside, other=0.0).to(tl.float32)
+            for start in tl.static_range(0, W, BLOCK):
+                for part in tl.static_range(PARTS):
+                    places_of_hidden = part * W + start
+                    hidden = tl.load(hidden_ptrs + places_of_hidden, mask=places_of_hidden + inner < F, other=0.0)
+                    if part == 0:
+                        w = tl.load(down_ptrs + start, mask=start + inner < W, other=0)
+                    out += hidden * widen(w, scales_ptr, down_rows, start, W, BITS, part, 1).to(tl.float32)
     tl.store(out_ptr + columns, tl.sum(out, axis=1).to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
@@ -183,8 +215,8 @@ def _grouped(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
     out: Tensor,
     tiles: tuple[Tile, Tile] | None,
 ) -> None:
@@ -192,7 +224,7 @@ def _grouped(
     num_experts, _, intermediate_size = down_proj.shape
     num_places = ids.shape[1]
     dense = num_tokens >= DENSE_TOKENS
-    first, second = tiles or grouped_tiles(num_tokens)
+    first, second = tiles or grouped_tiles(num_tokens, integers=not isinstance(gate_up_proj, Tensor))
     # Lists: per expert its tokens; if `dense`, then per expert those that did not choose all, last those that did.
     num_lists = 2 * num_experts + 1 if dense else num_experts
     counts = torch.empty(num_lists, dtype=torch.int32, device=x.device)
@@ -200,20 +232,23 @@ def _grouped(
     list_weights = torch.empty(num_experts, num_tokens, dtype=torch.float32, device=x.device)
     places = {"K": num_places, "BLOCK_PLACES": triton.next_power_of_2(num_places)}
     list_tile = min(triton.next_power_of_2(num_tokens), max(16, LIST_TILE * 8 // places["BLOCK_PLACES"]), LIST_TILE)
-    _list_kernel[(num_lists,)](ids, weights, counts, lists, list_weights, num_tokens, E=num_experts, TILE=list_tile, **places)
+    list_kernel[(num_lists,)](ids, weights, counts, lists, list_weights, num_tokens, E=num_experts, TILE=list_tile, **places)
 
     hidden = x.new_empty(num_tokens, num_experts, intermediate_size)
     sizes = {"E": num_experts, "D": hidden_size, "F": intermediate_size}
     blocks = num_experts * triton.cdiv(num_tokens, first.m) * triton.cdiv(intermediate_size, first.n)
+    gate_up, scales, form = stored(gate_up_proj)
     _grouped_gate_up_kernel[(blocks,)](
         x,
         counts,
         lists,
         list_weights,
-        gate_up_proj,
+        gate_up,
+        scales,
         hidden,
         num_tokens,
         **sizes,
+        **form,
         BLOCK_LISTS=triton.next_power_of_2(num_experts),
         M=first.m,
         N=first.n,
@@ -224,15 +259,18 @@ def _grouped(
     used = slice(num_experts, None) if dense else slice(None)
     parts = x.new_empty(num_tokens, num_experts, hidden_size)
     blocks = (num_experts * triton.cdiv(num_tokens, second.m) + dense) * triton.cdiv(hidden_size, second.n)
+    down, scales, form = stored(down_proj)
     _grouped_down_kernel[(blocks,)](
         hidden,
         counts[used],
         lists[used],
-        down_proj,
+        down,
+        scales,
         parts,
         out,
         num_tokens,
         **sizes,
+        **form,
         LISTS=num_experts + dense,
         BLOCK_LISTS=triton.next_power_of_2(num_experts + dense),
         M=second.m,
@@ -248,72 +286,29 @@ def _grouped(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _list_kernel(
-    ids_ptr,
-    weights_ptr,
-    counts_ptr,
-    lists_ptr,
-    list_weights_ptr,
-    num_tokens,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_PLACES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One program per list: the numbers of its tokens, ascending, and how many they are. See `_grouped` for the lists."""
-    index = tl.program_id(0)
-    expert = index % E
-    places = tl.arange(0, BLOCK_PLACES)
-    count = 0
-    for start in range(0, num_tokens, TILE):
-        tokens = start + tl.arange(0, TILE)
-        live = (tokens < num_tokens)[:, None] & (places < K)[None, :]
-        ids = tl.load(ids_ptr + tokens[:, None] * K + places[None, :], mask=live, other=-1)
-        chosen = ids == expert
-        takes_all = tl.sum((ids >= 0).to(tl.int32), axis=1) == E
-        takes_it = tl.max(chosen.to(tl.int32), axis=1) > 0
-        in_list = takes_it & ((index < E) | (takes_all == (index == 2 * E)))
-        position = count + tl.cumsum(in_list.to(tl.int32), axis=0) - 1
-        tl.store(lists_ptr + index * num_tokens + position, tokens, mask=in_list)
-        weights = tl.load(weights_ptr + tokens[:, None] * K + places[None, :], mask=live, other=0.0)
-        weights = tl.sum(tl.where(chosen, weights, 0.0), axis=1)
-        tl.store(list_weights_ptr + index * num_tokens + position, weights, mask=in_list & (index < E))
-        count += tl.sum(in_list.to(tl.int32), axis=0)
-    tl.store(counts_ptr + index, count)
-
-
-@triton.jit
-def _find_block(counts_ptr, block, LISTS: tl.constexpr, BLOCK_LISTS: tl.constexpr, M: tl.constexpr):
-    """Which list the block-th block of M tokens belongs to (LISTS: none), its first place there, the list's length."""
-    lists = tl.arange(0, BLOCK_LISTS)
-    counts = tl.load(counts_ptr + lists, mask=lists < LISTS, other=0)
-    blocks = (counts + M - 1) // M
-    ends = tl.cumsum(blocks, axis=0)
-    index = tl.sum(((ends <= block) & (lists < LISTS)).to(tl.int32), axis=0)
-    begin = tl.sum(tl.where(lists == index, ends - blocks, 0), axis=0)
-    return index, (block - begin) * M, tl.sum(tl.where(lists == index, counts, 0), axis=0)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
 def _grouped_gate_up_kernel(
     x_ptr,
     counts_ptr,
     lists_ptr,
     list_weights_ptr,
     gate_up_ptr,
+    scales_ptr,
     hidden_ptr,
     num_tokens,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_LISTS: tl.constexpr,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """hidden[t, e, n..n+N] = weight * silu(gate x_t) * up x_t for M tokens t of expert e's list."""
     column_blocks: tl.constexpr = (F + N - 1) // N
-    expert, begin, count = _find_block(counts_ptr, tl.program_id(0) // column_blocks, E, BLOCK_LISTS, M)
+    expert, begin, count = find_block(counts_ptr, tl.program_id(0) // column_blocks, E, BLOCK_LISTS, M)
     if expert >= E:
         return
     places = begin + tl.arange(0, M)
@@ -325,22 +320,22 @@ def _grouped_gate_up_kernel(
     rows = tl.minimum(columns, F - 1)
     inner = tl.arange(0, BLOCK)
     x_ptrs = x_ptr + tokens[:, None] * D + inner[None, :]
-    gate_ptrs = gate_up_ptr + (expert.to(tl.int64) * (2 * F) + rows[None, :]) * D + inner[:, None]
-    up_ptrs = gate_ptrs + F * D
+    gate_rows = expert.to(tl.int64) * (2 * F) + rows[None, :]
+    gate_ptrs = gate_up_ptr + gate_rows * W + inner[:, None]
+    up_ptrs = gate_ptrs + F * W
     gate = tl.zeros([M, N], dtype=tl.float32)
     up = tl.zeros([M, N], dtype=tl.float32)
-    for start in range(0, D, BLOCK):
-        if D % BLOCK == 0:
-            x = tl.load(x_ptrs + start, mask=live[:, None], other=0.0)
-            g = tl.load(gate_ptrs + start)
-            u = tl.load(up_ptrs + start)
-        else:
-            inside = start + inner < D
-            x = tl.load(x_ptrs + start, mask=live[:, None] & inside[None, :], other=0.0)
-            g = tl.load(gate_ptrs + start, mask=inside[:, None], other=0.0)
-            u = tl.load(up_ptrs + start, mask=inside[:, None], other=0.0)
-        gate = tl.dot(x, g, gate, input_precision="ieee")
-        up = tl.dot(x, u, up, input_precision="ieee")
+    whole: tl.constexpr = D % (PARTS * BLOCK) == 0
+    for start in range(0, W, BLOCK):
+        for part in tl.static_range(PARTS):
+            x = load_columns(x_ptrs, part * W + start, inner, live, D, whole)
+            if part == 0:
+                g = load_elements(gate_ptrs, start, inner, W, whole)
+                u = load_elements(up_ptrs, start, inner, W, whole)
+            g_part = widen(g, scales_ptr, gate_rows, start, W, BITS, part, 0).to(x.dtype)
+            u_part = widen(u, scales_ptr, gate_rows + F, start, W, BITS, part, 0).to(x.dtype)
+            gate = tl.dot(x, g_part, gate, input_precision="ieee")
+            up = tl.dot(x, u_part, up, input_precision="ieee")
     hidden = _silu(gate) * up * weights[:, None]
     hidden_ptrs = hidden_ptr + (tokens[:, None] * E + expert) * F + columns[None, :]
     tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=live[:, None] & (columns < F)[None, :])
@@ -352,6 +347,7 @@ def _grouped_down_kernel(
     counts_ptr,
     lists_ptr,
     down_ptr,
+    scales_ptr,
     parts_ptr,
     out_ptr,
     num_tokens,
@@ -360,13 +356,16 @@ def _grouped_down_kernel(
     F: tl.constexpr,
     LISTS: tl.constexpr,
     BLOCK_LISTS: tl.constexpr,
+    W: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """parts[t, e, n..n+N] = down @ hidden[t, e] for M tokens of expert e's list; list E: out[t, n..n+N], over all experts."""
     column_blocks: tl.constexpr = (D + N - 1) // N
-    index, begin, count = _find_block(counts_ptr, tl.program_id(0) // column_blocks, LISTS, BLOCK_LISTS, M)
+    index, begin, count = find_block(counts_ptr, tl.program_id(0) // column_blocks, LISTS, BLOCK_LISTS, M)
     if index >= LISTS:
         return
     all_experts = index == E  # a scalar of the program
@@ -380,20 +379,19 @@ def _grouped_down_kernel(
     rows = tl.minimum(columns, D - 1)
     inner = tl.arange(0, BLOCK)
     hidden_ptrs = hidden_ptr + tokens[:, None] * (E * F) + inner[None, :]
-    down_ptrs = down_ptr + rows[None, :] * F + inner[:, None]
+    down_ptrs = down_ptr + rows[None, :] * W + inner[:, None]
     acc = tl.zeros([M, N], dtype=tl.float32)
-    steps: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    whole: tl.constexpr = F % (PARTS * BLOCK) == 0
+    steps: tl.constexpr = (W + BLOCK - 1) // BLOCK
     for step in range(0, num_experts * steps):
         expert = (first_expert + step // steps).to(tl.int64)
         start = (step % steps) * BLOCK
-        if F % BLOCK == 0:
-            h = tl.load(hidden_ptrs + expert * F + start, mask=live[:, None], other=0.0)
-            w = tl.load(down_ptrs + expert * (D * F) + start)
-        else:
-            inside = start + inner < F
-            h = tl.load(hidden_ptrs + expert * F + start, mask=live[:, None] & inside[None, :], other=0.0)
-            w = tl.load(down_ptrs + expert * (D * F) + start, mask=inside[:, None], other=0.0)
-        acc = tl.dot(h, w, acc, input_precision="ieee")
+        for part in tl.static_range(PARTS):
+            h = load_columns(hidden_ptrs + expert * F, part * W + start, inner, live, F, whole)
+            if part == 0:
+                w = load_elements(down_ptrs + expert * (D * W), start, inner, W, whole)
+            w_part = widen(w, scales_ptr, expert * D + rows[None, :], start, W, BITS, part, 0).to(h.dtype)
+            acc = tl.dot(h, w_part, acc, input_precision="ieee")
     acc = acc.to(out_ptr.dtype.element_ty)
     inside = live[:, None] & (columns < D)[None, :]
     tl.store(out_ptr + tokens[:, None] * D + columns[None, :], acc, mask=inside & all_experts)

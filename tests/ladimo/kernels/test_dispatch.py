@@ -11,6 +11,8 @@ import torch
 
 from ladimo.checkpoint import load_model, read_policies
 from ladimo.model import kernels
+from ladimo.model.quantization import Quantize
+from ladimo.model.quantized_layers import quantize_model
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytest.importorskip("triton")
@@ -19,9 +21,12 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
-def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, format: Quantize | None) -> None:
     """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""
     model = load_model(moe_dir, torch.float32, torch.device("cpu"))
+    if format is not None:
+        quantize_model(model, format)
     policies = list(read_policies(moe_dir, model.config).values())
     results = []
     for everywhere in (False, True):
@@ -81,6 +86,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     assert {"_select_kernel", "_matvec_down_kernel", "_grouped_down_kernel", "_attend_part_kernel"} < {
         k["kernel"] for k in compiled
     }
+    both = {"_matvec_gate_up_kernel", "_matvec_down_kernel", "_grouped_gate_up_kernel", "_grouped_down_kernel"}
+    integers = {"_matvec_kernel", "_matmul_kernel", "_whole_kernel"}
+    bits = {(k["kernel"], k["constants"]["BITS"]) for k in compiled if "BITS" in k["constants"]}
+    assert bits == {(name, 16) for name in both} | {(name, width) for name in both | integers for width in (4, 8)}
     for kernel in compiled:
         assert kernel["shared"] <= 227 * 1024, kernel  # what a block may have on compute capability 9.0
         assert kernel["spilled"] == 0, kernel

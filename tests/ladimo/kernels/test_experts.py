@@ -111,16 +111,18 @@ def test_an_expert_nobody_chose_is_not_read(num_tokens: int, dense: bool, device
 
 
 def test_a_token_does_not_depend_on_its_neighbours(dense: bool, device: torch.device) -> None:
-    """Bit for bit, whatever the others choose and hold."""
+    """Whatever the others choose and hold: bit for bit on a GPU, to the last bits where numpy multiplies the tiles."""
     one, crowd = draw(20, device), draw(20, device, "all")
     other = replace(one, hidden_states=-one.hidden_states, topk_weights=crowd.topk_weights, topk_ids=crowd.topk_ids)
     for token in (0, 3, 18):
         other.topk_ids[token], other.topk_weights[token] = one.topk_ids[token], one.topk_weights[token]
         other.hidden_states[token] = one.hidden_states[token]
     a, b = apply_experts(*one.tuple(), tiles=SMALL), apply_experts(*other.tuple(), tiles=SMALL)
-    assert torch.equal(a[[0, 3, 18]], b[[0, 3, 18]])
+    # The interpreter's products are BLAS's, whose sums may depend on a row's place among the others.
+    tolerance = 0.0 if device.type == "cuda" else 1e-6
+    torch.testing.assert_close(a[[0, 3, 18]], b[[0, 3, 18]], rtol=0, atol=tolerance)
     assert (a[[0, 18]] != 0).any()
-    assert not torch.equal(a[4], b[4])
+    assert not torch.allclose(a[4], b[4], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 6, 40])

@@ -1,0 +1,78 @@
+"""Layers whose weights are integers, made from loaded ones. Embeddings, norms, biases and routers stay as they are.
+
+On a CPU the native step packs integers of its own (`ladimo.model.cpu`); both round alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ladimo.model.moe import Experts
+from ladimo.model.quantization import Quantize, QuantizedWeights, linear, quantize_weights
+from ladimo.model.router import Router
+from ladimo.model.transformer import MoeTransformer
+
+
+class QuantizedLinear(nn.Module):
+    """In the place of nn.Linear: weights [N, K] in buffers, the bias [N] as it was."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, format: Quantize) -> None:
+        super().__init__()
+        _keep(self, "weight", quantize_weights(weight, format))
+        self.register_parameter("bias", bias)
+        self.cols = weight.shape[-1]
+
+    @property
+    def quantized(self) -> QuantizedWeights:
+        return _kept(self, "weight", self.cols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.quantized, self.bias)
+
+
+class QuantizedExperts(nn.Module):
+    """In the place of `Experts`: gate_up_proj [E, 2F, D] and down_proj [E, D, F] in buffers."""
+
+    def __init__(self, experts: Experts, format: Quantize) -> None:
+        super().__init__()
+        _, self.hidden_size, self.moe_intermediate_size = experts.down_proj.shape
+        _keep(self, "gate_up", quantize_weights(experts.gate_up_proj, format))
+        _keep(self, "down", quantize_weights(experts.down_proj, format))
+
+    @property
+    def gate_up_proj(self) -> QuantizedWeights:
+        return _kept(self, "gate_up", self.hidden_size)
+
+    @property
+    def down_proj(self) -> QuantizedWeights:
+        return _kept(self, "down", self.moe_intermediate_size)
+
+
+def _keep(module: nn.Module, name: str, weights: QuantizedWeights) -> None:
+    module.register_buffer(f"{name}_data", weights.data)
+    module.register_buffer(f"{name}_scales", weights.scales)
+
+
+def _kept(module: nn.Module, name: str, cols: int) -> QuantizedWeights:
+    return QuantizedWeights(module.get_buffer(f"{name}_data"), module.get_buffer(f"{name}_scales"), cols)
+
+
+@torch.no_grad()
+def quantize_layers(module: nn.Module, format: Quantize) -> None:
+    """Replace the dense and the expert layers inside `module`, one by one; each lets go of its weights when it is done."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, QuantizedLinear(child.weight, child.bias, format))
+        elif isinstance(child, Experts):
+            setattr(module, name, QuantizedExperts(child, format))
+        elif not isinstance(child, Router):
+            quantize_layers(child, format)
+
+
+@torch.no_grad()
+def quantize_model(model: MoeTransformer, format: Quantize) -> None:
+    """`quantize_layers` of a whole model; an output head that is the embedding gets integers beside it."""
+    quantize_layers(model, format)
+    if model.lm_head is None:
+        model.lm_head = QuantizedLinear(model.model.embed_tokens.weight, None, format)  # type: ignore[assignment]
