@@ -83,6 +83,7 @@ def variants(elastic_steps: int) -> dict[str, Variant]:
         "static": Variant(static, by_full, each_budget=True),
         "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
         "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
+        "elastic, fixed": Variant(elastic(**{"elastic.routed": 0.0}), by_policy),
         "elastic": Variant(elastic(), by_policy),
     }
 
@@ -131,6 +132,7 @@ def by_full(directory: Path, config: ModelConfig, budget: float | None) -> Point
 
 
 def by_policy(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+    """The policy of each budget; of one that has a routed and a fixed policy the routed one, which the report names last."""
     policies = read_policies(directory, config)
     report = read_json(directory / REPORT)
     return {entry["target"]: policies[entry["policy"]].layers for entry in report["elastic"]["budgets"]}

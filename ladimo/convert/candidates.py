@@ -1,7 +1,7 @@
 """Candidate policies of a converted model: the named ones and what the solver finds between them. Needs no training.
 
-For layers with a router the options are the rules of its profile, for static ones the masks that the named policies hold: the
-exact partition and each budget's substitutes.
+For layers trained with a router the options are the rules of its profile; for those of method elastic the rules that the named
+policies hold: the exact partition and each budget's substitutes, fixed or routed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def routed_candidates(
     return _with_extra(named, extra, config, costs), _guard(options, config, recipe)
 
 
-def static_candidates(
+def budget_candidates(
     dense: StreamedModel,
     experts: ExpertSource,
     config: ModelConfig,
@@ -49,29 +49,37 @@ def static_candidates(
     holdout: Tensor,
     recipe: Recipe,
 ) -> Candidates:
-    """The named policies, and the solver's mixtures of their masks, from the damage of each mask alone on holdout blocks [B,
-    S]."""
+    """The named policies, and the solver's mixtures of their rules, at batch 1 and, where a rule routes, at batch 32, from the
+    damage of each rule alone on holdout blocks [B, S]."""
     if not config.moe_layer_indices or not recipe.policies.points:
         return dict(named), None
     depth = config.num_hidden_layers
     reference: Rules = (None,) * depth
-    masks = {index: list(dict.fromkeys(_rule(rules, index) for rules in named.values())) for index in config.moe_layer_indices}
+    stored = {index: list(dict.fromkeys(_rule(rules, index) for rules in named.values())) for index in config.moe_layer_indices}
     full = {index: _rule(named["full"], index) for index in config.moe_layer_indices}
 
     def alone(index: int, rule: LayerRule) -> Rules:
         return tuple(rule if layer == index else None for layer in range(depth))
 
-    variants = [alone(index, rule) for index, rules in masks.items() for rule in rules if rule != full[index]]
+    variants = [alone(index, rule) for index, rules in stored.items() for rule in rules if rule != full[index]]
     measured = measure(dense, experts, holdout, [reference, *variants], reference)
-    options = {
-        index: [
-            Option(rule, float(rule.top_k), 0.0 if rule == full[index] else measured[alone(index, rule)].kl or 0.0)
-            for rule in rules
-        ]
-        for index, rules in masks.items()
-    }
-    costs = {index: {rule: float(rule.top_k) for rule in rules} for index, rules in masks.items()}
-    return _with_extra(named, spread(options, config, recipe.policies.points), config, costs), _guard(options, config, recipe)
+
+    def option(index: int, rule: LayerRule, batch: int) -> Option:
+        if rule == full[index]:
+            return Option(rule, float(rule.top_k), 0.0)
+        found = measured[alone(index, rule)]
+        ran = float(rule.top_k) if batch == 1 else found.distinct_experts[index]
+        return Option(rule, ran or 0.0, found.kl or 0.0)
+
+    options, wide = (
+        {index: [option(index, rule, batch) for rule in rules] for index, rules in stored.items()}
+        for batch in (1, DISTINCT_BATCH)
+    )
+    extra = spread(options, config, recipe.policies.points)
+    if wide != options:  # fixed experts cost the same in every batch
+        extra += spread(wide, config, recipe.policies.points // 2)
+    costs = {index: {rule: float(rule.top_k) for rule in rules} for index, rules in stored.items()}
+    return _with_extra(named, extra, config, costs), _guard(options, config, recipe)
 
 
 def _with_extra(

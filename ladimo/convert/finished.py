@@ -18,7 +18,7 @@ from ladimo.checkpoint import (
     write_policy,
 )
 from ladimo.convert.calibration import Encoder, calibrate, evaluation_blocks
-from ladimo.convert.candidates import routed_candidates, static_candidates
+from ladimo.convert.candidates import budget_candidates, routed_candidates
 from ladimo.convert.choose_policy import NAMED, Rules
 from ladimo.convert.evaluate import ExpertSource, figures, likelihoods, measure, num_scored
 from ladimo.convert.operating_points import measure_operating_points
@@ -109,7 +109,7 @@ def profile_checkpoint(name: str, text: Path, dense: Path | None = None, device:
         stored = read_policies(directory, own.config)
         names = [*NAMED, *(budget["policy"] for budget in report["elastic"]["budgets"])]
         named = {name: _named(stored, name).layers for name in names}
-        candidates, guard = static_candidates(model, experts, own.config, named, profiled, recipe)
+        candidates, guard = budget_candidates(model, experts, own.config, named, profiled, recipe)
     else:
         for index, _, inputs, targets in model.ffn_data(profiled, own.config.moe_layer_indices):
             profiles[index] = profile_layer(experts(index), inputs, targets, recipe_taus(recipe.policies))

@@ -26,10 +26,10 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.convert.calibration import Calibration, Encoder, calibrate
-from ladimo.convert.candidates import routed_candidates, static_candidates
+from ladimo.convert.candidates import budget_candidates, routed_candidates
 from ladimo.convert.choose_policy import Rules, choose_layers, full_cost
 from ladimo.convert.distill import LayerData, full_rule, layer_error
-from ladimo.convert.elastic import ElasticStages, Widths, solve_layer
+from ladimo.convert.elastic import ElasticStages, solve_layer
 from ladimo.convert.evaluate import measure, num_scored
 from ladimo.convert.experiments import depth_curve, initialisation_curves
 from ladimo.convert.methods import Method, get_method
@@ -334,7 +334,7 @@ class ElasticConversion(Conversion):
 
     def train_layer(self, index: int, mlp: GatedMLP, data: LayerData) -> None:
         started = time.monotonic()
-        record = solve_layer(self.workspace, index, mlp, data, self.recipe)
+        record = solve_layer(self.workspace, index, mlp, data, self.recipe, bool(self.stages.contested))
         record["seconds"] = time.monotonic() - started
         experts = self.recipe.split.experts
         whole = MoeLayerConfig(experts, experts, -(-mlp.gate_proj.out_features // experts), expert_weight="one", router="none")
@@ -343,15 +343,15 @@ class ElasticConversion(Conversion):
         logger.info("layer %d: holdout error %.3f of the FFN's variance at half width, %.0f s", index, half, record["seconds"])
 
     def choose_layers(self, calibration: Calibration) -> tuple[int, ...]:
-        budgets = self.stages.budgets(self.stages.damage(calibration.holdout))
-        self.stages.substitutes(budgets, calibration.fit, calibration.holdout)
-        self.stages.finish(budgets, stored_dtype(self.dense.directory))
-        return self.stages.converted(budgets)
+        plans = self.stages.plans(*self.stages.damage(calibration.holdout))
+        self.stages.substitutes(plans, calibration.fit, calibration.holdout)
+        self.stages.finish(stored_dtype(self.dense.directory))
+        return self.stages.converted()
 
     def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
         def make() -> dict[str, Any]:
-            config, named = self.config(converted), self.stages.policies(self.budgets)
-            candidates, guard = static_candidates(
+            config, named = self.config(converted), self.stages.policies()
+            candidates, guard = budget_candidates(
                 self.dense, self.experts, config, named, calibration.holdout[: self._scanned(calibration)], self.recipe
             )
             blocks = calibration.evaluation
@@ -364,27 +364,25 @@ class ElasticConversion(Conversion):
         return {"layer": index, "converted": index in converted, "damage": damage, **self.record(index)}
 
     def report_extras(self) -> dict[str, Any]:
-        trained = self.workspace.record("substitutes")
-        names = list(self.stages.policies(self.budgets))
+        trained, stages = self.workspace.record("substitutes"), self.stages
         targets = self.recipe.elastic.budgets
-        by_target = self.stages.budget_names()
         budgets = [
-            {"policy": by_target[number], "target": target, "widths": list(widths), "curve": curve}
-            for number, (target, widths, curve) in enumerate(zip(targets, self.budgets, trained["curves"], strict=True))
+            {
+                "policy": name,
+                "target": targets[plan.budget],
+                "widths": list(plan.widths),
+                "routed": list(plan.routed),
+                "curve": entry["curve"],
+            }
+            for name, plan, entry in zip(stages.names(), stages.kept, trained["kept"], strict=True)
         ]
-        assert set(by_target) < set(names)
-        size, experts = -(-self.dense.config.intermediate_size // self.recipe.split.experts), self.recipe.split.experts
-        stored = sum(n for widths in self.budgets for n in widths if n < experts) * 3 * self.dense.config.hidden_size * size
-        ratio = 1 + stored / self.dense.config.dense_parameters
-        return {"elastic": {"budgets": budgets, "experts": experts, "stored_ratio": ratio}, "seconds": trained["seconds"]}
+        ratio = stages.stored_ratio(self.config(stages.converted()))
+        elastic = {"budgets": budgets, "experts": self.recipe.split.experts, "stored_ratio": ratio}
+        return {"elastic": elastic, "seconds": trained["seconds"]}
 
     @property
     def stages(self) -> ElasticStages:
         return ElasticStages(self.workspace, self.recipe, self.dense, self.candidates)
-
-    @property
-    def budgets(self) -> list[Widths]:
-        return [tuple(widths) for widths in self.workspace.record("budgets")["widths"]]
 
     def _scanned(self, calibration: Calibration) -> int:
         return max(1, self.recipe.elastic.scan_tokens // calibration.holdout.shape[1])

@@ -1,4 +1,5 @@
-"""End-to-end distillation of narrow FFNs on the dense model's next-token distribution, for models that fit in memory whole.
+"""End-to-end distillation of narrow and of routed FFNs on the dense model's next-token distribution, for models that fit in
+memory whole.
 
 Legend: B sequences, S positions, D hidden_size, L layers.
 """
@@ -13,19 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ladimo.convert.distill import CURVE_POINTS
+from ladimo.convert.distill import CURVE_POINTS, full_rule, route, run_experts
 from ladimo.convert.recipe import ElasticRecipe
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.inputs import StepInputs
 from ladimo.model.layers import GatedMLP
+from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
 logger = logging.getLogger(__name__)
 
 WARMUP = 0.1
-FAR = 0.1  # nats; a student that is at least so far from its teacher is trained at the full learning rate
+FAR = 1.0  # nats; a student that is at least so far from its teacher is trained at the full learning rate
+WIDTH = 128  # hidden size that the recipe's learning rate is for
 
-Student = Sequence[GatedMLP | None]  # one FFN per layer, None where the dense one stays
+Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer, None where the dense one stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,10 @@ def polish(
         for mlps in trained
     ]
     initial = [network.holdout_kl(student, holdout) for student in students]
-    # Adam's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones.
-    rates = [recipe.lr * min(1.0, math.sqrt(value / FAR)) for value in initial]
+    # Adam's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones, and
+    # so does a wide one, whose sums have more terms (Tensor Programs V, arXiv 2203.03466, table 3: 1 / width).
+    rate = recipe.lr * WIDTH / dense.config.hidden_size
+    rates = [rate * min(1.0, math.sqrt(value / FAR)) for value in initial]
     curves = [[KlPoint(0, value, value)] for value in initial]
     running: list[list[float]] = [[] for _ in students]
     order = torch.empty(0, dtype=torch.int64)
@@ -114,7 +119,7 @@ class _Network:
         for index, layer in enumerate(self.layers):
             attended = layer.attend(hidden_states, rope, inputs, None)
             mlp = None if student is None else student[index]
-            hidden_states = attended + (layer.mlp if mlp is None else mlp)(layer.post_attention_layernorm(attended))
+            hidden_states = attended + _run(layer.mlp if mlp is None else mlp, layer.post_attention_layernorm(attended))
         return self.dense.ends.logits(hidden_states).float().log_softmax(dim=-1)
 
     @torch.no_grad()
@@ -124,6 +129,15 @@ class _Network:
             for row in blocks.split(1)
         )
         return total / blocks.numel()
+
+
+def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """[T, D] -> [T, D], an expert layer under its rule in `full`."""
+    if isinstance(mlp, ExpertLayer):
+        _, topk_weights, topk_ids = route(mlp, inputs, full_rule(mlp))
+        return run_experts(mlp, inputs, topk_weights, topk_ids)
+    out: Tensor = mlp(inputs)
+    return out
 
 
 def _factor(step: int, steps: int) -> float:

@@ -101,8 +101,11 @@ class ElasticRecipe:
     for the best on the holdout. scan_tokens: holdout tokens that per-layer damage is measured on. uniform: the same width in
     every layer, to see what the solver's choice is worth.
 
-    steps, batch_tokens, lr: end-to-end distillation of each budget; no steps leave the closed form. It holds the whole model in
-    fp32, so models of more than max_parameters go without.
+    steps, batch_tokens, lr: end-to-end distillation of each budget; no steps leave the closed form. lr is for a hidden size of
+    128 and falls as one over it. The stage holds the whole model in fp32, so models of more than max_parameters go without.
+
+    routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
+    layer for routed_steps of the recipe's `train`, then end to end; models that go without that stage have none.
     """
 
     budgets: list[float] = field(default_factory=list)
@@ -111,8 +114,10 @@ class ElasticRecipe:
     uniform: bool = False
     steps: int = 160
     batch_tokens: int = 2048
-    lr: float = 3e-4
+    lr: float = 1e-3
     max_parameters: int = 500_000_000
+    routed: float = 0.65
+    routed_steps: int = 400
 
     def __post_init__(self) -> None:
         falling = all(0 < low < high <= 1 for high, low in zip(self.budgets, self.budgets[1:], strict=False))
@@ -123,6 +128,8 @@ class ElasticRecipe:
         _require(self.steps >= 0, "elastic.steps", "must be at least 0", self.steps)
         _require(self.batch_tokens >= 1, "elastic.batch_tokens", "must be at least 1", self.batch_tokens)
         _require(self.lr > 0, "elastic.lr", "must be above 0", self.lr)
+        _require(0 <= self.routed <= 1, "elastic.routed", "must be between 0 and 1", self.routed)
+        _require(self.routed_steps >= 0, "elastic.routed_steps", "must be at least 0", self.routed_steps)
 
 
 @dataclass(frozen=True, slots=True)

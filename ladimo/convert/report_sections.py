@@ -202,6 +202,8 @@ def _widths(report: Report) -> Section:
         numbers = [[cell.text for cell in line] for line in cells]
         targets = ", ".join(f"{budget['policy']} {_percent(budget['target'])}" for budget in budgets)
         text = f"How many of a layer's {experts} experts each budget keeps. Active parameters asked for: {targets}."
+        if any(budget.get("routed") for budget in budgets):
+            text += " An r marks routed layers: so many experts run, which ones a router decides for each token."
         title = "Experts kept per layer and budget"
     else:
         policies = report["policies"]
@@ -217,8 +219,9 @@ def _widths(report: Report) -> Section:
 
 
 def _width_cell(budget: Report, layer: int, experts: int) -> Cell:
-    width = budget["widths"][layer]
-    return Cell(width / experts, str(width), f"layer {layer}, {budget['policy']}: {width} of {experts} experts")
+    width, routed = budget["widths"][layer], layer in budget.get("routed", ())
+    hint = f"layer {layer}, {budget['policy']}: {width} of {experts} experts{', routed' * routed}"
+    return Cell(width / experts, f"{width}r" if routed else str(width), hint)
 
 
 def _rule_cell(entry: Report, layer: int, most: float) -> Cell:

@@ -5,20 +5,30 @@ an exact partition, so that all experts are the dense FFN. A budget keeps the fi
 by measured damage (`ladimo.convert.solver`), and runs stand-ins for them, "substitutes": the same neurons with down_proj solved
 again for what was left out, then distilled end to end on the teacher's logits (`ladimo.convert.polish`). A policy is one static
 mask per layer: no router, and the weights it leaves out are not read at any batch size.
+
+A small budget may also be covered by routed substitutes: the FFN cut into E experts of which a sigmoid router chooses k for
+each token, regressed on the FFN layer by layer and then distilled end to end like the others. They hold more for the same
+active parameters, and are kept only where that clearly pays.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ladimo.convert.distill import CurvePoint, LayerData
+from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
 from ladimo.convert.nested import expert_neurons, nested_widths
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.split import split_ffn
+from ladimo.convert.split import check_experts, contiguous_partition, split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
+from ladimo.policy import LayerRule
+
+ROUTED_MARGIN = 0.1  # routed experts save less in larger batches, so they must be better by this share of the divergence
+
+Weights = dict[str, Tensor]  # of a set of substitutes: gate_up_proj [n, 2F, D], down_proj [n, D, F]; routed: also gate [n, D]
 
 
 class Elastic:
@@ -45,50 +55,100 @@ class Elastic:
         budgets = ", ".join(f"{budget:.0%}" for budget in elastic.budgets)
         trained = (
             f"are then distilled end to end on the dense model's logits: AdamW, {elastic.steps} steps of "
-            f"{elastic.batch_tokens} tokens, learning rate {elastic.lr:g}; a budget that this does not help on the holdout "
-            f"stays as it was solved"
+            f"{elastic.batch_tokens} tokens, learning rate {elastic.lr:g} x 128 / hidden size; a budget that this does not "
+            f"help on the holdout stays as it was solved"
             if elastic.steps
             else "are not trained further"
+        )
+        routed = (
+            f"Budgets of at most {elastic.routed:.0%} also try a mixture with routed layers ({recipe.split.experts} experts, a "
+            f"sigmoid router, the chosen scores divided by their sum), trained layer by layer for {elastic.routed_steps} steps "
+            f"and then like the others; it is kept beside the static one where its divergence on the holdout is at least "
+            f"{ROUTED_MARGIN:.0%} lower."
+            if elastic.routed and elastic.steps
+            else "Policies are static masks without a router."
         )
         return (
             f"Elastic, LaDiMo's own method. Each FFN is cut into {recipe.split.experts} experts in the order in which it can "
             f"spare its neurons (optimal brain surgeon on second moments), so that all experts are the dense FFN exactly. For "
             f"each budget ({budgets} of the active parameters) a solver chooses how many experts each layer keeps, from damage "
             f"measured layer by layer; the kept neurons' down_proj is solved again in closed form for what was left out, and "
-            f"these substitutes {trained}. Policies are static masks without a router."
+            f"these substitutes {trained}. {routed}"
         )
 
 
-def with_substitutes(mlp: GatedMLP, order: Tensor, num_experts: int, substitutes: list[tuple[Tensor, Tensor]]) -> ExpertLayer:
-    """The exact partition of an FFN in this order [N], and after it the substitutes: each a pair gate_up_proj [n, 2F, D] and
-    down_proj [n, D, F]. In fp32 on the FFN's device; it has no router."""
+def with_substitutes(
+    mlp: GatedMLP, order: Tensor, num_experts: int, fixed: Sequence[Weights], routed: Sequence[Weights] = ()
+) -> ExpertLayer:
+    """The exact partition of an FFN in this order [N], after it sets of fixed substitutes, then routed ones. In fp32 on the
+    FFN's device; without routed ones it has no router, with them one that scores these alone."""
     partition = expert_neurons(order, num_experts)
     whole = MoeLayerConfig(num_experts, num_experts, partition.shape[1], expert_weight="one", router="none")
     exact = split_ffn(mlp, partition, whole, {})
-    if not substitutes:
+    sets = [*fixed, *routed]
+    if not sets:
         return exact
-    count = sum(len(gate_up) for gate_up, _ in substitutes)
-    with torch.device("meta"):
-        layer = ExpertLayer(
-            mlp.gate_proj.in_features, dataclasses.replace(whole, num_experts=num_experts + count, substitutes=count)
+    count, scored = (sum(len(weights["down_proj"]) for weights in some) for some in (sets, routed))
+    config = dataclasses.replace(whole, num_experts=num_experts + count, substitutes=count)
+    if routed:
+        config = dataclasses.replace(
+            config,
+            router="linear",
+            score_function="sigmoid",
+            expert_weight="score",
+            fixed_experts=config.num_experts - scored,
         )
+    with torch.device("meta"):
+        layer = ExpertLayer(mlp.gate_proj.in_features, config)
     device = mlp.gate_proj.weight.device
-    gate_ups, downs = zip(*substitutes, strict=True)
-    weights = {
-        "gate_up_proj": torch.cat([exact.experts.gate_up_proj.detach(), *(part.to(device).float() for part in gate_ups)]),
-        "down_proj": torch.cat([exact.experts.down_proj.detach(), *(part.to(device).float() for part in downs)]),
-    }
-    layer.experts.load_state_dict(weights, assign=True)
+    for name in ("gate_up_proj", "down_proj"):
+        own = getattr(exact.experts, name).detach()
+        stacked = torch.cat([own, *(weights[name].to(device).float() for weights in sets)])
+        layer.experts.register_parameter(name, nn.Parameter(stacked))
+    if routed:
+        gate = torch.cat([weights["gate"].to(device).float() for weights in routed])
+        layer.gate.load_state_dict({"weight": gate}, assign=True)
     return layer.requires_grad_(False)
 
 
-def solved_substitute(mlp: GatedMLP, order: Tensor, num_experts: int, count: int, repaired: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `count` experts with down_proj [D, K] solved again: gate_up_proj [n, 2F, D] and down_proj [n, D, F] in fp32 on
-    the host."""
+def solved_substitute(mlp: GatedMLP, order: Tensor, num_experts: int, count: int, repaired: Tensor) -> Weights:
+    """The first `count` experts with down_proj [D, K] solved again, in fp32 on the host."""
     partition = expert_neurons(order, num_experts)[:count]
     layer = MoeLayerConfig(count, count, partition.shape[1], expert_weight="one", router="none")
     part = split_ffn(mlp, partition, layer, {}).experts
     columns = torch.zeros(repaired.shape[0], partition.numel())
     columns[:, : repaired.shape[1]] = repaired  # only the last expert of all is padded, and it has no repair
     down = columns.view(len(columns), count, -1).transpose(0, 1)
-    return part.gate_up_proj.detach().cpu(), down.contiguous()
+    return {"gate_up_proj": part.gate_up_proj.detach().cpu(), "down_proj": down.contiguous()}
+
+
+def routed_counts(num_experts: int) -> tuple[int, ...]:
+    """Experts per token that routed substitutes are trained for. With one alone, whose score is divided by itself, the router
+    would learn nothing; above half of the experts fixed ones are as good."""
+    return tuple(range(2, num_experts // 2 + 1))
+
+
+def routed_layer(mlp: GatedMLP, num_experts: int, count: int) -> ExpertLayer:
+    """An FFN cut into routed experts of which `count` run per token, in fp32 on its device; the router is empty."""
+    partition = contiguous_partition(mlp.gate_proj.out_features, num_experts)
+    layer = MoeLayerConfig(num_experts, count, partition.shape[1], score_function="sigmoid")
+    return split_ffn(mlp, partition, layer, {"weight": torch.zeros(num_experts, mlp.gate_proj.in_features)})
+
+
+def routed_substitute(mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> Weights:
+    """Routed experts regressed on the FFN's outputs, every step with another number of experts per token: a start for all
+    budgets. In fp32 on the host. Raises ValueError when there are more experts than neurons or the training diverges."""
+    check_experts(recipe.split.experts, mlp)
+    counts = routed_counts(recipe.split.experts)
+    layer = routed_layer(mlp, recipe.split.experts, counts[0])
+    gate = torch.randn(recipe.split.experts, mlp.gate_proj.in_features, generator=generator) * recipe.split.gate_std
+    layer.gate.load_state_dict({"weight": gate})
+    train = dataclasses.replace(recipe.train, steps=recipe.elastic.routed_steps)
+    distill_layer(layer, data, train, generator, [LayerRule(count) for count in counts])
+    return weights_of(layer)
+
+
+def weights_of(layer: ExpertLayer) -> Weights:
+    """Routed experts on the host."""
+    weights = {**layer.experts.state_dict(), "gate": layer.gate.state_dict()["weight"]}
+    return {name: tensor.detach().cpu() for name, tensor in weights.items()}

@@ -27,8 +27,8 @@ BUDGETS = [0.9, 0.8, 0.7, 0.6]
 
 
 def elastic_recipe(**flags: object) -> Recipe:
-    values = {"method": "elastic", "elastic.budgets": BUDGETS, "elastic.steps": 6, "elastic.batch_tokens": 128, **flags}
-    return small_recipe(**values)
+    values = {"method": "elastic", "elastic.budgets": BUDGETS, "elastic.steps": 6, "elastic.batch_tokens": 128}
+    return small_recipe(**{**values, "elastic.routed": 0.0, "elastic.routed_steps": 40, **flags})
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def test_all_experts_are_the_dense_ffn_and_a_substitute_is_its_repair(neurons: i
     assert sorted(expert_neurons(widths.order, 4).flatten().tolist()[: 4 * 6])[-neurons:] == list(range(neurons))
     pair = solved_substitute(mlp, widths.order, 4, 2, widths.repairs[2])
     both = with_substitutes(mlp, widths.order, 4, [pair])
+    assert (both.config.router, both.config.fixed_experts) == ("none", 0)
     assert (both.config.num_experts, both.config.substitutes, both.config.num_experts_per_tok) == (6, 2, 4)
     assert layer_error(both, data.holdout_inputs, data.holdout_targets) < 1e-10  # `full` leaves the substitutes out
     alone = with_substitutes(mlp, widths.order, 4, [pair])
@@ -243,6 +244,9 @@ def test_budgets_follow_from_the_target_and_wrong_ones_are_refused(source: Path)
     for wrong in ([0.9, 0.8], [0.8, 0.9, 0.5], [1.1, 0.8, 0.5], [0.9, 0.8, 0.0]):
         with pytest.raises(ValueError, match=r"elastic\.budgets"):
             ElasticRecipe(budgets=wrong)
+    for name, value in (("routed", 1.5), ("routed_steps", -1)):
+        with pytest.raises(ValueError, match=rf"elastic\.{name}"):
+            Recipe.from_dict({"elastic": {name: value}})
     assert Recipe.from_dict({"elastic": {"budgets": [0.9, 0.8, 0.5]}}).elastic.budgets == [0.9, 0.8, 0.5]
     with pytest.raises(ValueError, match=r"elastic\.budgets: must be a list of numbers"):
         Recipe.from_dict({"elastic": {"budgets": [0.9, "x", 0.5]}})
