@@ -17,7 +17,7 @@ from typing import Any
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RULE_FIELDS = ("top_k", "mass", "floor", "renormalize", "experts")
+RULE_FIELDS = ("top_k", "mass", "floor", "renormalize", "experts", "batch_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class LayerRule:
 
     top_k: at most this many experts. mass: stop once the kept scores sum to this (None = no limit). floor: drop experts
     scored below this. renormalize: divide the kept weights by their sum. experts: the experts that may be chosen (None =
-    all). Rank 0 is always kept.
+    all). Rank 0 is always kept. batch_experts: at most so many different experts for all decoding tokens of a step together,
+    besides those that the step reads anyway (None = no limit; see `routing.within_batch`).
     """
 
     top_k: int
@@ -34,6 +35,7 @@ class LayerRule:
     floor: float = 0.0
     renormalize: bool = True
     experts: tuple[int, ...] | None = None
+    batch_experts: int | None = None
 
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
@@ -51,6 +53,8 @@ class LayerRule:
             "floor": _canonical(self.floor),
             "renormalize": self.renormalize,
             "experts": experts,
+            # Written only where it is set: the versions of policies without it are what they were before it existed.
+            **({} if self.batch_experts is None else {"batch_experts": self.batch_experts}),
         }
 
 
@@ -106,19 +110,22 @@ class RoutingPolicy:
                 continue
             if rule.top_k > layer.num_experts:
                 raise ValueError(f"{path}.top_k: is {rule.top_k}, the layer has {layer.num_experts} experts")
+            if rule.batch_experts is not None and rule.batch_experts > layer.num_experts:
+                raise ValueError(f"{path}.batch_experts: is {rule.batch_experts}, the layer has {layer.num_experts} experts")
             if rule.experts is not None and max(rule.experts) >= layer.num_experts:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
-        """Rows [L][4] of (top_k, mass, floor, renormalize) and masks [L][num_experts] of experts that may be chosen."""
+        """Rows [L][5] of (top_k, mass, floor, renormalize, batch_experts) and masks [L][num_experts] of experts that may be chosen."""
         rows, allowed = [], []
         for rule in self.layers:
             if rule is None:
-                rows.append([0.0, math.inf, 0.0, 0.0])
+                rows.append([0.0, math.inf, 0.0, 0.0, math.inf])
                 allowed.append([False] * num_experts)
                 continue
             mass = math.inf if rule.mass is None else rule.mass
-            rows.append([float(rule.top_k), mass, rule.floor, float(rule.renormalize)])
+            budget = math.inf if rule.batch_experts is None else float(rule.batch_experts)
+            rows.append([float(rule.top_k), mass, rule.floor, float(rule.renormalize), budget])
             allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
         return rows, allowed
 
@@ -246,12 +253,16 @@ def _rule(raw: object, path: str) -> LayerRule | None:
     renormalize = raw.get("renormalize", True)
     if not isinstance(renormalize, bool):
         raise ValueError(f"{path}.renormalize: must be true or false")
+    batch_experts = raw.get("batch_experts")
+    if batch_experts is not None and (isinstance(batch_experts, bool) or not isinstance(batch_experts, int) or batch_experts < 1):
+        raise ValueError(f"{path}.batch_experts: must be null or an integer of at least 1")
     return LayerRule(
         top_k=top_k,
         mass=None if mass is None else float(mass),
         floor=float(floor),
         renormalize=renormalize,
         experts=_experts(raw.get("experts"), f"{path}.experts"),
+        batch_experts=batch_experts,
     )
 
 

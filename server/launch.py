@@ -159,6 +159,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         None if frontier is None else frontier.for_batch(settings.frontier_batch),
         settings.default_target,
         settings.policies_dir,
+        settings.batch_budgets,
     )
     name = settings.served_model_name or Path(settings.model).resolve().name
     metrics = _build_metrics(config, name, settings.expert_metrics == "full")

@@ -92,6 +92,10 @@ class ServerSettings(BaseSettings):
     max_policies: int = Field(64, ge=1, le=4096, description="Different policy versions that can run at once.")
     prefix_caching: bool = Field(True, description="Keep computed prompt prefixes and use them again under the same policy.")
     cuda_graphs: bool = Field(True, description="On a CUDA device, replay decode steps from graphs captured at start.")
+    batch_budgets: bool = Field(
+        False,
+        description="Accept policies with batch_experts: a decode step reads fewer experts, an answer depends on its batch.",
+    )
     fair_queueing: Literal["key", "user", "none"] = Field(
         "key",
         description="Who takes turns where requests wait: API keys; the request field user within them; none: oldest first.",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.experts import apply_experts
 from ladimo.model.router import make_router
-from ladimo.model.routing import select_experts
+from ladimo.model.routing import select_experts, within_batch
 
 
 class Experts(nn.Module):
@@ -28,10 +28,14 @@ class ExpertLayer(nn.Module):
         self.gate = make_router(hidden_size, layer)
         self.experts = Experts(hidden_size, layer)
 
-    def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, D] under rules rows [T, 4] and masks allowed [T, E] -> output [T, D], topk_ids [T, E]."""
+    def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D] under rules rows [T, 5] and masks allowed [T, E] -> output [T, D], topk_ids [T, E].
+        `num_budgeted`: of how many tokens, the first, the rules' batch budgets count."""
         router_logits = self.gate(hidden_states)
         bias = self.gate.e_score_correction_bias
         topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config, bias)
+        if num_budgeted:
+            shared = within_batch(topk_weights, topk_ids, rows, allowed, num_budgeted)
+            topk_weights, topk_ids = select_experts(router_logits, rows, shared, self.config, bias)
         out = apply_experts(hidden_states, topk_weights, topk_ids, self.experts.gate_up_proj, self.experts.down_proj)
         return out, topk_ids

@@ -1,5 +1,7 @@
 """The one routing rule. A policy is a row of four numbers and a mask; this function reads them and never branches on them.
 
+With `within_batch` the decoding tokens of a step share a budget of experts; that, too, is a number of the row.
+
 Legend: T tokens, E experts, K = E places per token (the shape never depends on a policy).
 """
 
@@ -34,7 +36,8 @@ def expert_scores(
 def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's rule: rows [T, 4] of (top_k, mass, floor, renormalize) and masks [T, E].
+    """Apply each token's rule: rows [T, 5] of (top_k, mass, floor, renormalize, batch_experts) and masks [T, E]. The last
+    number is not for one token alone, see `within_batch`.
 
     Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first. Rank r is kept while r < top_k, the scores before
     it sum to less than mass and its own is at least floor; rank 0 always stays. Dropped places have weight 0 and id -1. A
@@ -45,7 +48,7 @@ def select_experts(
 
         return routing.select_experts(router_logits, rows, allowed, layer, selection_bias)
     scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
-    top_k, mass, floor, renormalize = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
+    top_k, mass, floor, renormalize = rows[:, :4].unsqueeze(-1).unbind(dim=1)  # each [T, 1]
     rank = torch.arange(ids.shape[1], device=ids.device)
     mass_before = scores.cumsum(dim=-1) - scores
     enough = ((mass_before < mass) & (scores >= floor)) | (rank == 0)
@@ -54,3 +57,32 @@ def select_experts(
     total = weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     weights = torch.where(renormalize > 0, weights / total, weights)
     return weights, ids.masked_fill(~kept, -1)
+
+
+def within_batch(
+    topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int
+) -> Tensor:
+    """The masks [T, E] that make a step's decoding tokens, the first `num_decode`, share their experts; choose again under them.
+
+    A decode step reads every expert that any of its tokens chose, so fewer experts per token save little in a batch; fewer
+    different ones do (XShare, vLLM issue 35550; opportunistic expert activation, arXiv 2511.02237). A decoding token whose
+    batch_experts is finite keeps of its mask the experts that a token without a budget has chosen, which are read anyway, and
+    of the others so many with the largest sum of weights over all tokens with a budget; ties go to the lower expert. Tokens
+    without a budget, prompts among them, keep their masks.
+    """
+    if kernels.available(topk_weights, topk_ids, rows, allowed):
+        from ladimo.model.kernels import routing
+
+        return routing.within_batch(topk_weights, topk_ids, rows, allowed, num_decode)
+    num_experts = allowed.shape[1]
+    kept = topk_ids >= 0
+    chosen = torch.zeros_like(allowed, dtype=torch.float32).scatter_add_(1, topk_ids.clamp(min=0), kept.float())
+    weights = torch.zeros_like(chosen).scatter_add_(1, topk_ids.clamp(min=0), topk_weights * kept)
+    budget = rows[:, 4].masked_fill(torch.arange(len(rows), device=rows.device) >= num_decode, torch.inf)[:, None]
+    limited = budget < torch.inf
+    free = ((chosen > 0) & ~limited).any(dim=0)
+    total = (weights * limited).sum(dim=0)
+    number = torch.arange(num_experts, device=rows.device)
+    better = (total[None, :] > total[:, None]) | ((total[None, :] == total[:, None]) & (number[None, :] < number[:, None]))
+    rank = (better[None] & (allowed & ~free)[:, None, :]).sum(dim=-1)  # of each expert among those of the mask that cost
+    return allowed & (free | (rank < budget))

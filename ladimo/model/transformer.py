@@ -48,16 +48,19 @@ class DecoderLayer(nn.Module):
         inputs: StepInputs,
         kv_cache: KVCache | None,
         rules: tuple[Tensor, Tensor] | None,
+        num_budgeted: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [T, D] -> the same after the layer, and the experts that ran [T, E]. `rules` are those of
-        `RoutingTables.rules`. A dense layer needs none and returns no experts."""
+        `RoutingTables.rules`, whose batch budgets count for the first `num_budgeted` tokens. A dense layer needs none and
+        returns no experts."""
         attended = self._attention(hidden_states, rope, inputs, kv_cache)
         ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         if not isinstance(self.mlp, ExpertLayer):
             return hidden_states + self.mlp(ffn_inputs), None
         assert rules is not None
         rows, allowed = rules
-        out, topk_ids = self.mlp(ffn_inputs, rows[:, self.layer], allowed[:, self.layer, : self.mlp.config.num_experts])
+        mask = allowed[:, self.layer, : self.mlp.config.num_experts]
+        out, topk_ids = self.mlp(ffn_inputs, rows[:, self.layer], mask, num_budgeted)
         return hidden_states + out, topk_ids
 
     def _attention(
@@ -98,9 +101,10 @@ class MoeTransformer(nn.Module):
         hidden_states = self.model.embed_tokens(inputs.input_ids)
         rope = self.rotary(inputs.positions, hidden_states.dtype)
         rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices else None
+        num_budgeted = inputs.num_decode if tables.batch_budgets else 0
         expert_ids: list[Tensor | None] = []
         for layer in self.model.layers:
-            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, rules)
+            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted)
             expert_ids.append(topk_ids)
         if inputs.logit_indices is not None:
             hidden_states = hidden_states[inputs.logit_indices]

@@ -21,6 +21,7 @@ class EngineConfig:
     max_policies: int = 64
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    batch_budgets: bool = False
     quantize: Literal["int8", "int4"] | None = None
 
 

@@ -334,7 +334,7 @@ def assemble_core(
     if weight.device.type == "cuda":
         torch.cuda.set_device(weight.device)  # of this thread, which is the engine's: kernels and events go where it points
     kv_cache = KVCache.allocate(model.config, num_blocks, config.block_size, weight.dtype, weight.device)
-    table = PolicyTable(model.config, config.max_policies + 1, weight.device)
+    table = PolicyTable(model.config, config.max_policies + 1, weight.device, config.batch_budgets)
     limits = EngineLimits(
         max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies
     )

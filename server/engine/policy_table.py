@@ -33,10 +33,10 @@ class PolicyTable:
     policy until the place is needed.
     """
 
-    def __init__(self, config: ModelConfig, num_rows: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, num_rows: int, device: torch.device, batch_budgets: bool = False) -> None:
         assert num_rows >= 2
         self.config = config
-        self.tables = RoutingTables.empty(num_rows, config.num_hidden_layers, config.max_num_experts, device)
+        self.tables = RoutingTables.empty(num_rows, config.num_hidden_layers, config.max_num_experts, device, batch_budgets)
         self._rows: list[_Row | None] = [None] * num_rows
         self._by_version: dict[str, int] = {}
         self._clock = 0

@@ -47,7 +47,8 @@ class State:
 
 
 class PolicyStore:
-    """`frontier`: the points the knob walks, all of one batch size; None for a dense model.
+    """`frontier`: the points the knob walks, all of one batch size; None for a dense model. `batch_budgets`: whether the engine
+    can run policies with `batch_experts`; if not, they are refused.
 
     `default` None takes the persisted default, or `full`. Raises ValueError naming the file or policy that is wrong.
     """
@@ -59,9 +60,15 @@ class PolicyStore:
         frontier: Frontier | None,
         default: Target | None = None,
         directory: Path | None = None,
+        batch_budgets: bool = False,
     ) -> None:
-        self.config, self.frontier = config, frontier
+        self.config, self.frontier, self._batch_budgets = config, frontier, batch_budgets
         self.checkpoint = MappingProxyType(dict(checkpoint))
+        for name, policy in checkpoint.items():
+            try:
+                self._check_budgets(policy)
+            except ValueError as error:
+                raise ValueError(f"policy {name!r} of the checkpoint: {error}") from None
         self.auto_accuracy = 1.0  # where automatic control has the knob
         self._file = None if directory is None else directory / STATE_FILE
         for point in () if frontier is None else frontier.points:
@@ -125,6 +132,7 @@ class PolicyStore:
             if name == AUTO:
                 raise ValueError(f"name: {AUTO!r} means automatic control and cannot name a policy")
             policy.validate(self.config)
+            self._check_budgets(policy)
         except ValueError as error:
             raise InvalidPolicy(str(error), param=_field(error)) from error
         return self._next({**self.state.stored, name: policy}, self.state.default)
@@ -227,7 +235,13 @@ class PolicyStore:
     def _policy(self, raw: object) -> RoutingPolicy:
         policy = RoutingPolicy.from_dict(raw)
         policy.validate(self.config)
+        self._check_budgets(policy)
         return policy
+
+    def _check_budgets(self, policy: RoutingPolicy) -> None:
+        for index, rule in enumerate(() if self._batch_budgets else policy.layers):
+            if rule is not None and rule.batch_experts is not None:
+                raise ValueError(f"layers[{index}].batch_experts: needs a server started with --batch-budgets")
 
 
 def _to_dict(state: State) -> dict[str, object]:

@@ -67,7 +67,12 @@ class DecodeStep:
     """A model, its cache, its tables and one step's inputs, all on the fake device."""
 
     def __init__(
-        self, config: ModelConfig, batch: int, dtype: torch.dtype = torch.bfloat16, format: Quantize | None = None
+        self,
+        config: ModelConfig,
+        batch: int,
+        dtype: torch.dtype = torch.bfloat16,
+        format: Quantize | None = None,
+        budgets: bool = False,
     ) -> None:
         with DEVICE:
             self.model = MoeTransformer(config)
@@ -77,7 +82,7 @@ class DecodeStep:
             quantize_model(self.model, format)
         self.model.rotary.table = torch.empty(config.max_position_embeddings, 2, config.head_dim, device=DEVICE)
         self.kv_cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, dtype, DEVICE)
-        self.tables = RoutingTables.empty(NUM_POLICIES, config.num_hidden_layers, config.max_num_experts, DEVICE)
+        self.tables = RoutingTables.empty(NUM_POLICIES, config.num_hidden_layers, config.max_num_experts, DEVICE, budgets)
         self.inputs = StepInputs(
             input_ids=torch.zeros(batch, dtype=torch.int64, device=DEVICE),
             positions=torch.zeros(batch, dtype=torch.int64, device=DEVICE),
@@ -108,7 +113,7 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
     """Sizes on both sides of the choice of expert kernel, counting included."""
     config = read_config(moe_dir)
     with fake():
-        step = DecodeStep(config, batch)
+        step = DecodeStep(config, batch, budgets=batch > 1)
         logits, expert_ids = step.run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None
@@ -143,7 +148,7 @@ def test_decode_step_of_moe_on_kernels(
     monkeypatch.setattr(ladimo.model.kernels, "available", lambda *tensors: True)
     config = read_config(moe_dir)
     with fake():
-        logits, expert_ids = DecodeStep(config, batch, format=format).run()
+        logits, expert_ids = DecodeStep(config, batch, format=format, budgets=batch == 64).run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None and expert_ids.shape[1] == batch
     names = {
@@ -155,6 +160,7 @@ def test_decode_step_of_moe_on_kernels(
         "_attend_part_kernel",
     }
     assert names < launched
+    assert ("_within_batch_kernel" in launched) == (batch == 64)
     assert ("_matvec_down_kernel" in launched) == (batch == 1)
     assert ("_grouped_down_kernel" in launched) == (batch > 1)
     dense = "_matvec_kernel" if batch == 1 else "_matmul_kernel" if batch < linear.WHOLE_ROWS else "_whole_kernel"

@@ -106,6 +106,7 @@ def test_version_is_stable_across_releases() -> None:
         *(({"floor": value}, "layers[0].floor") for value in (-0.1, 1.1, math.nan, None, "0", False, 10**400)),
         *(({"renormalize": value}, "layers[0].renormalize") for value in (0, 1, "true", None)),
         *(({"experts": value}, "layers[0].experts") for value in NO_EXPERT_LISTS),
+        *(({"batch_experts": value}, "layers[0].batch_experts") for value in (0, -1, True, 1.0, "2", [2])),
         ({"temperature": 1}, "layers[0].temperature"),
     ],
 )
@@ -152,7 +153,7 @@ def test_junk_gives_a_policy_or_a_value_error(junk: object, place: str, data: st
     elif place == "rule":
         raw["layers"][0] = junk
     else:
-        raw["layers"][0][data.draw(st.sampled_from(["top_k", "mass", "floor", "renormalize", "experts", "other"]))] = junk
+        raw["layers"][0][data.draw(st.sampled_from(["top_k", "mass", "floor", "renormalize", "experts", "batch_experts", "other"]))] = junk
     try:
         policy = RoutingPolicy.from_dict(raw)
         policy.validate(CONFIG)
@@ -173,6 +174,7 @@ def test_junk_gives_a_policy_or_a_value_error(junk: object, place: str, data: st
         (policy_json(top_k=EXPERTS + 1), r"layers\[0\].top_k"),
         (policy_json(top_k=10**400), r"layers\[0\].top_k"),
         (policy_json(experts=[0, EXPERTS]), r"layers\[0\].experts"),
+        (policy_json(batch_experts=EXPERTS + 1), r"layers\[0\].batch_experts"),
     ],
 )
 def test_validate_names_the_field_that_does_not_fit(raw: dict[str, Any], field: str) -> None:
@@ -189,6 +191,11 @@ def test_validate_accepts_what_fits() -> None:
 def test_rows() -> None:
     """The numbers that the routing rule reads; the mask is widened to the table's experts."""
     rows, allowed = RoutingPolicy.from_dict(policy_json(mass=None, floor=0.25)).to_rows(4)
-    assert rows == [[2.0, math.inf, 0.25, 1.0], [0.0, math.inf, 0.0, 0.0], [1.0, math.inf, 0.0, 1.0]]
+    assert rows == [
+        [2.0, math.inf, 0.25, 1.0, math.inf],
+        [0.0, math.inf, 0.0, 0.0, math.inf],
+        [1.0, math.inf, 0.0, 1.0, math.inf],
+    ]
     assert allowed == [[True, False, False, True], [False] * 4, [True] * 4]
-    assert RoutingPolicy.from_dict(policy_json(mass=0.8, renormalize=False)).to_rows(4)[0][0] == [2.0, 0.8, 0.0, 0.0]
+    assert RoutingPolicy.from_dict(policy_json(mass=0.8, renormalize=False)).to_rows(4)[0][0] == [2.0, 0.8, 0.0, 0.0, math.inf]
+    assert RoutingPolicy.from_dict(policy_json(batch_experts=3)).to_rows(4)[0][0][4] == 3.0

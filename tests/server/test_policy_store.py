@@ -1,12 +1,13 @@
 """Persistence of policies and defaults: whole or not at all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ladimo.policy import Frontier
-from server.errors import NoFrontier, UnknownPolicy
+from ladimo.policy import Frontier, RoutingPolicy
+from server.errors import InvalidPolicy, NoFrontier, UnknownPolicy
 from server.policies.store import MAX_HISTORY, STATE_FILE, PolicyStore
 from server.policies.targets import Ask, AtAccuracy, Named
 from tests.server.fakes import fake_policy
@@ -84,3 +85,23 @@ def test_the_file_is_plain_policy_json(tmp_path: Path) -> None:
     store = make_store(directory=tmp_path)
     store.commit(store.put("mine", fake_policy("mine", 3).to_dict()))
     assert json.loads((tmp_path / STATE_FILE).read_text())["policies"]["mine"] == fake_policy("mine", 3).to_dict()
+
+
+def limited(name: str) -> RoutingPolicy:
+    policy = fake_policy(name, 2)
+    layers = tuple(None if rule is None else replace(rule, batch_experts=3) for rule in policy.layers)
+    return replace(policy, layers=layers)
+
+
+def test_batch_budgets_need_an_engine_that_has_them(tmp_path: Path) -> None:
+    """They make one request's answer depend on others, so an operator must have asked for them."""
+    with pytest.raises(InvalidPolicy, match="--batch-budgets") as refused:
+        make_store().put("mine", limited("mine").to_dict())
+    assert refused.value.param == "layers[0].batch_experts"
+    with pytest.raises(ValueError, match="'full' of the checkpoint: .*--batch-budgets"):
+        PolicyStore(CONFIG, {**policies(), "full": limited("full")}, None)
+    store = PolicyStore(CONFIG, policies(), frontier(), directory=tmp_path, batch_budgets=True)
+    store.commit(store.put("mine", limited("mine").to_dict()))
+    assert store.get("mine") == limited("mine")
+    with pytest.raises(ValueError, match=STATE_FILE):
+        make_store(directory=tmp_path)

@@ -78,6 +78,7 @@ class _Step(ctypes.Structure):
             "block_size",
             "num_blocks",
             "parallel",
+            "batch_budgets",
         )
     ] + [
         (name, c_void_p)
@@ -196,6 +197,7 @@ class NativeStep:
             kv_cache.k.shape[2],
             kv_cache.k.shape[1],
             self._multiply_adds * num_tokens >= SERIAL_STEP,
+            tables.batch_budgets,
             *(tensor.data_ptr() for tensor in given),
             ctypes.addressof(segments),
             tables.rows.data_ptr(),

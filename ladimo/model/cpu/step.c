@@ -2,7 +2,8 @@
 //
 // Every number of a token is computed in an order that depends on nothing but the token's own sequence: dot products run over
 // their columns one after another, attention over tiles of 16 positions, experts in the order of their numbers. So a token's
-// bits are the same alone, in a batch of any size, in any chunk of a prompt and on any number of threads.
+// bits are the same alone, in a batch of any size, in any chunk of a prompt and on any number of threads; only a policy with
+// a budget of experts for the batch makes its tokens look at each other.
 //
 // Weights are packed in panels of 16 rows (packing.py): a row has a lane of its own in one of the panel's vectors, and its sum never
 // crosses lanes. Up to four panels, a "block", lie interleaved, so that a block is one stream of memory. Vectors are as wide as the
@@ -40,6 +41,7 @@
 #define KEYS 16         // positions that attention takes at once
 #define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
+#define RULE_NUMBERS 5  // top_k, mass, floor, renormalize, batch_experts
 #define FIXED_LOGIT 40.0f  // of an expert without a row in the router (router.py)
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -85,10 +87,10 @@ typedef struct {
 // `StepInputs`, `RoutingTables` and `KVCache` as memory. The cache is this file's own: keys [blocks, G, C, block_size], values
 // [blocks, G, block_size, C], so that what one head reads of a block is one stretch of memory.
 typedef struct {
-    int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel;
+    int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel, batch_budgets;
     const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
     const Segment *segments;
-    const float *rows;       // [P, L, 4]
+    const float *rows;       // [P, L, RULE_NUMBERS]
     const uint8_t *allowed;  // [P, L, E]
     void *k_cache, *v_cache;
     float *logits;        // [R, V]
@@ -589,6 +591,7 @@ typedef struct {
     uint8_t *normed, *projected;  // [D] and [H C], activations
     uint8_t *inner;               // [pairs, F], activations
     float *weights;               // [E], by rank
+    float *router_logits;         // [E], where the step has batch budgets
     int32_t *pair_token;          // tokens by expert, those of expert e from first_pair[e] on
     float *pair_weight;           // and what its output counts there
     int64_t *first_pair;          // [E + 1]
@@ -843,13 +846,19 @@ static void router_logits(const State *s, const float *normed, float *logits) {
     }
 }
 
+static inline int64_t rule_index(const State *s, int64_t t) { return s->step->policy_ids[t] * s->model->num_layers + s->layer_index; }
+static inline const float *rule_of(const State *s, int64_t t) { return s->step->rows + rule_index(s, t) * RULE_NUMBERS; }
+static inline const uint8_t *mask_of(const State *s, int64_t t) { return s->step->allowed + rule_index(s, t) * s->model->max_experts; }
+static inline int64_t *ids_of(const State *s, int64_t t) {
+    return s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * s->model->max_experts;
+}
+
 // `select_experts` for one token: ids and weights by rank, -1 and 0 where dropped.
-static void select_experts(const State *s, int64_t t, const float *logits, int64_t *ids, float *weights) {
+static void select_experts(
+    const State *s, const float *row, const uint8_t *allowed, const float *logits, int64_t *ids, float *weights
+) {
     const Layer *l = s->layer;
-    const Step *step = s->step;
-    int64_t experts = l->num_experts, at = step->policy_ids[t] * s->model->num_layers + s->layer_index;
-    const float *row = step->rows + at * 4;
-    const uint8_t *allowed = step->allowed + at * s->model->max_experts;
+    int64_t experts = l->num_experts;
     float scores[experts], order[experts], highest = -INFINITY, total = 0.0f;
     for (int64_t e = 0; e < experts; e++)
         if (allowed[e] && logits[e] > highest) highest = logits[e];
@@ -903,14 +912,49 @@ static void post_norm_token(const void *job, int64_t t) {
     normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
     write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
     if (!m->max_experts) return;
-    int64_t *ids = s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * m->max_experts;
+    int64_t *ids = ids_of(s, t);
     if (!l->num_experts) {
         for (int64_t e = 0; e < m->max_experts; e++) ids[e] = -1;
         return;
     }
-    float logits[l->num_experts];
+    float own[l->num_experts], *logits = s->step->batch_budgets ? s->router_logits + t * m->max_experts : own;
     router_logits(s, normed, logits);
-    select_experts(s, t, logits, ids, s->weights + t * m->max_experts);
+    select_experts(s, rule_of(s, t), mask_of(s, t), logits, ids, s->weights + t * m->max_experts);
+}
+
+static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[4] < INFINITY; }
+
+// `within_batch`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
+static void share_experts(const State *s) {
+    int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = s->layer->num_experts, limited = 0;
+    float total[experts];
+    uint8_t is_free[experts];
+    memset(total, 0, sizeof total);
+    memset(is_free, 0, sizeof is_free);
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t *ids = ids_of(s, t);
+        int budget = has_budget(s, t);
+        limited += budget;
+        for (int64_t rank = 0; rank < width; rank++) {
+            if (ids[rank] < 0) continue;
+            if (budget) total[ids[rank]] += s->weights[t * width + rank];
+            else is_free[ids[rank]] = 1;
+        }
+    }
+    if (!limited) return;
+    for (int64_t t = 0; t < s->step->num_decode; t++) {
+        if (!has_budget(s, t)) continue;
+        const uint8_t *allowed = mask_of(s, t);
+        const float *rule = rule_of(s, t);
+        uint8_t shared[experts];
+        for (int64_t e = 0; e < experts; e++) {
+            float before = 0;
+            for (int64_t other = 0; other < experts; other++)
+                before += allowed[other] && !is_free[other] && (total[other] > total[e] || (total[other] == total[e] && other < e));
+            shared[e] = allowed[e] && (is_free[e] || before < rule[4]);
+        }
+        select_experts(s, rule, shared, s->router_logits + t * width, ids_of(s, t), s->weights + t * width);
+    }
 }
 
 // Sort the step's (token, expert) pairs by expert. In a dense layer each token runs the one expert there is.
@@ -1013,6 +1057,7 @@ static void run_layer(Engine *engine, State *s) {
     run(engine, project_token, s, tokens);
     product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1});
     run(engine, post_norm_token, s, tokens);
+    if (s->step->batch_budgets && l->num_experts) share_experts(s);
     group_tokens(s);
     int64_t chunks = 0;
     for (int64_t e = 0; e < (l->num_experts ? l->num_experts : 1); e++) chunks += expert_chunks(s, e);
@@ -1081,6 +1126,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     s->projected = carve(&at, tokens * s->attended_bytes);
     s->inner = carve(&at, inner);
     s->weights = carve(&at, tokens * m->max_experts * sizeof(float));
+    s->router_logits = carve(&at, s->step->batch_budgets ? tokens * m->max_experts * sizeof(float) : 0);
     s->pair_token = carve(&at, pairs * sizeof(int32_t));
     s->pair_weight = carve(&at, pairs * sizeof(float));
     s->first_pair = carve(&at, (experts + 1) * sizeof(int64_t));

@@ -1,5 +1,5 @@
-"""The routing rule and the counting of its choices, one launch each. References: `ladimo.model.routing.select_experts` and
-`ladimo.model.inputs.RoutingTables.record`.
+"""The routing rule, the batch's budget and the counting of choices, one launch each. References: `select_experts` and
+`within_batch` of `ladimo.model.routing`, `ladimo.model.inputs.RoutingTables.record`.
 
 Legend: T tokens, E experts, K = E places per token, L layers, P policies.
 """
@@ -119,6 +119,76 @@ def _select_kernel(
     ids = tl.where(kept, experts[None, :].to(tl.int64), -1)
     tl.store(weights_ptr + places, weights, mask=live)
     tl.store(ids_ptr + places, ids, mask=live)
+
+
+def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
+    """See the reference. One program, whose sums over the tokens always run in the same order."""
+    num_tokens, num_experts = topk_ids.shape
+    shared = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=topk_ids.device)
+    block_e = triton.next_power_of_2(num_experts)
+    _within_batch_kernel[(1,)](
+        topk_weights,
+        topk_ids,
+        rows,
+        allowed.view(torch.uint8),
+        shared.view(torch.uint8),
+        num_tokens,
+        num_decode,
+        rows.stride(0),
+        allowed.stride(0),
+        E=num_experts,
+        BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, SELECT_TILE // block_e)),
+        BLOCK_E=block_e,
+    )
+    return shared
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_decode", "rows_stride", "allowed_stride"])
+def _within_batch_kernel(
+    weights_ptr,
+    ids_ptr,
+    rows_ptr,
+    allowed_ptr,
+    shared_ptr,
+    num_tokens,
+    num_decode,
+    rows_stride,
+    allowed_stride,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], dtype=tl.float32)
+    free = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for start in range(0, num_tokens, BLOCK_T):
+        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        live = tokens < num_tokens
+        budget = tl.load(rows_ptr + tokens * rows_stride + 4, mask=live, other=float("inf"))
+        limited = (budget < float("inf")) & (tokens < num_decode)
+        for place in range(E):
+            ids = tl.load(ids_ptr + tokens * E + place, mask=live, other=-1)
+            weights = tl.load(weights_ptr + tokens * E + place, mask=live, other=0.0)
+            chosen = ids[:, None] == experts[None, :]
+            total += tl.sum(tl.where(chosen & limited[:, None], weights[:, None], 0.0), axis=0)
+            free = tl.maximum(free, tl.max((chosen & (limited == 0)[:, None]).to(tl.int32), axis=0))
+
+    for start in range(0, num_tokens, BLOCK_T):
+        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        live = (tokens < num_tokens)[:, None] & (experts < E)[None, :]
+        allowed = tl.load(allowed_ptr + tokens[:, None] * allowed_stride + experts[None, :], mask=live, other=0) != 0
+        budget = tl.load(rows_ptr + tokens * rows_stride + 4, mask=tokens < num_tokens, other=0.0)
+        budget = tl.where(tokens < num_decode, budget, float("inf"))
+        costs = (allowed & (free == 0)[None, :]).to(tl.int32)
+        rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)  # of each expert among those of the mask that cost
+        for expert in range(E):
+            this = experts == expert
+            its_total = tl.sum(tl.where(this, total, 0.0), axis=0)
+            it_costs = tl.sum(tl.where(this[None, :], costs, 0), axis=1)
+            behind = (total < its_total) | ((total == its_total) & (experts > expert))
+            rank += tl.where(behind[None, :], it_costs[:, None], 0)
+        shared = allowed & ((free > 0)[None, :] | (rank.to(tl.float32) < budget[:, None]))
+        tl.store(shared_ptr + tokens[:, None] * E + experts[None, :], shared.to(tl.uint8), mask=live)
 
 
 def record(expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distinct_experts: Tensor) -> None:

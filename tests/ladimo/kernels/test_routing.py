@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ladimo.model.config import MoeLayerConfig, ScoreFunction
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.routing import select_experts
+from ladimo.model.routing import select_experts, within_batch
 from ladimo.policy import LayerRule, RoutingPolicy
 
 pytest.importorskip("triton")
@@ -33,6 +33,7 @@ def draw_rule(num_experts: int, generator: torch.Generator) -> LayerRule:
         floor=uniform() / num_experts if chance() else 0.0,
         renormalize=chance(),
         experts=subset if chance() else None,
+        batch_experts=int(torch.randint(1, num_experts + 1, (), generator=generator)) if chance() else None,
     )
 
 
@@ -65,6 +66,26 @@ def test_select_experts(seed: int, device: torch.device) -> None:
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
     assert (ids[policy_ids == 0] == -1).all()
+    num_decode = num_tokens * (seed % 3) // 2
+    shared = kernels.within_batch(weights, ids, rows, allowed, num_decode)
+    assert torch.equal(shared, within_batch(weights, ids, rows, allowed, num_decode))
+
+
+def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than one tile holds; weights whose sums are exact in any order."""
+    monkeypatch.setattr(kernels, "SELECT_TILE", 32)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([2.0, torch.inf, 0.0, 0.0, 3.0]).repeat(70, 1)
+    rows[::9, 4] = torch.inf
+    ids = torch.rand(70, 8, generator=generator).argsort(dim=-1).masked_fill(torch.arange(8) >= 2, -1)
+    ids[::9] = -1
+    ids[60:] = -1
+    weights = torch.randint(1, 9, (70, 8), generator=generator) / 8 * (ids >= 0)
+    allowed = torch.rand(70, 8, generator=generator) < 0.7
+    arguments = [tensor.to(device) for tensor in (weights, ids, rows, allowed)]
+    shared = kernels.within_batch(*arguments, 60)
+    assert torch.equal(shared, within_batch(*arguments, 60))
+    assert (shared.sum(dim=1)[1:60:9] <= 3).all() and (shared[61:] == arguments[3][61:]).all()
 
 
 def test_ties_go_to_the_lower_expert(device: torch.device) -> None:

@@ -27,6 +27,7 @@ from tests.server.engine.graphs import (
     mixed_requests,
     null_block_is_finite,
     random_prompts,
+    rules,
 )
 from tests.server.fakes import FakeRunner, fake_core, fake_policy
 
@@ -90,6 +91,28 @@ def test_replay_equals_eager_for_every_bucket_and_a_mix_of_policies(moe_dir: Pat
     assert snapshot(replayed.core).routed_tokens == snapshot(eager.core).routed_tokens
     assert snapshot(replayed.core).distinct_experts == snapshot(eager.core).distinct_experts
     assert null_block_is_finite(replayed.core)
+
+
+def test_batch_budgets_under_graphs(moe_dir: Path, model: MoeTransformer) -> None:
+    """Policies with and without a budget in one batch, padded: the same tokens and experts, and fewer different ones than
+    without budgets."""
+    policies = [rules(moe_dir, "two", top_k=2, batch_experts=2), rules(moe_dir, "one", top_k=3, batch_experts=1)]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    asked = [GenerationRequest(f"r{i}", tuple(prompt), sampling, policies[i % 2]) for i, prompt in enumerate(random_prompts(6))]
+    limited = replace(CONFIG, batch_budgets=True)
+    drivers = [Driver(core) for core in (assemble_core(model, limited), graph_core(model, limited), assemble_core(model, CONFIG))]
+    for driver in drivers:
+        driver.submit(*asked)
+        driver.run()
+    eager, replayed, free = drivers
+    assert replayed.tokens == eager.tokens
+    assert snapshot(replayed.core).distinct_experts == snapshot(eager.core).distinct_experts
+
+    def mean(core: EngineCore) -> float:
+        steps = [sum(layer) for layer in zip(*snapshot(core).distinct_experts, strict=True)]
+        return sum(number * count for number, count in enumerate(steps)) / sum(steps)
+
+    assert mean(eager.core) < mean(free.core)
 
 
 def test_dense_model_replays_too(dense_dir: Path) -> None:
