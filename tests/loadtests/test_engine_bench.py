@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from loadtests import peers
 from loadtests.engine_bench import LLAMA_CPP, REFERENCE, main
+from loadtests.engine_plot import main as draw
 from loadtests.models import SHAPES
 from loadtests.runs import random_prompts
 
@@ -76,3 +78,25 @@ def test_a_policy_that_is_not_there_is_named(moe_dir: Path, dense_dir: Path) -> 
 def test_bad_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main([*SIZES, *arguments])
+
+
+def test_the_plot_draws_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = record_of(capsys, "--shape", "tiny", "--peers", "generate")
+    source, target = tmp_path / "record.json", tmp_path / "plot.svg"
+    source.write_text(json.dumps(record))
+    draw([str(source), "--out", str(target)])
+    chart = ElementTree.fromstring(target.read_text())
+    panels = [child for child in chart if child.tag.endswith("svg")]
+    assert len(panels) == 3  # decode at two batch sizes, prefill
+    hints = [title.text for title in chart.iter("{http://www.w3.org/2000/svg}title")]
+    for row in record["results"]:
+        assert any(hint and hint.startswith(f"{row['policy']}: {row['tokens_per_second']:.1f}") for hint in hints)
+
+
+def test_the_plot_refuses_other_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "record.json"
+    source.write_text('{"benchmark": "scrape_bench"}')
+    with pytest.raises(SystemExit):
+        draw([str(source), "--out", str(tmp_path / "plot.svg")])
+    assert "not a record of engine_bench" in capsys.readouterr().err
+    assert not (tmp_path / "plot.svg").exists()
