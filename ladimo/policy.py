@@ -116,7 +116,8 @@ class RoutingPolicy:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
-        """Rows [L][5] of (top_k, mass, floor, renormalize, batch_experts) and masks [L][num_experts] of experts that may be chosen."""
+        """Rows [L][5] of (top_k, mass, floor, renormalize, batch_experts), and masks [L][num_experts] of experts that may be
+        chosen."""
         rows, allowed = [], []
         for rule in self.layers:
             if rule is None:
@@ -254,7 +255,9 @@ def _rule(raw: object, path: str) -> LayerRule | None:
     if not isinstance(renormalize, bool):
         raise ValueError(f"{path}.renormalize: must be true or false")
     batch_experts = raw.get("batch_experts")
-    if batch_experts is not None and (isinstance(batch_experts, bool) or not isinstance(batch_experts, int) or batch_experts < 1):
+    if batch_experts is not None and (
+        isinstance(batch_experts, bool) or not isinstance(batch_experts, int) or batch_experts < 1
+    ):
         raise ValueError(f"{path}.batch_experts: must be null or an integer of at least 1")
     return LayerRule(
         top_k=top_k,

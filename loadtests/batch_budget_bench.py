@@ -2,9 +2,9 @@
 
     python -m loadtests.batch_budget_bench MODEL [--text FILE] [--policy full] [--batch 8] [--budgets 2,3,4,6]
 
-The batch's sequences are pieces of the text; each step reads the text's next token of every one, as if it had been drawn, so that
-all rows predict the same tokens under the same history. Rows: the policy as it is, the policy with each budget, and what also
-reads fewer experts: top_k 1. Rounds are interleaved; the speed is the median of the per-round ratios. Without --text it is
+The batch's sequences are pieces of the text; each step reads the text's next token of every one, as if it had been drawn, so
+that all rows predict the same tokens under the same history. Rows: the policy as it is, the policy with each budget, and what
+also reads fewer experts: top_k 1. Rounds are interleaved; the speed is the median of the per-round ratios. Without --text it is
 Python's standard library. The last line is one JSON object.
 """
 
@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "speed_ratio_spread": [min(ratios), max(ratios)],
         }
         print(
-            f"{name:<10} {row['distinct_experts_per_step'] or 0.0:9.2f} {row['perplexity']:11.3f} {row['perplexity_ratio']:7.4f} "
-            f"{1000 * row['step_seconds']:10.3f} {row['speed_ratio']:6.3f}"
+            f"{name:<10} {row['distinct_experts_per_step'] or 0.0:9.2f} {row['perplexity']:11.3f} "
+            f"{row['perplexity_ratio']:7.4f} {1000 * row['step_seconds']:10.3f} {row['speed_ratio']:6.3f}"
         )
         results.append(row)
     record = {"benchmark": "batch_budget_bench", "model": str(args.model), "policy": args.policy, "batch": args.batch}

@@ -59,10 +59,8 @@ def select_experts(
     return weights, ids.masked_fill(~kept, -1)
 
 
-def within_batch(
-    topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int
-) -> Tensor:
-    """The masks [T, E] that make a step's decoding tokens, the first `num_decode`, share their experts; choose again under them.
+def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
+    """The masks [T, E] under which a step's decoding tokens, the first `num_decode`, share experts when they choose again.
 
     A decode step reads every expert that any of its tokens chose, so fewer experts per token save little in a batch; fewer
     different ones do (XShare, vLLM issue 35550; opportunistic expert activation, arXiv 2511.02237). A decoding token whose

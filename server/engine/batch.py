@@ -92,14 +92,16 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
     def tensor(values: list[Any]) -> torch.Tensor:
         return to_device(values, torch.int64, device)
 
+    # One copy, as making a tensor costs more than what is in it.
+    ids, places, policies, slot_mapping = tensor([input_ids, positions, policy_ids, slots]).unbind()
     return StepInputs(
-        input_ids=tensor(input_ids),
-        positions=tensor(positions),
-        policy_ids=tensor(policy_ids),
-        slot_mapping=tensor(slots),
+        input_ids=ids,
+        positions=places,
+        policy_ids=policies,
+        slot_mapping=slot_mapping,
         block_table=tensor(tables),
         context_lens=tensor(context_lens),
         num_decode=len(batch.decode),
         prefill=tuple(segments),
-        logit_indices=tensor(logit_indices),
+        logit_indices=tensor(logit_indices) if segments else None,  # decoding rows all have theirs
     )

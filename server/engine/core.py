@@ -138,10 +138,11 @@ class EngineCore:
             output = flight.wait()
             if batch.previous is not None:
                 batch, output = _still_there(batch, output)
-            self._account(batch, output)
+            scheduled = batch.scheduled
+            self._account(scheduled, output)
             traces = [
                 self._trace(sequence, experts)
-                for (sequence, count), experts in zip(batch.scheduled, output.experts, strict=True)
+                for (sequence, count), experts in zip(scheduled, output.experts, strict=True)
                 if samples(sequence, count)
             ]
             drawn_ids = [drawn.token_id for drawn in output.drawn]
@@ -211,9 +212,9 @@ class EngineCore:
         )
         return None
 
-    def _account(self, batch: Batch, output: BatchOutput) -> None:
+    def _account(self, scheduled: list[tuple[Sequence, int]], output: BatchOutput) -> None:
         """What the step says of its sequences besides new tokens. Runs before `update` moves `num_computed`."""
-        figures = zip(batch.scheduled, output.expert_counts, output.prompt_logprobs, output.experts, strict=True)
+        figures = zip(scheduled, output.expert_counts, output.prompt_logprobs, output.experts, strict=True)
         for (sequence, count), experts, logprobs, traced in figures:
             sequence.num_routed += count
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]

@@ -1,6 +1,6 @@
 """The model on its device: loads it, allocates the cache, computes a batch. The only file that runs the network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import islice
@@ -118,15 +118,13 @@ class ModelRunner:
     def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
         logits, expert_ids = (self._native or self.model)(inputs, self.kv_cache, self.tables)
-        per_sequence = logits.split([num_logits(sequence, count) for sequence, count in batch.scheduled])
-        last = [
-            rows[-1:] for (sequence, count), rows in zip(batch.scheduled, per_sequence, strict=True) if samples(sequence, count)
-        ]
-        ends = last[0] if len(last) == 1 else torch.cat(last) if last else logits[:0]
-        token_ids = ends.argmax(dim=-1)
-        drawing = batch.drawing
-        if drawing:
-            token_ids = sample(self.adjuster.adjust(ends, drawing), make_sampling_inputs(drawing, self.device))
+        per_sequence, ends, drawing = None, logits, batch.drawing
+        if batch.prefill:  # else every row has logits of one token, and draws
+            scheduled = batch.scheduled
+            per_sequence = logits.split([num_logits(sequence, count) for sequence, count in scheduled])
+            last = [rows[-1:] for (one, count), rows in zip(scheduled, per_sequence, strict=True) if samples(one, count)]
+            ends = torch.cat(last) if last else logits[:0]
+        token_ids = sample(self.adjuster.adjust(ends, drawing), make_sampling_inputs(drawing, self.device))
         counts = self._count_experts(batch, inputs, expert_ids)
         return self._output(batch, token_ids, counts, expert_ids, ends, per_sequence)
 
@@ -144,47 +142,53 @@ class ModelRunner:
         token_ids [R] and logits `ends` [R, V] are of the sequences that draw, counts are [B, L], expert_ids [L, T, E];
         `per_sequence` has all logits of each scheduled sequence, when a prompt may be among them.
         """
-        drawing = batch.drawing
+        scheduled, drawing = batch.scheduled, batch.drawing
         num_drawn, width = len(drawing), counts.shape[1]
-        traced = _traced(batch, expert_ids, self.device)
-        fetched = to_host(torch.cat((token_ids, counts.flatten(), traced)))
+        fetched = to_host(torch.cat((token_ids, counts.flatten(), *_traced(scheduled, expert_ids))))
 
-        @torch.inference_mode()
         def wait() -> BatchOutput:
             packed = fetched()
-            end = num_drawn + len(batch.scheduled) * width
+            end = num_drawn + len(scheduled) * width
             flat = packed[num_drawn:end]
+            with torch.inference_mode():
+                drawn = self._drawn(drawing, packed[:num_drawn], ends)
+                prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in scheduled]
+                if per_sequence is not None:
+                    prompt_logprobs = [
+                        _prompt_logprobs(one, count, rows) for (one, count), rows in zip(scheduled, per_sequence, strict=True)
+                    ]
             return BatchOutput(
-                drawn=self._drawn(drawing, packed[:num_drawn], ends),
+                drawn=drawn,
                 expert_counts=[flat[i : i + width] for i in range(0, len(flat), width)],
-                prompt_logprobs=[
-                    [] if per_sequence is None else _prompt_logprobs(sequence, count, per_sequence[place])
-                    for place, (sequence, count) in enumerate(batch.scheduled)
-                ],
-                experts=self._unpack_experts(batch, expert_ids, iter(packed[end:])),
+                prompt_logprobs=prompt_logprobs,
+                experts=self._unpack_experts(scheduled, expert_ids, packed[end:]),
             )
 
         return wait
 
     def _count_experts(self, batch: Batch, inputs: StepInputs, expert_ids: Tensor | None) -> Tensor:
         """Count the step in the routing tables; per scheduled sequence and layer [B, L], how many experts its tokens ran."""
-        lengths = [count for _, count in batch.scheduled]
+        lengths = [1] * len(batch.decode) + [count for _, count in batch.prefill]
         if expert_ids is None:
             return torch.zeros(len(lengths), self.model.config.num_hidden_layers, dtype=torch.int64, device=self.device)
         self.tables.defer(expert_ids, inputs.policy_ids)
         per_token = (expert_ids >= 0).sum(dim=-1).t()  # [T, L]
-        if len(lengths) == batch.num_tokens:
+        if not batch.prefill:
             return per_token
         repeats = to_device(lengths, torch.int64, self.device)
         rows = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats, output_size=batch.num_tokens)
         return per_token.new_zeros(len(lengths), per_token.shape[1]).index_add_(0, rows, per_token)
 
-    def _unpack_experts(self, batch: Batch, expert_ids: Tensor | None, flat: Iterator[int]) -> list[list[TokenExperts]]:
+    def _unpack_experts(
+        self, scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None, traced: Rows[int]
+    ) -> list[list[TokenExperts]]:
         """Per scheduled sequence, from the numbers of `_traced`, its tokens' experts; nothing where it is not traced."""
+        experts: list[list[TokenExperts]] = [[] for _ in scheduled]
+        if expert_ids is not None and not traced:
+            return experts
         num_layers, _, places = (0, 0, 0) if expert_ids is None else expert_ids.shape
-        layers = self.model.config.moe_layer_indices
-        experts: list[list[TokenExperts]] = [[] for _ in batch.scheduled]
-        for place, (sequence, count) in enumerate(batch.scheduled):
+        layers, flat = self.model.config.moe_layer_indices, iter(traced)
+        for place, (sequence, count) in enumerate(scheduled):
             if sequence.request.trace is not None:
                 rows = [[[e for e in islice(flat, places) if e >= 0] for _ in range(count)] for _ in range(num_layers)]
                 experts[place] = [tuple(tuple(rows[layer][token]) for layer in layers) for token in range(count)]
@@ -201,13 +205,12 @@ class ModelRunner:
         return drawn
 
 
-def _traced(batch: Batch, expert_ids: Tensor | None, device: torch.device) -> Tensor:
-    """Of `expert_ids` [L, T, E], the parts of the sequences whose requests are traced, one after another in one dimension."""
-    scheduled = batch.scheduled
+def _traced(scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None) -> list[Tensor]:
+    """Of `expert_ids` [L, T, E], the parts of the sequences whose requests are traced, each in one dimension."""
     if expert_ids is None or all(sequence.request.trace is None for sequence, _ in scheduled):
-        return torch.empty(0, dtype=torch.int64, device=device)
+        return []
     parts = expert_ids.split([count for _, count in scheduled], dim=1)
-    return torch.cat([part.flatten() for part, (one, _) in zip(parts, scheduled, strict=True) if one.request.trace is not None])
+    return [part.flatten() for part, (one, _) in zip(parts, scheduled, strict=True) if one.request.trace is not None]
 
 
 def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[TokenLogprobs]:

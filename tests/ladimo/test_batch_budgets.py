@@ -126,8 +126,8 @@ def load(directory: Path) -> MoeTransformer:
     return load_model(directory, torch.float32, torch.device("cpu"))
 
 
-def limit(config_layers: tuple[MoeLayerConfig | None, ...], **rule: int) -> RoutingPolicy:
-    return RoutingPolicy("p", "", tuple(None if layer is None else LayerRule(**rule) for layer in config_layers))
+def everywhere(model: MoeTransformer, rule: LayerRule) -> RoutingPolicy:
+    return RoutingPolicy("p", "", tuple(None if layer is None else rule for layer in model.config.layers))
 
 
 def prompt(index: int) -> list[int]:
@@ -143,15 +143,15 @@ def run(model: MoeTransformer, native: NativeStep | None, policies: list[Routing
     for decode, prefill in (([], prompts), (rows[:3], [(rows[3], 15)]), (rows, []), (rows, [])):
         inputs = steps.inputs(decode, prefill)
         with torch.no_grad():
-            out += (native or model)(inputs, steps.kv_cache, steps.tables)
+            out += [result for result in (native or model)(inputs, steps.kv_cache, steps.tables) if result is not None]
         for row, count in [*((row, 1) for row in decode), *prefill]:
             row.computed += count
     return out
 
 
 def policies_of(model: MoeTransformer) -> list[RoutingPolicy]:
-    return [limit(model.config.layers, top_k=2, batch_experts=1), limit(model.config.layers, top_k=3, batch_experts=2),
-            limit(model.config.layers, top_k=1)]  # fmt: skip
+    rules = (LayerRule(2, batch_experts=1), LayerRule(3, batch_experts=2), LayerRule(1))
+    return [everywhere(model, rule) for rule in rules]
 
 
 @pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
@@ -167,7 +167,7 @@ def test_the_compiled_step_shares_as_torch_does(moe_dir: Path) -> None:
 
 def test_budgets_count_only_where_the_engine_was_told_so(moe_dir: Path) -> None:
     model = load(moe_dir)
-    without = [limit(model.config.layers, top_k=2), limit(model.config.layers, top_k=3), limit(model.config.layers, top_k=1)]
+    without = [everywhere(model, LayerRule(top_k)) for top_k in (2, 3, 1)]
     for one, other in zip(run(model, None, policies_of(model), False), run(model, None, without, True), strict=True):
         assert torch.equal(one, other)
 

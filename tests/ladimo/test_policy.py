@@ -153,7 +153,9 @@ def test_junk_gives_a_policy_or_a_value_error(junk: object, place: str, data: st
     elif place == "rule":
         raw["layers"][0] = junk
     else:
-        raw["layers"][0][data.draw(st.sampled_from(["top_k", "mass", "floor", "renormalize", "experts", "batch_experts", "other"]))] = junk
+        raw["layers"][0][
+            data.draw(st.sampled_from(["top_k", "mass", "floor", "renormalize", "experts", "batch_experts", "other"]))
+        ] = junk
     try:
         policy = RoutingPolicy.from_dict(raw)
         policy.validate(CONFIG)

@@ -174,7 +174,7 @@ class NativeStep:
         )
         logits = torch.empty(len(indices), config.vocab_size)
         expert_ids = None
-        if config.moe_layer_indices:
+        if self._model.max_experts:
             expert_ids = torch.empty(config.num_hidden_layers, num_tokens, config.max_num_experts, dtype=torch.int64)
         # Held until the call returns: contiguous() may have made copies.
         given = [

@@ -595,6 +595,7 @@ typedef struct {
     int32_t *pair_token;          // tokens by expert, those of expert e from first_pair[e] on
     float *pair_weight;           // and what its output counts there
     int64_t *first_pair;          // [E + 1]
+    int64_t *first_chunk;         // [E + 1]: those of expert e in the product of gate and up
     int64_t *query_items;         // {row, start, length, position} of tokens that attend together
     int64_t num_items;
 } State;
@@ -958,7 +959,7 @@ static void share_experts(const State *s) {
 }
 
 // Sort the step's (token, expert) pairs by expert. In a dense layer each token runs the one expert there is.
-static void group_tokens(State *s) {
+static void sort_pairs(State *s) {
     const Layer *l = s->layer;
     int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = l->num_experts;
     if (!experts) {
@@ -981,10 +982,15 @@ static void group_tokens(State *s) {
     }
 }
 
-// Chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
-static int64_t expert_chunks(const State *s, int64_t e) {
-    int64_t pairs = s->first_pair[e + 1] - s->first_pair[e];
-    return num_blocks(&s->layer->gate_up) * ceil_div(pairs, TOKEN_BLOCK);
+// Sort, and number the chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
+static int64_t group_tokens(State *s) {
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0;
+    sort_pairs(s);
+    for (int64_t e = 0; e < experts; e++) {
+        s->first_chunk[e] = chunks;
+        chunks += num_blocks(&s->layer->gate_up) * ceil_div(s->first_pair[e + 1] - s->first_pair[e], TOKEN_BLOCK);
+    }
+    return s->first_chunk[experts] = chunks;
 }
 
 // Activations `first` .. `first + count` of a record of `size`; whole groups of them in the integer formats.
@@ -1000,7 +1006,8 @@ static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t c
 static void gate_up_chunk(const void *job, int64_t chunk) {
     const State *s = job;
     int64_t e = 0, size = s->layer->expert_size;
-    for (; chunk >= expert_chunks(s, e); e++) chunk -= expert_chunks(s, e);
+    while (s->first_chunk[e + 1] <= chunk) e++;
+    chunk -= s->first_chunk[e];
     Matrix matrix = expert_matrix(&s->layer->gate_up, e);
     int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
     int64_t block = chunk / token_blocks, begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK;
@@ -1031,8 +1038,10 @@ static void down_chunk(const void *job, int64_t block) {
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t e = 0; e < experts; e++) {
+        int64_t end = s->first_pair[e + 1];
+        if (s->first_pair[e] == end) continue;
         Matrix matrix = expert_matrix(&s->layer->down, e);
-        int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row), end = s->first_pair[e + 1];
+        int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row);
         for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
             n = least(TILE, end - pair);
             for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
@@ -1058,9 +1067,7 @@ static void run_layer(Engine *engine, State *s) {
     product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1});
     run(engine, post_norm_token, s, tokens);
     if (s->step->batch_budgets && l->num_experts) share_experts(s);
-    group_tokens(s);
-    int64_t chunks = 0;
-    for (int64_t e = 0; e < (l->num_experts ? l->num_experts : 1); e++) chunks += expert_chunks(s, e);
+    int64_t chunks = group_tokens(s);
     if (!chunks) return;
     run(engine, gate_up_chunk, s, chunks);
     run(engine, down_chunk, s, num_blocks(&l->down));
@@ -1130,6 +1137,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     s->pair_token = carve(&at, pairs * sizeof(int32_t));
     s->pair_weight = carve(&at, pairs * sizeof(float));
     s->first_pair = carve(&at, (experts + 1) * sizeof(int64_t));
+    s->first_chunk = carve(&at, (experts + 1) * sizeof(int64_t));
     s->query_items = carve(&at, s->num_items * 4 * sizeof(int64_t));
     return at;
 }

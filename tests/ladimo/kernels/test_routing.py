@@ -82,10 +82,10 @@ def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest
     ids[60:] = -1
     weights = torch.randint(1, 9, (70, 8), generator=generator) / 8 * (ids >= 0)
     allowed = torch.rand(70, 8, generator=generator) < 0.7
-    arguments = [tensor.to(device) for tensor in (weights, ids, rows, allowed)]
-    shared = kernels.within_batch(*arguments, 60)
-    assert torch.equal(shared, within_batch(*arguments, 60))
-    assert (shared.sum(dim=1)[1:60:9] <= 3).all() and (shared[61:] == arguments[3][61:]).all()
+    weights, ids, rows, allowed = (tensor.to(device) for tensor in (weights, ids, rows, allowed))
+    shared = kernels.within_batch(weights, ids, rows, allowed, 60)
+    assert torch.equal(shared, within_batch(weights, ids, rows, allowed, 60))
+    assert (shared.sum(dim=1)[1:60:9] <= 3).all() and (shared[61:] == allowed[61:]).all()
 
 
 def test_ties_go_to_the_lower_expert(device: torch.device) -> None:
