@@ -20,7 +20,7 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
         self._sent = 0  # characters of the window's text that are out
-        self._start_window(list(prompt_ids[-PROMPT_CONTEXT_TOKENS:]))
+        self._start_window(list(prompt_ids[_boundary(decode, prompt_ids) :]))
         # A character that began in the prompt belongs to the output that completes it.
         self._sent -= _incomplete(decode(self._window)) if prompt_ids else 0
 
@@ -50,6 +50,16 @@ class Detokenizer:
         """Go on after `context`, whose text is out already."""
         self._window, self._context = context, len(context)
         self._sent = len(self._decode(context)) if context else 0
+
+
+def _boundary(decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> int:
+    """Where the prompt's last few tokens begin: not within a character, whose rest alone would decode to another text."""
+    latest = max(0, len(prompt_ids) - PROMPT_CONTEXT_TOKENS)
+    for start in range(latest, max(0, latest - MAX_HELD_TOKENS), -1):
+        # Tokens have a byte at least: the last character of four of them shows whole if it is whole.
+        if not decode(prompt_ids[max(0, start - MAX_INCOMPLETE - 1) : start]).endswith(REPLACEMENT):
+            return start
+    return max(0, latest - MAX_HELD_TOKENS)
 
 
 def _incomplete(text: str) -> int:
