@@ -101,13 +101,11 @@ def launch_linear(num_rows: int, format: Quantize, num_inputs: int = 4096, num_o
 
 
 def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bias: bool = False) -> None:
-    ids = routing.select_experts(
-        meta(num_tokens, num_experts),
-        meta(num_tokens, 4, dtype=torch.float32),
-        meta(num_tokens, num_experts, dtype=torch.bool),
-        layer,
-        meta(num_experts, dtype=torch.float32) if bias else None,
-    )[1]
+    rows, allowed = meta(num_tokens, 5, dtype=torch.float32), meta(num_tokens, num_experts, dtype=torch.bool)
+    weights, ids = routing.select_experts(
+        meta(num_tokens, num_experts), rows, allowed, layer, meta(num_experts, dtype=torch.float32) if bias else None
+    )
+    routing.within_batch(weights, ids, rows, allowed, num_tokens)
     routing.record(
         ids.expand(4, num_tokens, num_experts),
         meta(num_tokens, dtype=torch.int64),

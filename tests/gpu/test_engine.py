@@ -25,7 +25,7 @@ from server.engine.messages import Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import ModelRunner
 from server.engine.model_runner import load as load_to_serve
 from server.engine.request import GenerationRequest, SamplingParams
-from tests.server.engine.graphs import Driver, assert_idle, eight_policies, mixed_requests, random_prompts
+from tests.server.engine.graphs import Driver, assert_idle, eight_policies, mixed_requests, random_prompts, rules
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -213,6 +213,18 @@ def test_integer_weights_are_served_from_graphs(moe_dir: Path, format: Quantize)
         driver.submit(*endless(mixed_requests(moe_dir, 6)))
         answers.append(driver.run())
         assert_idle(driver.core)
+    assert answers[0] == answers[1]
+
+
+def test_batch_budgets_under_graphs(moe_dir: Path, model: MoeTransformer) -> None:
+    policies = [rules(moe_dir, "two", top_k=2, batch_experts=2), rules(moe_dir, "one", top_k=3, batch_experts=1)]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    asked = [GenerationRequest(f"r{i}", tuple(prompt), sampling, policies[i % 2]) for i, prompt in enumerate(random_prompts(6))]
+    answers = []
+    for graphs in (False, True):
+        driver = Driver(assemble_core(model, replace(CONFIG, batch_budgets=True, cuda_graphs=graphs)))
+        driver.submit(*asked)
+        answers.append((driver.run(), counters(driver.core).distinct_experts))
     assert answers[0] == answers[1]
 
 

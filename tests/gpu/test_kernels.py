@@ -224,6 +224,20 @@ def test_routing(seed: int) -> None:
     assert torch.equal(counted[1], tables.distinct_experts)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (32, 8), (512, 8), (64, 60)])
+def test_within_batch(num_tokens: int, num_experts: int) -> None:
+    rows = torch.tensor([2.0, torch.inf, 0.0, 1.0, 3.0], device="cuda").repeat(num_tokens, 1)
+    rows[::5, 4] = torch.inf
+    ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
+    ids[:, 2:] = -1
+    ids[::5] = -1
+    scores = torch.randint(1, 9, ids.shape, device="cuda") / 8 * (ids >= 0)  # sums are exact in any order
+    allowed = torch.rand(ids.shape, device="cuda") < 0.8
+    shared = routing.within_batch(scores, ids, rows, allowed, num_tokens - 1)
+    with plain():
+        assert torch.equal(shared, routing.within_batch(scores, ids, rows, allowed, num_tokens - 1))
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (6, 6, 80)])
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_attention(batch: int, heads: int, kv_heads: int, head_dim: int) -> None:

@@ -13,6 +13,8 @@ from ladimo.model.config import MoeLayerConfig
 
 # Tokens times experts routed in one program.
 SELECT_TILE = 512
+# Tokens times experts that the one program of a batch's budget looks at together.
+BUDGET_TILE = 256
 # Choices times experts compared at a time when choices are counted.
 COUNT_TILE = 8192
 
@@ -137,7 +139,7 @@ def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: 
         rows.stride(0),
         allowed.stride(0),
         E=num_experts,
-        BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, SELECT_TILE // block_e)),
+        BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, BUDGET_TILE // block_e)),
         BLOCK_E=block_e,
     )
     return shared

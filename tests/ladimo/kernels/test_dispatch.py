@@ -83,7 +83,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {"_select_kernel", "_matvec_down_kernel", "_grouped_down_kernel", "_attend_part_kernel"} < {
+    assert {"_select_kernel", "_within_batch_kernel", "_matvec_down_kernel", "_grouped_down_kernel", "_attend_part_kernel"} < {
         k["kernel"] for k in compiled
     }
     both = {"_matvec_gate_up_kernel", "_matvec_down_kernel", "_grouped_gate_up_kernel", "_grouped_down_kernel"}

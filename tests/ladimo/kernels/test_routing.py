@@ -73,7 +73,7 @@ def test_select_experts(seed: int, device: torch.device) -> None:
 
 def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than one tile holds; weights whose sums are exact in any order."""
-    monkeypatch.setattr(kernels, "SELECT_TILE", 32)
+    monkeypatch.setattr(kernels, "BUDGET_TILE", 32)
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor([2.0, torch.inf, 0.0, 0.0, 3.0]).repeat(70, 1)
     rows[::9, 4] = torch.inf
