@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from server.engine.model_runner import NUM_THREADS, serving_dtype
 
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
+BUDGET = "half, the same for all"
 PEERS = ("generate", "static", "continuous", "llama.cpp")
 
 
@@ -77,7 +78,10 @@ def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Sub
     return Subjects(
         random_model(config, dtype, device),
         random_model(dense_config(shape), dtype, device),
-        {name: top_k_policy(config, name, top_k) for name, top_k in (("all", 8), ("half", 4), ("quarter", 2))},
+        {
+            **{name: top_k_policy(config, name, top_k) for name, top_k in (("all", 8), ("half", 4), ("quarter", 2))},
+            BUDGET: top_k_policy(config, BUDGET, 4, batch_experts=4),
+        },
         peers.dense_llama(SHAPES[shape], dtype, device),
     )
 
@@ -153,6 +157,8 @@ def make_rows(
     core, dense_core = assemble_core(subjects.moe, sizes), assemble_core(subjects.dense, sizes)
     dense_policy = RoutingPolicy("dense", "", (None,) * subjects.dense.config.num_hidden_layers)
     engines = {"dense": (dense_core, dense_policy)} | {name: (core, policy) for name, policy in subjects.policies.items()}
+    if BUDGET in engines:  # an engine of its own, as budgets cost every step something
+        engines[BUDGET] = (assemble_core(subjects.moe, replace(sizes, batch_budgets=True)), subjects.policies[BUDGET])
     vocab_size = subjects.moe.config.vocab_size
 
     rows: dict[tuple[str, int, str], Callable[[], Sample]] = {}

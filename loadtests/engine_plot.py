@@ -12,13 +12,15 @@ from typing import Any
 
 from ladimo.checkpoint import read_json, write_text
 from ladimo.convert.charts import Axis, Bar, bar_chart, standalone
+from loadtests.engine_bench import BUDGET
 
-SHORT = {
+RIVALS = {
     "transformers generate, dense": "hf",
     "transformers static cache, dense": "hf static",
     "transformers continuous batching, dense": "hf batching",
     "llama.cpp, dense": "llama.cpp",
 }
+SHORT = {**RIVALS, BUDGET: "shared half"}
 
 
 def plot(record: Mapping[str, Any]) -> str:
@@ -28,7 +30,7 @@ def plot(record: Mapping[str, Any]) -> str:
         panels.setdefault((row["measure"], row["batch"]), []).append(row)
     charts = []
     for (measure, batch), rows in panels.items():
-        bars = [Bar(row["tokens_per_second"], _hint(row), row["policy"] in SHORT) for row in rows]
+        bars = [Bar(row["tokens_per_second"], _hint(row), row["policy"] in RIVALS) for row in rows]
         names = [(number + 0.5, SHORT.get(row["policy"], row["policy"])) for number, row in enumerate(rows)]
         title = f"{measure}, batch {batch}" if measure == "decode" else f"{measure} of {record['prefill_tokens']} tokens"
         charts.append(bar_chart(title, bars, "", Axis("tokens per second"), names))

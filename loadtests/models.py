@@ -91,7 +91,9 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     return model.eval()
 
 
-def top_k_policy(config: ModelConfig, name: str, top_k: int, experts: tuple[int, ...] | None = None) -> RoutingPolicy:
-    """The same rule in every expert layer: `top_k` of all experts, or of a fixed subset."""
-    rule = LayerRule(top_k=top_k, renormalize=False, experts=experts)
+def top_k_policy(
+    config: ModelConfig, name: str, top_k: int, experts: tuple[int, ...] | None = None, batch_experts: int | None = None
+) -> RoutingPolicy:
+    """The same rule in every expert layer: `top_k` of all experts, or of a fixed subset, or of what the batch may read."""
+    rule = LayerRule(top_k=top_k, renormalize=False, experts=experts, batch_experts=batch_experts)
     return RoutingPolicy(name, "", tuple(None if layer is None else rule for layer in config.layers))

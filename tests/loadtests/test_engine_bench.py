@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loadtests import peers
-from loadtests.engine_bench import LLAMA_CPP, REFERENCE, main
+from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main
 from loadtests.engine_plot import main as draw
 from loadtests.models import SHAPES
 from loadtests.runs import random_prompts
@@ -26,10 +26,11 @@ def record_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 def test_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
     record = record_of(capsys, "--shape", "tiny", "--peers", "generate,continuous")
     rows = {(row["measure"], row["batch"], row["policy"]): row for row in record["results"]}
-    names = {REFERENCE, "dense", "all", "half", "quarter"}
+    names = {REFERENCE, "dense", "all", "half", "quarter", BUDGET}
     assert set(rows) == {(m, b, name) for m, b in (("decode", 1), ("decode", 3), ("prefill", 1)) for name in names}
     assert rows["decode", 1, "half"]["distinct_experts_per_step"] == 4
     assert rows["decode", 3, "all"]["distinct_experts_per_step"] == 8
+    assert rows["decode", 3, BUDGET]["distinct_experts_per_step"] == 4 < rows["decode", 3, "half"]["distinct_experts_per_step"]
     assert all(row["ratio_to_transformers"] == 1 for key, row in rows.items() if key[2] == REFERENCE)
     assert set(record["left_out"]) == {"transformers continuous batching, dense"}
 
