@@ -1,4 +1,4 @@
-"""Weights as small integers, and only the weights: symmetric, a scale per row and 32 columns, rounded when a model is loaded.
+"""Weights as small integers, and only the weights: no offset, a scale per row and 32 columns, rounded when a model is loaded.
 
 The idea is FineQuant's (arXiv 2308.09723): groups along the input dimension keep int4 usable without calibration data.
 
@@ -29,20 +29,24 @@ def quantize(weights: Tensor, format: Quantize) -> tuple[Tensor, Tensor]:
     """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, G]; K is a multiple of
     `GROUP`.
 
-    Symmetric, to nearest. Of a few scales each group takes the one that leaves the least squared error: for int4, clipping the
-    largest weight often pays.
+    No offset, to nearest. int8 runs from -127 to 127. int4 runs from -8 to 7, and a scale may be negative, so that the largest
+    weight can be the -8; of a few scales each group takes the one that leaves the least squared error, as clipping often pays.
     """
-    largest = LARGEST[format]
     groups = weights.float().unflatten(1, (-1, GROUP))
+    largest = LARGEST[format]
     limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
-    best = torch.full_like(limit, torch.inf)
-    scales = limit / largest
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8) if format == "int4" else (1.0,):
-        scale = limit * shrink / largest
-        error = ((groups / scale).round().clamp(-largest, largest) * scale - groups).square().sum(dim=2, keepdim=True)
+    candidates = [limit / largest]
+    if format == "int4":
+        extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+        ends = (limit / largest, torch.where(extreme > 0, -limit, limit) / (largest + 1))
+        candidates = [end * shrink for end in ends for shrink in (1.0, 0.95, 0.9, 0.85, 0.8)]
+    lowest = -largest - (format == "int4")
+    scales, best = candidates[0], torch.full_like(limit, torch.inf)
+    for scale in candidates:
+        error = ((groups / scale).round().clamp(lowest, largest) * scale - groups).square().sum(dim=2, keepdim=True)
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
-    integers = (groups / scales).round().clamp(-largest, largest)
+    integers = (groups / scales).round().clamp(lowest, largest)
     return integers.flatten(1).to(torch.int8), scales.squeeze(2)
 
 

@@ -225,10 +225,11 @@ def test_rounding_is_within_half_a_step(format: Quantize) -> None:
     weights = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
     weights[3, :GROUP] = 0
     integers, scales = quantize(weights, format)
-    assert integers.abs().max() <= LARGEST[format]
+    assert integers.max() <= LARGEST[format] and integers.min() == -LARGEST[format] - (format == "int4")
     error = (dequantize(integers, scales) - weights).abs().unflatten(1, (-1, GROUP))
-    inside = weights.unflatten(1, (-1, GROUP)).abs() <= scales.unsqueeze(2) * LARGEST[format]
-    assert (error <= scales.unsqueeze(2) * 0.5001)[inside].all()
+    step = scales.unsqueeze(2).abs()
+    inside = weights.unflatten(1, (-1, GROUP)).abs() <= step * LARGEST[format]
+    assert (error <= step * 0.5001)[inside].all()
     assert (dequantize(integers, scales)[3, :GROUP] == 0).all()
 
 
