@@ -168,11 +168,12 @@ class NativeStep:
         assert inputs.slot_mapping is not None and inputs.block_table is not None
         assert kv_cache.k.dtype == self.dtype, "the cache was allocated for another dtype"
         config, num_tokens = self.config, len(inputs.input_ids)
-        indices = torch.arange(num_tokens) if inputs.logit_indices is None else inputs.logit_indices
+        indices = None if inputs.logit_indices is None else inputs.logit_indices.contiguous()
         segments = (c_int64 * (4 * len(inputs.prefill)))(
             *(number for s in inputs.prefill for number in (s.row, s.start, s.length, s.context_len))
         )
-        logits = torch.empty(len(indices), config.vocab_size)
+        num_logits = num_tokens if indices is None else len(indices)
+        logits = torch.empty(num_logits, config.vocab_size)
         expert_ids = None
         if self._model.max_experts:
             expert_ids = torch.empty(config.num_hidden_layers, num_tokens, config.max_num_experts, dtype=torch.int64)
@@ -185,20 +186,20 @@ class NativeStep:
                 inputs.policy_ids,
                 inputs.slot_mapping,
                 inputs.block_table,
-                indices,
             )
         ]
         step = _Step(
             num_tokens,
             inputs.num_decode,
             len(inputs.prefill),
-            len(indices),
+            num_logits,
             inputs.block_table.shape[1],
             kv_cache.k.shape[2],
             kv_cache.k.shape[1],
             self._multiply_adds * num_tokens >= SERIAL_STEP,
             tables.batch_budgets,
             *(tensor.data_ptr() for tensor in given),
+            None if indices is None else indices.data_ptr(),
             ctypes.addressof(segments),
             tables.rows.data_ptr(),
             tables.allowed.data_ptr(),

@@ -88,7 +88,7 @@ typedef struct {
 // [blocks, G, block_size, C], so that what one head reads of a block is one stretch of memory.
 typedef struct {
     int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel, batch_budgets;
-    const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
+    const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;  // the last NULL: of all tokens
     const Segment *segments;
     const float *rows;       // [P, L, RULE_NUMBERS]
     const uint8_t *allowed;  // [P, L, E]
@@ -1084,7 +1084,7 @@ static void embed_token(const void *job, int64_t t) {
 static void final_norm_row(const void *job, int64_t r) {
     const State *s = job;
     const Model *m = s->model;
-    const float *x = s->x + s->step->logit_indices[r] * m->hidden;
+    const float *x = s->x + (s->step->logit_indices ? s->step->logit_indices[r] : r) * m->hidden;
     float normed[m->hidden];
     normalise(x, m->norm, m->hidden, m->eps, normed);
     write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, s->activations);
