@@ -1,0 +1,88 @@
+"""Time and memory of a conversion at a real model's shape, with random weights: both depend on shapes, not on what weights say.
+
+    python -m loadtests.conversion_scale [--shape llama-2-7b] [--layers N] [--tokens 100000] [--device auto]
+
+Fewer layers than the shape has make a shorter run: a conversion holds one layer at a time, so its peak does not grow with
+depth, and its time grows in proportion. The last line is one JSON object: seconds in all and the peak of the device's memory, on
+a CPU that of the process, hidden states on the host included.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ladimo.checkpoint import choose_device, read_config, write_json, write_tensors
+from ladimo.convert.pipeline import convert
+from ladimo.convert.recipe import Recipe
+from ladimo.convert.source import model_parameters
+from loadtests.conditions import conditions
+from loadtests.models import SHAPES
+
+
+def write_random_dense(directory: Path, shape: dict[str, Any]) -> None:
+    """A dense checkpoint in bf16 with normal weights, and a tokenizer of bytes and of unused tokens up to the vocabulary's size."""
+    write_json(directory / "config.json", {**shape, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    generator = torch.Generator().manual_seed(0)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model_parameters(read_config(directory)):
+            if parameter.ndim == 1:
+                yield name, torch.ones(parameter.shape, dtype=torch.bfloat16)
+            else:
+                yield name, (torch.randn(parameter.shape, generator=generator) * 0.02).bfloat16()
+
+    write_tensors(directory, weights())
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols += [f"<unused {number}>" for number in range(shape["vocab_size"] - len(symbols))]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="of the model, if not as many as the shape has")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--method", default="elastic")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(arguments)
+    shape = {**SHAPES[args.shape]}
+    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+    device = choose_device(args.device)
+    with TemporaryDirectory() as temporary:
+        dense, out = Path(temporary) / "dense", Path(temporary) / "moe"
+        dense.mkdir()
+        write_random_dense(dense, shape)
+        written = _peak_bytes(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.monotonic()
+        convert(str(dense), out, Recipe().override({"method": args.method, "tokens": args.tokens}), None, args.device)
+        seconds = time.monotonic() - started
+    peak, layers = _peak_bytes(device), shape["num_hidden_layers"]
+    print(f"{layers} layers of {args.shape} in {seconds:.0f} s, {seconds / layers:.1f} s a layer; peak {peak / 2**30:.1f} GiB")
+    record = {"benchmark": "conversion_scale", "shape": args.shape, "layers": layers, "method": args.method}
+    record |= {"tokens": args.tokens, "device": str(device), "seconds": seconds, "peak_bytes": peak}
+    print(json.dumps({**record, "peak_bytes_before": written, **conditions()}))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The benchmark of a conversion's time and memory, on a tiny shape."""
+
+import json
+
+import pytest
+
+from loadtests.conversion_scale import main
+
+
+def test_a_tiny_shape_is_converted_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--shape", "tiny", "--layers", "1", "--tokens", "2000", "--device", "cpu"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["shape"], record["layers"], record["method"]) == ("tiny", 1, "elastic")
+    assert record["seconds"] > 0 and record["peak_bytes"] >= record["peak_bytes_before"] > 0
