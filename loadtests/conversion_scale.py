@@ -3,8 +3,8 @@
     python -m loadtests.conversion_scale [--shape llama-2-7b] [--layers N] [--tokens 100000] [--device auto]
 
 Fewer layers than the shape has make a shorter run: a conversion holds one layer at a time, so its peak does not grow with
-depth, and its time grows in proportion. The last line is one JSON object: seconds in all and the peak of the device's memory, on
-a CPU that of the process, hidden states on the host included.
+depth, and its time grows in proportion. The last line is one JSON object: seconds in all and the peak of the device's memory,
+on a CPU that of the process, hidden states on the host included.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from loadtests.models import SHAPES
 
 
 def write_random_dense(directory: Path, shape: dict[str, Any]) -> None:
-    """A dense checkpoint in bf16 with normal weights, and a tokenizer of bytes and of unused tokens up to the vocabulary's size."""
+    """A dense checkpoint in bf16 with normal weights, and a tokenizer of bytes, filled up with unused tokens."""
     write_json(directory / "config.json", {**shape, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     generator = torch.Generator().manual_seed(0)
 
