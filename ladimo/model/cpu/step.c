@@ -546,12 +546,18 @@ typedef struct {
     int64_t target_stride;
     const float *bias;
     int add;
+    int64_t span;  // blocks of a chunk
 } Product;
 
-static void product_chunk(const void *job, int64_t chunk) {
-    const Product *j = job;
-    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), block = chunk / token_blocks, row = block * PANELS * ROWS;
-    int64_t begin = chunk % token_blocks * TOKEN_BLOCK, end = least(j->tokens, begin + TOKEN_BLOCK);
+// Few tokens wait for memory, which is faster in long stretches: a chunk then takes up to four of `blocks` blocks, as long as there
+// are eight chunks for each thread.
+static int64_t span_of(const Engine *engine, int64_t blocks, int64_t tokens) {
+    int64_t span = tokens > TILE ? 1 : blocks / (8 * (engine->num_helpers + 1));
+    return span < 1 ? 1 : least(span, 4);
+}
+
+static void product_block(const Product *j, int64_t block, int64_t begin) {
+    int64_t row = block * PANELS * ROWS, end = least(j->tokens, begin + TOKEN_BLOCK);
     int64_t width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
@@ -572,8 +578,16 @@ static void product_chunk(const void *job, int64_t chunk) {
     }
 }
 
+static void product_chunk(const void *job, int64_t chunk) {
+    const Product *j = job;
+    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), first = chunk / token_blocks * j->span;
+    for (int64_t block = first; block < least(first + j->span, num_blocks(j->m)); block++)
+        product_block(j, block, chunk % token_blocks * TOKEN_BLOCK);
+}
+
 static void product(Engine *engine, Product job) {
-    run(engine, product_chunk, &job, num_blocks(job.m) * ceil_div(job.tokens, TOKEN_BLOCK));
+    job.span = span_of(engine, num_blocks(job.m), job.tokens);
+    run(engine, product_chunk, &job, ceil_div(num_blocks(job.m), job.span) * ceil_div(job.tokens, TOKEN_BLOCK));
 }
 
 // ---------------------------------------------------------------------------------------------------------------- the layer
@@ -596,6 +610,7 @@ typedef struct {
     float *pair_weight;           // and what its output counts there
     int64_t *first_pair;          // [E + 1]
     int64_t *first_chunk;         // [E + 1]: those of expert e in the product of gate and up
+    int64_t span;                 // blocks that such a chunk takes
     int64_t *query_items;         // {row, start, length, position} of tokens that attend together
     int64_t num_items;
 } State;
@@ -983,12 +998,14 @@ static void sort_pairs(State *s) {
 }
 
 // Sort, and number the chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
-static int64_t group_tokens(State *s) {
-    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0;
+static int64_t group_tokens(const Engine *engine, State *s) {
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0, blocks = 0;
     sort_pairs(s);
+    for (int64_t e = 0; e < experts; e++) blocks += s->first_pair[e + 1] > s->first_pair[e] ? num_blocks(&s->layer->gate_up) : 0;
+    s->span = span_of(engine, blocks, s->step->num_tokens);
     for (int64_t e = 0; e < experts; e++) {
         s->first_chunk[e] = chunks;
-        chunks += num_blocks(&s->layer->gate_up) * ceil_div(s->first_pair[e + 1] - s->first_pair[e], TOKEN_BLOCK);
+        chunks += ceil_div(num_blocks(&s->layer->gate_up), s->span) * ceil_div(s->first_pair[e + 1] - s->first_pair[e], TOKEN_BLOCK);
     }
     return s->first_chunk[experts] = chunks;
 }
@@ -1003,22 +1020,14 @@ static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t c
     round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
 }
 
-static void gate_up_chunk(const void *job, int64_t chunk) {
-    const State *s = job;
-    int64_t e = 0, size = s->layer->expert_size;
-    while (s->first_chunk[e + 1] <= chunk) e++;
-    chunk -= s->first_chunk[e];
-    Matrix matrix = expert_matrix(&s->layer->gate_up, e);
-    int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
-    int64_t block = chunk / token_blocks, begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK;
-    int64_t half = panels_of(&matrix, block) / 2;
-    end = least(end, begin + TOKEN_BLOCK);
+static void gate_up_block(const State *s, const Matrix *matrix, int64_t block, int64_t begin, int64_t end) {
+    int64_t half = panels_of(matrix, block) / 2, size = s->layer->expert_size;
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t pair = begin, n; pair < end; pair += n) {
         n = least(TILE, end - pair);
         for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
-        multiply(&matrix, block, n, x, sums);
+        multiply(matrix, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
             float product[PANELS / 2 * ROWS];
             uint8_t *inner = s->inner + (pair + i) * s->inner_bytes;
@@ -1027,6 +1036,18 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
             write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, s->activations);
         }
     }
+}
+
+static void gate_up_chunk(const void *job, int64_t chunk) {
+    const State *s = job;
+    int64_t e = 0;
+    while (s->first_chunk[e + 1] <= chunk) e++;
+    chunk -= s->first_chunk[e];
+    Matrix matrix = expert_matrix(&s->layer->gate_up, e);
+    int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
+    int64_t begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
+    for (int64_t block = first; block < least(first + s->span, num_blocks(&matrix)); block++)
+        gate_up_block(s, &matrix, block, begin, least(end, begin + TOKEN_BLOCK));
 }
 
 // 64 rows of the output for all experts and tokens, so that each is written by one thread in the order of the experts.
@@ -1060,14 +1081,14 @@ static void run_layer(Engine *engine, State *s) {
     s->inner_bytes = activation_bytes(l->expert_size, s->activations);
     int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
     run(engine, input_norm_token, s, tokens);
-    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, tokens, s->qkv, qkv_width, l->qkv_bias, 0});
+    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, tokens, s->qkv, qkv_width, l->qkv_bias, 0, 1});
     run(engine, store_token, s, tokens);
     run(engine, attend_item, s, s->num_items * m->kv_heads);
     run(engine, project_token, s, tokens);
-    product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1});
+    product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1, 1});
     run(engine, post_norm_token, s, tokens);
     if (s->step->batch_budgets && l->num_experts) share_experts(s);
-    int64_t chunks = group_tokens(s);
+    int64_t chunks = group_tokens(engine, s);
     if (!chunks) return;
     run(engine, gate_up_chunk, s, chunks);
     run(engine, down_chunk, s, num_blocks(&l->down));
@@ -1167,7 +1188,7 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     }
     if (step->num_logits) {
         run(engine, final_norm_row, &state, step->num_logits);
-        product(engine, (Product){&model->head, state.normed, state.hidden_bytes, step->num_logits, step->logits, model->vocab, NULL, 0});
+        product(engine, (Product){&model->head, state.normed, state.hidden_bytes, step->num_logits, step->logits, model->vocab, NULL, 0, 1});
     }
     set_awake(engine, 0);
     return 0;
