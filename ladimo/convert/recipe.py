@@ -116,7 +116,7 @@ class ElasticRecipe:
     batch_tokens: int = 2048
     lr: float = 1e-3
     max_parameters: int = 500_000_000
-    routed: float = 0.65
+    routed: float = 0.8
     routed_steps: int = 400
 
     def __post_init__(self) -> None:
