@@ -20,7 +20,7 @@ RIVALS = {
     "transformers continuous batching, dense": "hf batching",
     "llama.cpp, dense": "llama.cpp",
 }
-SHORT = {**RIVALS, BUDGET: "shared half"}
+SHORT = {**RIVALS, BUDGET: "shared"}
 
 
 def plot(record: Mapping[str, Any]) -> str:
