@@ -96,6 +96,11 @@ class RoutingPolicy:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
+    @cached_property
+    def has_batch_budget(self) -> bool:
+        """Whether what a decoding token computes depends on the others of its step."""
+        return any(rule is not None and rule.batch_experts is not None for rule in self.layers)
+
     def validate(self, config: ModelConfig) -> None:
         """Raises ValueError naming the first field that does not fit the model."""
         if len(self.layers) != config.num_hidden_layers:

@@ -112,9 +112,14 @@ class Scheduler:
 
     def _compute(self, sequence: Sequence, count: int) -> None:
         """`count` more tokens are in the cache; publish the blocks that this filled."""
-        size = self.blocks.block_size
-        filled = range(sequence.num_computed // size, (sequence.num_computed + count) // size)
+        size, begin = self.blocks.block_size, sequence.num_computed
         sequence.num_computed += count
+        settled = sequence.num_computed
+        if (
+            sequence.request.policy.has_batch_budget
+        ):  # what decoding computed holds for nobody else, the last prompt token included
+            settled = min(settled, len(sequence.request.prompt_ids) - 1)
+        filled = range(begin // size, settled // size)
         if self.prefix_caching and filled:
             keys = sequence.prefix_keys(filled.stop, size)
             for index in filled:

@@ -1,7 +1,9 @@
 """The scheduler as properties: nothing is lost, no block is shared by accident, every step moves something."""
 
 import time
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,6 +97,19 @@ def test_a_prefix_is_shared_under_the_same_policy_and_salt_only() -> None:
     assert cached_tokens(scheduler, make_sequence("other salt", 20, 3, salt="s")) == 0
     assert cached_tokens(scheduler, make_sequence("same salt", 20, 3, salt="s")) == 16
     scheduler.blocks.check([])
+
+
+@pytest.mark.parametrize(("batch_experts", "cached"), [(None, 28), (2, 16)])
+def test_what_decoding_computed_is_shared_unless_it_depends_on_the_batch(batch_experts: int | None, cached: int) -> None:
+    """A conversation goes on: its first answer is part of the prompt. Under a budget for the batch only the prompt is kept."""
+    layers = tuple(None if rule is None else replace(rule, batch_experts=batch_experts) for rule in POLICY.layers)
+    policy = replace(POLICY, layers=layers)
+    scheduler = Scheduler(BlockManager(60, 4), max_num_seqs=4, max_step_tokens=64, max_model_len=64)
+    first = make_sequence("first", 18, 14, policy)
+    assert cached_tokens(scheduler, first) == 0
+    again = make_sequence("again", 1, 3, policy)
+    again.request = replace(again.request, prompt_ids=(*first.request.prompt_ids, *first.output_ids))
+    assert cached_tokens(scheduler, again) == cached
 
 
 def test_running_sequences_share_and_the_cache_gives_way_to_need() -> None:
