@@ -1,5 +1,5 @@
-"""End-to-end distillation of narrow and of routed FFNs on the dense model's next-token distribution, for models that fit in
-memory whole.
+"""End-to-end distillation of narrow and of routed FFNs on the dense model's next-token distribution and hidden states, for
+models that fit in memory whole.
 
 Legend: B sequences, S positions, D hidden_size, L layers.
 """
@@ -51,10 +51,12 @@ def polish(
 ) -> list[list[KlPoint]]:
     """Train the students' FFNs in place on token blocks fit [B, S], each student as often, on the same batches; one curve each.
 
-    Forward KL; AdamW, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights back.
-    `dense` holds fp32 weights. Raises ValueError when the loss diverges.
+    The loss is the forward KL plus recipe.hidden times the hidden states' relative squared error, mean over layers (hidden
+    states as in TinyBERT, arXiv 1909.10351, equation 8): from little text, D values per token and layer teach more than its
+    next tokens alone. AdamW, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights
+    back. `dense` holds fp32 weights. Raises ValueError when the loss diverges.
     """
-    network = _Network(dense)
+    network = Network(dense)
     sequences = max(1, recipe.batch_tokens // fit.shape[1])
     trained = [[mlp for mlp in student if mlp is not None] for student in students]
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
@@ -75,17 +77,18 @@ def polish(
             order = torch.randperm(len(fit), generator=generator)
         blocks, order = fit[order[:sequences]], order[sequences:]
         with torch.no_grad():
-            target = network.log_probs(blocks, None)
+            target = network.run(blocks, None)
         for student, mlps, optimizer, losses, rate in zip(students, trained, optimizers, running, rates, strict=True):
             weights = [w.requires_grad_() for mlp in mlps for w in mlp.parameters()]
-            loss = F.kl_div(network.log_probs(blocks, student), target, reduction="sum", log_target=True) / len(target)
-            loss.backward()
+            found = network.run(blocks, student)
+            kl = F.kl_div(found.log_probs, target.log_probs, reduction="sum", log_target=True) / len(target.log_probs)
+            (kl + recipe.hidden * hidden_error(found, target)).backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate * _factor(step, recipe.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+            losses.append(kl.item())
         if not all(math.isfinite(losses[-1]) for losses in running):
             raise ValueError(f"end-to-end distillation diverged at step {step}; lower elastic.lr")
         if step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS - 1)}:
@@ -103,32 +106,48 @@ def polish(
     return curves
 
 
-class _Network:
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """log_probs: of the next tokens [B * S, V]. hidden_states: after every layer [B * S, D]."""
+
+    log_probs: Tensor
+    hidden_states: list[Tensor]
+
+
+class Network:
     """The dense model whole in memory, run with other FFNs in place of its own."""
 
     def __init__(self, dense: StreamedModel) -> None:
         self.dense = dense
         self.layers: list[DecoderLayer] = [dense.layer(index) for index in range(dense.config.num_hidden_layers)]
 
-    def log_probs(self, blocks: Tensor, student: Student | None) -> Tensor:
-        """Token blocks [B, S] -> log-probabilities of the next tokens [B * S, V]."""
+    def run(self, blocks: Tensor, student: Student | None) -> Pass:
+        """Token blocks [B, S]."""
         device = self.dense.device
         inputs = StepInputs.whole_sequences(blocks.to(device))
         rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype)
-        hidden_states = self.dense.ends.model.embed_tokens(inputs.input_ids)
+        states = [self.dense.ends.model.embed_tokens(inputs.input_ids)]
         for index, layer in enumerate(self.layers):
-            attended = layer.attend(hidden_states, rope, inputs, None)
+            attended = layer.attend(states[-1], rope, inputs, None)
             mlp = None if student is None else student[index]
-            hidden_states = attended + _run(layer.mlp if mlp is None else mlp, layer.post_attention_layernorm(attended))
-        return self.dense.ends.logits(hidden_states).float().log_softmax(dim=-1)
+            states.append(attended + _run(layer.mlp if mlp is None else mlp, layer.post_attention_layernorm(attended)))
+        return Pass(self.dense.ends.logits(states[-1]).float().log_softmax(dim=-1), states[1:])
 
     @torch.no_grad()
     def holdout_kl(self, student: Student, blocks: Tensor) -> float:
         total = sum(
-            F.kl_div(self.log_probs(row, student), self.log_probs(row, None), reduction="sum", log_target=True).item()
+            F.kl_div(self.run(row, student).log_probs, self.run(row, None).log_probs, reduction="sum", log_target=True).item()
             for row in blocks.split(1)
         )
         return total / blocks.numel()
+
+
+def hidden_error(found: Pass, target: Pass) -> Tensor:
+    """Squared error of the hidden states over their variance in the teacher, mean over layers: 0 is the teacher itself."""
+    variances = [(wanted - wanted.mean(dim=0)).square().sum() for wanted in target.hidden_states]
+    pairs = zip(found.hidden_states, target.hidden_states, variances, strict=True)
+    errors = [(own - wanted).square().sum() / variance for own, wanted, variance in pairs]
+    return torch.stack(errors).mean()
 
 
 def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class ElasticRecipe:
     every layer, to see what the solver's choice is worth.
 
     steps, batch_tokens, lr: end-to-end distillation of each budget; no steps leave the closed form. lr is for a hidden size of
-    128 and falls as one over it. The stage holds the whole model in fp32, so models of more than max_parameters go without.
+    128 and falls as one over it. hidden: weight of the hidden states' relative squared error beside the divergence of the
+    logits. The stage holds the whole model in fp32, so models of more than max_parameters go without.
 
     routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
     layer for routed_steps of the recipe's `train`, then end to end; models that go without that stage have none.
@@ -112,9 +113,10 @@ class ElasticRecipe:
     ridge: float = 0.0
     scan_tokens: int = 4096
     uniform: bool = False
-    steps: int = 160
-    batch_tokens: int = 2048
-    lr: float = 1e-3
+    steps: int = 320
+    batch_tokens: int = 1024
+    lr: float = 4e-3
+    hidden: float = 10.0
     max_parameters: int = 500_000_000
     routed: float = 0.8
     routed_steps: int = 400
@@ -128,6 +130,7 @@ class ElasticRecipe:
         _require(self.steps >= 0, "elastic.steps", "must be at least 0", self.steps)
         _require(self.batch_tokens >= 1, "elastic.batch_tokens", "must be at least 1", self.batch_tokens)
         _require(self.lr > 0, "elastic.lr", "must be above 0", self.lr)
+        _require(self.hidden >= 0, "elastic.hidden", "must be at least 0", self.hidden)
         _require(0 <= self.routed <= 1, "elastic.routed", "must be between 0 and 1", self.routed)
         _require(self.routed_steps >= 0, "elastic.routed_steps", "must be at least 0", self.routed_steps)
 

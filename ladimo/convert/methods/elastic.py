@@ -3,8 +3,8 @@
 Each FFN's neurons are put in the order in which it can spare them (`ladimo.convert.nested`) and cut into experts in that order:
 an exact partition, so that all experts are the dense FFN. A budget keeps the first n experts of each layer, n chosen per layer
 by measured damage (`ladimo.convert.solver`), and runs stand-ins for them, "substitutes": the same neurons with down_proj solved
-again for what was left out, then distilled end to end on the teacher's logits (`ladimo.convert.polish`). A policy is one static
-mask per layer: no router, and the weights it leaves out are not read at any batch size.
+again for what was left out, then distilled end to end on the teacher's logits and hidden states (`ladimo.convert.polish`). A
+policy is one static mask per layer: no router, and the weights it leaves out are not read at any batch size.
 
 A small budget may also be covered by routed substitutes: the FFN cut into E experts of which a sigmoid router chooses k for
 each token, regressed on the FFN layer by layer and then distilled end to end like the others. They hold more for the same
@@ -54,9 +54,9 @@ class Elastic:
         elastic = recipe.elastic
         budgets = ", ".join(f"{budget:.0%}" for budget in elastic.budgets)
         trained = (
-            f"are then distilled end to end on the dense model's logits: AdamW, {elastic.steps} steps of "
-            f"{elastic.batch_tokens} tokens, learning rate {elastic.lr:g} x 128 / hidden size; a budget that this does not "
-            f"help on the holdout stays as it was solved"
+            f"are then distilled end to end on the dense model's logits and, with weight {elastic.hidden:g}, on its hidden "
+            f"states: AdamW, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g} x 128 / "
+            f"hidden size; a budget that this does not help on the holdout stays as it was solved"
             if elastic.steps
             else "are not trained further"
         )

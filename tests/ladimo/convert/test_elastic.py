@@ -15,7 +15,7 @@ from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
 from ladimo.convert.methods.elastic import Elastic, solved_substitute, with_substitutes
 from ladimo.convert.nested import expert_neurons, nested_widths, repair_error, second_moments, spare_order
 from ladimo.convert.pipeline import convert
-from ladimo.convert.polish import polish
+from ladimo.convert.polish import Network, hidden_error, polish
 from ladimo.convert.recipe import ElasticRecipe, Recipe
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.layers import GatedMLP
@@ -103,23 +103,41 @@ def test_all_experts_are_the_dense_ffn_and_a_substitute_is_its_repair(neurons: i
     assert error.item() == pytest.approx(widths.errors[2], rel=1e-3)
 
 
+def half_student(dense: StreamedModel) -> list[GatedMLP | None]:
+    """The first 45 neurons of the first and the last of three layers."""
+    narrow: list[GatedMLP | None] = []
+    for index in range(3):
+        mlp = dense.layer(index).mlp
+        assert isinstance(mlp, GatedMLP)
+        part = GatedMLP(32, 45)
+        part.gate_proj.weight.data.copy_(mlp.gate_proj.weight[:45])
+        part.up_proj.weight.data.copy_(mlp.up_proj.weight[:45])
+        part.down_proj.weight.data.copy_(mlp.down_proj.weight[:, :45])
+        narrow.append(part if index != 1 else None)
+    return narrow
+
+
+def test_polish_brings_the_hidden_states_nearer_the_more_they_weigh(source: Path) -> None:
+    dense = StreamedModel(source, torch.device("cpu"))
+    network = Network(dense)
+    blocks = torch.randint(256, (24, 32), generator=torch.Generator().manual_seed(0))
+    target = network.run(blocks[16:], None)
+    assert hidden_error(target, target).item() == 0.0
+    assert hidden_error(network.run(blocks[16:], half_student(dense)), target).item() > 0.0
+    errors = []
+    for weight in (0.0, 10.0):
+        student = half_student(dense)
+        recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=3e-3, hidden=weight)
+        polish(dense, [student], blocks[:16], blocks[16:], recipe, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            errors.append(hidden_error(network.run(blocks[16:], student), target).item())
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_polish_lowers_the_divergence_and_never_keeps_a_worse_student(source: Path) -> None:
     dense = StreamedModel(source, torch.device("cpu"))
     blocks = torch.randint(256, (24, 32), generator=torch.Generator().manual_seed(0))
-
-    def student() -> list[GatedMLP | None]:
-        narrow = []
-        for index in range(3):
-            mlp = dense.layer(index).mlp
-            assert isinstance(mlp, GatedMLP)
-            part = GatedMLP(32, 45)
-            part.gate_proj.weight.data.copy_(mlp.gate_proj.weight[:45])
-            part.up_proj.weight.data.copy_(mlp.up_proj.weight[:45])
-            part.down_proj.weight.data.copy_(mlp.down_proj.weight[:, :45])
-            narrow.append(part if index != 1 else None)
-        return narrow
-
-    trained, spoiled = student(), student()
+    trained, spoiled = half_student(dense), half_student(dense)
     recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=3e-3)
     (curve,) = polish(dense, [trained], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout is not None
