@@ -200,23 +200,29 @@ def run_variant(
 
 def table(results: Iterable[dict[str, Any]]) -> str:
     """Markdown: a row per method and tokens, a column per budget: median perplexity ratio, spread over seeds, active share."""
-    rows: dict[tuple[str, int], dict[float, list[dict[str, Any]]]] = {}
+    rows: dict[tuple[int, str], dict[float, list[dict[str, Any]]]] = {}
     for result in results:
         if "error" not in result:
-            rows.setdefault((result["method"], result["tokens"]), {}).setdefault(result["budget"], []).append(result)
-    lines = ["| method | tokens | " + " | ".join(f"{100 * budget:.0f}%" for budget in BUDGETS) + " | seconds |"]
-    lines.append("| --- | ---: |" + " ---: |" * (len(BUDGETS) + 1))
-    for (method, tokens), budgets in sorted(rows.items(), key=lambda row: (row[0][1], row[0][0])):
-        cells = []
-        for budget in BUDGETS:
-            found = budgets.get(budget, [])
-            ratios = sorted(result["perplexity_ratio"] for result in found)
-            active = statistics.mean(result["active_parameters_ratio"] for result in found) if found else 0.0
-            spread = f" ({ratios[0]:.3f}-{ratios[-1]:.3f})" if len(ratios) > 1 else ""
-            cells.append(f"{statistics.median(ratios):.3f}{spread} at {100 * active:.1f}%" if found else "-")
-        seconds = statistics.median(result["conversion_seconds"] for found in budgets.values() for result in found)
-        lines.append(f"| {method} | {tokens:,} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+            rows.setdefault((result["tokens"], result["method"]), {}).setdefault(result["budget"], []).append(result)
+    lines = ["| method | tokens | seeds | " + " | ".join(f"{100 * budget:.0f}%" for budget in BUDGETS) + " | seconds |"]
+    lines.append("| --- | ---: | ---: |" + " --- |" * len(BUDGETS) + " ---: |")
+    order = list(variants(0))
+    for (tokens, method), budgets in sorted(rows.items(), key=lambda row: (row[0][0], -order.index(row[0][1]))):
+        every = [result for found in budgets.values() for result in found]
+        seeds = len({result["seed"] for result in every})
+        seconds = statistics.median(result["conversion_seconds"] for result in every)
+        cells = " | ".join(_cell(budgets.get(budget, [])) for budget in BUDGETS)
+        lines.append(f"| {method} | {tokens:,} | {seeds} | {cells} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def _cell(found: Sequence[dict[str, Any]]) -> str:
+    if not found:
+        return "-"
+    ratios = sorted(result["perplexity_ratio"] for result in found)
+    low, median, high = (f"{x:.3f}" if x < 10 else f"{x:.0f}" for x in (ratios[0], statistics.median(ratios), ratios[-1]))
+    spread = f" ({low}-{high})" if low != high else ""
+    return f"{median}{spread} at {100 * statistics.mean(result['active_parameters_ratio'] for result in found):.1f}%"
 
 
 def comparison(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -72,4 +72,4 @@ def test_the_table_shows_median_spread_and_what_is_active() -> None:
         }
         for seed, ratio in enumerate((1.02, 1.01, 1.05))
     ]
-    assert "| elastic | 1,000 | - | 1.020 (1.010-1.050) at 79.0% | - | - | - | 3 |" in table(results)
+    assert "| elastic | 1,000 | 3 | - | 1.020 (1.010-1.050) at 79.0% | - | - | - | 3 |" in table(results)
