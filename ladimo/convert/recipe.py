@@ -118,7 +118,7 @@ class ElasticRecipe:
     lr: float = 4e-3
     hidden: float = 10.0
     max_parameters: int = 500_000_000
-    routed: float = 0.8
+    routed: float = 0.55
     routed_steps: int = 400
 
     def __post_init__(self) -> None:
