@@ -115,9 +115,8 @@ class Scheduler:
         size, begin = self.blocks.block_size, sequence.num_computed
         sequence.num_computed += count
         settled = sequence.num_computed
-        if (
-            sequence.request.policy.has_batch_budget
-        ):  # what decoding computed holds for nobody else, the last prompt token included
+        if sequence.request.policy.has_batch_budget:
+            # What decoding computed, the last prompt token included, depends on the others of its step.
             settled = min(settled, len(sequence.request.prompt_ids) - 1)
         filled = range(begin // size, settled // size)
         if self.prefix_caching and filled:
