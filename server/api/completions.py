@@ -33,8 +33,11 @@ from server.errors import BadRequest, InternalError, UnsupportedParameter, to_se
 router = APIRouter()
 logger = logging.getLogger(__name__)
 
+# Whole as JSON, or with `stream` as server-sent events: the page of the API names both.
+ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {EventStream.media_type: {}}}}
 
-@router.post("/v1/completions")
+
+@router.post("/v1/completions", responses=ANSWERS)
 async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = _terms(body, len(body.prompt), request, services)
     if body.best_of not in (None, body.n):
@@ -52,7 +55,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     return await _answer(await until_disconnect(request, generation()), dialect, body, request, services)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=ANSWERS)
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = _terms(body, 1, request, services)
     dialect = ChatDialect(body.model or services.model_name, services)
