@@ -28,6 +28,7 @@ from ladimo.convert.charts import comparison_chart
 from ladimo.convert.choose_policy import Rules
 from ladimo.convert.evaluate import measure
 from ladimo.convert.finished import experts_of
+from ladimo.convert.methods.elastic import MAX_STEPS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report import REPORT
@@ -259,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", default="100000", help="calibration tokens, one or more numbers")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
-    parser.add_argument(
-        "--elastic-steps", type=int, default=Recipe().elastic.steps, help="end-to-end steps (default: %(default)s)"
-    )
+    parser.add_argument("--elastic-steps", type=int, default=MAX_STEPS, help="end-to-end steps (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", type=Path, help="SVG of perplexity ratio against active parameters")
     args = parser.parse_args(arguments)

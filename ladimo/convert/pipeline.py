@@ -63,7 +63,7 @@ def convert(
     torch_device = choose_device(device)
     method = get_method(recipe.method)
     config = check_source(directory)
-    recipe = method.resolve(recipe, config)
+    recipe = method.resolve(recipe, config, torch_device)
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     arguments = conversion_arguments(source, directory, recipe, text, device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -101,9 +101,10 @@ class ElasticRecipe:
     for the best on the holdout. scan_tokens: holdout tokens that per-layer damage is measured on. uniform: the same width in
     every layer, to see what the solver's choice is worth.
 
-    steps, batch_tokens, lr: end-to-end distillation of each budget; no steps leave the closed form. lr is for a hidden size of
-    128 and falls as one over it. hidden: weight of the hidden states' relative squared error beside the divergence of the
-    logits. The stage holds the whole model in fp32, so models of more than max_parameters go without.
+    steps, batch_tokens, lr: end-to-end distillation of each budget; 0 steps leave the closed form, -1 is 320, on a CPU fewer
+    the larger the model, down to 40. lr is for a hidden size of 128 and falls as one over it. hidden: weight of the hidden
+    states' relative squared error beside the divergence of the logits. The stage holds the whole model in fp32, so models of
+    more than max_parameters go without.
 
     routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
     layer for routed_steps of the recipe's `train`, then end to end; models that go without that stage have none.
@@ -113,7 +114,7 @@ class ElasticRecipe:
     ridge: float = 0.0
     scan_tokens: int = 4096
     uniform: bool = False
-    steps: int = 320
+    steps: int = -1
     batch_tokens: int = 1024
     lr: float = 4e-3
     hidden: float = 10.0
@@ -127,7 +128,7 @@ class ElasticRecipe:
         _require(falling and enough, "elastic.budgets", "must be at least three falling shares", self.budgets)
         _require(self.ridge >= 0, "elastic.ridge", "must be at least 0", self.ridge)
         _require(self.scan_tokens >= 1, "elastic.scan_tokens", "must be at least 1", self.scan_tokens)
-        _require(self.steps >= 0, "elastic.steps", "must be at least 0", self.steps)
+        _require(self.steps >= -1, "elastic.steps", "must be at least -1", self.steps)
         _require(self.batch_tokens >= 1, "elastic.batch_tokens", "must be at least 1", self.batch_tokens)
         _require(self.lr > 0, "elastic.lr", "must be above 0", self.lr)
         _require(self.hidden >= 0, "elastic.hidden", "must be at least 0", self.hidden)

@@ -1,9 +1,9 @@
 """The conversion methods, one file each, chosen by name from one registry.
 
-A method is three steps, after `resolve` has put into the recipe what the model's shape decides. `split` turns an FFN into an
-expert layer, `fit` trains it in place and returns its loss curve (empty for a method without training), `describe` says in a
-few sentences what was done and from which paper. Data, streaming, policies, evaluation and reports are the pipeline's and the
-same for all.
+A method is three steps, after `resolve` has put into the recipe what the model's shape and the device decide. `split` turns an
+FFN into an expert layer, `fit` trains it in place and returns its loss curve (empty for a method without training), `describe`
+says in a few sentences what was done and from which paper. Data, streaming, policies, evaluation and reports are the pipeline's
+and the same for all.
 """
 
 from typing import Protocol
@@ -19,7 +19,7 @@ from ladimo.model.moe import ExpertLayer
 
 
 class Method(Protocol):
-    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe: ...
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe: ...
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer: ...
 

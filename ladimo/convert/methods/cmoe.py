@@ -23,7 +23,7 @@ ALWAYS = 2.0  # a selection bias above any difference of softmax scores
 
 
 class Cmoe:
-    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         return recipe
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:

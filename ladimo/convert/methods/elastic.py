@@ -19,28 +19,31 @@ from torch import Tensor, nn
 
 from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
 from ladimo.convert.nested import expert_neurons, nested_widths
-from ladimo.convert.recipe import Recipe
+from ladimo.convert.recipe import ElasticRecipe, Recipe
 from ladimo.convert.split import check_experts, contiguous_partition, split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
 
+MIN_STEPS, MAX_STEPS = 40, 320  # of the end-to-end stage where the recipe names no number
+CPU_WORK = 8e11  # parameters x tokens x budgets: about a minute on two cores
 ROUTED_MARGIN = 0.1  # routed experts save less in larger batches, so they must be better by this share of the divergence
 
 Weights = dict[str, Tensor]  # of a set of substitutes: gate_up_proj [n, 2F, D], down_proj [n, D, F]; routed: also gate [n, D]
 
 
 class Elastic:
-    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
-        """With the budgets that follow from `target_active` where the recipe names none."""
-        if recipe.elastic.budgets:
-            return recipe
-        target = recipe.target_active
-        budgets = [(1 + target) / 2, target, max(target - 0.75 * (1 - target), target / 2)]
-        return dataclasses.replace(
-            recipe, elastic=dataclasses.replace(recipe.elastic, budgets=[round(budget, 4) for budget in budgets])
-        )
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
+        """With the budgets that follow from `target_active` and the steps that follow from the work, where the recipe names
+        none."""
+        elastic, target = recipe.elastic, recipe.target_active
+        if not elastic.budgets:
+            budgets = [(1 + target) / 2, target, max(target - 0.75 * (1 - target), target / 2)]
+            elastic = dataclasses.replace(elastic, budgets=[round(budget, 4) for budget in budgets])
+        if elastic.steps < 0:
+            elastic = dataclasses.replace(elastic, steps=default_steps(elastic, config, device))
+        return dataclasses.replace(recipe, elastic=elastic)
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         widths = nested_widths(mlp, data, recipe.split.experts, recipe.elastic.ridge)
@@ -75,6 +78,16 @@ class Elastic:
             f"measured layer by layer; the kept neurons' down_proj is solved again in closed form for what was left out, and "
             f"these substitutes {trained}. {routed}"
         )
+
+
+def default_steps(elastic: ElasticRecipe, config: ModelConfig, device: torch.device) -> int:
+    """MAX_STEPS, on a CPU as many as CPU_WORK allows but at least MIN_STEPS. By the model's shape and never by the clock, so
+    that a conversion that resumes goes on with the same number."""
+    if device.type != "cpu":
+        return MAX_STEPS
+    parameters = config.dense_parameters + config.vocab_size * config.hidden_size
+    steps = int(CPU_WORK / (parameters * elastic.batch_tokens * len(elastic.budgets)))
+    return max(MIN_STEPS, min(MAX_STEPS, steps))
 
 
 def with_substitutes(

@@ -16,7 +16,7 @@ from ladimo.model.moe import ExpertLayer
 
 
 class Ladimo:
-    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         return recipe
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:

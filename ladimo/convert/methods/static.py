@@ -19,7 +19,7 @@ from ladimo.model.moe import ExpertLayer
 
 
 class Static:
-    def resolve(self, recipe: Recipe, config: ModelConfig) -> Recipe:
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         """With the share of neurons that `target_active` leaves, the same in every layer that may be converted.
 
         Raises ValueError when the layers cannot get that small.

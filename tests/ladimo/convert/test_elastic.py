@@ -257,8 +257,9 @@ def test_half_precision_sources_stay_exact_at_the_top(dtype: torch.dtype, text: 
 
 
 def test_budgets_follow_from_the_target_and_wrong_ones_are_refused(source: Path) -> None:
-    recipe = Elastic().resolve(Recipe(target_active=0.8), read_config(source))
+    recipe = Elastic().resolve(Recipe(target_active=0.8), read_config(source), torch.device("cpu"))
     assert recipe.elastic.budgets == [0.9, 0.8, 0.65]
+    assert recipe.elastic.steps == 320
     for wrong in ([0.9, 0.8], [0.8, 0.9, 0.5], [1.1, 0.8, 0.5], [0.9, 0.8, 0.0]):
         with pytest.raises(ValueError, match=r"elastic\.budgets"):
             ElasticRecipe(budgets=wrong)
@@ -268,3 +269,22 @@ def test_budgets_follow_from_the_target_and_wrong_ones_are_refused(source: Path)
     assert Recipe.from_dict({"elastic": {"budgets": [0.9, 0.8, 0.5]}}).elastic.budgets == [0.9, 0.8, 0.5]
     with pytest.raises(ValueError, match=r"elastic\.budgets: must be a list of numbers"):
         Recipe.from_dict({"elastic": {"budgets": [0.9, "x", 0.5]}})
+
+
+def test_on_a_cpu_larger_models_and_more_budgets_get_fewer_steps(source: Path) -> None:
+    small, recipe = read_config(source), ElasticRecipe(budgets=[0.9, 0.8, 0.65])
+
+    def steps(times: int, budgets: int = 3, device: str = "cpu") -> int:
+        some = dataclasses.replace(recipe, budgets=[0.9 - 0.05 * number for number in range(budgets)])
+        config = dataclasses.replace(small, hidden_size=small.hidden_size * times, intermediate_size=8 * times)
+        resolved = Elastic().resolve(Recipe(elastic=some), config, torch.device(device))
+        return resolved.elastic.steps
+
+    by_size = [steps(times) for times in (1, 16, 24, 32, 64)]
+    assert by_size[0] == 320 and by_size[-1] == 40
+    assert by_size == sorted(by_size, reverse=True) and len(set(by_size)) > 2
+    assert steps(24, 6) < steps(24)
+    assert steps(64, device="cuda") == 320
+    for own in (0, 7):
+        asked = Recipe(elastic=dataclasses.replace(recipe, steps=own))
+        assert Elastic().resolve(asked, small, torch.device("cpu")).elastic.steps == own

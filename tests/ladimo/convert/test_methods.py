@@ -38,6 +38,8 @@ from ladimo.policy import LayerRule, RoutingPolicy
 from tests.ladimo.convert.conftest import small_recipe
 from tests.ladimo.stepping import make_tables
 
+CPU = torch.device("cpu")
+
 PARTITIONING = ("moefication", "cmoe")
 RIVALS = (*PARTITIONING, "static")
 GROUPS, HIDDEN, NEURONS = 4, 32, 88
@@ -213,14 +215,14 @@ def test_static_hits_the_budget_within_a_neuron(target: float, layers: str) -> N
     width = static_width(config, settings)
     assert cost(width) <= target + 1e-9
     assert width == 96 or cost(width + 1) > target
-    resolved = METHODS["static"].resolve(settings, config)
+    resolved = METHODS["static"].resolve(settings, config, CPU)
     assert round(resolved.static.kept * 96) == width
-    assert METHODS["static"].resolve(resolved, config) == resolved
+    assert METHODS["static"].resolve(resolved, config, CPU) == resolved
 
 
 def test_static_refuses_a_budget_out_of_reach() -> None:
     with pytest.raises(ValueError, match=r"target_active: is 0.3, pruning these layers cannot go below 0\.\d+"):
-        METHODS["static"].resolve(Recipe(method="static", layers="0", target_active=0.3), model())
+        METHODS["static"].resolve(Recipe(method="static", layers="0", target_active=0.3), model(), CPU)
 
 
 def test_static_keeps_the_neurons_that_matter(planted: GatedMLP, data: LayerData) -> None:
@@ -307,7 +309,7 @@ def test_more_experts_than_neurons_are_refused(method: str, planted: GatedMLP, d
 def test_a_converted_model_reloads_everywhere(method: str, source: Path, tmp_path: Path) -> None:
     """Every layer through split and fit, written as a checkpoint: our loader and transformers' give the same logits."""
     dense = StreamedModel(source, torch.device("cpu"))
-    settings = METHODS[method].resolve(small_recipe(**{"train.steps": 5, "target_active": 0.7}), dense.config)
+    settings = METHODS[method].resolve(small_recipe(**{"train.steps": 5, "target_active": 0.7}), dense.config, CPU)
     blocks = torch.randint(256, (30, 32), generator=torch.Generator().manual_seed(0))
     tensors, layers = {name: dense.reader.get(name) for name in dense.reader.files if ".mlp." not in name}, []
     for index, mlp, inputs, targets in dense.ffn_data(blocks, range(3)):
