@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ladimo.convert.distill import CURVE_POINTS, full_rule, route, run_experts
+from ladimo.convert.muon import Muon
 from ladimo.convert.recipe import ElasticRecipe
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.inputs import StepInputs
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 WARMUP = 0.1
 FAR = 1.0  # nats; a student that is at least so far from its teacher is trained at the full learning rate
-WIDTH = 128  # hidden size that the recipe's learning rate is for
+NEAR = 0.3  # a nearer one at one that falls with this power of the distance
 
 Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer, None where the dense one stays
 
@@ -53,22 +54,18 @@ def polish(
 
     The loss is the forward KL plus recipe.hidden times the hidden states' relative squared error, mean over layers (hidden
     states as in TinyBERT, arXiv 1909.10351, equation 8): from little text, D values per token and layer teach more than its
-    next tokens alone. AdamW, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights
+    next tokens alone. Muon, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights
     back. `dense` holds fp32 weights. Raises ValueError when the loss diverges.
     """
     network = Network(dense)
     sequences = max(1, recipe.batch_tokens // fit.shape[1])
     trained = [[mlp for mlp in student if mlp is not None] for student in students]
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
-    optimizers = [
-        torch.optim.AdamW([w for mlp in mlps for w in mlp.parameters()], lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        for mlps in trained
-    ]
+    weights = [[weight for mlp in mlps for weight in mlp.requires_grad_().parameters()] for mlps in trained]
+    optimizers = [Muon(own, recipe.lr) for own in weights]
     initial = [network.holdout_kl(student, holdout) for student in students]
-    # Adam's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones, and
-    # so does a wide one, whose sums have more terms (Tensor Programs V, arXiv 2203.03466, table 3: 1 / width).
-    rate = recipe.lr * WIDTH / dense.config.hidden_size
-    rates = [rate * min(1.0, math.sqrt(value / FAR)) for value in initial]
+    # Muon's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones.
+    rates = [recipe.lr * min(1.0, (value / FAR) ** NEAR) for value in initial]
     curves = [[KlPoint(0, value, value)] for value in initial]
     running: list[list[float]] = [[] for _ in students]
     order = torch.empty(0, dtype=torch.int64)
@@ -78,12 +75,10 @@ def polish(
         blocks, order = fit[order[:sequences]], order[sequences:]
         with torch.no_grad():
             target = network.run(blocks, None)
-        for student, mlps, optimizer, losses, rate in zip(students, trained, optimizers, running, rates, strict=True):
-            weights = [w.requires_grad_() for mlp in mlps for w in mlp.parameters()]
+        for student, optimizer, losses, rate in zip(students, optimizers, running, rates, strict=True):
             found = network.run(blocks, student)
             kl = F.kl_div(found.log_probs, target.log_probs, reduction="sum", log_target=True) / len(target.log_probs)
             (kl + recipe.hidden * hidden_error(found, target)).backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate * _factor(step, recipe.steps)
             optimizer.step()

@@ -102,9 +102,9 @@ class ElasticRecipe:
     every layer, to see what the solver's choice is worth.
 
     steps, batch_tokens, lr: end-to-end distillation of each budget; 0 steps leave the closed form, -1 is 320, on a CPU fewer
-    the larger the model, down to 40. lr is for a hidden size of 128 and falls as one over it. hidden: weight of the hidden
-    states' relative squared error beside the divergence of the logits. The stage holds the whole model in fp32, so models of
-    more than max_parameters go without.
+    the larger the model, down to 40. lr: Muon's, for any hidden size. hidden: weight of the hidden states' relative squared
+    error beside the divergence of the logits. The stage holds the whole model in fp32, so models of more than max_parameters
+    go without.
 
     routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
     layer for routed_steps of the recipe's `train`, then end to end; models that go without that stage have none.
@@ -116,8 +116,8 @@ class ElasticRecipe:
     uniform: bool = False
     steps: int = -1
     batch_tokens: int = 1024
-    lr: float = 4e-3
-    hidden: float = 10.0
+    lr: float = 8e-3
+    hidden: float = 30.0
     max_parameters: int = 500_000_000
     routed: float = 0.55
     routed_steps: int = 400

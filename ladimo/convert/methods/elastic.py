@@ -58,8 +58,8 @@ class Elastic:
         budgets = ", ".join(f"{budget:.0%}" for budget in elastic.budgets)
         trained = (
             f"are then distilled end to end on the dense model's logits and, with weight {elastic.hidden:g}, on its hidden "
-            f"states: AdamW, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g} x 128 / "
-            f"hidden size; a budget that this does not help on the holdout stays as it was solved"
+            f"states: Muon, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g}; a budget "
+            f"that this does not help on the holdout stays as it was solved"
             if elastic.steps
             else "are not trained further"
         )

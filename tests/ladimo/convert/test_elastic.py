@@ -127,7 +127,7 @@ def test_polish_brings_the_hidden_states_nearer_the_more_they_weigh(source: Path
     errors = []
     for weight in (0.0, 10.0):
         student = half_student(dense)
-        recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=3e-3, hidden=weight)
+        recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03, hidden=weight)
         polish(dense, [student], blocks[:16], blocks[16:], recipe, torch.Generator().manual_seed(0))
         with torch.no_grad():
             errors.append(hidden_error(network.run(blocks[16:], student), target).item())
@@ -138,7 +138,7 @@ def test_polish_lowers_the_divergence_and_never_keeps_a_worse_student(source: Pa
     dense = StreamedModel(source, torch.device("cpu"))
     blocks = torch.randint(256, (24, 32), generator=torch.Generator().manual_seed(0))
     trained, spoiled = half_student(dense), half_student(dense)
-    recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=3e-3)
+    recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03)
     (curve,) = polish(dense, [trained], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout is not None
     assert curve[0].holdout is not None

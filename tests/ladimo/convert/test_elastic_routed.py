@@ -118,7 +118,7 @@ def test_polish_trains_router_and_experts(source: Path) -> None:
     layer = routed_layer(mlp, 4, 2)
     layer.gate.load_state_dict({"weight": 0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))})
     before = {name: weight.clone() for name, weight in layer.state_dict().items()}
-    recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=3e-3)
+    recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03)
     (curve,) = polish(dense, [[None, layer, None]], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout < 0.9 * curve[0].holdout  # type: ignore[operator]
     assert all(not torch.equal(weight, before[name]) for name, weight in layer.state_dict().items())
