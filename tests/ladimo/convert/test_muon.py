@@ -9,11 +9,12 @@ from ladimo.convert.muon import Muon, orthogonalized
 
 @pytest.mark.parametrize("shape", [(40, 100), (100, 40), (8, 64), (3, 2, 30, 50)])
 def test_singular_values_come_near_one_and_the_singular_vectors_stay(shape: tuple[int, ...]) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    spread = torch.linspace(1.0, 0.3, u.shape[-1])
+    matrices = u @ spread.diag() @ vh
     found = orthogonalized(matrices)
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.6 and values.max() < 1.25
-    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     turned = u.mT @ found @ vh.mT
     torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1)), rtol=0.0, atol=1e-3)
     torch.testing.assert_close(orthogonalized(1e6 * matrices), found, rtol=1e-3, atol=1e-3)
