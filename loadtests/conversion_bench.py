@@ -84,6 +84,7 @@ def variants(elastic_steps: int) -> dict[str, Variant]:
         "static": Variant(static, by_full, each_budget=True),
         "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
         "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
+        "elastic, layer by layer": Variant(elastic(**{"elastic.max_parameters": 1}), by_policy),  # as for larger models
         "elastic, fixed": Variant(elastic(**{"elastic.routed": 0.0}), by_policy),
         "elastic": Variant(elastic(), by_policy),
     }

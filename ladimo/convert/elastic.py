@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ladimo.convert.choose_policy import NAMED, Option, Rules, interpolate, solve
-from ladimo.convert.distill import LayerData
+from ladimo.convert.distill import LayerData, distill_layer, layer_error
 from ladimo.convert.evaluate import measure
 from ladimo.convert.methods.elastic import (
     ROUTED_MARGIN,
@@ -30,6 +30,8 @@ from ladimo.convert.methods.elastic import (
 from ladimo.convert.nested import nested_widths
 from ladimo.convert.polish import Student, polish
 from ladimo.convert.recipe import Recipe
+from ladimo.convert.sequential import run_students
+from ladimo.convert.split import contiguous_partition, split_ffn
 from ladimo.convert.teacher import StreamedModel
 from ladimo.convert.workspace import Workspace
 from ladimo.model.config import ModelConfig, MoeLayerConfig
@@ -38,6 +40,8 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
 
 logger = logging.getLogger(__name__)
+
+WIDTH = 128  # hidden size that the recipe's layer_lr is for
 
 Damage = dict[int, dict[int, float]]  # KL in nats by layer and number of experts
 
@@ -54,6 +58,11 @@ class Plan:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Plan":
         return cls(raw["budget"], tuple(raw["widths"]), tuple(raw["routed"]))
+
+
+def _layer_student(index: int, number: int) -> str:
+    """Where a plan's substitute of a layer that was distilled alone lies in the workspace."""
+    return f"layers/{index}/student-{number}"
 
 
 def static_rule(first: int, count: int) -> LayerRule:
@@ -95,8 +104,8 @@ class ElasticStages:
         return self.recipe.split.experts
 
     @property
-    def trains(self) -> bool:
-        """Whether the model is small enough for the end-to-end stage."""
+    def end_to_end(self) -> bool:
+        """Whether the model is small enough to be distilled whole; if not, that is done layer by layer."""
         ends = sum(parameter.numel() for parameter in self.dense.ends.parameters())
         size = ends + self.dense.config.dense_parameters
         return self.recipe.elastic.steps > 0 and size <= self.recipe.elastic.max_parameters
@@ -105,7 +114,7 @@ class ElasticStages:
     def contested(self) -> tuple[int, ...]:
         """Numbers of the budgets that routed experts are tried for."""
         elastic = self.recipe.elastic
-        able = self.trains and routed_counts(self.num_experts) and not elastic.uniform
+        able = self.end_to_end and routed_counts(self.num_experts) and not elastic.uniform
         return tuple(number for number, target in enumerate(elastic.budgets) if able and target <= elastic.routed)
 
     def damage(self, holdout: Tensor) -> tuple[Damage, Damage]:
@@ -197,15 +206,17 @@ class ElasticStages:
         return plans
 
     def substitutes(self, plans: Sequence[Plan], fit: Tensor, holdout: Tensor) -> list[Plan]:
-        """Distil the substitutes of every plan end to end where the model is small enough; the plans worth keeping, one with
+        """Distil the substitutes of every plan, end to end where the model is small enough; the plans worth keeping, one with
         routed layers only if it clearly beats the fixed one: a stage."""
 
         def make() -> dict[str, Any]:
             started = time.monotonic()
-            if not self.trains:
-                if self.recipe.elastic.steps:
-                    logger.info("the model is too large to distil it end to end, substitutes stay as solved")
+            if not self.end_to_end:
                 kept = [{**asdict(plan), "number": number, "curve": []} for number, plan in enumerate(plans)]
+                if self.recipe.elastic.steps:
+                    logger.info("the model is too large to be distilled end to end: layer by layer")
+                    for entry, errors in zip(kept, self._distill_layers(plans, fit, holdout), strict=True):
+                        entry["layer_errors"] = errors
                 return {"kept": kept, "seconds": time.monotonic() - started}
             teacher = StreamedModel(self.dense.directory, self.dense.device, "float32")
             students = [self._student(plan) for plan in plans]
@@ -238,12 +249,14 @@ class ElasticStages:
     def finish(self, dtype: torch.dtype) -> None:
         """The finished expert layers into the workspace: the exact partition, then each plan's substitutes, the routed ones
         last."""
-        trained = self.workspace.load_tensors("substitutes.safetensors") if self.trains else {}
+        trained = self.workspace.load_tensors("substitutes.safetensors") if self.end_to_end else {}
         numbers = [raw["number"] for raw in self.workspace.record("substitutes")["kept"]]
 
         def weights(number: int, plan: Plan, index: int) -> Weights:
-            if not self.trains:
+            if not self.recipe.elastic.steps:
                 return self._solved(index, plan.widths[index])
+            if not self.end_to_end:
+                return self.workspace.load_tensors(f"{_layer_student(index, number)}.safetensors")
             prefix = f"{number}.{index}."
             return {name.removeprefix(prefix): weight for name, weight in trained.items() if name.startswith(prefix)}
 
@@ -342,18 +355,64 @@ class ElasticStages:
             for index, mlp in enumerate(student):
                 if mlp is None:
                     continue
-                if isinstance(mlp, ExpertLayer):
-                    weights = weights_of(mlp)
-                else:
-                    count = mlp.gate_proj.out_features // self._expert_size
-                    gate, up, down = (layer.weight.detach().cpu() for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-                    parts = gate.view(count, -1, gate.shape[1]), up.view(count, -1, up.shape[1])
-                    weights = {
-                        "gate_up_proj": torch.cat(parts, dim=1),
-                        "down_proj": down.view(down.shape[0], count, -1).transpose(0, 1),
-                    }
+                weights = weights_of(mlp) if isinstance(mlp, ExpertLayer) else self._cut(mlp)
                 tensors |= {f"{number}.{index}.{name}": weight for name, weight in weights.items()}
         return tensors
+
+    def _cut(self, mlp: GatedMLP) -> Weights:
+        """A narrow FFN as experts on the host: the inverse of `_narrow`."""
+        count = mlp.gate_proj.out_features // self._expert_size
+        gate, up, down = (layer.weight.detach().cpu() for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        parts = gate.view(count, -1, gate.shape[1]), up.view(count, -1, up.shape[1])
+        return {
+            "gate_up_proj": torch.cat(parts, dim=1),
+            "down_proj": down.view(down.shape[0], count, -1).transpose(0, 1),
+        }
+
+    def _distill_layers(self, plans: Sequence[Plan], fit: Tensor, holdout: Tensor) -> list[dict[str, list[float]]]:
+        """Every plan's substitutes, layer by layer on what those before them make of the text, into the workspace; by plan and
+        layer the error on the holdout before and after. What is there is not trained again."""
+        cut = fit.numel()
+
+        def substitute(index: int, number: int, inputs: Tensor, targets: Tensor) -> GatedMLP | None:
+            count, name = plans[number].widths[index], _layer_student(index, number)
+            if count == self.num_experts:
+                return None
+            data = LayerData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+            self.workspace.stage(name, lambda: {"errors": self._distill_layer(index, count, data, name)})
+            return self._narrow(self.workspace.load_tensors(f"{name}.safetensors"))
+
+        run_students(self.dense, torch.cat((fit, holdout)), len(plans), substitute)
+        found: list[dict[str, list[float]]] = []
+        for number, plan in enumerate(plans):
+            narrowed = [index for index, count in enumerate(plan.widths) if count < self.num_experts]
+            errors = {str(index): self.workspace.record(_layer_student(index, number))["errors"] for index in narrowed}
+            before, after = (sum(pair[place] for pair in errors.values()) / len(errors) for place in (0, 1))
+            target = 100 * self.recipe.elastic.budgets[plan.budget]
+            logger.info("budget %.0f%%: holdout error %.3f -> %.3f, mean over its layers", target, before, after)
+            found.append(errors)
+        return found
+
+    def _distill_layer(self, index: int, count: int, data: LayerData, name: str) -> tuple[float, float]:
+        """One substitute, stored as the better on the holdout of solved and trained; its error before and after."""
+        elastic, solved = self.recipe.elastic, self._solved(index, count)
+        whole, width = self._narrow(solved), count * self._expert_size
+        one = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
+        layer = split_ffn(whole, contiguous_partition(width, 1), one, {})
+        before = layer_error(layer, data.holdout_inputs, data.holdout_targets)
+        rate = elastic.layer_lr * WIDTH / self.dense.config.hidden_size
+        train = dataclasses.replace(
+            self.recipe.train, steps=elastic.steps, batch_tokens=elastic.batch_tokens, expert_lr=rate, weight_decay=0.0
+        )
+        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + index)
+        distill_layer(layer, data, train, generator)
+        after = layer_error(layer, data.holdout_inputs, data.holdout_targets)
+        if after < before:
+            gate, up = layer.experts.gate_up_proj[0].detach().chunk(2)
+            weights = {"gate_proj": gate, "up_proj": up, "down_proj": layer.experts.down_proj[0].detach()}
+            whole.load_state_dict({f"{part}.weight": weight for part, weight in weights.items()})
+        self.workspace.save_tensors(f"{name}.safetensors", self._cut(whole))
+        return before, min(before, after)
 
     def _whole(self, routers: Mapping[int, int]) -> ModelConfig:
         """The model with exact partitions in the candidate layers, and so many routers in each."""

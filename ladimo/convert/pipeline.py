@@ -373,6 +373,7 @@ class ElasticConversion(Conversion):
                 "widths": list(plan.widths),
                 "routed": list(plan.routed),
                 "curve": entry["curve"],
+                "layer_errors": entry.get("layer_errors", {}),
             }
             for name, plan, entry in zip(stages.names(), stages.kept, trained["kept"], strict=True)
         ]

@@ -104,10 +104,11 @@ class ElasticRecipe:
     steps, batch_tokens, lr: end-to-end distillation of each budget; 0 steps leave the closed form, -1 is 320, on a CPU fewer
     the larger the model, down to 40. lr: Muon's, for any hidden size. hidden: weight of the hidden states' relative squared
     error beside the divergence of the logits. The stage holds the whole model in fp32, so models of more than max_parameters
-    go without.
+    are distilled layer by layer instead, each layer in so many steps, with AdamW at layer_lr, which is for a hidden size of 128
+    and falls as one over it.
 
     routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
-    layer for routed_steps of the recipe's `train`, then end to end; models that go without that stage have none.
+    layer for routed_steps of the recipe's `train`, then end to end; larger models have none.
     """
 
     budgets: list[float] = field(default_factory=list)
@@ -119,6 +120,7 @@ class ElasticRecipe:
     lr: float = 8e-3
     hidden: float = 30.0
     max_parameters: int = 500_000_000
+    layer_lr: float = 4e-3
     routed: float = 0.55
     routed_steps: int = 400
 
@@ -131,6 +133,7 @@ class ElasticRecipe:
         _require(self.steps >= -1, "elastic.steps", "must be at least -1", self.steps)
         _require(self.batch_tokens >= 1, "elastic.batch_tokens", "must be at least 1", self.batch_tokens)
         _require(self.lr > 0, "elastic.lr", "must be above 0", self.lr)
+        _require(self.layer_lr > 0, "elastic.layer_lr", "must be above 0", self.layer_lr)
         _require(self.hidden >= 0, "elastic.hidden", "must be at least 0", self.hidden)
         _require(0 <= self.routed <= 1, "elastic.routed", "must be between 0 and 1", self.routed)
         _require(self.routed_steps >= 0, "elastic.routed_steps", "must be at least 0", self.routed_steps)

@@ -59,7 +59,8 @@ class Elastic:
         trained = (
             f"are then distilled end to end on the dense model's logits and, with weight {elastic.hidden:g}, on its hidden "
             f"states: Muon, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g}; a budget "
-            f"that this does not help on the holdout stays as it was solved"
+            f"that this does not help on the holdout stays as it was solved. Models of more than {elastic.max_parameters:,} "
+            f"parameters are distilled layer by layer instead, each on what those before it make of the text, with AdamW"
             if elastic.steps
             else "are not trained further"
         )
