@@ -3,8 +3,9 @@
 Each FFN's neurons are put in the order in which it can spare them (`ladimo.convert.nested`) and cut into experts in that order:
 an exact partition, so that all experts are the dense FFN. A budget keeps the first n experts of each layer, n chosen per layer
 by measured damage (`ladimo.convert.solver`), and runs stand-ins for them, "substitutes": the same neurons with down_proj solved
-again for what was left out, then distilled end to end on the teacher's logits and hidden states (`ladimo.convert.polish`). A
-policy is one static mask per layer: no router, and the weights it leaves out are not read at any batch size.
+again for what was left out, then distilled end to end on the teacher's logits and hidden states (`ladimo.convert.polish`) or,
+in a model too large for that, layer by layer on what the layers before make of the text (`ladimo.convert.sequential`). A policy
+is one static mask per layer: no router, and the weights it leaves out are not read at any batch size.
 
 A small budget may also be covered by routed substitutes: the FFN cut into E experts of which a sigmoid router chooses k for
 each token, regressed on the FFN layer by layer and then distilled end to end like the others. They hold more for the same
