@@ -350,7 +350,7 @@ def _layer_table(report: Report) -> Table:
 
 
 def _training(report: Report) -> Section | None:
-    figures = [_loss_curves(report["layers"]), _initialisation(report), _polish(report)]
+    figures = [_loss_curves(report["layers"]), _initialisation(report), _polish(report), _layer_errors(report)]
     shown = [figure for figure in figures if figure is not None]
     return Section("Training", [], shown) if shown else None
 
@@ -392,6 +392,27 @@ def _polish(report: Report) -> Figure | None:
     caption = "Divergence of each budget's predictions from the dense model's, on the batches in training."
     caption += f" Held out: {', '.join(held)}." if held else ""
     return Figure(chart, caption, _curve_table("budget", series))
+
+
+def _layer_errors(report: Report) -> Figure | None:
+    """Of budgets that were distilled layer by layer."""
+    budgets = [budget for budget in report.get("elastic", {}).get("budgets", ()) if budget.get("layer_errors")]
+    if not budgets:
+        return None
+    series = [
+        Series(budget["policy"], [Point(int(layer), after) for layer, (_, after) in budget["layer_errors"].items()])
+        for budget in budgets
+    ]
+    chart = line_chart("Layer by layer", series, Axis("layer"), Axis("error / variance", log=True))
+    caption = (
+        "What each layer leaves of the difference between the student's hidden states and the dense model's, on held-out "
+        "tokens, after training; the table has it before, too."
+    )
+    rows = []
+    for layer in sorted({int(layer) for budget in budgets for layer in budget["layer_errors"]}):
+        pairs = [budget["layer_errors"].get(str(layer)) for budget in budgets]
+        rows.append([str(layer), *("-" if pair is None else f"{pair[0]:.4f} to {pair[1]:.4f}" for pair in pairs)])
+    return Figure(chart, caption, Table(["layer", *(budget["policy"] for budget in budgets)], rows))
 
 
 def _depth(report: Report) -> Section | None:

@@ -71,6 +71,10 @@ def test_larger_models_are_distilled_layer_by_layer(layered: Made, tmp_path: Pat
     assert kl[0]["full"] == pytest.approx(0.0, abs=1e-6)
     assert {layer.router for layer in read_config(layered.out).layers if layer is not None} == {"none"}
     assert "layer by layer" in trained["method"]["description"]
+    page, text = (layered.out / "report.html").read_text(), (layered.out / "report.md").read_text()
+    assert ">Layer by layer<" in page
+    before, after = trained["elastic"]["budgets"][-1]["layer_errors"]["1"]
+    assert f"{before:.4f} to {after:.4f}" in text and f"{before:.4f} to {after:.4f}" in page
 
 
 @pytest.mark.parametrize("call", [1, 3])
