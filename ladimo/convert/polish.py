@@ -61,8 +61,7 @@ def polish(
     sequences = max(1, recipe.batch_tokens // fit.shape[1])
     trained = [[mlp for mlp in student if mlp is not None] for student in students]
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
-    weights = [[weight for mlp in mlps for weight in mlp.requires_grad_().parameters()] for mlps in trained]
-    optimizers = [Muon(own, recipe.lr) for own in weights]
+    optimizers = [Muon([w for mlp in mlps for w in mlp.requires_grad_().parameters()], recipe.lr) for mlps in trained]
     initial = [network.holdout_kl(student, holdout) for student in students]
     # Muon's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones.
     rates = [recipe.lr * min(1.0, (value / FAR) ** NEAR) for value in initial]

@@ -102,10 +102,10 @@ class ElasticRecipe:
     every layer, to see what the solver's choice is worth.
 
     steps, batch_tokens, lr: end-to-end distillation of each budget; 0 steps leave the closed form, -1 is 320, on a CPU fewer
-    the larger the model, down to 40. lr: Muon's, for any hidden size. hidden: weight of the hidden states' relative squared
-    error beside the divergence of the logits. The stage holds the whole model in fp32, so models of more than max_parameters
-    are distilled layer by layer instead, each layer in so many steps, with AdamW at layer_lr, which is for a hidden size of 128
-    and falls as one over it.
+    the larger the model, down to 40; batch_tokens is at least one block of text; lr is Muon's, for any hidden size. hidden:
+    weight of the hidden states' relative squared error beside the divergence of the logits. The stage holds the whole model in
+    fp32, so models of more than max_parameters are distilled layer by layer instead, each layer in so many steps, with AdamW at
+    layer_lr, which is for a hidden size of 128 and falls as one over it.
 
     routed: budgets of at most this share of active parameters also try routed experts, 0 for none. They are distilled layer by
     layer for routed_steps of the recipe's `train`, then end to end; larger models have none.
@@ -125,9 +125,9 @@ class ElasticRecipe:
     routed_steps: int = 400
 
     def __post_init__(self) -> None:
-        falling = all(0 < low < high <= 1 for high, low in zip(self.budgets, self.budgets[1:], strict=False))
+        falling = all(0 < low < high < 1 for high, low in zip(self.budgets, self.budgets[1:], strict=False))
         enough = not self.budgets or len(self.budgets) >= 3
-        _require(falling and enough, "elastic.budgets", "must be at least three falling shares", self.budgets)
+        _require(falling and enough, "elastic.budgets", "must be at least three falling shares below one", self.budgets)
         _require(self.ridge >= 0, "elastic.ridge", "must be at least 0", self.ridge)
         _require(self.scan_tokens >= 1, "elastic.scan_tokens", "must be at least 1", self.scan_tokens)
         _require(self.steps >= -1, "elastic.steps", "must be at least -1", self.steps)

@@ -8,10 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.teacher import CHUNK_TOKENS, StreamedModel
 from ladimo.model.transformer import DecoderLayer
-
-CHUNK_TOKENS = 8192  # tokens that pass through an FFN at once
 
 Substitute = Callable[[int, int, Tensor, Tensor], nn.Module | None]
 

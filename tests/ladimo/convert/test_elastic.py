@@ -260,7 +260,7 @@ def test_budgets_follow_from_the_target_and_wrong_ones_are_refused(source: Path)
     recipe = Elastic().resolve(Recipe(target_active=0.8), read_config(source), torch.device("cpu"))
     assert recipe.elastic.budgets == [0.9, 0.8, 0.65]
     assert recipe.elastic.steps == 320
-    for wrong in ([0.9, 0.8], [0.8, 0.9, 0.5], [1.1, 0.8, 0.5], [0.9, 0.8, 0.0]):
+    for wrong in ([0.9, 0.8], [0.8, 0.9, 0.5], [1.0, 0.8, 0.5], [1.1, 0.8, 0.5], [0.9, 0.8, 0.0]):
         with pytest.raises(ValueError, match=r"elastic\.budgets"):
             ElasticRecipe(budgets=wrong)
     for name, value in (("routed", 1.5), ("routed_steps", -1)):
