@@ -24,10 +24,10 @@ from server.api.schemas import (
     CompletionRequest,
     GenerationFields,
     StreamOptions,
-    unknown_field,
 )
 from server.api.services import Services, ServicesDep
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
+from server.api.wire import unknown_field
 from server.errors import BadRequest, InternalError, UnsupportedParameter, to_service_error
 
 router = APIRouter()

@@ -1,39 +1,41 @@
-"""The wire: what request bodies look like. Translation into engine terms is `api.generation`'s.
+"""The wire: what request bodies look like, built from `api.wire`. Translation into engine terms is `api.generation`'s."""
 
-Null means "not given". A field of OpenAI's or vLLM's that is not honoured is declared with the one value that asks for
-nothing, so that it is refused rather than ignored; fields nobody knows are ignored, or refused under --strict-fields.
-"""
-
-import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from server.errors import UnsupportedParameter
+from server.api.wire import (
+    Absent,
+    Alternatives,
+    Bias,
+    JsonSchema,
+    Off,
+    On,
+    One,
+    Penalty,
+    Regex,
+    Share,
+    Stop,
+    Text,
+    TokenId,
+    TokenIds,
+    TokenIdText,
+    WireModel,
+    as_list,
+    only,
+    or_else,
+)
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_STOPS = 32
-MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 128
 MAX_CHOICES = 16  # `n`
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_SALT_CHARACTERS = 256
-MAX_CONSTRAINT_CHARACTERS = 2**16
-MAX_CONSTRAINT_CHOICES = 1024
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
 ROUTING_TRACE = (
@@ -45,39 +47,11 @@ ROUTING_TRACE = (
 )
 
 
-def _only(*neutral: object) -> AfterValidator:
-    """A field that is not honoured: the values that ask for nothing pass."""
-
-    def check(value: object) -> object:
-        if not any(type(value) is type(each) and value == each for each in neutral):
-            hint = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
-            raise PydanticCustomError(UnsupportedParameter.code, "not supported by this server; {hint}", {"hint": hint})
-        return value
-
-    return AfterValidator(check)
-
-
-def _or_else(message: str) -> WrapValidator:
-    """One message for a union, in place of one per member."""
-
-    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise PydanticCustomError("wrong_type", "{expected}", {"expected": message}) from None
-
-    return WrapValidator(validate)
-
-
 def _as_prompts(value: object) -> object:
     """One prompt as a list of one: text, or a list of token ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, int) for item in value)):
         return [value]
     return value
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
 
 
 def _as_policy(value: object) -> object:
@@ -88,71 +62,11 @@ def _as_trace(value: object) -> object:
     return ({} if value else None) if isinstance(value, bool) else value
 
 
-def _as_json_object(value: object) -> object:
-    """A JSON schema may come as JSON text."""
-    if isinstance(value, str) and len(value) <= MAX_CONSTRAINT_CHARACTERS:
-        try:
-            return from_json(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(schema)) > MAX_CONSTRAINT_CHARACTERS:
-        raise ValueError("too long")
-    return schema
-
-
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
-Prompt = Annotated[Text | TokenIds, _or_else("must be a non-empty string or a non-empty list of token ids")]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-JsonSchema = Annotated[
-    dict[str, Any],
-    BeforeValidator(_as_json_object),
-    AfterValidator(_of_bounded_size),
-    _or_else(f"must be a JSON schema of at most {MAX_CONSTRAINT_CHARACTERS} characters"),
-]
-Regex = Annotated[str, Field(min_length=1, max_length=MAX_CONSTRAINT_CHARACTERS)]
-Alternatives = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-    Field(min_length=1, max_length=MAX_CONSTRAINT_CHOICES),
-]
-One = Annotated[Any, _only(1, 1.0)]
-Off = Annotated[Any, _only(False)]
-On = Annotated[Any, _only(True)]
-Absent = Annotated[Any, _only()]
-
-
-class WireModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
-def unknown_field(model: WireModel) -> str | None:
-    """The JSON path of a field that nobody knows, wherever it is; None when there is none."""
-    for name in model.model_extra or {}:
-        return name
-    for name, value in model:
-        for place, item in enumerate(value) if isinstance(value, list) else ((None, value),):
-            inner = unknown_field(item) if isinstance(item, WireModel) else None
-            if inner is not None:
-                return f"{name}.{inner}" if place is None else f"{name}[{place}].{inner}"
-    return None
+Prompt = Annotated[Text | TokenIds, or_else("must be a non-empty string or a non-empty list of token ids")]
 
 
 class RoutingField(WireModel):
@@ -235,7 +149,7 @@ class GenerationFields(WireModel):
     logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_BIASES)] = {}
     seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
     stop: Annotated[
-        list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+        list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(as_list, json_schema_input_type=str | list[str])
     ] = []
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] = []
     ignore_eos: bool = False
@@ -255,7 +169,7 @@ class GenerationFields(WireModel):
     guided_grammar: Absent = None
     prompt_logprobs: Absent = None
     allowed_token_ids: Absent = None
-    bad_words: Annotated[Any, _only([])] = []
+    bad_words: Annotated[Any, only([])] = []
     logits_processors: Absent = None
     truncate_prompt_tokens: Absent = None
     use_beam_search: Off = False
@@ -289,7 +203,7 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, description="Must equal n.")
 
-    suffix: Annotated[Any, _only("")] = ""
+    suffix: Annotated[Any, only("")] = ""
     prompt_embeds: Absent = None
 
     @property
@@ -307,7 +221,7 @@ class Message(WireModel):
     content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
 
-    tool_calls: Annotated[Any, _only([])] = []
+    tool_calls: Annotated[Any, only([])] = []
     tool_call_id: Absent = None
     function_call: Absent = None
     audio: Absent = None
@@ -324,21 +238,21 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="Needs logprobs to be true.")
 
-    tools: Annotated[Any, _only([])] = []
-    tool_choice: Annotated[Any, _only("none", "auto")] = "none"
+    tools: Annotated[Any, only([])] = []
+    tool_choice: Annotated[Any, only("none", "auto")] = "none"
     parallel_tool_calls: bool = True
-    functions: Annotated[Any, _only([])] = []
-    function_call: Annotated[Any, _only("none", "auto")] = "none"
-    modalities: Annotated[Any, _only(["text"])] = ["text"]
+    functions: Annotated[Any, only([])] = []
+    function_call: Annotated[Any, only("none", "auto")] = "none"
+    modalities: Annotated[Any, only(["text"])] = ["text"]
     audio: Absent = None
     prediction: Absent = None
     reasoning_effort: Absent = None
     verbosity: Absent = None
     web_search_options: Absent = None
     store: Off = False
-    service_tier: Annotated[Any, _only("auto", "default")] = "auto"
+    service_tier: Annotated[Any, only("auto", "default")] = "auto"
     chat_template: Absent = None
-    chat_template_kwargs: Annotated[Any, _only({})] = {}
+    chat_template_kwargs: Annotated[Any, only({})] = {}
     add_generation_prompt: On = True
     continue_final_message: Off = False
     add_special_tokens: Off = False

@@ -1,0 +1,117 @@
+"""What the wire models are made of: their base class, the types of fields, and refusals.
+
+Null means "not given". A field of OpenAI's or vLLM's that is not honoured is declared with the one value that asks for
+nothing, so that it is refused rather than ignored; fields nobody knows are ignored, or refused under --strict-fields.
+"""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+from server.errors import UnsupportedParameter
+
+MAX_STOP_CHARACTERS = 1024
+MAX_CONSTRAINT_CHARACTERS = 2**16
+MAX_CONSTRAINT_CHOICES = 1024
+
+
+def only(*neutral: object) -> AfterValidator:
+    """A field that is not honoured: the values that ask for nothing pass."""
+
+    def check(value: object) -> object:
+        if not any(type(value) is type(each) and value == each for each in neutral):
+            hint = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
+            raise PydanticCustomError(UnsupportedParameter.code, "not supported by this server; {hint}", {"hint": hint})
+        return value
+
+    return AfterValidator(check)
+
+
+def or_else(message: str) -> WrapValidator:
+    """One message for a union, in place of one per member."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("wrong_type", "{expected}", {"expected": message}) from None
+
+    return WrapValidator(validate)
+
+
+def as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_json_object(value: object) -> object:
+    """A JSON schema may come as JSON text."""
+    if isinstance(value, str) and len(value) <= MAX_CONSTRAINT_CHARACTERS:
+        try:
+            return from_json(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(schema)) > MAX_CONSTRAINT_CHARACTERS:
+        raise ValueError("too long")
+    return schema
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+JsonSchema = Annotated[
+    dict[str, Any],
+    BeforeValidator(_as_json_object),
+    AfterValidator(_of_bounded_size),
+    or_else(f"must be a JSON schema of at most {MAX_CONSTRAINT_CHARACTERS} characters"),
+]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_CONSTRAINT_CHARACTERS)]
+Alternatives = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(min_length=1, max_length=MAX_CONSTRAINT_CHOICES),
+]
+One = Annotated[Any, only(1, 1.0)]
+Off = Annotated[Any, only(False)]
+On = Annotated[Any, only(True)]
+Absent = Annotated[Any, only()]
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+def unknown_field(model: WireModel) -> str | None:
+    """The JSON path of a field that nobody knows, wherever it is; None when there is none."""
+    for name in model.model_extra or {}:
+        return name
+    for name, value in model:
+        for place, item in enumerate(value) if isinstance(value, list) else ((None, value),):
+            inner = unknown_field(item) if isinstance(item, WireModel) else None
+            if inner is not None:
+                return f"{name}.{inner}" if place is None else f"{name}[{place}].{inner}"
+    return None
