@@ -13,6 +13,7 @@ PLACEHOLDERS = {
     "SecretStr": "KEY",
     "list[SecretStr]": "KEY",
     "list[str]": "TEXT",
+    "Mapping[str,Tier]": "JSON",
 }
 NO_DEFAULTS = (" (default: None)", " (default: [])", " (default: False)", " (default: True)")
 

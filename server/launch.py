@@ -160,6 +160,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         settings.default_target,
         settings.policies_dir,
         settings.batch_budgets,
+        settings.service_tiers,
     )
     name = settings.served_model_name or Path(settings.model).resolve().name
     metrics = _build_metrics(config, name, settings.expert_metrics == "full")

@@ -193,7 +193,9 @@ class Metrics:
             "policy_swap_duration_seconds", "Until the engine had accepted a changed default.", SWAP_SECONDS
         )
         self.policy_requests = counter(
-            "policy_requests_total", "Requests by what they asked for and what served them.", "requested", "served", "reason"
+            "policy_requests_total",
+            "Requests by what they asked for, what served them, and who chose: body, header, model, tier, auto or default.",
+            *("requested", "served", "reason"),
         )
         self.routing_accuracy = gauge("routing_accuracy", "Where the default has the knob, 0 to 1; NaN off the frontier.")
         self.routing_accuracy_floor = gauge(

@@ -1,14 +1,15 @@
 """How the server is run: flags and LADIMO_<FLAG> environment variables. The only reader of the environment."""
 
 import ipaddress
+import json
 import os
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -21,10 +22,23 @@ from pydantic_settings import (
 
 from server.help import HelpFormatter
 from server.policies.targets import AtAccuracy, Named, Target
+from server.policies.tiers import Tier, parse_tiers
 
 
 def _split(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _read_tiers(value: object) -> dict[str, Tier] | None:
+    """Tiers as JSON text or as a table of the settings file. Raises ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not valid JSON: {error}") from error
+    return parse_tiers(value)
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
@@ -123,6 +137,12 @@ class ServerSettings(BaseSettings):
     )
     policy: str | None = Field(None, description="Default routing policy by name; full if nothing is given.")
     accuracy: float | None = Field(None, ge=0, le=1, description="Default position of the knob, 0 cheapest to 1.")
+    service_tiers: Annotated[InstanceOf[Mapping[str, Tier]] | None, NoDecode, BeforeValidator(_read_tiers)] = Field(
+        None,
+        description="What a request's service_tier means, as JSON (a table in the settings file). A tier has a policy or an "
+        "accuracy, and a priority (lower runs earlier); auto and default are the server's default; others are refused. If not "
+        'given: {"flex": {"policy": "fast", "priority": 10}, "priority": {"policy": "full", "priority": -10}}.',
+    )
     frontier_batch: int = Field(1, ge=1, description="Batch size whose frontier the knob walks.")
     policies_dir: Path | None = Field(
         None, description="Where policies and defaults set over /admin are kept; in memory only if not given."

@@ -89,6 +89,8 @@ class Telemetry:
             "gen_ai.request.stream": fields.stream,
             "gen_ai.response.id": generation.completion_id,
             "gen_ai.response.model": self._model,
+            "openai.request.service_tier": fields.service_tier,
+            "openai.response.service_tier": generation.service_tier,
             "ladimo.request_id": logs.request_id.get(),
             "ladimo.routing.requested": route.requested,
         }

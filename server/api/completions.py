@@ -29,6 +29,8 @@ from server.api.services import Services, ServicesDep
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
 from server.api.wire import unknown_field
 from server.errors import BadRequest, InternalError, UnsupportedParameter, to_service_error
+from server.policies.targets import AUTO
+from server.policies.tiers import DEFAULT
 
 router = APIRouter()
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
         raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
-    dialect = TextDialect(body.model or services.model_name, services)
+    dialect = TextDialect(body.model or services.model_name, terms.service_tier, services)
 
     async def generation() -> Generation:
         prompts = [await _prompt(body, place, services) for place in range(len(body.prompt))]
@@ -58,7 +60,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
 @router.post("/v1/chat/completions", responses=ANSWERS)
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = _terms(body, 1, request, services)
-    dialect = ChatDialect(body.model or services.model_name, services)
+    dialect = ChatDialect(body.model or services.model_name, terms.service_tier, services)
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
 
     async def generation() -> Generation:
@@ -82,9 +84,10 @@ class Dialect(ABC):
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, services: Services) -> None:
+    def __init__(self, model: str, service_tier: str, services: Services) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
+        self._service_tier = service_tier
         self._expert_layers = services.config.moe_layer_indices
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
@@ -103,7 +106,14 @@ class Dialect(ABC):
         return {"routing_trace": wire_trace(delta.trace, self._expert_layers, delta.first, last)}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "service_tier": self._service_tier,
+            "choices": choices,
+        }
 
     @abstractmethod
     def choice(self, whole: Delta) -> dict[str, Any]: ...
@@ -147,10 +157,17 @@ def _terms(body: GenerationFields, prompts: int, request: Request, services: Ser
     if unknown is not None:
         raise UnsupportedParameter(f"{unknown}: unknown field", param=unknown)
     deadline = request_deadline(request, services.request_timeout)
-    ask = routing_choice(body.routing, request, body.model, services.model_name, services.store)
-    route = services.store.resolve(ask)
+    tier = services.store.tier(body.service_tier)
+    ask = routing_choice(body.routing, request, body.model, services.model_name, services.store) or tier.ask
+    route = services.store.resolve(ask, controlled=tier.controlled)
     request.state.routing_policy = route.policy.name
-    return Terms(route, deadline, _flow(body, request, services))
+    return Terms(
+        route,
+        deadline,
+        _flow(body, request, services),
+        service_tier=DEFAULT if body.service_tier == AUTO else body.service_tier,
+        priority=tier.priority if body.priority is None else body.priority,
+    )
 
 
 def _flow(body: GenerationFields, request: Request, services: Services) -> str:

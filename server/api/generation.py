@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never).
-    `flow`: whose turn it takes when requests wait. `received`: when it came, in nanoseconds of Unix time."""
+    `flow`: whose turn it takes when requests wait. `service_tier`: the one that serves it. `priority`: lower runs earlier.
+    `received`: when it came, in nanoseconds of Unix time."""
 
     route: Route
     deadline: float | None
-    flow: str = ""
+    flow: str
+    service_tier: str
+    priority: int
     received: int = field(default_factory=time.time_ns)
 
 
@@ -147,6 +150,7 @@ class Generation:
 
     def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, services: Services) -> None:
         self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
+        self.service_tier = terms.service_tier
         self.received = terms.received
         self._deadline, self._services = terms.deadline, services
 
@@ -262,7 +266,7 @@ def make_generation(
                     constraint=None if grammar is None else grammar.start(),
                 ),
                 policy=terms.route.policy,
-                priority=fields.priority,
+                priority=terms.priority,
                 cache_salt=fields.cache_salt,
                 flow=terms.flow,
                 trace=trace,

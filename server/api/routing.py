@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Request
 from ladimo.policy import FrontierPoint
 from server.api.services import Services, ServicesDep
 from server.engine.async_engine import EngineState
-from server.policies.store import State
+from server.policies.store import Route, State
 
 router = APIRouter()
 admin = APIRouter(prefix="/admin")
@@ -22,12 +22,16 @@ JsonObject = Annotated[dict[str, Any], Body()]
 
 @router.get("/v1/routing")
 async def routing(services: ServicesDep) -> dict[str, Any]:
-    """The default, the policies with their versions and figures, and the frontier that the knob walks."""
+    """The default, the service tiers, the policies with their versions and figures, and the frontier that the knob walks."""
     store = services.store
     points = () if store.frontier is None else store.frontier.points
     figures = {point.policy: point for point in points}
     return {
         "default": _default(services),
+        "service_tiers": {
+            name: tier.to_dict() | _now(store.resolve(tier.ask, controlled=tier.controlled))
+            for name, tier in store.tiers.items()
+        },
         "policies": [
             {
                 "name": name,
@@ -143,9 +147,11 @@ def show_policies(services: Services) -> None:
 def _default(services: Services) -> dict[str, Any]:
     """The default as it was set, and what it means now."""
     store = services.store
-    route = store.resolve()
-    now = {"policy": route.policy.name, "version": route.policy.version, "accuracy": route.accuracy}
-    return {"target": store.state.default.to_dict(), **now}
+    return {"target": store.state.default.to_dict(), **_now(store.resolve())}
+
+
+def _now(route: Route) -> dict[str, Any]:
+    return {"policy": route.policy.name, "version": route.policy.version, "accuracy": route.accuracy}
 
 
 def _point(point: FrontierPoint, services: Services) -> dict[str, Any]:

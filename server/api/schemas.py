@@ -36,6 +36,7 @@ MAX_CHOICES = 16  # `n`
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_SALT_CHARACTERS = 256
+MAX_TIER_CHARACTERS = 64
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
 ROUTING_TRACE = (
@@ -44,6 +45,13 @@ ROUTING_TRACE = (
     "prompt's tokens but the last, whose pass drew the first generated token (all of them when max_tokens is 0), and, if the "
     "sequence was preempted, `recomputed`: how many of its first passes ran again, per preemption. In a stream each chunk has "
     "its tokens' part; `layers` and `prompt` come with a choice's first chunk, `recomputed` with its last."
+)
+SERVICE_TIER = (
+    "Cheap or fast: a tier has a policy and a priority, which the operator sets and GET /v1/routing shows. If nothing else is "
+    "set, `flex` runs under the policy fast and lets others go first; `priority` runs under full and goes first. `auto` and "
+    "`default` mean the server's default; only under `auto` may automatic control lower the accuracy. A policy or accuracy "
+    "that the request chooses itself (`routing`, a header, the model's name) wins over the tier's, and so does its own "
+    "`priority`. The answer names the tier that served it, which for `auto` is `default`."
 )
 
 
@@ -156,7 +164,10 @@ class GenerationFields(WireModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    priority: int = Field(0, ge=-(2**63), lt=2**63, description="Lower runs earlier.")
+    service_tier: str = Field("auto", min_length=1, max_length=MAX_TIER_CHARACTERS, description=SERVICE_TIER)
+    priority: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Lower runs earlier; the service tier's if not given, which is 0 by default."
+    )
     cache_salt: str = Field(
         "", min_length=1, max_length=MAX_SALT_CHARACTERS, description="Cached prompts are shared under the same salt only."
     )
@@ -250,7 +261,6 @@ class ChatCompletionRequest(GenerationFields):
     verbosity: Absent = None
     web_search_options: Absent = None
     store: Off = False
-    service_tier: Annotated[Any, only("auto", "default")] = "auto"
     chat_template: Absent = None
     chat_template_kwargs: Annotated[Any, only({})] = {}
     add_generation_prompt: On = True

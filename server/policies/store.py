@@ -12,8 +12,9 @@ from types import MappingProxyType
 from ladimo.checkpoint import read_json, write_json
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, RoutingPolicy
-from server.errors import Conflict, InvalidPolicy, NoFrontier, NoPreviousDefault, PolicyInUse, UnknownPolicy
+from server.errors import BadRequest, Conflict, InvalidPolicy, NoFrontier, NoPreviousDefault, PolicyInUse, UnknownPolicy
 from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, Named, Objective, Target, parse_default
+from server.policies.tiers import FIXED, Tier, default_tiers
 
 STATE_FILE = "routing.json"
 MAX_HISTORY = 32
@@ -48,7 +49,8 @@ class State:
 
 class PolicyStore:
     """`frontier`: the points the knob walks, all of one batch size; None for a dense model. `batch_budgets`: whether the engine
-    can run policies with `batch_experts`; if not, they are refused.
+    can run policies with `batch_experts`; if not, they are refused. `tiers`: the operator's service tiers; None:
+    `default_tiers`.
 
     `default` None takes the persisted default, or `full`. Raises ValueError naming the file or policy that is wrong.
     """
@@ -61,6 +63,7 @@ class PolicyStore:
         default: Target | None = None,
         directory: Path | None = None,
         batch_budgets: bool = False,
+        tiers: Mapping[str, Tier] | None = None,
     ) -> None:
         self.config, self.frontier, self._batch_budgets = config, frontier, batch_budgets
         self.checkpoint = MappingProxyType(dict(checkpoint))
@@ -78,6 +81,14 @@ class PolicyStore:
         if default is not None and default != self.state.default:
             self._check_default(self.state, default)
             self.state = self._next(self.state.stored, default)
+        if tiers is None:
+            tiers = default_tiers("fast" in self.policies(), frontier is not None)
+        self.tiers: Mapping[str, Tier] = MappingProxyType({**FIXED, **tiers})
+        for name, tier in self.tiers.items():
+            try:
+                self.resolve(tier.ask)
+            except (UnknownPolicy, NoFrontier) as error:
+                raise ValueError(f"the service tier {name!r} cannot be served: {error}") from error
 
     # Reading
 
@@ -97,14 +108,24 @@ class PolicyStore:
             return None
         return self.frontier.position(policy.name)
 
+    def tier(self, name: str) -> Tier:
+        """Raises BadRequest for a tier that is not offered."""
+        if name not in self.tiers:
+            offered = ", ".join(self.tiers)
+            raise BadRequest(f"service_tier: {name!r} is not offered by this server, which has {offered}", param="service_tier")
+        return self.tiers[name]
+
     @property
     def objective(self) -> Objective | None:
         """What automatic control is to hold; None while it is off."""
         return self.state.default.objective if isinstance(self.state.default, Automatic) else None
 
-    def resolve(self, ask: Ask | None = None, state: State | None = None) -> Route:
-        """The policy version a request runs under. Raises UnknownPolicy, NoFrontier."""
+    def resolve(self, ask: Ask | None = None, state: State | None = None, controlled: bool = True) -> Route:
+        """The policy version a request runs under. `controlled` False: automatic control does not move it; where it would set
+        the knob, the knob stands at 1. Raises UnknownPolicy, NoFrontier."""
         state = state or self.state
+        if isinstance(state.default, Automatic) and not controlled:
+            state = replace(state, default=AtAccuracy(1.0))
         if ask is None:
             return self._default_route(state, None, "default")
         if isinstance(ask.target, Automatic):
@@ -147,6 +168,9 @@ class PolicyStore:
             raise PolicyInUse(f"{name!r} is the default; set another default first")
         if name not in self.state.stored:
             raise Conflict(f"{name!r} belongs to the checkpoint and cannot be removed")
+        for tier_name, tier in self.tiers.items():
+            if tier.target == Named(name) and name not in self.checkpoint:
+                raise PolicyInUse(f"{name!r} serves the service tier {tier_name!r}")
         return self._next({key: policy for key, policy in self.state.stored.items() if key != name}, self.state.default)
 
     def set_default(self, raw: object) -> State:

@@ -48,7 +48,8 @@ Target = Named | AtAccuracy | Automatic
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request's own choice and where it came from: `source` is "body", "header" or "model", `param` the field or header.
+    """A request's own choice and where it came from: `source` is "body", "header", "model" or "tier", `param` the field or
+    header.
 
     `min_accuracy`: automatic control may lower the choice this far (None: not at all).
     """

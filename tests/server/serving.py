@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from server.metrics import Metrics
 from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.policies.targets import Target
+from server.policies.tiers import Tier
 from server.telemetry import Telemetry
 from server.text.tokenizer import Tokenizer
 from tests.factories import save_tokenizer
@@ -59,8 +60,10 @@ def frontier(config: ModelConfig = CONFIG) -> Frontier:
     return Frontier(tuple(points))
 
 
-def make_store(default: Target | None = None, directory: Path | None = None) -> PolicyStore:
-    return PolicyStore(CONFIG, policies(), frontier(), default, directory)
+def make_store(
+    default: Target | None = None, directory: Path | None = None, tiers: Mapping[str, Tier] | None = None
+) -> PolicyStore:
+    return PolicyStore(CONFIG, policies(), frontier(), default, directory, tiers=tiers)
 
 
 @dataclass
@@ -174,6 +177,7 @@ class Parts:
     send_timeout: float = SEND_SECONDS
     default: Target | None = None
     directory: Path | None = None
+    tiers: Mapping[str, Tier] | None = None
     build: Callable[[EngineCore], EngineCore] = lambda core: core
     wait_ready: bool = True
     telemetry: Telemetry | None = None
@@ -202,7 +206,7 @@ async def make_server(
     services = Services(
         engine=engine,
         admission=admission,
-        store=make_store(parts.default, parts.directory),
+        store=make_store(parts.default, parts.directory, parts.tiers),
         tokenizer=tokenizer,
         grammars=tokenizer.grammar_compiler(CONFIG.vocab_size),
         metrics=metrics,

@@ -92,6 +92,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "stream": st.booleans(),
     "priority": st.integers(-5, 5),
+    "service_tier": st.sampled_from(["auto", "default", "flex", "priority", "scale", ""]),
     "cache_salt": TEXT,
     "user": TEXT,
     "routing": st.sampled_from(["fast", "full", "auto", {"accuracy": 0.5}, {"policy": "fast", "min_accuracy": 1}]),

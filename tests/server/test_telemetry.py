@@ -78,6 +78,8 @@ async def test_a_span_says_what_the_answer_says(tmp_path: Path, path: str, strea
             "gen_ai.request.stream": stream,
             "gen_ai.response.id": answer["id"],
             "gen_ai.response.model": MODEL,
+            "openai.request.service_tier": "auto",
+            "openai.response.service_tier": "default",
             "gen_ai.response.finish_reasons": ("length", "length"),
             "gen_ai.usage.input_tokens": usage["prompt"],
             "gen_ai.usage.output_tokens": 8,
