@@ -15,19 +15,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers import initialization as init
 from transformers.utils import cached_file
 
-from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
+from ladimo.model.config import MOE_TYPE, MoeLayerConfig
+from ladimo.model.families import find_family, read_model_config
 from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.model.router import SELECTION_BIAS, LinearRouter, Router
 from ladimo.policy import LayerRule, RoutingPolicy
 
 
 class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's configuration and two fields. `moe_layers`: one entry per layer, null where the FFN stayed dense.
-    `attention_output_bias`: whether the attention's output projection has a bias, null = as `attention_bias` says."""
+    """LLaMA's configuration and three fields.
+
+    `moe_layers` has one entry per layer, null where the FFN stayed dense. `attention_output_bias` says whether the attention's
+    output projection has a bias; null means as `attention_bias` says. `family` is the dense model's type.
+    """
 
     model_type = MOE_TYPE
     moe_layers: list[dict[str, Any] | None] | None = None
     attention_output_bias: bool | None = None
+    family: str = "llama"
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
@@ -52,6 +57,8 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
     _keep_in_fp32_modules_strict = [SELECTION_BIAS]
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
+        if not find_family(config.family).is_llama_inside:
+            raise ValueError(f"family {config.family}: transformers' LLaMA cannot stand in for its modules")
         super().__init__(config)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
@@ -94,7 +101,7 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def set_policy(self, rules: Sequence[LayerRule | None]) -> None:
         """Run under these rules, one per layer, None where the layer is dense. Raises ValueError when they do not fit."""
-        RoutingPolicy("policy", "", tuple(rules)).validate(ModelConfig.from_dict(self.config.to_dict()))
+        RoutingPolicy("policy", "", tuple(rules)).validate(read_model_config(self.config.to_dict()))
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
                 layer.mlp.rule = rule

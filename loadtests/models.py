@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.families import read_model_config
 from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -64,11 +65,11 @@ def partitioned_config(shape: str, num_experts: int = 8) -> ModelConfig:
     assert size * num_experts == SHAPES[shape]["intermediate_size"]
     layer = MoeLayerConfig(num_experts, num_experts, size, expert_weight="one")
     layers = (layer,) * SHAPES[shape]["num_hidden_layers"]
-    return ModelConfig.from_dict({**SHAPES[shape], "model_type": "ladimo_llama", "moe_layers": moe_layers_to_json(layers)})
+    return read_model_config({**SHAPES[shape], "model_type": "ladimo_llama", "moe_layers": moe_layers_to_json(layers)})
 
 
 def dense_config(shape: str) -> ModelConfig:
-    return ModelConfig.from_dict({**SHAPES[shape], "model_type": "llama"})
+    return read_model_config({**SHAPES[shape], "model_type": "llama"})
 
 
 @torch.no_grad()

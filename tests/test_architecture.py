@@ -69,7 +69,11 @@ TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ("ladimo", None, ("server", *WEB)),
     ("ladimo.model", ("torch", "triton", "ladimo.model"), ()),
     ("ladimo.policy", ("ladimo.model.config",), ()),
-    ("ladimo.checkpoint", ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy"), ()),
+    (
+        "ladimo.checkpoint",
+        ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy", "ladimo.checkpoint"),
+        (),
+    ),
     ("ladimo.hf", ("torch", "transformers", "ladimo.model", "ladimo.policy"), ()),
     ("ladimo.convert", None, ("ladimo.cli",)),
     ("ladimo.demo", None, ("ladimo.convert", "ladimo.cli")),

@@ -29,8 +29,8 @@ def check_source(directory: Path) -> ModelConfig:
         if name not in reader or reader.shape(name) != shape:
             found = f"has shape {list(reader.shape(name))}" if name in reader else "is missing"
             raise ValueError(f"{directory}: {name} {found}, config.json asks for {list(shape)}")
-    for name, file in reader.files.items():
-        if name.startswith("model.layers.") and name not in expected and not name.endswith(COMPUTED):
+    for name, file in reader.unused(expected).items():
+        if name.startswith("model.layers.") and not name.endswith(COMPUTED):
             raise ValueError(f"{file}: {name} belongs to no layer that config.json describes")
     for name in expected:
         check_values(reader, name)
@@ -41,10 +41,10 @@ def check_values(reader: TensorReader, name: str) -> None:
     """Raises ValueError unless the tensor is bf16, fp16 or fp32 and every value in it is finite."""
     tensor = reader.get(name)
     if tensor.dtype not in DTYPES.values():
-        raise ValueError(f"{reader.files[name]}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}")
+        raise ValueError(f"{reader.file(name)}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}")
     low, high = (value.item() for value in tensor.aminmax())  # NaN wins in both
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{reader.files[name]}: {name} holds a value that is {'NaN' if math.isnan(low) else 'infinite'}")
+        raise ValueError(f"{reader.file(name)}: {name} holds a value that is {'NaN' if math.isnan(low) else 'infinite'}")
 
 
 def model_parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

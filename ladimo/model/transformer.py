@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
+from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
-from ladimo.model.layers import GatedMLP, RMSNorm, RotaryEmbedding
+from ladimo.model.layers import RMSNorm, RotaryEmbedding
 from ladimo.model.moe import ExpertLayer
 
 
@@ -28,11 +28,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        family = find_family(config.family)
+        self.self_attn = family.attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.layers[layer]
         self.mlp: nn.Module = (
-            GatedMLP(config.hidden_size, config.intermediate_size) if moe is None else ExpertLayer(config.hidden_size, moe)
+            family.ffn(config.hidden_size, config.intermediate_size) if moe is None else ExpertLayer(config.hidden_size, moe)
         )
 
     def attend(

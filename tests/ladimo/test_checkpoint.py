@@ -39,6 +39,7 @@ from ladimo.checkpoint import (
     write_text,
 )
 from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE, make_dense, make_moe
@@ -335,7 +336,7 @@ def test_junk_in_a_config_gives_a_config_or_a_value_error(moe_dir: Path, data: s
     else:
         raw[place] = junk
     try:
-        ModelConfig.from_dict(raw)
+        read_model_config(raw)
     except ValueError as error:
         named = {place.split(".")[-1]} | (
             {"moe_layers"} if place == "num_hidden_layers" else set()
@@ -394,7 +395,7 @@ def test_active_parameters_ratio_counts_weights(moe_dir: Path, dense_dir: Path) 
 
 def make_dense_config(**fields: Any) -> ModelConfig:
     sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3}
-    return ModelConfig.from_dict({"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **fields})
+    return read_model_config({"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **fields})
 
 
 # Policies and frontier
@@ -476,7 +477,7 @@ def test_interrupted_write_leaves_the_old_content(tmp_path: Path, monkeypatch: p
         if fault == "replace":
             patch.setattr(Path, "replace", fail)
         else:
-            patch.setattr("ladimo.checkpoint.os.fsync", fail)
+            patch.setattr("ladimo.checkpoint.files.os.fsync", fail)
         with pytest.raises(OSError, match="disk is full"):
             write_text(file, "new")
         with pytest.raises(OSError, match="disk is full"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from ladimo.checkpoint import TensorReader, load_model, moe_config_json, read_config, read_json, read_policies, write_json
 from ladimo.convert.pipeline import convert
 from ladimo.hf import LadimoLlamaForCausalLM
-from ladimo.model.config import ModelConfig
+from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
@@ -108,10 +108,10 @@ def test_a_converted_configuration_says_what_its_family_left_unsaid(tmp_path: Pa
     sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     for family, heads, kv_heads, context in (("mistral", 16, 8, 131072), ("qwen2", 32, 32, 32768), ("llama", 16, 16, 2048)):
         raw = {"model_type": family, **sizes, "num_attention_heads": heads, "sliding_window": None}
-        dense = ModelConfig.from_dict(raw)
+        dense = read_model_config(raw)
         assert (dense.num_key_value_heads, dense.max_position_embeddings) == (kv_heads, context)
         converted = moe_config_json(raw, [None, None])
-        assert ModelConfig.from_dict(converted) == dense
+        assert read_model_config(converted) == dense
         assert "sliding_window" not in converted
 
 

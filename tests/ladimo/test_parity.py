@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, read_config, read_policies
-from ladimo.model.config import ModelConfig
+from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from tests.factories import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, make_dense
@@ -171,6 +171,6 @@ def test_older_spelling_of_rope_is_read_alike(tmp_path: Path) -> None:
         raw["rope_theta"] = 500000.0
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
         for name in ("rope_type", "type"):
-            older = ModelConfig.from_dict({**raw, "rope_scaling": {**scaling, name: rope["rope_type"]}})
+            older = read_model_config({**raw, "rope_scaling": {**scaling, name: rope["rope_type"]}})
             assert older == read_config(tmp_path)
         assert older.rope.theta == 500000.0

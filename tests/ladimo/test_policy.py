@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladimo.checkpoint import moe_config_json
-from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
+from ladimo.model.families import read_model_config
 from ladimo.policy import LayerRule, RoutingPolicy
 
 EXPERTS = 8
 LAYER = MoeLayerConfig(EXPERTS, 2, 8)
-CONFIG = ModelConfig.from_dict(
+CONFIG = read_model_config(
     moe_config_json(
         {
             "model_type": "llama",

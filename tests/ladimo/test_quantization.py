@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ladimo import checkpoint
-from ladimo.checkpoint import load_model, load_quantized_model, read_policies
+from ladimo.checkpoint import load_model, load_quantized_model, loading, read_policies
 from ladimo.model.experts import apply_experts, apply_experts_masked
 from ladimo.model.inputs import StepInputs
 from ladimo.model.moe import Experts
@@ -133,7 +132,7 @@ def test_a_head_that_is_the_embedding_gets_integers_beside_it(tmp_path: Path, fo
 def test_loading_rounds_layer_by_layer(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, format: Quantize) -> None:
     """When a layer is read, the one before is integers, and nobody holds the weights it had."""
     alive: list[weakref.ref[Tensor]] = []
-    real = checkpoint.load_layer
+    real = loading.load_layer
 
     def load_layer(*arguments: Any) -> nn.Module:
         assert not [weight for weight in alive if weight() is not None]
@@ -142,7 +141,7 @@ def test_loading_rounds_layer_by_layer(moe_dir: Path, monkeypatch: pytest.Monkey
         alive.extend(weakref.ref(module.weight) for module in layer.modules() if isinstance(module, nn.Linear))
         return layer
 
-    monkeypatch.setattr(checkpoint, "load_layer", load_layer)
+    monkeypatch.setattr(loading, "load_layer", load_layer)
     model = load_quantized_model(moe_dir, torch.float32, CPU, format)
     assert len(alive) == 3 * 4 + 2 * 2 + 3  # attention, two layers of experts, one dense FFN
     assert not [weight for weight in alive if weight() is not None]

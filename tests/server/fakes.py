@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ladimo.model.config import ModelConfig
+from ladimo.model.families import read_model_config
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.batch import Batch, samples
 from server.engine.block_manager import BlockManager
@@ -17,7 +18,7 @@ from server.engine.request import Sequence, TokenExperts, TokenLogprobs
 from server.engine.scheduler import Scheduler
 
 FAKE_VOCAB = 300
-FAKE_CONFIG = ModelConfig.from_dict(
+FAKE_CONFIG = read_model_config(
     {
         "model_type": "ladimo_llama",
         "vocab_size": FAKE_VOCAB,

@@ -16,6 +16,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library
 from ladimo.model.cpu.packing import KINDS, Format, Packed, pack, pack_gate_up, padded_size
+from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
@@ -118,6 +119,8 @@ class NativeStep:
         if code is None:
             raise Unsupported("there is no compiled kernel")
         config, dtype = model.config, model.model.embed_tokens.weight.dtype
+        if not find_family(config.family).is_llama_inside:
+            raise Unsupported(f"family {config.family} has modules that it does not know")
         if dtype not in (torch.float32, torch.bfloat16):
             raise Unsupported(f"the weights are {dtype}")
         self.config = config

@@ -24,6 +24,7 @@ from ladimo.convert.profile import LayerProfile, distinct_experts, profile_layer
 from ladimo.convert.recipe import PolicyRecipe
 from ladimo.convert.solver import choose
 from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.families import read_model_config
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -39,7 +40,7 @@ def model(layers: int, top_k: int = 2) -> ModelConfig:
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
     }
-    dense = ModelConfig.from_dict(raw)
+    dense = read_model_config(raw)
     return dataclasses.replace(dense, layers=(MoeLayerConfig(4, top_k, 24, score_norm_top_k=top_k),) * layers)
 
 

@@ -31,6 +31,7 @@ from ladimo.convert.router_fit import activation_mass
 from ladimo.convert.split import contiguous_partition, split_ffn
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
@@ -198,7 +199,7 @@ def test_training_free_is_free_of_training(planted: GatedMLP, data: LayerData) -
 
 def model(layers: int = 4, intermediate_size: int = 96) -> ModelConfig:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
-    return ModelConfig.from_dict({"model_type": "llama", **sizes, "num_attention_heads": 4})
+    return read_model_config({"model_type": "llama", **sizes, "num_attention_heads": 4})
 
 
 @pytest.mark.parametrize("target", [1.0, 0.9, 0.8, 0.65])

@@ -1,0 +1,56 @@
+"""Checkpoint directories in Hugging Face layout: dense sources are read, converted models are written and read.
+
+Only safetensors are read and no code of a checkpoint is ever run. A file is written whole or not at all, and the converter
+renames a finished directory into place.
+"""
+
+from ladimo.checkpoint.directory import (
+    FRONTIER,
+    POLICIES,
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    moe_config_json,
+    read_config,
+    read_frontier,
+    read_policies,
+    write_policy,
+)
+from ladimo.checkpoint.files import read_json, resolve_directory, write_json, write_text
+from ladimo.checkpoint.loading import (
+    choose_device,
+    choose_dtype,
+    load_layer,
+    load_model,
+    load_quantized_model,
+    load_without_layers,
+)
+from ladimo.checkpoint.tensors import DTYPES, INDEX, TensorReader, content_hash, save_tensors, stored_dtype, write_tensors
+
+__all__ = [
+    "DTYPES",
+    "FRONTIER",
+    "INDEX",
+    "POLICIES",
+    "TOKENIZER_FILES",
+    "TensorReader",
+    "choose_device",
+    "choose_dtype",
+    "content_hash",
+    "copy_tokenizer",
+    "load_layer",
+    "load_model",
+    "load_quantized_model",
+    "load_without_layers",
+    "moe_config_json",
+    "read_config",
+    "read_frontier",
+    "read_json",
+    "read_policies",
+    "resolve_directory",
+    "save_tensors",
+    "stored_dtype",
+    "write_json",
+    "write_policy",
+    "write_tensors",
+    "write_text",
+]

@@ -1,0 +1,104 @@
+"""What lies beside the weights of a checkpoint: configuration, tokenizer, policies and frontier."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ladimo.checkpoint.files import read_json, write_json
+from ladimo.model.config import MOE_TYPE, ModelConfig
+from ladimo.model.families import read_model_config
+from ladimo.policy import Frontier, RoutingPolicy
+
+POLICIES = Path("routing/policies")
+FRONTIER = Path("routing/frontier.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Fields of a dense source that a converted checkpoint does not keep: a sliding window has no effect in any model that we take,
+# and rotary embeddings are written in one form.
+DROPPED_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "rope_theta", "rope_scaling")
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Raises ValueError naming file and field when this is no model that we can run."""
+    raw = read_json(directory / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{directory / 'config.json'}: not a JSON object")
+    try:
+        return read_model_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def read_policies(directory: Path, config: ModelConfig) -> dict[str, RoutingPolicy]:
+    """The checkpoint's named policies, validated. A dense checkpoint has one: "full", a null for every layer.
+
+    Raises ValueError naming the file.
+    """
+    if not config.moe_layer_indices:
+        return {"full": RoutingPolicy("full", "the dense model", (None,) * config.num_hidden_layers)}
+    policies = {}
+    for file in sorted((directory / POLICIES).glob("*.json")):
+        try:
+            policy = RoutingPolicy.from_dict(read_json(file))
+            policy.validate(config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if policy.name != file.stem:
+            raise ValueError(f"{file}: holds a policy named {policy.name!r}")
+        policies[policy.name] = policy
+    if "full" not in policies:
+        raise ValueError(f"{directory / POLICIES}: there is no policy full.json")
+    return policies
+
+
+def read_frontier(directory: Path) -> Frontier | None:
+    """The measured frontier, or None where the checkpoint has none (a dense model). Raises ValueError naming the file."""
+    path = directory / FRONTIER
+    if not path.exists():
+        return None
+    try:
+        frontier = Frontier.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not frontier.points:
+        raise ValueError(f"{path}: has no points")
+    return frontier
+
+
+def write_policy(directory: Path, policy: RoutingPolicy) -> None:
+    write_json(directory / POLICIES / f"{policy.name}.json", policy.to_dict())
+
+
+def moe_config_json(dense: Mapping[str, Any], layers: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """The dense source's config.json turned into the converted checkpoint's, which says what its family left unsaid.
+
+    Raises ValueError when the source is of no supported family.
+    """
+    config = read_model_config(dense)
+    kept = {name: value for name, value in dense.items() if name not in DROPPED_FIELDS}
+    stated = {name: value for name, value in asdict(config).items() if name not in ("rope", "layers")}
+    return {
+        **kept,
+        **stated,
+        "rope_parameters": config.rope.to_dict(),
+        "model_type": MOE_TYPE,
+        "architectures": ["LadimoLlamaForCausalLM"],
+        "moe_layers": layers,
+    }

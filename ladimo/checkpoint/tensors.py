@@ -1,0 +1,183 @@
+"""Weights in safetensors files: read one tensor at a time, written one shard at a time. No other format is read."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ladimo.checkpoint.files import read_json, write_json
+from ladimo.model.families import Stored, find_family, read_model_config, renames_weights
+from ladimo.model.router import weight_dtype
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TensorReader:
+    """The tensors of a checkpoint, from one file or shards, each read when asked for.
+
+    Tensors are asked for by our network's names; the model's family says under which name, and in which rows, they are stored.
+    `files` maps stored names to their files.
+
+    Raises ValueError naming the file when one is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._locate = _locator(directory)
+        if (directory / INDEX).exists():
+            index = read_json(directory / INDEX)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ValueError(f"{directory / INDEX}: weight_map must name a file for each tensor")
+            self.files = {name: directory / Path(file).name for name, file in weight_map.items()}
+        elif (directory / "model.safetensors").exists():
+            file = directory / "model.safetensors"
+            with _open(file) as handle:
+                self.files = dict.fromkeys(handle.keys(), file)
+        else:
+            raise ValueError(f"{directory}: has neither model.safetensors nor {INDEX}")
+        for file in sorted(set(self.files.values())):
+            with _open(file) as handle:
+                present = set(handle.keys())
+            missing = sorted(name for name, home in self.files.items() if home == file and name not in present)
+            if missing:
+                raise ValueError(f"{file}: lacks the tensor {missing[0]}")
+
+    def __contains__(self, name: str) -> bool:
+        return self._locate(name).name in self.files
+
+    def unused(self, names: Iterable[str]) -> dict[str, Path]:
+        """Stored tensors that none of our `names` is kept in, with their files."""
+        used = {self._locate(name).name for name in names}
+        return {name: file for name, file in self.files.items() if name not in used}
+
+    def file(self, name: str) -> Path:
+        """Where a tensor is stored. Raises ValueError when the checkpoint has no such tensor."""
+        stored = self._locate(name).name
+        if stored not in self.files:
+            raise ValueError(f"{self.directory}: the checkpoint lacks the tensor {stored}")
+        return self.files[stored]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored = self._locate(name)
+        with _open(self.file(name)) as handle:
+            rows, *rest = handle.get_slice(stored.name).get_shape()
+        if stored.rows is not None:
+            rows = len(range(*stored.rows.indices(rows)))
+        return (rows, *rest)
+
+    def get(self, name: str) -> Tensor:
+        """Raises ValueError when the checkpoint has no such tensor or it cannot be read."""
+        stored, file = self._locate(name), self.file(name)
+        with _open(file) as handle:
+            try:
+                if stored.rows is None:
+                    tensor: Tensor = handle.get_tensor(stored.name)
+                else:
+                    tensor = handle.get_slice(stored.name)[stored.rows]
+            except SafetensorError as error:
+                raise ValueError(f"{file}: cannot read {stored.name} ({error})") from error
+        return tensor
+
+    def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Fill every parameter of `module` (built on any device) from `prefix` + its name; shapes must match exactly."""
+        tensors = {}
+        for name, parameter in module.named_parameters():
+            if self.shape(prefix + name) != tuple(parameter.shape):
+                raise ValueError(
+                    f"{self.file(prefix + name)}: {prefix + name} has shape {list(self.shape(prefix + name))}, "
+                    f"config.json asks for {list(parameter.shape)}"
+                )
+            stored = self.get(prefix + name)
+            if stored.dtype not in DTYPES.values():  # quantised weights mean nothing without their scales
+                raise ValueError(
+                    f"{self.file(prefix + name)}: {prefix + name} is {stored.dtype}; supported: {', '.join(DTYPES)}"
+                )
+            tensors[name] = stored.to(device=device, dtype=weight_dtype(name, dtype))
+        module.load_state_dict(tensors, strict=False, assign=True)
+        module.requires_grad_(False)
+
+
+def _locator(directory: Path) -> Callable[[str], Stored]:
+    """Where the checkpoint's family keeps a tensor that our network calls by a name."""
+    raw = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
+    if not isinstance(raw, dict) or not renames_weights(raw.get("model_type")):
+        return Stored
+    config = read_model_config(raw)
+    return lambda name: find_family(raw["model_type"]).locate(name, config)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from error
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype the weights are stored in. Raises ValueError when it is none of bf16, fp16, fp32."""
+    dtype = TensorReader(directory).get("model.norm.weight").dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{directory}: weights are {dtype}; supported: {', '.join(DTYPES)}")
+    return dtype
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file. Raises OSError naming it when it cannot be written."""
+    file.touch()
+    mode = file.stat().st_mode  # safetensors leaves files that only their owner may read
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+        file.chmod(mode)
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from error
+
+
+def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30) -> None:
+    """Write model.safetensors, or shards with an index, holding at most one shard in memory."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        if pending:
+            save_tensors(directory / f"shard-{len(shards)}.safetensors", pending)
+            shards.append(list(pending))
+            pending.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if sum(t.numel() * t.element_size() for t in pending.values()) + size > max_shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous().cpu()
+        total += size
+    flush()
+    if len(shards) == 1:
+        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        final = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{index}.safetensors").rename(directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def content_hash(directory: Path) -> str:
+    """SHA-256 over config and weight files, names included: says which dense model a checkpoint was made from."""
+    digest = hashlib.sha256()
+    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

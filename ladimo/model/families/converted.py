@@ -1,0 +1,32 @@
+"""Our own converted checkpoints. They say everything themselves, and name the family that they were converted from."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
+from ladimo.model.families.family import Family
+
+
+class Converted(Family):
+    def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        # Checkpoints converted before the field existed were all LLaMA inside.
+        family = raw.get("family", "llama")
+        if not isinstance(family, str):
+            raise ValueError(f"family must be a string, got {family!r}")
+        return replace(super().read_config(raw), family=family)
+
+    def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
+        entries = raw.get("moe_layers")
+        if not isinstance(entries, list) or len(entries) != num_layers:
+            raise ValueError(f"moe_layers must be a list with one entry for each of the {num_layers} layers")
+        layers = []
+        for index, entry in enumerate(entries):
+            try:
+                layers.append(None if entry is None else MoeLayerConfig(**entry))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"moe_layers[{index}]: {error}") from error
+        return tuple(layers)
+
+
+CONVERTED = Converted(MOE_TYPE)

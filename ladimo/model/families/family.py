@@ -1,0 +1,149 @@
+"""What the network needs to know of a family of dense models.
+
+A family that is LLaMA with other defaults is a `Family` with its values. One that differs more is a subclass: it overrides a
+method, or names modules of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ladimo.model.attention import Attention
+from ladimo.model.config import ROPE_TYPES, ModelConfig, MoeLayerConfig, RopeConfig
+from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size
+from ladimo.model.layers import GatedMLP
+
+# Far above any LLaMA: a broken number must not be taken for a model to build.
+MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a checkpoint keeps a tensor: under which name, and in which of its rows (None: all of them)."""
+
+    name: str
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: its configuration, the names of its weights, its modules.
+
+    The values say what the type means where its config.json is silent; they are those of transformers' configuration classes.
+    `num_key_value_heads` None: as many as query heads. `qkv_bias` and `output_bias`, of the attention projections, None: the
+    file's `attention_bias`. `sliding_window` None: the family has none; a window is on unless `use_sliding_window` (the file's,
+    else this one) is false. `attention` and `ffn` are built for every layer of the family; a model with modules of its own runs
+    in torch, as the compiled CPU step knows LLaMA's only.
+    """
+
+    model_type: str
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 2048
+    qkv_bias: bool | None = None
+    output_bias: bool | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = True
+    attention: type[nn.Module] = Attention
+    ffn: type[nn.Module] = GatedMLP
+
+    @property
+    def is_llama_inside(self) -> bool:
+        """Whether attention and FFN are LLaMA's."""
+        return self.attention is Attention and self.ffn is GatedMLP
+
+    def locate(self, name: str, config: ModelConfig) -> Stored:
+        """Where a dense checkpoint of the family keeps the parameter that our network calls `name`."""
+        return Stored(name)
+
+    def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """The architecture from a Hugging Face config.json.
+
+        Raises ValueError naming the field when it is wrong, or asks for something that we cannot run exactly.
+        """
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
+        if flag(raw, "mlp_bias"):
+            raise ValueError("mlp_bias is true; only FFNs without bias are supported")
+        hidden_size = size(raw, "hidden_size")
+        num_heads = size(raw, "num_attention_heads")
+        num_layers = positive_int(raw, "num_hidden_layers")
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {num_layers}")
+        # A missing field means the family's number; null means as many as query heads, in every family.
+        absent = "num_key_value_heads" not in raw
+        num_kv_heads = size(raw, "num_key_value_heads", (self.num_key_value_heads if absent else None) or num_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        if raw.get("head_dim") is None and hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}; give head_dim")
+        head_dim = size(raw, "head_dim", hidden_size // num_heads)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}")
+        if num_heads * head_dim > MAX_SIZE:
+            raise ValueError(f"num_attention_heads * head_dim must be at most {MAX_SIZE}, got {num_heads} * {head_dim}")
+        max_position_embeddings = size(raw, "max_position_embeddings", self.max_position_embeddings)
+        self._refuse_sliding_window(raw, max_position_embeddings)
+        qkv_bias = flag(raw, "attention_bias") if self.qkv_bias is None else self.qkv_bias
+        output_bias = flag(raw, "attention_output_bias", qkv_bias) if self.output_bias is None else self.output_bias
+        return ModelConfig(
+            vocab_size=size(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=size(raw, "intermediate_size"),
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
+            attention_bias=qkv_bias,
+            attention_output_bias=output_bias,
+            rope=_rope(raw),
+            layers=self.read_layers(raw, num_layers),
+            family=self.model_type,
+        )
+
+    def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
+        """Per layer its experts; None for a dense layer, which all layers of a dense model are."""
+        return (None,) * num_layers
+
+    def _refuse_sliding_window(self, raw: Mapping[str, Any], context: int) -> None:
+        """Raises ValueError when a token may not attend to every token before it, which our attention and its cache assume."""
+        if self.sliding_window is None or not flag(raw, "use_sliding_window", self.use_sliding_window):
+            return
+        if raw.get("sliding_window", self.sliding_window) is None:
+            return
+        window = positive_int(raw, "sliding_window", self.sliding_window)
+        if window < context:
+            raise ValueError(
+                f"sliding_window is {window} ({self.model_type}), below max_position_embeddings {context}: attention over a "
+                f"window is not supported; lower max_position_embeddings to {window} to use the model within it"
+            )
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    # transformers 5 writes rope_parameters; older releases write rope_theta and rope_scaling side by side.
+    for name in ("rope_parameters", "rope_scaling"):
+        if raw.get(name) is not None and not isinstance(raw[name], Mapping):
+            raise ValueError(f"{name} must be null or an object, got {raw[name]!r}")
+    parameters = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope type is {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
+    default = RopeConfig()
+    theta = positive_number(parameters, "rope_theta", default.theta)
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    if parameters.get("factor") is None:
+        raise ValueError(f"rope type {rope_type!r} needs a factor")
+    factor = positive_number(parameters, "factor", default.factor)
+    if rope_type == "linear":
+        return RopeConfig(theta=theta, type=rope_type, factor=factor)
+    low = positive_number(parameters, "low_freq_factor", default.low_freq_factor)
+    high = positive_number(parameters, "high_freq_factor", default.high_freq_factor)
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
+    original = positive_int(parameters, "original_max_position_embeddings", default.original_max_position_embeddings)
+    return RopeConfig(theta, rope_type, factor, low, high, original)
