@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library
@@ -217,6 +218,7 @@ class NativeStep:
 
     def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: Format) -> None:
         attention = layer.self_attn
+        assert isinstance(attention, Attention)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
