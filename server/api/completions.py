@@ -1,10 +1,7 @@
 """POST /v1/completions and POST /v1/chat/completions, streamed or whole."""
 
 import logging
-import time
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,10 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.constraints import make_grammar
 from server.api.deadline import request_deadline
+from server.api.dialects import ChatDialect, Dialect, TextDialect
 from server.api.generation import Delta, Generation, Prompt, Terms, make_echo, make_generation
-from server.api.logprobs import chat_logprobs, text_logprobs
 from server.api.routing_choice import routing_choice
-from server.api.routing_trace import joined, wire_trace
+from server.api.routing_trace import joined
 from server.api.sampling import check_ids, check_length, too_long
 from server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -74,80 +71,6 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, servic
         return make_generation(dialect.id, [prompt], body, max_tokens, None, terms, grammar, services)
 
     return await _answer(await until_disconnect(request, generation()), dialect, body, request, services)
-
-
-class Dialect(ABC):
-    """How one endpoint writes answers and chunks."""
-
-    id_prefix: str
-    operation: str  # in OpenTelemetry's words
-    object: str
-    chunk_object: str
-
-    def __init__(self, model: str, service_tier: str, services: Services) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
-        self._service_tier = service_tier
-        self._expert_layers = services.config.moe_layer_indices
-
-    def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
-        """`wholes`: each choice's deltas joined."""
-        choices = [self.choice(whole) | self._trace(whole) for whole in wholes]
-        return self._envelope(self.object, choices) | {"usage": generation.usage, "routing": generation.routing}
-
-    def chunk(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        choices = [self.chunk_choice(delta) | self._trace(delta) for delta in deltas]
-        return self._envelope(self.chunk_object, choices)
-
-    def _trace(self, delta: Delta) -> dict[str, Any]:
-        if delta.trace is None:
-            return {}
-        last = delta.finish_reason is not None
-        return {"routing_trace": wire_trace(delta.trace, self._expert_layers, delta.first, last)}
-
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "service_tier": self._service_tier,
-            "choices": choices,
-        }
-
-    @abstractmethod
-    def choice(self, whole: Delta) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def chunk_choice(self, delta: Delta) -> dict[str, Any]: ...
-
-
-class TextDialect(Dialect):
-    operation = "text_completion"
-    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def choice(self, whole: Delta) -> dict[str, Any]:
-        logprobs = text_logprobs(whole.tokens, self._tokenizer) if whole.tokens else None
-        return {"index": whole.index, "text": whole.text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
-
-    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        return self.choice(delta)
-
-
-class ChatDialect(Dialect):
-    operation = "chat"
-    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, whole: Delta) -> dict[str, Any]:
-        return self._choice(whole, "message", {"role": "assistant", "content": whole.text})
-
-    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        role = {"role": "assistant"} if delta.first else {}
-        return self._choice(delta, "delta", {**role, "content": delta.text})
-
-    def _choice(self, delta: Delta, name: str, message: dict[str, str]) -> dict[str, Any]:
-        logprobs = chat_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
-        return {"index": delta.index, name: message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
 
 def _terms(body: GenerationFields, prompts: int, request: Request, services: Services) -> Terms:
@@ -250,18 +173,20 @@ async def _events(
     options: StreamOptions,
     services: Services,
 ) -> AsyncGenerator[bytes, None]:
-    """One event per token; the last has the routing object; then usage if asked for; an error takes the place of the rest."""
+    """One event per token, in a chat one more for each choice's end; the last has the routing object; then usage if asked
+    for; an error takes the place of the rest."""
     running = len(generation.choices)
     try:
         delta: Delta | None = first
         while delta is not None:
-            chunk = dialect.chunk([delta])
-            if options.include_usage:
-                chunk["usage"] = generation.usage if options.continuous_usage_stats else None
+            chunks = dialect.chunks(delta)
             running -= delta.finish_reason is not None
             if not running:
-                chunk["routing"] = generation.routing
-            yield sse(chunk)
+                chunks[-1]["routing"] = generation.routing
+            for chunk in chunks:
+                if options.include_usage:
+                    chunk["usage"] = generation.usage if options.continuous_usage_stats else None
+                yield sse(chunk)
             delta = await anext(deltas, None)
         if options.include_usage:
             yield sse(dialect.chunk([]) | {"usage": generation.usage, "routing": generation.routing})

@@ -212,7 +212,8 @@ async def test_chat_log_probabilities(tmp_path: Path) -> None:
                 {"token": "bytes:\\x80", "logprob": -1.5, "bytes": [128]},
             ],
         }
-        chunks = await stream(server, "/v1/chat/completions", fields)
+        *chunks, end = await stream(server, "/v1/chat/completions", fields)
+        assert end["logprobs"] is None
         assert [entry for chunk in chunks for entry in chunk["logprobs"]["content"]] == content
         plain = (await server.client.post("/v1/chat/completions", json={**fields, "top_logprobs": 0})).json()
         assert [entry["top_logprobs"] for entry in plain["choices"][0]["logprobs"]["content"]] == [[], []]

@@ -41,7 +41,7 @@ async def test_async_client_completes_and_streams(tmp_path: Path) -> None:
             stream_options={"include_usage": True},
         )
         chunks = [chunk async for chunk in chat]
-        assert len(chunks) == 4
+        assert len(chunks) == 5  # three tokens, the finish reason, the usage
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 3
 

@@ -1,0 +1,106 @@
+"""How each endpoint writes answers and the chunks of a stream."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from server.api.generation import Delta, Generation
+from server.api.logprobs import chat_logprobs, text_logprobs
+from server.api.routing_trace import wire_trace
+from server.api.services import Services
+
+
+class Dialect(ABC):
+    """How one endpoint writes answers and chunks."""
+
+    id_prefix: str
+    operation: str  # in OpenTelemetry's words
+    object: str
+    chunk_object: str
+
+    def __init__(self, model: str, service_tier: str, services: Services) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
+        self._service_tier = service_tier
+        self._expert_layers = services.config.moe_layer_indices
+
+    def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
+        """`wholes`: each choice's deltas joined."""
+        choices = [self.choice(whole) | self._trace(whole) for whole in wholes]
+        return self._envelope(self.object, choices) | {"usage": generation.usage, "routing": generation.routing}
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """What a stream says of a delta: one chunk or more."""
+        return [self.chunk([delta])]
+
+    def chunk(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        choices = [self.chunk_choice(delta) | self._trace(delta) for delta in deltas]
+        return self._envelope(self.chunk_object, choices)
+
+    def _trace(self, delta: Delta) -> dict[str, Any]:
+        if delta.trace is None:
+            return {}
+        last = delta.finish_reason is not None
+        return {"routing_trace": wire_trace(delta.trace, self._expert_layers, delta.first, last)}
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "service_tier": self._service_tier,
+            "choices": choices,
+        }
+
+    @abstractmethod
+    def choice(self, whole: Delta) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]: ...
+
+
+class TextDialect(Dialect):
+    operation = "text_completion"
+    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, whole: Delta) -> dict[str, Any]:
+        logprobs = text_logprobs(whole.tokens, self._tokenizer) if whole.tokens else None
+        return {"index": whole.index, "text": whole.text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
+
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        return self.choice(delta)
+
+
+class ChatDialect(Dialect):
+    operation = "chat"
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, whole: Delta) -> dict[str, Any]:
+        return self._choice(whole, "message", {"role": "assistant", "content": whole.text})
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """The finish reason comes in a chunk of its own, whose delta is empty."""
+        if delta.finish_reason is None:
+            return [self.chunk([delta])]
+        said = replace(delta, finish_reason=None)
+        trace = None if delta.trace is None else replace(delta.trace, tokens=(), prompt=None)
+        end = Delta(delta.index, "", delta.finish_reason, first=False, trace=trace)
+        return [self.chunk([each]) for each in ((said, end) if _says_something(said) else (end,))]
+
+    def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        message = {"role": "assistant"} if delta.first else {}
+        if delta.finish_reason is None:
+            message["content"] = delta.text
+        return self._choice(delta, "delta", message)
+
+    def _choice(self, delta: Delta, name: str, message: dict[str, Any]) -> dict[str, Any]:
+        logprobs = chat_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
+        return {"index": delta.index, name: message, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+
+def _says_something(delta: Delta) -> bool:
+    return bool(delta.first or delta.text or delta.tokens or delta.trace is not None)
