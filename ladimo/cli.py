@@ -18,6 +18,7 @@ from ladimo.convert.methods import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
 from ladimo.convert.report import REPORT, render_report
+from ladimo.export import export, targets
 
 logger = logging.getLogger("ladimo")
 
@@ -143,6 +144,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=run_policies)
 
+    command = commands.add_parser(
+        "export",
+        parents=[common],
+        help="write a model for other programs",
+        description="Write MODEL, run under one policy, for programs that know nothing of routing policies.",
+        epilog="Targets: " + "; ".join(f"{name}: {target.help}" for name, target in targets().items()) + ".",
+    )
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears whole or not at all")
+    command.add_argument("--policy", default="full", metavar="NAME", help="default: full")
+    command.add_argument("--target", choices=list(targets()), default="dense", help="default: dense")
+    command.set_defaults(run=run_export)
+
     command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json")
     command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
     command.add_argument("--comparison", type=Path, metavar="FILE", help="JSON of conversion_bench: methods at equal budgets")
@@ -234,6 +248,11 @@ def run_policies(options: argparse.Namespace) -> None:
         if figures:
             cost = f"{100 * figures['active_parameters_ratio']:5.1f}%  perplexity {figures['perplexity']:.3f}"
         print(f"{entry['name']:<12} {entry['version']}  {cost}  {entry['description']}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    export(options.model, options.out, options.target, options.policy)
+    print(f"{options.out}: written for {options.target}, under policy {options.policy}")
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
+from ladimo.export.gguf import write_gguf
+from ladimo.model.families import read_model_config
+
 if TYPE_CHECKING:
     from loadtests.llama_cpp_peer import LlamaCpp
 
@@ -101,10 +104,9 @@ def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: i
     `context` tokens. Raises Unavailable."""
     if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
         raise Unavailable(f"{missing[0]} is not installed (pip install '.[bench]')")
-    from loadtests.gguf_file import write_gguf
     from loadtests.llama_cpp_peer import LlamaCpp
 
     with TemporaryDirectory() as directory:
         file = Path(directory) / "dense.gguf"
-        write_gguf(file, model, weights)
+        write_gguf(file, read_model_config(model.config.to_dict()), model.state_dict().items(), weights)
         return LlamaCpp(file, threads, sequences, context)  # mapped: it stays readable without its name

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAKING_HALF = ("ladimo.convert", "ladimo.cli", "ladimo.__main__", "ladimo.demo")
+MAKING_HALF = ("ladimo.convert", "ladimo.export", "ladimo.cli", "ladimo.__main__", "ladimo.demo")
 SHARED_HALF = ("ladimo.model", "ladimo.policy", "ladimo.checkpoint", "ladimo.hf")
 
 
@@ -76,7 +76,8 @@ TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ),
     ("ladimo.hf", ("torch", "transformers", "ladimo.model", "ladimo.policy"), ()),
     ("ladimo.convert", None, ("ladimo.cli",)),
-    ("ladimo.demo", None, ("ladimo.convert", "ladimo.cli")),
+    ("ladimo.export", None, ("ladimo.convert", "ladimo.cli")),
+    ("ladimo.demo", None, ("ladimo.convert", "ladimo.export", "ladimo.cli")),
     ("server", None, MAKING_HALF),
     ("server.engine", ("torch", "numpy", *SHARED_HALF, "server.engine"), ("ladimo.hf",)),
     ("server.policies", None, ("torch", "server.api", "server.app", *WEB)),

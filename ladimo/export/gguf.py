@@ -1,16 +1,21 @@
-"""A dense LLaMA as a GGUF file, for llama.cpp to run: only what speed and greedy tokens need, no tokenizer.
+"""A dense LLaMA as a GGUF file for llama.cpp: what speed and greedy tokens need, without a tokenizer.
 
 GGUF's architecture `llama` expects the rows of the query and key projections in the interleaved order of the original LLaMA
 code, where transformers keeps the two halves of each head apart; `_interleaved` is the permutation between them.
 """
 
+import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
+
+from ladimo.export.dense_view import DenseView
+from ladimo.model.config import ModelConfig
+from ladimo.model.families import read_model_config
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -26,15 +31,26 @@ LAYER_NAMES = {
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path: Path, model: Any, weights: str) -> None:
-    """`model` is a LlamaForCausalLM of transformers, `weights` the type of its matrices: F32, BF16 or Q8_0.
+class GgufTarget:
+    name = "gguf"
+    help = "model.gguf for llama.cpp: weights in bf16 without a tokenizer, so that it takes token ids"
 
-    Raises ValueError for biases and scaled RoPE, which the benchmarks' models do not have.
+    def write(self, view: DenseView, out: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError("target 'gguf': the package gguf is not installed (pip install 'ladimo[bench]')")
+        config = read_model_config(view.config)
+        write_gguf(out / "model.gguf", config, view.tensors(), "BF16")
+
+
+def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], weights: str) -> None:
+    """Write the tensors of a dense LLaMA, by transformers' names. `weights`: the type of its matrices, F32, BF16, Q8_0 or Q4_0.
+
+    Raises ValueError for biases and scaled RoPE, which are not written.
     """
-    config = model.config
-    state = model.state_dict()
-    if any(name.endswith(".bias") for name in state) or config.rope_parameters["rope_type"] != "default":
-        raise ValueError("only models without biases and with plain RoPE are written as GGUF here")
+    import gguf
+
+    if config.attention_bias or config.attention_output_bias or config.rope.type != "default":
+        raise ValueError("GGUF: only models without biases and with plain RoPE can be written")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -44,11 +60,11 @@ def write_gguf(path: Path, model: Any, weights: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("no_vocab")
     quantization = gguf.GGMLQuantizationType[weights]
-    for name, tensor in state.items():
+    for name, tensor in tensors:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         matrix = tensor.float()

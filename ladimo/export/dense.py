@@ -1,0 +1,16 @@
+"""A plain LLaMA directory that transformers, vLLM, SGLang and llama.cpp's converter read without code of ours."""
+
+from pathlib import Path
+
+from ladimo.checkpoint import write_json, write_tensors
+from ladimo.export.dense_view import DenseView
+
+
+class DenseTarget:
+    name = "dense"
+    help = "a plain LLaMA in Hugging Face layout, for policies that run the same experts for every token"
+
+    def write(self, view: DenseView, out: Path) -> None:
+        write_json(out / "config.json", view.config)
+        write_tensors(out, view.tensors())
+        view.copy_tokenizer(out)

@@ -1,0 +1,111 @@
+"""A converted model under a policy that runs the same experts for every token: a plain LLaMA of another width.
+
+Legend: D hidden_size, E experts, F moe_intermediate_size, W width of the written FFN.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json
+from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.families import find_family
+from ladimo.policy import LayerRule, RoutingPolicy
+
+OURS = ("moe_layers", "attention_output_bias", "family")
+
+
+@dataclass(frozen=True, slots=True)
+class FixedExperts:
+    """The experts that a layer runs for every token, and the weight that each counts with."""
+
+    experts: tuple[int, ...]
+    weight: float
+
+
+class DenseView:
+    """The model as transformers' LlamaForCausalLM would hold it. FFNs narrower than the widest are filled up with zeros, as a
+    LLaMA has one width for all layers.
+
+    Raises ValueError for a policy that chooses experts by token, and for a family whose modules are not LLaMA's.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
+        if not find_family(config.family).is_llama_inside:
+            raise ValueError(f"{directory}: a {config.family} model is no LLaMA inside")
+        self.directory, self.source = directory, config
+        self._reader = TensorReader(directory)
+        self._fixed = [
+            None if rule is None or layer is None else fixed_experts(rule, layer, f"policy {policy.name!r}, layer {index}")
+            for index, (rule, layer) in enumerate(zip(policy.layers, config.layers, strict=True))
+        ]
+        self.width = max(self._width(index) for index in range(config.num_hidden_layers))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The value of config.json."""
+        raw = {name: value for name, value in read_json(self.directory / "config.json").items() if name not in OURS}
+        source = self.source
+        if source.attention_output_bias != source.attention_bias:
+            if not source.attention_bias or source.attention_output_bias:
+                raise ValueError("a LLaMA has a bias on all attention projections or on none")
+            # Qwen2 has biases on queries, keys and values only.
+            raw |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+            del raw["attention_bias"]
+        else:
+            raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": source.attention_bias}
+        return raw | {"intermediate_size": self.width}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values in transformers' terms, one layer's FFN in memory at a time."""
+        for name in self._reader.files:
+            if ".mlp." not in name:
+                yield name, self._reader.get(name)
+        for layer, fixed in enumerate(self._fixed):
+            prefix = f"model.layers.{layer}.mlp."
+            gate, up, down = self._dense_ffn(prefix) if fixed is None else self._joined_ffn(prefix, fixed)
+            idle = self.width - gate.shape[0]
+            yield f"{prefix}gate_proj.weight", F.pad(gate, (0, 0, 0, idle))
+            yield f"{prefix}up_proj.weight", F.pad(up, (0, 0, 0, idle))
+            yield f"{prefix}down_proj.weight", F.pad(down, (0, idle))
+
+    def copy_tokenizer(self, out: Path) -> None:
+        copy_tokenizer(self.directory, out)
+
+    def _width(self, layer: int) -> int:
+        fixed, moe = self._fixed[layer], self.source.layers[layer]
+        if fixed is None or moe is None:
+            return self.source.intermediate_size
+        return len(fixed.experts) * moe.moe_intermediate_size
+
+    def _dense_ffn(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = (self._reader.get(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+        return gate, up, down
+
+    def _joined_ffn(self, prefix: str, fixed: FixedExperts) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts side by side: gate and up [W, D], down [D, W]."""
+        chosen = torch.tensor(fixed.experts)
+        gate_up = self._reader.get(f"{prefix}experts.gate_up_proj")[chosen]  # [E, 2F, D]
+        down = self._reader.get(f"{prefix}experts.down_proj")[chosen]  # [E, D, F]
+        gate, up = gate_up.chunk(2, dim=1)
+        return gate.flatten(0, 1), up.flatten(0, 1), (down * fixed.weight).transpose(0, 1).flatten(1)
+
+
+def fixed_experts(rule: LayerRule, layer: MoeLayerConfig, where: str) -> FixedExperts:
+    """What a rule runs whatever the token. Raises ValueError, beginning with `where`, when that depends on the token."""
+    experts = tuple(range(layer.num_experts)) if rule.experts is None else rule.experts
+    if rule.top_k < len(experts):
+        raise ValueError(f"{where}: chooses {rule.top_k} of {len(experts)} experts by token; the target has no router")
+    if len(experts) > 1 and (rule.mass is not None or rule.floor > 0 or rule.batch_experts is not None):
+        raise ValueError(f"{where}: mass, floor or batch_experts decide by token; the target has no router")
+    if layer.expert_weight == "one":
+        return FixedExperts(experts, 1 / len(experts) if rule.renormalize else 1.0)
+    # One expert alone is weighted with one where weights are made to sum to one.
+    if len(experts) == 1 and (rule.renormalize or (layer.score_function == "softmax" and layer.score_norm_top_k is None)):
+        return FixedExperts(experts, 1.0)
+    raise ValueError(f"{where}: weighs experts by token; the target has no router")
