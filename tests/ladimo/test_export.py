@@ -38,7 +38,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(directory: Path, policy: str) -> torch.Tensor:
     model = load_model(directory, torch.float32, CPU)
     tables = make_tables(model, [read_policies(directory, model.config)[policy]])
-    return model(StepInputs.whole_sequences(IDS), None, tables).logits
+    logits: torch.Tensor = model(StepInputs.whole_sequences(IDS), None, tables).logits
+    return logits
 
 
 @torch.no_grad()
