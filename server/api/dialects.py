@@ -10,27 +10,78 @@ from typing import Any
 from server.api.generation import Delta, Generation
 from server.api.logprobs import chat_logprobs, text_logprobs
 from server.api.routing_trace import wire_trace
+from server.api.schemas import StreamOptions
 from server.api.services import Services
+from server.api.streaming import DONE, sse
+from server.errors import ServiceError
 
 
 class Dialect(ABC):
-    """How one endpoint writes answers and chunks."""
+    """How one endpoint writes an answer, whole or as the events of a stream. One object serves one request."""
+
+    id: str
+    operation: str  # in OpenTelemetry's words
+
+    @abstractmethod
+    def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
+        """`wholes`: each choice's deltas joined."""
+
+    def begin(self) -> list[bytes]:
+        """What a stream says before the first delta."""
+        return []
+
+    @abstractmethod
+    def events(self, delta: Delta, generation: Generation) -> list[bytes]:
+        """What a stream says of a delta."""
+
+    @abstractmethod
+    def end(self, generation: Generation) -> list[bytes]:
+        """What it says after the last one."""
+
+    @abstractmethod
+    def fail(self, error: ServiceError) -> list[bytes]:
+        """What it says in place of what is left."""
+
+
+class ChoicesDialect(Dialect):
+    """What both completion endpoints share: objects with a list of choices, and chunks of the same form.
+
+    The chunk in which the last choice ends has the routing object; usage comes after it if it is asked for.
+    """
 
     id_prefix: str
-    operation: str  # in OpenTelemetry's words
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, service_tier: str, services: Services) -> None:
+    def __init__(self, model: str, service_tier: str, options: StreamOptions | None, services: Services) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
         self._service_tier = service_tier
+        self._options = options or StreamOptions.model_validate({})
         self._expert_layers = services.config.moe_layer_indices
+        self._ended = 0
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
-        """`wholes`: each choice's deltas joined."""
         choices = [self.choice(whole) | self._trace(whole) for whole in wholes]
         return self._envelope(self.object, choices) | {"usage": generation.usage, "routing": generation.routing}
+
+    def events(self, delta: Delta, generation: Generation) -> list[bytes]:
+        chunks = self.chunks(delta)
+        self._ended += delta.finish_reason is not None
+        if self._ended == len(generation.choices):
+            chunks[-1]["routing"] = generation.routing
+        if self._options.include_usage:
+            for chunk in chunks:
+                chunk["usage"] = generation.usage if self._options.continuous_usage_stats else None
+        return [sse(chunk) for chunk in chunks]
+
+    def end(self, generation: Generation) -> list[bytes]:
+        if not self._options.include_usage:
+            return [DONE]
+        return [sse(self.chunk([]) | {"usage": generation.usage, "routing": generation.routing}), DONE]
+
+    def fail(self, error: ServiceError) -> list[bytes]:
+        return [sse(error.to_dict()), DONE]
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """What a stream says of a delta: one chunk or more."""
@@ -63,7 +114,7 @@ class Dialect(ABC):
     def chunk_choice(self, delta: Delta) -> dict[str, Any]: ...
 
 
-class TextDialect(Dialect):
+class TextDialect(ChoicesDialect):
     operation = "text_completion"
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -75,7 +126,7 @@ class TextDialect(Dialect):
         return self.choice(delta)
 
 
-class ChatDialect(Dialect):
+class ChatDialect(ChoicesDialect):
     operation = "chat"
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -1,6 +1,6 @@
 """One HTTP request as the engine's sequences: checked, admitted, followed to their ends, accounted for.
 
-prepare -> Generation -> deltas() -> completions.py renders them, streamed or whole
+make_generation -> Generation -> deltas() -> a dialect writes them, streamed or whole
 """
 
 import asyncio
