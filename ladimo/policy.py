@@ -6,18 +6,20 @@ kernels read, so that nothing downstream ever branches on a policy.
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RULE_FIELDS = ("top_k", "mass", "floor", "renormalize", "experts", "batch_experts")
+# Always in policy JSON. Every other field is there only where it is set: policies that do not use it then have the version
+# that they had before the field existed.
+ALWAYS_WRITTEN = ("top_k", "mass", "floor", "renormalize", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,10 @@ class LayerRule:
     top_k: at most this many experts. mass: stop once the kept scores sum to this (None = no limit). floor: drop experts
     scored below this. renormalize: divide the kept weights by their sum. experts: the experts that may be chosen (None =
     all). Rank 0 is always kept. batch_experts: at most so many different experts for all decoding tokens of a step together,
-    besides those that the step reads anyway (None = no limit; see `routing.within_batch`).
+    besides those that the step reads anyway (None = no limit; see `routing.within_batch`). relative_floor: drop experts
+    scored below this share of the score of rank 0 (0 = none).
+
+    Except for `experts`, the fields are the members of `RuleNumber`.
     """
 
     top_k: int
@@ -36,6 +41,7 @@ class LayerRule:
     renormalize: bool = True
     experts: tuple[int, ...] | None = None
     batch_experts: int | None = None
+    relative_floor: float = 0.0
 
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
@@ -45,17 +51,28 @@ class LayerRule:
         scored = layer.expert_weight == "score" and not layer.fixed_experts
         return cls(layer.num_experts_per_tok, renormalize=scored, experts=experts)
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The numbers that may drop one of the `top_k` experts, because of its score or of the batch: those that are set."""
+        fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE)
+        values = {number.field: getattr(self, number.field) for number in RuleNumber if number not in fixed}
+        return {name: value for name, value in values.items() if value != RULE_FIELDS[name].default}
+
     def to_dict(self) -> dict[str, Any]:
-        experts = None if self.experts is None else list(self.experts)
-        return {
-            "top_k": self.top_k,
-            "mass": None if self.mass is None else _canonical(self.mass),
-            "floor": _canonical(self.floor),
-            "renormalize": self.renormalize,
-            "experts": experts,
-            # Written only where it is set: the versions of policies without it are what they were before it existed.
-            **({} if self.batch_experts is None else {"batch_experts": self.batch_experts}),
-        }
+        written: dict[str, Any] = {}
+        for name, field in RULE_FIELDS.items():
+            value = getattr(self, name)
+            if name not in ALWAYS_WRITTEN and value == field.default:
+                continue
+            if isinstance(value, tuple):
+                value = list(value)
+            elif value is not None and RuleNumber[name.upper()].spec.kind is float:
+                value = _canonical(value)
+            written[name] = value
+        return written
+
+
+RULE_FIELDS = {field.name: field for field in fields(LayerRule)}
 
 
 @dataclass(frozen=True)
@@ -113,26 +130,24 @@ class RoutingPolicy:
                 if layer is not None:
                     raise ValueError(f"{path}: must be a rule, the layer has {layer.num_experts} experts")
                 continue
-            if rule.top_k > layer.num_experts:
-                raise ValueError(f"{path}.top_k: is {rule.top_k}, the layer has {layer.num_experts} experts")
-            if rule.batch_experts is not None and rule.batch_experts > layer.num_experts:
-                raise ValueError(f"{path}.batch_experts: is {rule.batch_experts}, the layer has {layer.num_experts} experts")
+            for number in RuleNumber:
+                value = getattr(rule, number.field)
+                if number.spec.of_experts and value is not None and value > layer.num_experts:
+                    raise ValueError(f"{path}.{number.field}: is {value}, the layer has {layer.num_experts} experts")
             if rule.experts is not None and max(rule.experts) >= layer.num_experts:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
-        """Rows [L][5] of (top_k, mass, floor, renormalize, batch_experts), and masks [L][num_experts] of experts that may be
-        chosen."""
+        """Rows [L][len(RuleNumber)] of the rules' numbers, and masks [L][num_experts] of experts that may be chosen. A dense
+        layer has zeros and an empty mask."""
         rows, allowed = [], []
         for rule in self.layers:
             if rule is None:
-                rows.append([0.0, math.inf, 0.0, 0.0, math.inf])
+                rows.append([0.0] * len(RuleNumber))
                 allowed.append([False] * num_experts)
-                continue
-            mass = math.inf if rule.mass is None else rule.mass
-            budget = math.inf if rule.batch_experts is None else float(rule.batch_experts)
-            rows.append([float(rule.top_k), mass, rule.floor, float(rule.renormalize), budget])
-            allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
+            else:
+                rows.append([number.encode(getattr(rule, number.field)) for number in RuleNumber])
+                allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
         return rows, allowed
 
 
@@ -244,34 +259,27 @@ def _rule(raw: object, path: str) -> LayerRule | None:
         return None
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: must be null or an object")
-    unknown = sorted(str(key) for key in set(raw) - set(RULE_FIELDS))
+    unknown = sorted(str(key) for key in set(raw) - RULE_FIELDS.keys())
     if unknown:
         raise ValueError(f"{path}.{unknown[0]}: unknown field")
-    top_k = raw.get("top_k")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"{path}.top_k: must be an integer of at least 1")
-    mass = raw.get("mass")
-    if mass is not None and not (_is_number(mass) and mass >= 0):
-        raise ValueError(f"{path}.mass: must be null or a number of at least 0")
-    floor = raw.get("floor", 0.0)
-    if not (_is_number(floor) and 0 <= floor <= 1):
-        raise ValueError(f"{path}.floor: must be a number between 0 and 1")
-    renormalize = raw.get("renormalize", True)
-    if not isinstance(renormalize, bool):
-        raise ValueError(f"{path}.renormalize: must be true or false")
-    batch_experts = raw.get("batch_experts")
-    if batch_experts is not None and (
-        isinstance(batch_experts, bool) or not isinstance(batch_experts, int) or batch_experts < 1
-    ):
-        raise ValueError(f"{path}.batch_experts: must be null or an integer of at least 1")
-    return LayerRule(
-        top_k=top_k,
-        mass=None if mass is None else float(mass),
-        floor=float(floor),
-        renormalize=renormalize,
-        experts=_experts(raw.get("experts"), f"{path}.experts"),
-        batch_experts=batch_experts,
-    )
+    numbers = {number.field: _number(raw, number, path) for number in RuleNumber}
+    return LayerRule(experts=_experts(raw.get("experts"), f"{path}.experts"), **numbers)
+
+
+def _number(rule: Mapping[str, Any], number: RuleNumber, path: str) -> Any:
+    """A rule's number, or its default where the JSON leaves it out."""
+    default, spec = RULE_FIELDS[number.field].default, number.spec
+    value = rule.get(number.field, default)
+    if value is None and spec.nullable:
+        return None
+    if value is MISSING or not _fits(value, spec):
+        raise ValueError(f"{path}.{number.field}: must be {'null or ' * spec.nullable}{spec}")
+    return spec.kind(value)
+
+
+def _fits(value: Any, spec: Spec) -> bool:
+    right_kind = _is_number(value) if spec.kind is float else type(value) is spec.kind
+    return right_kind and spec.lowest <= value <= spec.highest
 
 
 def _experts(raw: object, path: str) -> tuple[int, ...] | None:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.quantization import Quantize, Weights, quantize_weights
+from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.conditions import conditions
 from loadtests.limits import copy_bandwidth, matrix_rate, seconds_of
 
@@ -230,7 +231,8 @@ class Bench:
         x, residual, weight = self.normal(num_tokens, hidden), self.normal(num_tokens, hidden), self.normal(hidden)
         gate, up = self.normal(num_tokens, width), self.normal(num_tokens, width)
         logits = self.normal(num_tokens, self.num_experts)
-        rows = torch.tensor([2.0, torch.inf, 0.0, 1.0], device=self.device).repeat(num_tokens, 1)
+        numbers, _ = RoutingPolicy("top2", "", (LayerRule(2),)).to_rows(self.num_experts)
+        rows = torch.tensor(numbers, device=self.device).repeat(num_tokens, 1)
         allowed = torch.ones(num_tokens, self.num_experts, dtype=torch.bool, device=self.device)
         layer = MoeLayerConfig(self.num_experts, 2, width // self.num_experts)
         ids = self.route(num_tokens, 2)[1].expand(32, -1, -1).contiguous()

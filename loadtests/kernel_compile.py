@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.kernels import attention, experts, fused, linear, routing
 from ladimo.model.quantization import Quantize, Weights, quantize_weights
+from ladimo.model.rule import RuleNumber
 
 INTEGERS: tuple[Quantize, ...] = ("int8", "int4")
 
@@ -101,7 +102,8 @@ def launch_linear(num_rows: int, format: Quantize, num_inputs: int = 4096, num_o
 
 
 def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bias: bool = False) -> None:
-    rows, allowed = meta(num_tokens, 5, dtype=torch.float32), meta(num_tokens, num_experts, dtype=torch.bool)
+    rows = meta(num_tokens, len(RuleNumber), dtype=torch.float32)
+    allowed = meta(num_tokens, num_experts, dtype=torch.bool)
     weights, ids = routing.select_experts(
         meta(num_tokens, num_experts), rows, allowed, layer, meta(num_experts, dtype=torch.float32) if bias else None
     )

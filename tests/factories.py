@@ -193,6 +193,11 @@ def make_policies(layers: Sequence[MoeLayerConfig | None], top_k: int) -> list[R
     ]
 
 
+def rule_row(rule: LayerRule) -> Tensor:
+    """[len(RuleNumber)] float32: the rule's numbers as kernels read them."""
+    return torch.tensor(RoutingPolicy("p", "", (rule,)).to_rows(1)[0][0])
+
+
 def _write_policies(path: Path, layers: tuple[MoeLayerConfig | None, ...], top_k: int) -> None:
     config = read_config(path)
     policies = make_policies(layers, top_k)

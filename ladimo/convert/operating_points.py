@@ -132,12 +132,13 @@ def policy_name(cost: float) -> str:
 
 
 def rule_name(rule: LayerRule | None) -> str:
-    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense."""
+    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3"."""
     if rule is None:
         return "dense"
-    if rule.experts is not None and rule.top_k >= len(rule.experts):
+    if not rule.limits and rule.experts is not None and rule.top_k >= len(rule.experts):
         return f"{len(rule.experts)} fixed"
-    return f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
+    name = f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
+    return name + "".join(f" {limit} {value:g}" for limit, value in rule.limits.items() if limit != "mass")
 
 
 def describe_rules(rules: Rules) -> str:

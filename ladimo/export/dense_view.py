@@ -101,8 +101,8 @@ def fixed_experts(rule: LayerRule, layer: MoeLayerConfig, where: str) -> FixedEx
     experts = tuple(range(layer.num_experts)) if rule.experts is None else rule.experts
     if rule.top_k < len(experts):
         raise ValueError(f"{where}: chooses {rule.top_k} of {len(experts)} experts by token; the target has no router")
-    if len(experts) > 1 and (rule.mass is not None or rule.floor > 0 or rule.batch_experts is not None):
-        raise ValueError(f"{where}: mass, floor or batch_experts decide by token; the target has no router")
+    if len(experts) > 1 and rule.limits:
+        raise ValueError(f"{where}: {' and '.join(rule.limits)} may drop experts of a token; the target has no router")
     if layer.expert_weight == "one":
         return FixedExperts(experts, 1 / len(experts) if rule.renormalize else 1.0)
     # One expert alone is weighted with one where weights are made to sum to one.

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ladimo.model import kernels
+from ladimo.model.rule import RuleNumber
 
 # On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together
 # take hardly more. A long step is counted at once, as it holds memory.
 MAX_DEFERRED_STEPS = 64
 MAX_DEFERRED_TOKENS = 64
-
-RULE_NUMBERS = 5  # of a policy in a layer, besides its mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class RoutingTables:
     Row 0 is the policy "none": it keeps no expert and is what padded rows run under. Counters are only ever added to.
     """
 
-    rows: Tensor  # [P, L, 5] float32: top_k, mass, floor, renormalize, batch_experts
+    rows: Tensor  # [P, L, len(RuleNumber)] float32: the numbers of a rule, in the order of RuleNumber
     allowed: Tensor  # [P, L, E] bool
     expert_tokens: Tensor  # [P, L, E] int64: times an expert was chosen under a policy
     distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer were chosen
@@ -85,7 +84,7 @@ class RoutingTables:
         cls, num_policies: int, num_layers: int, num_experts: int, device: torch.device | str, batch_budgets: bool = False
     ) -> "RoutingTables":
         return cls(
-            rows=torch.zeros(num_policies, num_layers, RULE_NUMBERS, device=device),
+            rows=torch.zeros(num_policies, num_layers, len(RuleNumber), device=device),
             allowed=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.bool, device=device),
             expert_tokens=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.int64, device=device),
             distinct_experts=torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device),
@@ -100,7 +99,7 @@ class RoutingTables:
             target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
     def rules(self, policy_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's rows [T, L, 5] and masks [T, L, E], gathered once for all layers of a step."""
+        """Each token's rows [T, L, len(RuleNumber)] and masks [T, L, E], gathered once for all layers of a step."""
         return self.rows[policy_ids], self.allowed[policy_ids]
 
     def record(self, expert_ids: Tensor, policy_ids: Tensor) -> None:

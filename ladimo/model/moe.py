@@ -29,8 +29,8 @@ class ExpertLayer(nn.Module):
         self.experts = Experts(hidden_size, layer)
 
     def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, D] under rules rows [T, 5] and masks allowed [T, E] -> output [T, D], topk_ids [T, E].
-        `num_budgeted`: of how many tokens, the first, the rules' batch budgets count."""
+        """Hidden states [T, D] under rules, `rows` [T, len(RuleNumber)] and masks `allowed` [T, E] -> output [T, D], topk_ids
+        [T, E]. `num_budgeted`: of how many tokens, the first, the rules' batch budgets count."""
         router_logits = self.gate(hidden_states)
         bias = self.gate.e_score_correction_bias
         topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config, bias)

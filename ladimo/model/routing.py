@@ -1,4 +1,5 @@
-"""The one routing rule. A policy is a row of four numbers and a mask; this function reads them and never branches on them.
+"""The one routing rule. A policy is, per layer, a row of numbers (`RuleNumber`) and a mask; `select_experts` reads them and
+never branches on them.
 
 With `within_batch` the decoding tokens of a step share a budget of experts; that, too, is a number of the row.
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ladimo.model import kernels
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.rule import RuleNumber
 
 
 def expert_scores(
@@ -36,26 +38,28 @@ def expert_scores(
 def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's rule: rows [T, 5] of (top_k, mass, floor, renormalize, batch_experts) and masks [T, E]. The last
-    number is not for one token alone, see `within_batch`.
+    """Apply each token's rule: rows [T, len(RuleNumber)] and masks [T, E]. BATCH_EXPERTS is for a step's tokens together and
+    not read here, see `within_batch`.
 
     Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first. Rank r is kept while r < top_k, the scores before
-    it sum to less than mass and its own is at least floor; rank 0 always stays. Dropped places have weight 0 and id -1. A
-    row of zeros with an empty mask (padding, dense layer) keeps nothing.
+    it sum to less than mass, and its own score is at least floor and at least relative_floor times the score of rank 0. Rank 0
+    always stays. Dropped places have weight 0 and id -1. A row of zeros with an empty mask (padding, dense layer) keeps
+    nothing.
     """
     if kernels.available(router_logits, rows, allowed):
         from ladimo.model.kernels import routing
 
         return routing.select_experts(router_logits, rows, allowed, layer, selection_bias)
     scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
-    top_k, mass, floor, renormalize = rows[:, :4].unsqueeze(-1).unbind(dim=1)  # each [T, 1]
+    numbers = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
     rank = torch.arange(ids.shape[1], device=ids.device)
     mass_before = scores.cumsum(dim=-1) - scores
-    enough = ((mass_before < mass) & (scores >= floor)) | (rank == 0)
-    kept = enough & (rank < top_k) & allowed.gather(-1, ids)
+    floor = torch.maximum(numbers[RuleNumber.FLOOR], numbers[RuleNumber.RELATIVE_FLOOR] * scores[:, :1])
+    enough = ((mass_before < numbers[RuleNumber.MASS]) & (scores >= floor)) | (rank == 0)
+    kept = enough & (rank < numbers[RuleNumber.TOP_K]) & allowed.gather(-1, ids)
     weights = kept.to(scores.dtype) if layer.expert_weight == "one" else scores * kept
     total = weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    weights = torch.where(renormalize > 0, weights / total, weights)
+    weights = torch.where(numbers[RuleNumber.RENORMALIZE] > 0, weights / total, weights)
     return weights, ids.masked_fill(~kept, -1)
 
 
@@ -76,7 +80,9 @@ def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: 
     kept = topk_ids >= 0
     chosen = torch.zeros_like(allowed, dtype=torch.float32).scatter_add_(1, topk_ids.clamp(min=0), kept.float())
     weights = torch.zeros_like(chosen).scatter_add_(1, topk_ids.clamp(min=0), topk_weights * kept)
-    budget = rows[:, 4].masked_fill(torch.arange(len(rows), device=rows.device) >= num_decode, torch.inf)[:, None]
+    budget = rows[:, RuleNumber.BATCH_EXPERTS].masked_fill(
+        torch.arange(len(rows), device=rows.device) >= num_decode, torch.inf
+    )[:, None]
     limited = budget < torch.inf
     free = ((chosen > 0) & ~limited).any(dim=0)
     total = (weights * limited).sum(dim=0)

@@ -15,8 +15,10 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.quantization import Quantize, QuantizedWeights, quantize_weights
 from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.rule import RuleNumber
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import rule_row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -202,6 +204,7 @@ def test_routing(seed: int) -> None:
         LayerRule(num_experts, renormalize=False),
         LayerRule(2, mass=0.6),
         LayerRule(4, floor=0.1, experts=(0, 2, 4)),
+        LayerRule(4, relative_floor=0.4),
     ]
     tables = RoutingTables.empty(len(rules) + 1, 1, num_experts, "cuda")
     for row, rule in enumerate(rules):
@@ -226,8 +229,8 @@ def test_routing(seed: int) -> None:
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (32, 8), (512, 8), (64, 60)])
 def test_within_batch(num_tokens: int, num_experts: int) -> None:
-    rows = torch.tensor([2.0, torch.inf, 0.0, 1.0, 3.0], device="cuda").repeat(num_tokens, 1)
-    rows[::5, 4] = torch.inf
+    rows = rule_row(LayerRule(2, batch_experts=3)).repeat(num_tokens, 1).cuda()
+    rows[::5, RuleNumber.BATCH_EXPERTS] = torch.inf
     ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
     ids[:, 2:] = -1
     ids[::5] = -1

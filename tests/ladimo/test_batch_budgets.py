@@ -28,13 +28,14 @@ rules = st.builds(
     LayerRule,
     top_k=st.integers(1, EXPERTS),
     mass=st.none() | st.floats(0.2, 1.0),
+    relative_floor=st.just(0.0) | st.floats(0, 1),
     experts=subsets,
     batch_experts=st.none() | st.integers(1, EXPERTS),
 )
 
 
 def table(rule_list: list[LayerRule]) -> tuple[Tensor, Tensor]:
-    """One token per rule: rows [T, 5], masks [T, E]."""
+    """One token per rule: rows [T, len(RuleNumber)], masks [T, E]."""
     tables = RoutingTables.empty(len(rule_list) + 1, 1, EXPERTS, "cpu")
     for index, rule in enumerate(rule_list):
         tables.write(index + 1, *RoutingPolicy("p", "", (rule,)).to_rows(EXPERTS))

@@ -125,6 +125,8 @@ RULES = {
     "mass": LayerRule(4, mass=0.6, renormalize=False),
     "floor": LayerRule(4, floor=0.2),
     "mass_and_floor": LayerRule(3, mass=0.7, floor=0.1),
+    "relative_floor": LayerRule(4, relative_floor=0.7),
+    "both_floors": LayerRule(4, floor=0.1, relative_floor=0.9, renormalize=False),
     "mask": LayerRule(2, experts=(0, 3)),
     "static": LayerRule(3, renormalize=False, experts=(1, 2, 3)),
     "mask_smaller_than_k": LayerRule(4, mass=0.5, experts=(2,)),
@@ -139,7 +141,7 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
         RoutingPolicy(name, "", tuple(None if moe is None else rule for moe in model.config.layers))
         for name, rule in RULES.items()
     ]
-    steps = Stepper(model, make_tables(model, policies))
+    steps = Stepper(model, make_tables(model, policies), num_blocks=256)
     native = Cached(model, NativeStep(model, "float32", 2), policies)
     rows = [Row(list(tokens), index + 1) for index, tokens in enumerate(prompts(len(RULES)))]
     rows.append(Row(prompts(1)[0], policy=0))

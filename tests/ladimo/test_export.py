@@ -89,6 +89,7 @@ def test_a_policy_that_routes_is_refused_by_name(moe: Path, tmp_path: Path, caps
     [
         (LayerRule(4, mass=0.9, renormalize=False), "mass"),
         (LayerRule(4, floor=0.1, renormalize=False), "floor"),
+        (LayerRule(4, relative_floor=0.1, renormalize=False), "relative_floor"),
         (LayerRule(4, renormalize=False, batch_experts=2), "batch_experts"),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ladimo.checkpoint import moe_config_json
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
 from ladimo.model.families import read_model_config
-from ladimo.policy import LayerRule, RoutingPolicy
+from ladimo.model.rule import RuleNumber
+from ladimo.policy import RULE_FIELDS, LayerRule, RoutingPolicy
 
 EXPERTS = 8
 LAYER = MoeLayerConfig(EXPERTS, 2, 8)
@@ -35,6 +36,7 @@ rules = st.builds(
     top_k=st.integers(1, EXPERTS),
     mass=st.none() | st.floats(0, 10) | st.integers(0, 3),
     floor=st.floats(0, 1) | st.integers(0, 1),
+    relative_floor=st.floats(0, 1) | st.integers(0, 1),
     renormalize=st.booleans(),
     experts=st.none() | st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(lambda chosen: tuple(sorted(chosen))),
 )
@@ -105,6 +107,7 @@ def test_version_is_stable_across_releases() -> None:
         *(({"top_k": value}, "layers[0].top_k") for value in (0, -1, True, 1.0, "2", None, [2], math.nan)),
         *(({"mass": value}, "layers[0].mass") for value in (-0.1, math.nan, math.inf, "1", True, 10**400, [1])),
         *(({"floor": value}, "layers[0].floor") for value in (-0.1, 1.1, math.nan, None, "0", False, 10**400)),
+        *(({"relative_floor": value}, "layers[0].relative_floor") for value in (-0.1, 1.1, math.nan, None, "0", True)),
         *(({"renormalize": value}, "layers[0].renormalize") for value in (0, 1, "true", None)),
         *(({"experts": value}, "layers[0].experts") for value in NO_EXPERT_LISTS),
         *(({"batch_experts": value}, "layers[0].batch_experts") for value in (0, -1, True, 1.0, "2", [2])),
@@ -154,9 +157,7 @@ def test_junk_gives_a_policy_or_a_value_error(junk: object, place: str, data: st
     elif place == "rule":
         raw["layers"][0] = junk
     else:
-        raw["layers"][0][
-            data.draw(st.sampled_from(["top_k", "mass", "floor", "renormalize", "experts", "batch_experts", "other"]))
-        ] = junk
+        raw["layers"][0][data.draw(st.sampled_from([*RULE_FIELDS, "other"]))] = junk
     try:
         policy = RoutingPolicy.from_dict(raw)
         policy.validate(CONFIG)
@@ -193,12 +194,33 @@ def test_validate_accepts_what_fits() -> None:
 
 def test_rows() -> None:
     """The numbers that the routing rule reads; the mask is widened to the table's experts."""
-    rows, allowed = RoutingPolicy.from_dict(policy_json(mass=None, floor=0.25)).to_rows(4)
-    assert rows == [
-        [2.0, math.inf, 0.25, 1.0, math.inf],
-        [0.0, math.inf, 0.0, 0.0, math.inf],
-        [1.0, math.inf, 0.0, 1.0, math.inf],
-    ]
+
+    def numbers(**rule: Any) -> dict[str, float]:
+        rows, _ = RoutingPolicy.from_dict(policy_json(**rule)).to_rows(4)
+        return {number.field: value for number, value in zip(RuleNumber, rows[0], strict=True)}
+
+    rows, allowed = RoutingPolicy.from_dict(policy_json()).to_rows(4)
+    assert rows[1] == [0.0] * len(RuleNumber)
     assert allowed == [[True, False, False, True], [False] * 4, [True] * 4]
-    assert RoutingPolicy.from_dict(policy_json(mass=0.8, renormalize=False)).to_rows(4)[0][0] == [2.0, 0.8, 0.0, 0.0, math.inf]
-    assert RoutingPolicy.from_dict(policy_json(batch_experts=3)).to_rows(4)[0][0][4] == 3.0
+    unlimited = {"top_k": 2.0, "mass": math.inf, "floor": 0.25, "renormalize": 1.0}
+    without = {"relative_floor": 0.0, "batch_experts": math.inf}
+    assert numbers(mass=None, floor=0.25) == {**unlimited, **without}
+    given = {"mass": 0.8, "renormalize": False, "batch_experts": 3, "relative_floor": 0.5}
+    assert numbers(**given) == {"top_k": 2.0, "floor": 0.0, **{name: float(value) for name, value in given.items()}}
+
+
+def test_every_field_of_a_rule_but_its_experts_is_a_number() -> None:
+    """A field that no kernel reads, or a number that no policy can say, would be a mistake."""
+    assert set(RULE_FIELDS) == {number.field for number in RuleNumber} | {"experts"}
+
+
+def test_files_written_before_a_field_existed_keep_their_version() -> None:
+    """A rule that leaves a later field out, or sets it to its default, has the JSON and the version of that time."""
+    first = ("top_k", "mass", "floor", "renormalize", "experts")
+    assert tuple(LayerRule(2).to_dict()) == first
+    policy = RoutingPolicy.from_dict(policy_json())
+    assert policy.version == "5342c21eb652"
+    assert RoutingPolicy.from_dict(policy_json(batch_experts=None, relative_floor=0)).version == policy.version
+    later = RoutingPolicy.from_dict(policy_json(relative_floor=0.25))
+    assert later.version != policy.version
+    assert later.to_dict()["layers"][0] == {**policy_json()["layers"][0], "relative_floor": 0.25}

@@ -31,6 +31,7 @@ rules = st.builds(
     top_k=st.integers(1, EXPERTS + 2),
     mass=st.none() | st.sampled_from([0.0, 0.5, 0.8, 1.0]) | st.floats(0, 3),
     floor=st.just(0.0) | st.floats(0, 1),
+    relative_floor=st.just(0.0) | st.floats(0, 1),
     renormalize=st.booleans(),
     experts=st.none() | st.sets(st.integers(0, EXPERTS - 1), min_size=1).map(lambda chosen: tuple(sorted(chosen))),
 )
@@ -63,11 +64,12 @@ def direct(
     for rank, expert in enumerate(ranked):
         before = math.fsum(scores[better] for better in ranked[:rank])
         near_mass = rule.mass is not None and abs(before - rule.mass) < TOLERANCE * max(1, before)
-        near_floor = rule.floor > 0 and abs(scores[expert] - rule.floor) < TOLERANCE
+        floors = (rule.floor, rule.relative_floor * scores[ranked[0]])
+        near_floor = any(floor > 0 and abs(scores[expert] - floor) < TOLERANCE for floor in floors)
         if rank > 0 and (near_mass or near_floor):
             return None
-        within = rank < rule.top_k and (rule.mass is None or before < rule.mass) and scores[expert] >= rule.floor
-        if rank == 0 or within:
+        within = rank < rule.top_k and (rule.mass is None or before < rule.mass)
+        if rank == 0 or (within and all(scores[expert] >= floor for floor in floors)):
             kept.append(expert)
     weights = [1.0 if layer.expert_weight == "one" else scores[expert] for expert in kept]
     if rule.renormalize:
@@ -128,6 +130,8 @@ def test_direct_implementation_by_hand() -> None:
     assert kept(LayerRule(3, mass=0.5, renormalize=False, experts=allowed)) == [(0, 0.6)]
     assert kept(LayerRule(3, mass=0.7, renormalize=False, experts=allowed)) == [(0, 0.6), (1, 0.3)]
     assert kept(LayerRule(3, floor=0.2, renormalize=False, experts=allowed)) == [(0, 0.6), (1, 0.3)]
+    assert kept(LayerRule(3, relative_floor=0.4, renormalize=False, experts=allowed)) == [(0, 0.6), (1, 0.3)]
+    assert kept(LayerRule(3, relative_floor=1.0, renormalize=False, experts=allowed)) == [(0, 0.6)]
     assert kept(LayerRule(3, mass=0.0, floor=1.0, renormalize=False, experts=allowed)) == [(0, 0.6)]
 
 

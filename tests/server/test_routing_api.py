@@ -8,9 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from ladimo.checkpoint import read_config
 from server.app import Access
 from server.policies.targets import AtAccuracy, Named
 from tests.server.fakes import fake_policy
+from tests.server.real import serving_model
 from tests.server.serving import ADMIN, CONFIG, MODEL, TOP_K, Parts, Server, events, policies, serving, serving_http
 
 
@@ -151,6 +153,7 @@ LAYER = {"top_k": 2}
         ({"layers": [LAYER, None, {"top_k": 5}]}, "layers[2].top_k"),
         ({"layers": [LAYER, None, {"top_k": 1, "mass": -1}]}, "layers[2].mass"),
         ({"layers": [LAYER, None, {"top_k": 1, "experts": [4]}]}, "layers[2].experts"),
+        ({"layers": [LAYER, None, {"top_k": 1, "relative_floor": 1.5}]}, "layers[2].relative_floor"),
         ({"layers": [LAYER, None, {"top_k": 1, "colour": 1}]}, "layers[2].colour"),
         ({"colour": 1, "layers": []}, "colour"),
     ],
@@ -163,6 +166,31 @@ async def test_a_broken_policy_is_refused_with_its_first_wrong_field(tmp_path: P
         assert (error["code"], error["param"]) == ("invalid_policy", param)
         assert server.services.store.state.stored == {}
         assert (await server.complete(max_tokens=1, routing="fast"))["routing"]["version"] == policies()["fast"].version
+
+
+async def test_a_relative_floor_is_stored_shown_and_obeyed(moe_dir: Path) -> None:
+    """At 1 only experts scored as high as the best one stay: one per token. At 0 the policy is the one without the field."""
+    model_layers = read_config(moe_dir).layers
+
+    def body(**fields: float) -> dict[str, Any]:
+        return {"layers": [None if layer is None else {"top_k": 3, **fields} for layer in model_layers]}
+
+    access = Access(open_admin=True)
+    async with serving_model(moe_dir, access=access) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+        versions, experts = {}, {}
+        for floor in (None, 0, 0.5, 1):
+            fields = {} if floor is None else {"relative_floor": floor}
+            stored = await client.put("/admin/routing/policies/mine", json=body(**fields))
+            versions[floor] = stored.json()["version"]
+            asked = {"prompt": "hello", "max_tokens": 20, "temperature": 0, "ignore_eos": True, "routing": "mine"}
+            experts[floor] = (await client.post("/v1/completions", json=asked)).json()["routing"]["experts_per_token"]
+        shown = {policy["name"]: policy for policy in (await client.get("/v1/routing")).json()["policies"]}["mine"]
+        metrics = (await client.get("/metrics")).text
+    assert versions[None] == versions[0] and len(set(versions.values())) == 3
+    assert experts[None] == experts[0] == 3 and experts[1] == 1 and 1 < experts[0.5] < 3
+    assert shown["version"] == versions[1]
+    assert shown["layers"][0]["relative_floor"] == 1.0
+    assert f'ladimo_policy_info{{default="false",policy="mine",version="{versions[1]}"}} 1.0' in metrics
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,13 @@ from functools import cache
 from pathlib import Path
 from shutil import which
 
+from ladimo.model.rule import RuleNumber
+
 SOURCE = Path(__file__).with_name("step.c")
 # No -ffast-math: the order of sums is what makes a token's numbers independent of its neighbours.
 FLAGS = ("-O3", "-march=native", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
+# The layout of a policy's row: the C code reads the same definition as Python.
+MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
 COMPILERS = ("gcc", "cc", "clang")
 TIMEOUT_SECONDS = 120
 
@@ -41,14 +45,14 @@ def cache_directory() -> Path:
 def compiled(directory: Path) -> Path:
     """The shared library in `directory`, compiled if it is not there yet. Raises BuildError.
 
-    Its name says what it was made of: source, flags, compiler and the processor's abilities (a home directory may be shared by
-    machines that differ).
+    Its name says what it was made of: source, flags, macros, compiler and the processor's abilities (a home directory may be
+    shared by machines that differ).
     """
     compiler = next((path for name in COMPILERS if (path := which(name))), None)
     if compiler is None:
         raise BuildError(f"there is no C compiler ({', '.join(COMPILERS)})")
     version = _run([compiler, "--version"])
-    made_of = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, version, platform.machine(), _processor()]
+    made_of = [SOURCE.read_text(encoding="utf-8"), *FLAGS, *MACROS, compiler, version, platform.machine(), _processor()]
     target = directory / f"step-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -60,7 +64,7 @@ def compiled(directory: Path) -> Path:
         raise BuildError(f"{directory}: cannot be written ({error.strerror})") from error
     os.close(handle)
     try:
-        _run([compiler, *FLAGS, str(SOURCE), "-o", partial, "-lm"])
+        _run([compiler, *FLAGS, *MACROS, str(SOURCE), "-o", partial, "-lm"])
         Path(partial).replace(target)
     finally:
         Path(partial).unlink(missing_ok=True)

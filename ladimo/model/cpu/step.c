@@ -9,6 +9,9 @@
 // crosses lanes. Up to four panels, a "block", lie interleaved, so that a block is one stream of memory. Vectors are as wide as the
 // processor's registers (wider ones live in memory), and a pass over a block takes as many of its rows as have room there.
 //
+// Whoever compiles this file defines RULE_NUMBERS, how many numbers a rule has, and the column of each (RULE_TOP_K, ...); see
+// rule.py and build.py.
+//
 // Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
 
 #include <math.h>
@@ -41,7 +44,6 @@
 #define KEYS 16         // positions that attention takes at once
 #define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
-#define RULE_NUMBERS 5  // top_k, mass, floor, renormalize, batch_experts
 #define FIXED_LOGIT 40.0f  // of an expert without a row in the router (router.py)
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -887,7 +889,7 @@ static void select_experts(
         order[e] = !allowed[e] ? -INFINITY : scores[e] + (l->selection_bias ? l->selection_bias[e] : 0.0f);
     }
     // Ranks beyond these keep nothing and divide nothing.
-    int64_t top_k = least(experts, (int64_t)row[0]), ranks = top_k > l->score_norm_top_k ? top_k : least(experts, l->score_norm_top_k);
+    int64_t top_k = least(experts, (int64_t)row[RULE_TOP_K]), ranks = top_k > l->score_norm_top_k ? top_k : least(experts, l->score_norm_top_k);
     int64_t best[experts];
     float norm = 0.0f;
     for (int64_t rank = 0; rank < ranks; rank++) {
@@ -903,7 +905,7 @@ static void select_experts(
         if (rank < l->score_norm_top_k) norm += scores[winner];
     }
     double mass = 0.0;  // torch sums in double and rounds each partial sum
-    float kept_total = 0.0f;
+    float kept_total = 0.0f, floor = row[RULE_FLOOR];
     for (int64_t rank = 0; rank < s->model->max_experts; rank++) ids[rank] = -1;
     for (int64_t rank = 0; rank < least(ranks, top_k); rank++) {
         float score = scores[best[rank]];
@@ -911,12 +913,13 @@ static void select_experts(
         mass += score;
         float before = (float)mass - score;
         weights[rank] = 0.0f;
-        if (rank && !(before < row[1] && score >= row[2])) continue;
+        if (!rank && row[RULE_RELATIVE_FLOOR] * score > floor) floor = row[RULE_RELATIVE_FLOOR] * score;
+        if (rank && !(before < row[RULE_MASS] && score >= floor)) continue;
         ids[rank] = best[rank];
         weights[rank] = l->weight_one ? 1.0f : score;
         kept_total += weights[rank];
     }
-    if (row[3] > 0)
+    if (row[RULE_RENORMALIZE] > 0)
         for (int64_t rank = 0; rank < least(ranks, top_k); rank++) weights[rank] /= kept_total > 1e-20f ? kept_total : 1e-20f;
 }
 
@@ -938,7 +941,7 @@ static void post_norm_token(const void *job, int64_t t) {
     select_experts(s, rule_of(s, t), mask_of(s, t), logits, ids, s->weights + t * m->max_experts);
 }
 
-static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[4] < INFINITY; }
+static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[RULE_BATCH_EXPERTS] < INFINITY; }
 
 // `within_batch`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
 static void share_experts(const State *s) {
@@ -967,7 +970,7 @@ static void share_experts(const State *s) {
             float before = 0;
             for (int64_t other = 0; other < experts; other++)
                 before += allowed[other] && !is_free[other] && (total[other] > total[e] || (total[other] == total[e] && other < e));
-            shared[e] = allowed[e] && (is_free[e] || before < rule[4]);
+            shared[e] = allowed[e] && (is_free[e] || before < rule[RULE_BATCH_EXPERTS]);
         }
         select_experts(s, rule, shared, s->router_logits + t * width, ids_of(s, t), s->weights + t * width);
     }

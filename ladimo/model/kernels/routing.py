@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.rule import RuleNumber
 
+# Columns of a row, as the compiler takes them.
+TOP_K = tl.constexpr(RuleNumber.TOP_K.value)
+MASS = tl.constexpr(RuleNumber.MASS.value)
+FLOOR = tl.constexpr(RuleNumber.FLOOR.value)
+RELATIVE_FLOOR = tl.constexpr(RuleNumber.RELATIVE_FLOOR.value)
+RENORMALIZE = tl.constexpr(RuleNumber.RENORMALIZE.value)
+BATCH_EXPERTS = tl.constexpr(RuleNumber.BATCH_EXPERTS.value)
 # Tokens times experts routed in one program.
 SELECT_TILE = 512
 # Tokens times experts that the one program of a batch's budget looks at together.
@@ -22,7 +30,8 @@ COUNT_TILE = 8192
 def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See the reference. `rows` [T, 4] and `allowed` [T, E] may be views of larger tables; ties go to the lower expert."""
+    """See the reference. `rows` [T, len(RuleNumber)] and `allowed` [T, E] may be views of larger tables. Ties go to the lower
+    expert."""
     num_tokens, num_experts = router_logits.shape
     weights = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=router_logits.device)
     ids = torch.empty(num_tokens, num_experts, dtype=torch.int64, device=router_logits.device)
@@ -107,10 +116,13 @@ def _select_kernel(
         mass_before = mass_before / norm
 
     rule = rows_ptr + tokens * rows_stride
-    top_k = tl.load(rule, mask=in_range, other=0.0)[:, None]
-    mass = tl.load(rule + 1, mask=in_range, other=0.0)[:, None]
-    floor = tl.load(rule + 2, mask=in_range, other=0.0)[:, None]
-    renormalize = tl.load(rule + 3, mask=in_range, other=0.0)[:, None]
+    top_k = tl.load(rule + TOP_K, mask=in_range, other=0.0)[:, None]
+    mass = tl.load(rule + MASS, mask=in_range, other=0.0)[:, None]
+    floor = tl.load(rule + FLOOR, mask=in_range, other=0.0)[:, None]
+    relative_floor = tl.load(rule + RELATIVE_FLOOR, mask=in_range, other=0.0)[:, None]
+    renormalize = tl.load(rule + RENORMALIZE, mask=in_range, other=0.0)[:, None]
+    best = tl.sum(tl.where(rank == 0, scores, 0.0), axis=1)[:, None]
+    floor = tl.maximum(floor, relative_floor * best)
     enough = ((mass_before < mass) & (scores >= floor)) | (rank == 0)
     kept = allowed & enough & (rank < top_k)
     weights = kept.to(tl.float32) if WEIGHT_ONE else tl.where(kept, scores, 0.0)
@@ -166,7 +178,7 @@ def _within_batch_kernel(
     for start in range(0, num_tokens, BLOCK_T):
         tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         live = tokens < num_tokens
-        budget = tl.load(rows_ptr + tokens * rows_stride + 4, mask=live, other=float("inf"))
+        budget = tl.load(rows_ptr + tokens * rows_stride + BATCH_EXPERTS, mask=live, other=float("inf"))
         limited = (budget < float("inf")) & (tokens < num_decode)
         for place in range(E):
             ids = tl.load(ids_ptr + tokens * E + place, mask=live, other=-1)
@@ -179,7 +191,7 @@ def _within_batch_kernel(
         tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         live = (tokens < num_tokens)[:, None] & (experts < E)[None, :]
         allowed = tl.load(allowed_ptr + tokens[:, None] * allowed_stride + experts[None, :], mask=live, other=0) != 0
-        budget = tl.load(rows_ptr + tokens * rows_stride + 4, mask=tokens < num_tokens, other=0.0)
+        budget = tl.load(rows_ptr + tokens * rows_stride + BATCH_EXPERTS, mask=tokens < num_tokens, other=0.0)
         budget = tl.where(tokens < num_decode, budget, float("inf"))
         costs = (allowed & (free == 0)[None, :]).to(tl.int32)
         rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)  # of each expert among those of the mask that cost

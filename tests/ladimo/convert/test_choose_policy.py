@@ -64,6 +64,14 @@ def test_sure_layers_run_one_expert_and_torn_layers_two() -> None:
     assert describe_rules((torn, None, mixed, torn)) == "TOP2 in 2 layers, DYN(0.8) in 1 layer"
 
 
+def test_names_of_rules_say_their_limits() -> None:
+    """Also of a mask that would be static without: fewer of its experts may run."""
+    assert rule_name(LayerRule(2, experts=(1, 4))) == "2 fixed"
+    assert rule_name(LayerRule(2, experts=(1, 4), relative_floor=0.3)) == "TOP2 relative_floor 0.3"
+    assert rule_name(LayerRule(4, mass=0.8, floor=0.1)) == "DYN(0.8) floor 0.1"
+    assert rule_name(LayerRule(4, batch_experts=3)) == "TOP4 batch_experts 3"
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_named_policies_fit_the_model_and_are_ordered_by_cost(top_k: int) -> None:
     config = model(3, top_k)

@@ -19,7 +19,8 @@ from ladimo.convert.polish import Network, hidden_error, polish
 from ladimo.convert.recipe import ElasticRecipe, Recipe
 from ladimo.convert.teacher import StreamedModel
 from ladimo.model.layers import GatedMLP
-from tests.factories import make_dense
+from ladimo.policy import LayerRule
+from tests.factories import make_dense, rule_row
 from tests.ladimo.convert.conftest import Made, small_recipe
 from tests.ladimo.convert.test_pipeline import full_logits, interrupted, results
 
@@ -96,7 +97,7 @@ def test_all_experts_are_the_dense_ffn_and_a_substitute_is_its_repair(neurons: i
     assert layer_error(both, data.holdout_inputs, data.holdout_targets) < 1e-10  # `full` leaves the substitutes out
     alone = with_substitutes(mlp, widths.order, 4, [pair])
     alone.config = dataclasses.replace(alone.config, substitutes=0)
-    rows = torch.tensor([[2.0, torch.inf, 0.0, 0.0]]).expand(100, 4)
+    rows = rule_row(LayerRule(2, renormalize=False)).expand(100, -1)
     out, ids = alone(data.holdout_inputs, rows, (torch.arange(6) >= 4).expand(100, -1))
     assert set(ids.flatten().tolist()) == {4, 5, -1}
     error = (out - data.holdout_targets).square().mean() / data.holdout_targets.var(dim=0, correction=0).mean()

@@ -7,7 +7,9 @@ from torch import Tensor
 from ladimo.model.config import MoeLayerConfig, ScoreFunction
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.routing import select_experts, within_batch
+from ladimo.model.rule import RuleNumber
 from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import rule_row
 
 pytest.importorskip("triton")
 from ladimo.model.kernels import routing as kernels
@@ -31,6 +33,7 @@ def draw_rule(num_experts: int, generator: torch.Generator) -> LayerRule:
         top_k=int(torch.randint(1, num_experts + 1, (), generator=generator)),
         mass=uniform() * 1.5 if chance() else None,
         floor=uniform() / num_experts if chance() else 0.0,
+        relative_floor=uniform() if chance() else 0.0,
         renormalize=chance(),
         experts=subset if chance() else None,
         batch_experts=int(torch.randint(1, num_experts + 1, (), generator=generator)) if chance() else None,
@@ -75,8 +78,8 @@ def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest
     """More tokens than one tile holds; weights whose sums are exact in any order."""
     monkeypatch.setattr(kernels, "BUDGET_TILE", 32)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.tensor([2.0, torch.inf, 0.0, 0.0, 3.0]).repeat(70, 1)
-    rows[::9, 4] = torch.inf
+    rows = rule_row(LayerRule(2, renormalize=False, batch_experts=3)).repeat(70, 1)
+    rows[::9, RuleNumber.BATCH_EXPERTS] = torch.inf
     ids = torch.rand(70, 8, generator=generator).argsort(dim=-1).masked_fill(torch.arange(8) >= 2, -1)
     ids[::9] = -1
     ids[60:] = -1
@@ -89,7 +92,7 @@ def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest
 
 
 def test_ties_go_to_the_lower_expert(device: torch.device) -> None:
-    rows = torch.tensor([[2.0, torch.inf, 0.0, 0.0]], device=device)
+    rows = rule_row(LayerRule(2, renormalize=False))[None].to(device)
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device)
     ids = kernels.select_experts(logits, rows, torch.ones(1, 4, dtype=torch.bool, device=device), MoeLayerConfig(4, 1, 8))[1]
     assert ids.tolist() == [[1, 2, -1, -1]]
@@ -100,7 +103,7 @@ def test_ties_go_to_the_lower_expert(device: torch.device) -> None:
 def test_hostile_logits_choose_real_experts_once(bad: float, score_function: ScoreFunction, device: torch.device) -> None:
     """Whatever the router says, ids stay experts of the layer, each at most once: the expert kernels index with them."""
     logits = torch.tensor([[bad, 1.0, bad, -1.0, 0.5], [bad] * 5], device=device)
-    rows = torch.tensor([[5.0, torch.inf, 0.0, 1.0]] * 2, device=device)
+    rows = rule_row(LayerRule(5)).repeat(2, 1).to(device)
     allowed = torch.tensor([[True, True, True, True, False]] * 2, device=device)
     layer = MoeLayerConfig(5, 2, 8, score_function=score_function)
     weights, ids = kernels.select_experts(logits, rows, allowed, layer)
