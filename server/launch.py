@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import platform
 import shlex
+import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,6 +21,7 @@ from starlette.types import ASGIApp
 import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
 from ladimo.model.config import ModelConfig
+from ladimo.model.cpu.build import abandon
 from server.api.admission import Admission
 from server.api.http_protocol import bounded_http
 from server.api.services import Services
@@ -45,8 +48,11 @@ SWITCH_SECONDS = 0.0005
 CLOSE_SECONDS = 5
 
 
-def launch(settings: ServerSettings) -> int:
-    """Serve until told to end. Returns the exit code: 0 after a drain, 1 when something failed."""
+def launch(settings: ServerSettings, sockets: Sequence[socket.socket]) -> int:
+    """Serve on listening sockets until told to end. Returns the exit code: 0 after a drain, 1 when something failed.
+
+    A thread of the engine may be left that still loads or hangs in a step; the process must then end without waiting for it.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     latencies = RecentLatencies()
     try:
@@ -54,7 +60,7 @@ def launch(settings: ServerSettings) -> int:
     except (ValueError, ServiceError, OSError) as error:
         print(f"ladimo-server: {error}", file=sys.stderr)
         return 1
-    return _Run(settings, services, latencies).run()
+    return _Run(settings, services, latencies).run(sockets)
 
 
 class _Run:
@@ -76,8 +82,13 @@ class _Run:
         app = create_app(services, latencies, access, on_ready=self._ready, on_dead=self._dead)
         self._server = _Server(app, settings, self._drain)
 
-    def run(self) -> int:
-        self._server.run()
+    def run(self, sockets: Sequence[socket.socket]) -> int:
+        try:
+            self._server.run(list(sockets))
+        except SystemExit:  # uvicorn's word for an application that did not start
+            return 1
+        finally:
+            abandon()
         return int(self._failed or not self._server.started)
 
     async def _drain(self) -> None:
@@ -110,8 +121,6 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=settings.host,
-                port=settings.port,
                 http=bounded_http(settings.header_timeout, settings.send_timeout),
                 log_config=None,
                 access_log=False,
@@ -162,7 +171,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         settings.batch_budgets,
         settings.service_tiers,
     )
-    name = settings.served_model_name or Path(settings.model).resolve().name
+    name = settings.served_model_name or given_name(settings.model)
     metrics = _build_metrics(config, name, settings.expert_metrics == "full")
 
     def on_step(stats: StepStats) -> None:
@@ -192,6 +201,11 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         fair_queueing=settings.fair_queueing,
         stall_timeout=settings.stall_timeout,
     )
+
+
+def given_name(model: str) -> str:
+    """The last part of the path that was given. A link is not followed: `models/prod` is served as `prod` wherever it leads."""
+    return Path(os.path.abspath(model)).name
 
 
 def _telemetry(settings: ServerSettings, name: str) -> "Telemetry | None":

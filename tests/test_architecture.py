@@ -133,7 +133,8 @@ def api_sees_only_values_and_the_border_of_the_engine(module: Module) -> set[str
 
 
 def environment_only_in_settings(module: Module) -> set[str]:
-    if module.name == "server.settings":
+    # The compiler's cache follows the user's XDG_CACHE_HOME, whoever uses the package.
+    if module.name in ("server.settings", "ladimo.model.cpu.cache"):
         return set()
     return uses(module, "os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
 

@@ -4,10 +4,12 @@ The thread blocks on its mailbox when idle and hands everything a step produced 
 """
 
 import asyncio
+import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from itertools import count
 
@@ -32,6 +34,9 @@ from server.engine.messages import (
 from server.engine.request import FinishReason, GenerationRequest
 
 IDLE_HEARTBEAT_SECONDS = 0.5
+STOP_SECONDS = 3.0
+
+logger = logging.getLogger(__name__)
 
 
 class EngineState(StrEnum):
@@ -70,6 +75,7 @@ class AsyncEngine:
         try:
             self._limits = await asyncio.shield(ready)
         except BaseException as error:
+            self._mailbox.put(Stop())  # for a thread that is not waited for and gets ready later
             self._die(error)
             raise
         self.state = EngineState.READY
@@ -120,13 +126,22 @@ class AsyncEngine:
         await self._dead.wait()
         return self._cause
 
-    async def stop(self) -> None:
-        """End the loop after the current step; running requests get EngineDead."""
+    async def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:
+        """End the loop after the current step; running requests get EngineDead.
+
+        A step that does not end in time is abandoned: its thread is left behind.
+        """
         if self._thread is None or self._dead.is_set():
             return
         self._mailbox.put(Stop())
-        await self._dead.wait()
-        self._thread.join()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._dead.wait()
+        except TimeoutError:
+            logger.warning("the engine's step did not end within %g s and is abandoned", timeout_seconds)
+            self._die(None)
+        else:
+            self._thread.join()
 
     async def _call(self, command: Callable[[int], Command]) -> Activated | ExpertSnapshot:
         self._check_alive()
@@ -179,9 +194,9 @@ class AsyncEngine:
         try:
             core = self._build_core()
         except BaseException as error:
-            loop.call_soon_threadsafe(ready.set_exception, error)
+            _tell(loop, ready.set_exception, error)
             return
-        loop.call_soon_threadsafe(ready.set_result, core.limits)
+        _tell(loop, ready.set_result, core.limits)
         cause: BaseException | None = None
         try:
             while (commands := self._receive(core.has_work)) is not None:
@@ -189,10 +204,10 @@ class AsyncEngine:
                 if core.has_work:
                     reports.append(core.step())
                 if reports:
-                    loop.call_soon_threadsafe(self._deliver, reports)
+                    _tell(loop, self._deliver, reports)
         except BaseException as error:
             cause = error
-        loop.call_soon_threadsafe(self._die, cause)
+        _tell(loop, self._die, cause)
 
     def _receive(self, busy: bool) -> list[Command] | None:
         """Everything in the mailbox, waiting for the first command only when idle; None after Stop."""
@@ -209,3 +224,9 @@ class AsyncEngine:
             if isinstance(command, Stop):
                 return None
             commands.append(command)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
+    """Have the event loop call it; nothing happens once the loop is closed, because nobody listens any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *arguments)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build, native_step
+from ladimo.model.cpu.cache import cache_directories
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.cpu.packing import Format, pack
 from ladimo.model.inputs import RoutingTables, StepInputs
@@ -62,8 +63,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         return
     if platform.machine() != "x86_64":
         pytest.skip("the flags are those of x86")
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    narrow = ctypes.CDLL(str(build.compiled(build.cache_directory())))
+    narrow = ctypes.CDLL(str(build.compiled(cache_directories()[0], (*build.FLAGS, *flags))))
     monkeypatch.setattr(native_step, "library", lambda: narrow)
 
 
@@ -281,7 +281,7 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(build, "which", lambda name: None)
     with pytest.raises(build.BuildError, match="no C compiler"):
         build.compiled(tmp_path)
-    build.library.cache_clear()
+    build._find.cache_clear()
     try:
         assert build.library() is None
         model, _ = load(make_dense(tmp_path))
@@ -289,7 +289,7 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(ValueError, match="quantize int8: there is no compiled kernel"):
             native_step.native_step(model, 1, "int8")
     finally:
-        build.library.cache_clear()
+        build._find.cache_clear()
 
 
 def test_a_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

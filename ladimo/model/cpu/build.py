@@ -1,91 +1,257 @@
-"""Compiling `step.c` for the machine at hand, once, and loading it."""
+"""The compiled forward step: shipped with the package, compiled on this machine earlier, or compiled now; and loading it.
+
+`step.c` is compiled for the processor at hand when it is first needed. An image has no compiler, so it ships with the step
+compiled for each of `VARIANTS` (`python -m ladimo.model.cpu`), and the best one that the processor can run is loaded.
+"""
 
 import ctypes
 import hashlib
 import logging
 import os
 import platform
+import signal
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import which
 
+from ladimo.model.cpu.cache import cache_directories, make_private
 from ladimo.model.rule import RuleNumber
 
 SOURCE = Path(__file__).with_name("step.c")
+SHIPPED = Path(__file__).with_name("compiled")
 # No -ffast-math: the order of sums is what makes a token's numbers independent of its neighbours.
-FLAGS = ("-O3", "-march=native", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
+OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
 # The layout of a policy's row: the C code reads the same definition as Python.
 MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
+COMMON_FLAGS = (*OPTIONS, *MACROS)
+FLAGS = (*COMMON_FLAGS, "-march=native")
 COMPILERS = ("gcc", "cc", "clang")
 TIMEOUT_SECONDS = 120
+ABANDON_SECONDS = 2
 
 log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """The kernel cannot be had here; the message says why."""
+    """The step cannot be had here; the message says why."""
+
+
+class PlaceError(BuildError):
+    """The step cannot be kept or loaded in one directory; another may do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile the step for processors of a kind: the compiler's flags, and what /proc/cpuinfo must list."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+
+_V2 = frozenset({"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"})
+_V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+_V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+# By machine, best first. The names are those of the x86-64 psABI's levels, and what is used beyond them.
+VARIANTS = {
+    "x86_64": (
+        Variant(
+            "x86-64-v4-bf16",
+            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+            _V4 | {"avx512_vnni", "avx512_bf16"},
+        ),
+        Variant("x86-64-v4-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
+        Variant("x86-64-v4", ("-march=x86-64-v4",), _V4),
+        Variant("x86-64-v3", ("-march=x86-64-v3",), _V3),
+        Variant("x86-64-v2", ("-march=x86-64-v2",), _V2),
+    ),
+    "aarch64": (Variant("armv8-a", ("-march=armv8-a",), frozenset({"asimd"})),),
+}
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled step; None where it cannot be had, and `origin` says why."""
+    found = _find()
+    return None if isinstance(found, str) else found[0]
+
+
+def origin() -> str:
+    """Which step `library` gives and the file it is in, or why there is none."""
+    found = _find()
+    return found if isinstance(found, str) else found[1]
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, with one line in the log, where it cannot be had."""
+def _find() -> tuple[ctypes.CDLL, str] | str:
     try:
-        return ctypes.CDLL(str(compiled(cache_directory())))
-    except (BuildError, OSError) as error:
-        log.warning("no compiled CPU kernel, torch computes instead: %s", error)
-        return None
+        shipped = shipped_variant(SHIPPED)
+        if shipped is not None:
+            variant, path = shipped
+            return _load(path), f"compiled for {variant.name}, {path}"
+        code, path = _compile_somewhere(cache_directories())
+        return code, f"compiled for this processor, {path}"
+    except BuildError as error:
+        return str(error)
 
 
-def cache_directory() -> Path:
-    return Path.home() / ".cache" / "ladimo"
+def shipped_variant(directory: Path, features: frozenset[str] | None = None) -> tuple[Variant, Path] | None:
+    """The best variant compiled into `directory` that a processor with these features runs (None: this one's)."""
+    features = _features() if features is None else features
+    for variant in VARIANTS.get(platform.machine(), ()):
+        path = variant_path(directory, variant)
+        if variant.needs <= features and path.exists():
+            return variant, path
+    return None
 
 
-def compiled(directory: Path) -> Path:
+def variant_path(directory: Path, variant: Variant) -> Path:
+    """Its name holds the source's hash: what was compiled from another source is never loaded."""
+    return directory / f"step-{variant.name}-{_hash(_source(), *COMMON_FLAGS, *variant.flags)}.so"
+
+
+def compile_variants(directory: Path) -> list[Path]:
+    """Compile the step for all kinds of processors of this machine's architecture. Raises BuildError."""
+    compiler, paths = _compiler(), []
+    for variant in VARIANTS.get(platform.machine(), ()):
+        target = variant_path(directory, variant)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, (*COMMON_FLAGS, *variant.flags), target)
+        except OSError as error:
+            raise BuildError(f"{directory}: cannot be written ({error.strerror})") from error
+        target.chmod(0o755)
+        paths.append(target)
+    return paths
+
+
+def compiled(directory: Path, flags: Sequence[str] = FLAGS) -> Path:
     """The shared library in `directory`, compiled if it is not there yet. Raises BuildError.
 
-    Its name says what it was made of: source, flags, macros, compiler and the processor's abilities (a home directory may be
-    shared by machines that differ).
+    Its name says what it was made of: source, flags, compiler and the processor's features (a home directory may be shared by
+    machines that differ).
     """
-    compiler = next((path for name in COMPILERS if (path := which(name))), None)
-    if compiler is None:
-        raise BuildError(f"there is no C compiler ({', '.join(COMPILERS)})")
+    compiler = _compiler()
     version = _run([compiler, "--version"])
-    made_of = [SOURCE.read_text(encoding="utf-8"), *FLAGS, *MACROS, compiler, version, platform.machine(), _processor()]
-    target = directory / f"step-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    made_of = (_source(), *flags, compiler, version, platform.machine(), *sorted(_features()))
+    target = directory / f"step-{_hash(*made_of)}.so"
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Compiled under another name and moved: a second process finds all of it or nothing.
-        handle, partial = tempfile.mkstemp(suffix=".so", dir=directory)
+        make_private(directory)
+        if not target.exists():
+            _compile(compiler, flags, target)
     except OSError as error:
-        raise BuildError(f"{directory}: cannot be written ({error.strerror})") from error
-    os.close(handle)
-    try:
-        _run([compiler, *FLAGS, *MACROS, str(SOURCE), "-o", partial, "-lm"])
-        Path(partial).replace(target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        raise PlaceError(f"{directory}: cannot be used ({error.strerror})") from error
     return target
 
 
-def _run(command: list[str]) -> str:
+def abandon() -> None:
+    """End a compilation that is under way, so that the process can end and leave nothing behind. Its caller gets BuildError."""
+    for process in tuple(_running):
+        _end(process)
+    if _compiling.acquire(timeout=ABANDON_SECONDS):  # held until the partial file is removed
+        _compiling.release()
+
+
+_compiling = threading.Lock()
+_running: set["subprocess.Popen[str]"] = set()
+
+
+def _compile_somewhere(directories: Sequence[Path]) -> tuple[ctypes.CDLL, Path]:
+    """From the first directory that can be written and run from. Raises BuildError."""
+    refused = ["there is no directory to compile it to"] if not directories else []
+    for directory in directories:
+        try:
+            path = compiled(directory)
+            code = _load(path)
+        except PlaceError as error:
+            refused.append(str(error))
+            continue
+        if refused:
+            log.warning("compiled code goes to %s: %s", directory, "; ".join(refused))
+        return code, path
+    raise BuildError("; ".join(refused))
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # such as a file system without execution
+        raise PlaceError(f"{path}: cannot be loaded ({error})") from error
+
+
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
+    """Under another name first and then moved: a second process finds all of it or nothing. Raises BuildError, OSError."""
+    with _compiling:
+        _remove_leftovers(target.parent)
+        handle, partial = tempfile.mkstemp(prefix="partial-", suffix=".so", dir=target.parent)
+        os.close(handle)
+        try:
+            _run([compiler, *flags, str(SOURCE), "-o", partial, "-lm"])
+            Path(partial).replace(target)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What processes left that were killed while they compiled."""
+    for path in directory.glob("partial-*.so"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 2 * TIMEOUT_SECONDS:
+                path.unlink()
+
+
+def _run(command: list[str]) -> str:
+    """What the command prints. Raises BuildError."""
+    pipe = subprocess.PIPE
+    try:
+        # A session of its own: the compiler starts other programs, and all of them are ended together.
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+            _running.add(process)
+            try:
+                output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+            finally:
+                _running.discard(process)
+                _end(process)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from error
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+    if process.returncode:
+        first = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
         raise BuildError(f"{command[0]} failed: {first}")
-    return done.stdout
+    return output
 
 
-def _processor() -> str:
-    """The instruction sets of the processor, as the system lists them."""
+def _end(process: "subprocess.Popen[str]") -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def _compiler() -> str:
+    found = next((path for name in COMPILERS if (path := which(name))), None)
+    if found is None:
+        raise BuildError(f"there is no C compiler ({', '.join(COMPILERS)})")
+    return found
+
+
+def _source() -> str:
+    return SOURCE.read_text(encoding="utf-8")
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _features() -> frozenset[str]:
+    """The instruction sets of the processor, as the system lists them; empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        return frozenset()
+    listed = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(listed.partition(":")[2].split())

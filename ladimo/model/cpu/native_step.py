@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
-from ladimo.model.cpu.build import library
+from ladimo.model.cpu.build import library, origin
 from ladimo.model.cpu.packing import KINDS, Format, Packed, pack, pack_gate_up, padded_size
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs
@@ -118,7 +118,7 @@ class NativeStep:
         then compute nothing itself. Raises Unsupported before anything is changed."""
         code = library()
         if code is None:
-            raise Unsupported("there is no compiled kernel")
+            raise Unsupported(f"there is no compiled kernel: {origin()}")
         config, dtype = model.config, model.model.embed_tokens.weight.dtype
         if not find_family(config.family).is_llama_inside:
             raise Unsupported(f"family {config.family} has modules that it does not know")
@@ -283,17 +283,19 @@ def native_step(
 ) -> NativeStep | None:
     """The model's step, its weights packed as they are or rounded to integers. `release`: see `NativeStep`.
 
-    None, with one line in the log, for a model that the kernel cannot run; ValueError if it was to be quantised.
+    None for a model that the kernel cannot run; ValueError if it was to be quantised. One line in the log says what computes.
     """
     dtype = model.model.embed_tokens.weight.dtype
     format: Format = quantize if quantize is not None else "bfloat16" if dtype == torch.bfloat16 else "float32"
     try:
-        return NativeStep(model, format, num_threads, release)
+        step = NativeStep(model, format, num_threads, release)
     except Unsupported as reason:
         if quantize is not None:
             raise ValueError(f"quantize {quantize}: {reason}") from reason
         log.warning("torch computes on this CPU: %s", reason)
         return None
+    log.info("the compiled step computes on this CPU: %s", origin())
+    return step
 
 
 def _release(module: nn.Module) -> None:
