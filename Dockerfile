@@ -2,11 +2,15 @@
 #   docker build -t ladimo .
 #   docker run --gpus all -p 8000:8000 -v /path/to/MODEL:/model:ro -e LADIMO_ADMIN_KEY=... ladimo
 FROM python:3.12-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY ladimo ladimo
 COPY server server
 RUN python -m venv /opt/ladimo && /opt/ladimo/bin/pip install --no-cache-dir .
+# The CPU step, for each kind of processor that may run the image; the server loads the best one it can run and says which.
+# Not from /src: the installed package is meant.
+RUN cd / && /opt/ladimo/bin/python -m ladimo.model.cpu
 
 FROM python:3.12-slim
 RUN useradd --create-home --uid 10001 ladimo
