@@ -82,7 +82,7 @@ def test_observe_scrapes_a_server_that_is_there_and_ends_with_it(tmp_path: Path)
 
 
 def test_the_image_compiles_the_step_where_there_is_a_compiler_and_starts_what_is_installed() -> None:
-    build, final = [stage.splitlines() for stage in (ROOT / "Dockerfile").read_text().split("\nFROM ")]
+    _, build, final = [stage.splitlines() for stage in (ROOT / "Dockerfile").read_text().split("\nFROM ")]
     commands = [line.removeprefix("RUN ") for line in build if line.startswith("RUN ")]
     apt, install, compile_step = commands
     assert any(compiler in apt.split() for compiler in COMPILERS)
