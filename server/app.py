@@ -16,7 +16,8 @@ from starlette.responses import Response
 
 import ladimo
 from server.api import completions, ops, routing
-from server.api.middleware import JsonBodies, Keys, RequestContext
+from server.api.bodies import JsonBodies
+from server.api.middleware import Keys, RequestContext
 from server.api.schemas import ErrorBody
 from server.api.services import Services
 from server.engine.async_engine import EngineState

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answering import ANSWERS, answer
+from server.api.bodies import JsonRoute
 from server.api.chat import chat_generation
 from server.api.constraints import make_grammar
 from server.api.dialects import ChatDialect, TextDialect
@@ -15,7 +16,7 @@ from server.api.streaming import until_disconnect
 from server.api.terms import make_terms
 from server.errors import BadRequest, UnsupportedParameter
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", responses=ANSWERS)

@@ -1,11 +1,9 @@
-"""Pure ASGI middleware, outermost first: request context, keys, bodies.
+"""Pure ASGI middleware, outermost first: request context, keys.
 
 (Starlette's BaseHTTPMiddleware hides the client's disconnect from the routes.)
 """
 
-import asyncio
 import hashlib
-import json
 import logging
 import re
 import time
@@ -13,20 +11,15 @@ import uuid
 from collections.abc import Callable, Iterable
 from hmac import compare_digest
 
-from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
 from server.errors import (
-    BadRequest,
-    BodyTooLarge,
     Forbidden,
     HeadersTooLarge,
-    RequestTimeout,
     ServiceError,
     Unauthorized,
-    UnsupportedMediaType,
     error_response,
     to_service_error,
 )
@@ -140,78 +133,6 @@ class Keys:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise Forbidden("admin routes without a key are closed to other sites' pages")
-
-
-class JsonBodies:
-    """Reads request bodies whole, bounded in bytes and seconds, before anything else does, and takes nothing but JSON.
-
-    The check is stricter than Python's own parser: UTF-8 without lone surrogates, nested less deep than its recursion, no name
-    twice in one object (of which another reader might take the other).
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
-        self._app, self._max_bytes, self._timeout_seconds = app, max_bytes, timeout_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            self._refuse()
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                body = await self._read(receive)
-        except TimeoutError:
-            raise RequestTimeout(f"the body was not complete after {self._timeout_seconds:g} seconds") from None
-        if body is None:
-            return
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if body and media_type != "application/json":
-            raise UnsupportedMediaType("the body must be JSON: send the header Content-Type: application/json")
-        if body:
-            try:
-                from_json(body)
-                json.loads(body, object_pairs_hook=_unique)
-            except ValueError as error:
-                raise BadRequest(f"the body is not valid JSON: {error}") from error
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
-
-        await self._app(scope, replay, send)
-
-    async def _read(self, receive: Receive) -> bytearray | None:
-        """The whole body; None when the client leaves before its end."""
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                self._refuse()
-        return body
-
-    def _refuse(self) -> None:
-        raise BodyTooLarge(f"the body is larger than {self._max_bytes} bytes")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    members: dict[str, object] = {}
-    for name, value in pairs:
-        if name in members:
-            raise ValueError(f"the name {name!r} is there twice in one object")
-        members[name] = value
-    return members
 
 
 def _check_head(scope: Scope) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import FileResponse, JSONResponse, Response
 
 import ladimo
+from server.api.bodies import JsonRoute
 from server.api.routing_choice import split_model
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.services import Services, ServicesDep
@@ -19,7 +20,7 @@ from server.engine.async_engine import EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
 from server.errors import BadRequest, Dead, NotFound, UnknownModel, error_response
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 WEB = Path(__file__).parent.parent / "web"
 ASSETS = {path.name: path for path in WEB.iterdir() if path.suffix in (".css", ".js")}

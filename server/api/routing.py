@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request
 
 from ladimo.policy import FrontierPoint
+from server.api.bodies import JsonRoute
 from server.api.services import Services, ServicesDep
 from server.engine.async_engine import EngineState
 from server.policies.store import Route, State
 
-router = APIRouter()
-admin = APIRouter(prefix="/admin")
+router = APIRouter(route_class=JsonRoute)
+admin = APIRouter(prefix="/admin", route_class=JsonRoute)
 audit_log = logging.getLogger("server.audit")
 
 JsonObject = Annotated[dict[str, Any], Body()]

@@ -15,15 +15,18 @@ from server.api.wire import (
     On,
     One,
     Penalty,
+    PromptIds,
     Regex,
     Share,
     Stop,
+    StopAtError,
     Text,
     TokenId,
     TokenIds,
     TokenIdText,
     WireModel,
     as_list,
+    at_most,
     only,
     or_else,
 )
@@ -74,7 +77,7 @@ def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Prompt = Annotated[Text | TokenIds, or_else("must be a non-empty string or a non-empty list of token ids")]
+Prompt = Annotated[Text | PromptIds, or_else("must be a non-empty string or a non-empty list of token ids")]
 
 
 class RoutingField(WireModel):
@@ -154,7 +157,7 @@ class GenerationFields(WireModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
-    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_BIASES)] = {}
+    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES)] = {}
     seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS)
     stop: Annotated[
         list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(as_list, json_schema_input_type=str | list[str])
@@ -229,7 +232,7 @@ class TextPart(WireModel):
 
 class Message(WireModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[list[TextPart], StopAtError(), BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
 
     tool_calls: Annotated[Any, only([])] = []
@@ -243,7 +246,7 @@ class Message(WireModel):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtError()]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
     logprobs: bool = False
@@ -285,7 +288,7 @@ class TokenizeRequest(WireModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtError()] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -297,7 +300,7 @@ class TokenizeRequest(WireModel):
 
 class DetokenizeRequest(WireModel):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class ErrorObject(BaseModel):

@@ -12,19 +12,21 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 from server.errors import UnsupportedParameter
 
 MAX_STOP_CHARACTERS = 1024
 MAX_CONSTRAINT_CHARACTERS = 2**16
 MAX_CONSTRAINT_CHOICES = 1024
+PIECE = 2**12  # items of a long list that are checked in one call of C
 
 
 def only(*neutral: object) -> AfterValidator:
@@ -66,13 +68,52 @@ def _as_json_object(value: object) -> object:
 
 
 def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(schema)) > MAX_CONSTRAINT_CHARACTERS:
-        raise ValueError("too long")
+    size = 0
+    for part in json.JSONEncoder().iterencode(schema):  # stops where it is too long, however much follows
+        size += len(part)
+        if size > MAX_CONSTRAINT_CHARACTERS:
+            raise ValueError("too long")
     return schema
 
 
+class StopAtError(FailFast):
+    """Report a list's first error alone: reports of thousands take seconds. Hashable, as parts of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+def _by_pieces(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """Check a long list a piece at a time: other threads can run between two pieces."""
+    if not isinstance(value, list) or len(value) <= PIECE:
+        return handler(value)
+    for begin in range(0, len(value), PIECE):
+        try:
+            handler(value[begin : begin + PIECE])
+        except ValidationError as error:
+            first = error.errors()[0]
+            place, *inner = first["loc"]
+            assert isinstance(place, int)
+            moved = InitErrorDetails(
+                type=first["type"], loc=(begin + place, *inner), input=first["input"], ctx=first.get("ctx", {})
+            )
+            raise ValidationError.from_exception_data(error.title, [moved]) from None
+    return value
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Refuse a longer object before its members are looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > entries:
+            raise PydanticCustomError("too_long", "must have at most {entries} entries", {"entries": entries})
+        return value
+
+    return BeforeValidator(check)
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], WrapValidator(_by_pieces)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1), WrapValidator(_by_pieces)]
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import counting_bench, scrape_bench
+from loadtests import counting_bench, scrape_bench, stall_bench
 
 
 def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,3 +22,11 @@ def test_scrape_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["scrape_cpu_milliseconds"] > 0
     assert {arm: len(rounds) for arm, rounds in record["tokens_per_second"].items()} == {"quiet": 1, "scraped": 1}
+
+
+@pytest.mark.slow
+def test_stall_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stall_bench.main([str(moe_dir), "--rounds", "1", "--mebibytes", "0.1", "--tokens", "20", "--flag=--device=cpu"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["statuses"].keys() == record["longest_wait_milliseconds"].keys() - {"quiet"}
+    assert set(record["statuses"].values()) <= {200, 400, 413}
