@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_json, read_policies, resolve_directory
-from ladimo.convert.experiments import read_comparison, read_throughput
-from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
+from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.methods import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
-from ladimo.convert.report import REPORT, render_report
+from ladimo.convert.report.files import REPORT, render_report
+from ladimo.convert.report_figures import read_comparison, read_throughput
+from ladimo.convert.reprofile import reprofile
 from ladimo.export import export, targets
 
 logger = logging.getLogger("ladimo")
@@ -220,7 +221,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_profile(options: argparse.Namespace) -> None:
-    report = profile_checkpoint(options.model, options.text, options.dense, options.device)
+    report = reprofile(options.model, options.text, options.dense, options.device)
     print_figures(report["policies"], report["source"]["perplexity"])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.checkpoint import read_config, read_policies
-from ladimo.convert.calibration import Encoder, calibrate, evaluation_blocks
+from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_blocks
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache

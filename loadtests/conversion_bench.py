@@ -23,16 +23,15 @@ from typing import Any
 from torch import Tensor
 
 from ladimo.checkpoint import choose_device, read_config, read_json, read_policies, write_json, write_text
-from ladimo.convert.calibration import Encoder, calibrate, evaluation_blocks
-from ladimo.convert.charts import comparison_chart
-from ladimo.convert.choose_policy import Rules
-from ladimo.convert.evaluate import measure
-from ladimo.convert.finished import experts_of
-from ladimo.convert.methods.elastic import MAX_STEPS
+from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_blocks
+from ladimo.convert.evaluation.measure import measure
+from ladimo.convert.evaluation.variants import Rules
+from ladimo.convert.methods.elastic.substitutes import MAX_STEPS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.report import REPORT
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.report.charts import comparison_chart
+from ladimo.convert.report.files import REPORT
+from ladimo.convert.streamed_model import StreamedModel, experts_of
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.policy import LayerRule
 from loadtests.conditions import conditions

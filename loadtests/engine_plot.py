@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ladimo.checkpoint import read_json, write_text
-from ladimo.convert.charts import Axis, Bar, bar_chart, standalone
+from ladimo.convert.report.charts import Axis, Bar, bar_chart, standalone
 from loadtests.engine_bench import BUDGET
 
 RIVALS = {

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ladimo.checkpoint import (
     FRONTIER,
-    TensorReader,
     choose_device,
     copy_tokenizer,
     moe_config_json,
@@ -25,22 +24,24 @@ from ladimo.checkpoint import (
     write_policy,
     write_tensors,
 )
-from ladimo.convert.calibration import Calibration, Encoder, calibrate
-from ladimo.convert.candidates import budget_candidates, routed_candidates
-from ladimo.convert.choose_policy import Rules, choose_layers, full_cost
-from ladimo.convert.distill import LayerData, full_rule, layer_error
-from ladimo.convert.elastic import ElasticStages, solve_layer
-from ladimo.convert.evaluate import measure, num_scored
-from ladimo.convert.experiments import depth_curve, initialisation_curves
+from ladimo.convert.data.calibration import Calibration, Encoder, calibrate
+from ladimo.convert.evaluation.measure import measure, num_scored
+from ladimo.convert.evaluation.variants import Rules
+from ladimo.convert.ffn.expert_layer import full_rule, layer_error
+from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.methods import Method, get_method
-from ladimo.convert.operating_points import OperatingPoints, measure_operating_points
+from ladimo.convert.methods.elastic.stages import ElasticStages, solve_layer
 from ladimo.convert.parallel import run_jobs
-from ladimo.convert.profile import LayerProfile, profile_layer
+from ladimo.convert.policies.candidates import budget_candidates, routed_candidates
+from ladimo.convert.policies.choose import choose_layers, full_cost
+from ladimo.convert.policies.frontier import MeasuredPolicies, measure_frontier
+from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.provenance import PROVENANCE, conversion_arguments, device_name, provenance
 from ladimo.convert.recipe import PolicyRecipe, Recipe
-from ladimo.convert.report import policy_entries, write_report
+from ladimo.convert.report.files import policy_entries, write_report
+from ladimo.convert.report_figures import depth_curve, initialisation_curves
 from ladimo.convert.source import check_source, model_parameters
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.streamed_model import StreamedModel, load_experts
 from ladimo.convert.workspace import Workspace, describe_difference, remove_leftover
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.model.layers import GatedMLP
@@ -147,7 +148,7 @@ class Conversion(ABC):
         """The layers to convert, their finished experts in the workspace."""
 
     @abstractmethod
-    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
+    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> MeasuredPolicies:
         """Policies measured on the evaluation text."""
 
     def publish(
@@ -155,7 +156,7 @@ class Conversion(ABC):
         out: Path,
         arguments: dict[str, Any],
         converted: tuple[int, ...],
-        points: OperatingPoints,
+        points: MeasuredPolicies,
     ) -> None:
         config, source = self.config(converted), self.dense.directory
 
@@ -196,7 +197,7 @@ class Conversion(ABC):
                 yield name, self.dense.reader.get(name)
 
     def report(
-        self, model: str, arguments: dict[str, Any], converted: tuple[int, ...], points: OperatingPoints
+        self, model: str, arguments: dict[str, Any], converted: tuple[int, ...], points: MeasuredPolicies
     ) -> dict[str, Any]:
         calibration = self.workspace.record("calibration")
         layers, extras = [self.layer_entry(index, converted) for index in self.candidates], self.report_extras()
@@ -309,15 +310,15 @@ class LayerwiseConversion(Conversion):
                 found["initialisation"] = initialisation_curves(self.method, mlp, data, self.recipe, middle)
         return found
 
-    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
+    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> MeasuredPolicies:
         def make() -> dict[str, Any]:
             profiles = {index: LayerProfile.from_dict(self.record(index)["profile"]) for index in converted}
             config = self.config(converted)
             candidates, guard = routed_candidates(self.dense, self.experts, config, profiles, calibration.holdout, self.recipe)
             blocks = calibration.evaluation
-            return measure_operating_points(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
+            return measure_frontier(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
 
-        return OperatingPoints.from_dict(self.workspace.stage("policies", make))
+        return MeasuredPolicies.from_dict(self.workspace.stage("policies", make))
 
     def layer_entry(self, index: int, converted: tuple[int, ...]) -> dict[str, Any]:
         damage = self.workspace.record("sensitivity")["perplexity"][str(index)]
@@ -348,16 +349,16 @@ class ElasticConversion(Conversion):
         self.stages.finish(stored_dtype(self.dense.directory))
         return self.stages.converted()
 
-    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> OperatingPoints:
+    def choose_policies(self, calibration: Calibration, converted: tuple[int, ...]) -> MeasuredPolicies:
         def make() -> dict[str, Any]:
             config, named = self.config(converted), self.stages.policies()
             candidates, guard = budget_candidates(
                 self.dense, self.experts, config, named, calibration.holdout[: self._scanned(calibration)], self.recipe
             )
             blocks = calibration.evaluation
-            return measure_operating_points(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
+            return measure_frontier(self.dense, self.experts, config, candidates, blocks, guard).to_dict()
 
-        return OperatingPoints.from_dict(self.workspace.stage("policies", make))
+        return MeasuredPolicies.from_dict(self.workspace.stage("policies", make))
 
     def layer_entry(self, index: int, converted: tuple[int, ...]) -> dict[str, Any]:
         damage = self.workspace.record("damage")["damage"][str(index)]
@@ -435,14 +436,6 @@ def run_layer_job(job: LayerJob) -> None:
     cut = job.num_fit
     run.train_layer(job.index, mlp, LayerData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:]))
     run.workspace.remove(name)
-
-
-def load_experts(reader: TensorReader, prefix: str, layer: MoeLayerConfig, model: StreamedModel) -> ExpertLayer:
-    """One expert layer on the model's device and in its dtype."""
-    with torch.device("meta"):
-        experts = ExpertLayer(model.config.hidden_size, layer)
-    reader.load(experts, prefix, model.dtype, model.device)
-    return experts
 
 
 def recipe_taus(policies: PolicyRecipe) -> tuple[float, ...]:

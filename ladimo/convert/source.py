@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ladimo.checkpoint import DTYPES, TensorReader, read_config
-from ladimo.convert.calibration import Encoder
+from ladimo.convert.data.calibration import Encoder
 from ladimo.model.config import ModelConfig
 from ladimo.model.transformer import MoeTransformer
 

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import torch
 
-from ladimo.convert.distill import CurvePoint, LayerData
-from ladimo.convert.methods import cmoe, elastic, ladimo, moefication, static
+from ladimo.convert.distill.layerwise import CurvePoint
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.methods import cmoe, ladimo, moefication, static
+from ladimo.convert.methods.elastic.substitutes import Elastic
 from ladimo.convert.recipe import Recipe
 from ladimo.model.config import ModelConfig
 from ladimo.model.layers import GatedMLP
@@ -33,7 +35,7 @@ METHODS: dict[str, Method] = {
     "moefication": moefication.Moefication(),
     "cmoe": cmoe.Cmoe(),
     "static": static.Static(),
-    "elastic": elastic.Elastic(),
+    "elastic": Elastic(),
 }
 
 

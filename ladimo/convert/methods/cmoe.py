@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
-from ladimo.convert.partition import as_partition, balanced_assignment, coactivation, expert_sizes
+from ladimo.convert.distill.layerwise import CurvePoint, distill_layer
+from ladimo.convert.ffn.clustering import as_partition, balanced_assignment, expert_sizes
+from ladimo.convert.ffn.hidden_channels import coactivation
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.split import check_experts, split_ffn
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.split import check_experts, split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer

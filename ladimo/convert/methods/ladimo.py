@@ -7,9 +7,11 @@ largest renormalised (Mixtral), squared error plus the Switch load-balance term.
 import torch
 from torch import Tensor
 
-from ladimo.convert.distill import CurvePoint, LayerData, distill_layer, full_rule, route, run_experts
+from ladimo.convert.distill.layerwise import CurvePoint, distill_layer
+from ladimo.convert.ffn.expert_layer import full_rule, route, run_experts
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.split import check_experts, contiguous_partition, split_ffn
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.split import check_experts, contiguous_partition, split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer

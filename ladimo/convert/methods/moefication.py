@@ -6,11 +6,12 @@ Written for ReLU, where an expert's activation is the sum of its positive neuron
 import torch
 from torch.nn import functional as F
 
-from ladimo.convert.distill import CurvePoint, LayerData
-from ladimo.convert.partition import as_partition, balanced_kmeans
+from ladimo.convert.distill.layerwise import CurvePoint
+from ladimo.convert.distill.router import activation_mass, fit_router
+from ladimo.convert.ffn.clustering import as_partition, balanced_kmeans
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.split import check_experts, split_ffn
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.router_fit import activation_mass, fit_router
-from ladimo.convert.split import check_experts, split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer

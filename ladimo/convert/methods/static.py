@@ -8,11 +8,12 @@ import dataclasses
 
 import torch
 
-from ladimo.convert.distill import CurvePoint, LayerData, distill_layer
-from ladimo.convert.least_squares import solve_down
-from ladimo.convert.partition import neuron_statistics
+from ladimo.convert.distill.layerwise import CurvePoint, distill_layer
+from ladimo.convert.ffn.hidden_channels import neuron_statistics
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.least_squares import solve_down
+from ladimo.convert.ffn.split import split_ffn
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.split import split_ffn
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ladimo.checkpoint import read_config
-from ladimo.convert.calibration import PIECE_CHARACTERS, Encoder, calibrate, evaluation_blocks, pieces
+from ladimo.convert.data.calibration import PIECE_CHARACTERS, Encoder, calibrate, evaluation_blocks, pieces
 from tests.factories import BOS_ID, EOS
 from tests.ladimo.convert.conftest import make_text
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ladimo.convert.charts import (
+from ladimo.convert.report.charts import (
     PALETTE,
     Axis,
     Bar,

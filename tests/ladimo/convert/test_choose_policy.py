@@ -8,21 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladimo.convert.choose_policy import (
+from ladimo.convert.evaluation.variants import Rules, distinct_experts
+from ladimo.convert.policies.choose import (
     Option,
-    Rules,
+    best_rules,
     choose_layers,
     choose_rule,
     full_cost,
     interpolate,
     named_policies,
-    solve,
     spread,
 )
-from ladimo.convert.operating_points import describe_rules, rule_name
-from ladimo.convert.profile import LayerProfile, distinct_experts, profile_layer
+from ladimo.convert.policies.frontier import describe_rules, rule_name
+from ladimo.convert.policies.knapsack import solve_knapsack
+from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.recipe import PolicyRecipe
-from ladimo.convert.solver import choose
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.families import read_model_config
 from ladimo.model.moe import ExpertLayer
@@ -108,7 +108,7 @@ def test_the_solver_finds_the_best_choice_within_the_budget(
 ) -> None:
     costs = [layer for layer, _ in layers]
     damages = [[rng.random() for _ in layer] for layer, rng in layers]
-    picked = choose(costs, damages, target * 8)
+    picked = solve_knapsack(costs, damages, target * 8)
 
     def total(picks: tuple[int, ...], values: list[list[float]]) -> float:
         return sum(layer[pick] for layer, pick in zip(values, picks, strict=True))
@@ -130,7 +130,7 @@ def test_a_larger_budget_never_does_more_damage() -> None:
     def damage(rules: Rules) -> float:
         return sum(known[index][rule.top_k - 1].damage for index, rule in enumerate(rules) if rule)
 
-    found = [damage(solve(known, config, target / 100)) for target in range(40, 125, 5)]
+    found = [damage(best_rules(known, config, target / 100)) for target in range(40, 125, 5)]
     assert found == sorted(found, reverse=True)
     assert found[0] > found[-1] == pytest.approx(sum(layer[2].damage for layer in known.values()))
     path = spread(known, config, 10)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladimo.convert.distill import LayerData, distill_layer, full_rule, layer_error, learning_rate_factor, route, run_experts
-from ladimo.convert.losses import balance_loss, target_variance
+from ladimo.convert.distill.layerwise import balance_loss, distill_layer, learning_rate_factor
+from ladimo.convert.ffn.expert_layer import full_rule, layer_error, route, run_experts
+from ladimo.convert.ffn.layer_data import LayerData, target_variance
+from ladimo.convert.ffn.split import contiguous_partition, split_ffn
 from ladimo.convert.methods.ladimo import Ladimo
-from ladimo.convert.profile import LayerProfile, profile_layer
+from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.recipe import Recipe, TrainRecipe
-from ladimo.convert.split import contiguous_partition, split_ffn
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer

@@ -9,15 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import read_config, read_frontier, read_json, read_policies
-from ladimo.convert import elastic as stages
-from ladimo.convert.distill import LayerData, layer_error
-from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
-from ladimo.convert.methods.elastic import Elastic, solved_substitute, with_substitutes
-from ladimo.convert.nested import expert_neurons, nested_widths, repair_error, second_moments, spare_order
+from ladimo.convert.distill.end_to_end import Network, distill_end_to_end, hidden_error
+from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
+from ladimo.convert.ffn.expert_layer import layer_error
+from ladimo.convert.ffn.hidden_channels import second_moments
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.neuron_ordering import expert_neurons, order_neurons, pruning_order, repair_error
+from ladimo.convert.methods.elastic.substitutes import Elastic, solved_substitute, stages, with_substitutes
 from ladimo.convert.pipeline import convert
-from ladimo.convert.polish import Network, hidden_error, polish
 from ladimo.convert.recipe import ElasticRecipe, Recipe
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.reprofile import reprofile
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.layers import GatedMLP
 from ladimo.policy import LayerRule
 from tests.factories import make_dense, rule_row
@@ -55,7 +57,7 @@ def ffn(neurons: int = 24, size: int = 16, seed: int = 0) -> tuple[GatedMLP, Lay
 
 def test_copies_are_spared_first_and_repaired_without_loss() -> None:
     mlp, data = ffn()
-    widths = nested_widths(mlp, data, 3, ridge=1e-8)
+    widths = order_neurons(mlp, data, 3, ridge=1e-8)
     kept = set(widths.order[:16].tolist())
     assert all(len(kept & {neuron, neuron + 16}) == 1 for neuron in range(8))  # one of each pair
     assert widths.errors[2] < 1e-4
@@ -73,7 +75,7 @@ def test_the_order_beats_the_neurons_own_size_and_a_random_one() -> None:
         repaired = torch.linalg.solve(inner, (down @ power[:, kept]).t()).t()
         return repair_error(power, down, kept, repaired)
 
-    ours = loss(spare_order(power, down, 1e-6))
+    ours = loss(pruning_order(power, down, 1e-6))
     by_size = (power.diagonal() * down.square().sum(dim=0)).argsort(descending=True)
     assert ours < 0.1 * loss(by_size)
     assert ours < 0.1 * loss(torch.randperm(24))
@@ -88,7 +90,7 @@ def test_all_experts_are_the_dense_ffn_and_a_substitute_is_its_repair(neurons: i
     data = LayerData(inputs[:400], outputs[:400], inputs[400:], outputs[400:])
     layer = Elastic().split(mlp, data, elastic_recipe(), torch.Generator())
     assert layer_error(layer, data.holdout_inputs, data.holdout_targets) < 1e-10
-    widths = nested_widths(mlp, data, 4)
+    widths = order_neurons(mlp, data, 4)
     assert sorted(expert_neurons(widths.order, 4).flatten().tolist()[: 4 * 6])[-neurons:] == list(range(neurons))
     pair = solved_substitute(mlp, widths.order, 4, 2, widths.repairs[2])
     both = with_substitutes(mlp, widths.order, 4, [pair])
@@ -129,7 +131,7 @@ def test_polish_brings_the_hidden_states_nearer_the_more_they_weigh(source: Path
     for weight in (0.0, 10.0):
         student = half_student(dense)
         recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03, hidden=weight)
-        polish(dense, [student], blocks[:16], blocks[16:], recipe, torch.Generator().manual_seed(0))
+        distill_end_to_end(dense, [student], blocks[:16], blocks[16:], recipe, torch.Generator().manual_seed(0))
         with torch.no_grad():
             errors.append(hidden_error(network.run(blocks[16:], student), target).item())
     assert errors[1] < 0.9 * errors[0]
@@ -140,13 +142,13 @@ def test_polish_lowers_the_divergence_and_never_keeps_a_worse_student(source: Pa
     blocks = torch.randint(256, (24, 32), generator=torch.Generator().manual_seed(0))
     trained, spoiled = half_student(dense), half_student(dense)
     recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03)
-    (curve,) = polish(dense, [trained], blocks[:16], blocks[16:], recipe, torch.Generator())
+    (curve,) = distill_end_to_end(dense, [trained], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout is not None
     assert curve[0].holdout is not None
     assert curve[-1].holdout < 0.9 * curve[0].holdout
     before = [part.down_proj.weight.clone() for part in spoiled if part is not None]
     wild = dataclasses.replace(recipe, steps=3, lr=30.0)
-    (curve,) = polish(dense, [spoiled], blocks[:16], blocks[16:], wild, torch.Generator())
+    (curve,) = distill_end_to_end(dense, [spoiled], blocks[:16], blocks[16:], wild, torch.Generator())
     assert curve[-1].holdout > curve[0].holdout  # type: ignore[operator]
     after = [part.down_proj.weight for part in spoiled if part is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -196,7 +198,7 @@ def test_the_perplexity_guard_gives_the_cheapest_policy_within_it(elastic: Made,
     assert guarded["active_parameters_ratio"] <= min(entry["active_parameters_ratio"] for entry in named)
 
 
-@pytest.mark.parametrize(("name", "call"), [("nested_widths", 2), ("polish", 1), ("measure", 1)])
+@pytest.mark.parametrize(("name", "call"), [("order_neurons", 2), ("distill_end_to_end", 1), ("measure", 1)])
 def test_a_killed_run_resumes_to_the_same_result(elastic: Made, name: str, call: int, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     with interrupted(stages, name, call):
@@ -222,7 +224,7 @@ def test_profiling_again_keeps_budgets_and_measures_on_the_new_text(elastic: Mad
     other = tmp_path / "other.txt"
     other.write_text("".join(reversed(elastic.text.read_text())), encoding="utf-8")
     before = read_policies(out, read_config(out))
-    report = profile_checkpoint(str(out), other)
+    report = reprofile(str(out), other)
     after = read_policies(out, read_config(out))
     for name in ("full", "quality", "balanced", "active-70", "fast"):
         assert after[name] == before[name]

@@ -12,22 +12,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, read_config, read_frontier, read_json, read_policies
-from ladimo.convert import elastic as stages
-from ladimo.convert.choose_policy import interpolate
-from ladimo.convert.distill import LayerData, layer_error
-from ladimo.convert.finished import evaluate_checkpoint, profile_checkpoint
-from ladimo.convert.methods.elastic import (
+from ladimo.convert.distill.end_to_end import distill_end_to_end
+from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
+from ladimo.convert.ffn.expert_layer import layer_error
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.ffn.neuron_ordering import order_neurons
+from ladimo.convert.methods.elastic.substitutes import (
     routed_counts,
     routed_layer,
     routed_substitute,
     solved_substitute,
+    stages,
     with_substitutes,
 )
-from ladimo.convert.nested import nested_widths
 from ladimo.convert.pipeline import convert
-from ladimo.convert.polish import polish
+from ladimo.convert.policies.choose import interpolate
 from ladimo.convert.recipe import ElasticRecipe
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.reprofile import reprofile
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.inputs import StepInputs
@@ -85,7 +87,7 @@ def test_a_router_finds_what_no_fixed_choice_has() -> None:
     layer = routed_layer(mlp, 4, 2)
     layer.gate.load_state_dict({"weight": weights["gate"]})
     layer.experts.load_state_dict({name: weight for name, weight in weights.items() if name != "gate"})
-    fixed = nested_widths(mlp, data, 4).errors[2]
+    fixed = order_neurons(mlp, data, 4).errors[2]
     assert layer_error(layer, data.holdout_inputs, data.holdout_targets) < 0.2 * fixed
     again = routed_substitute(mlp, data, recipe, torch.Generator().manual_seed(0))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -95,7 +97,7 @@ def test_a_router_finds_what_no_fixed_choice_has() -> None:
 
 def test_one_layer_holds_the_partition_fixed_and_routed_substitutes() -> None:
     mlp, data = clustered()
-    widths = nested_widths(mlp, data, 4)
+    widths = order_neurons(mlp, data, 4)
     sets = [solved_substitute(mlp, widths.order, 4, count, widths.repairs[count]) for count in (3, 1)]
     learnt = routed_substitute(mlp, data, elastic_recipe(), torch.Generator().manual_seed(0))
     layer = with_substitutes(mlp, widths.order, 4, sets, [learnt])
@@ -119,7 +121,7 @@ def test_polish_trains_router_and_experts(source: Path) -> None:
     layer.gate.load_state_dict({"weight": 0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))})
     before = {name: weight.clone() for name, weight in layer.state_dict().items()}
     recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03)
-    (curve,) = polish(dense, [[None, layer, None]], blocks[:16], blocks[16:], recipe, torch.Generator())
+    (curve,) = distill_end_to_end(dense, [[None, layer, None]], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout < 0.9 * curve[0].holdout  # type: ignore[operator]
     assert all(not torch.equal(weight, before[name]) for name, weight in layer.state_dict().items())
 
@@ -224,7 +226,7 @@ def test_without_the_end_to_end_stage_nothing_is_routed(
     assert {layer.router for layer in read_config(tmp_path / "moe").layers if layer is not None} == {"none"}
 
 
-@pytest.mark.parametrize(("name", "call"), [("routed_substitute", 2), ("polish", 1), ("with_substitutes", 5)])
+@pytest.mark.parametrize(("name", "call"), [("routed_substitute", 2), ("distill_end_to_end", 1), ("with_substitutes", 5)])
 def test_a_killed_run_resumes_to_the_same_result(routed: Made, name: str, call: int, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     with routing_is_chosen():
@@ -251,7 +253,7 @@ def test_profiling_again_keeps_both_kinds(routed: Made, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("".join(reversed(routed.text.read_text())), encoding="utf-8")
     before = read_policies(out, read_config(out))
-    profile_checkpoint(str(out), other)
+    reprofile(str(out), other)
     after = read_policies(out, read_config(out))
     for name in ("full", "quality", "balanced", "active-70", "active-70-fixed", "fast", "fast-fixed"):
         assert after[name].layers == before[name].layers

@@ -19,17 +19,18 @@ from ladimo.checkpoint import (
     write_json,
     write_tensors,
 )
-from ladimo.convert.distill import LayerData, distill_layer, full_rule, layer_error, route, run_experts
-from ladimo.convert.least_squares import RIDGES, solve_down
-from ladimo.convert.losses import target_variance
+from ladimo.convert.distill.layerwise import distill_layer
+from ladimo.convert.distill.router import activation_mass
+from ladimo.convert.ffn.expert_layer import full_rule, layer_error, route, run_experts
+from ladimo.convert.ffn.hidden_channels import coactivation, neuron_statistics
+from ladimo.convert.ffn.layer_data import LayerData, target_variance
+from ladimo.convert.ffn.least_squares import RIDGES, solve_down
+from ladimo.convert.ffn.split import contiguous_partition, split_ffn
 from ladimo.convert.methods import METHODS, get_method
 from ladimo.convert.methods.cmoe import cluster, num_shared_experts
 from ladimo.convert.methods.static import static_width
-from ladimo.convert.partition import coactivation, neuron_statistics
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.router_fit import activation_mass
-from ladimo.convert.split import contiguous_partition, split_ffn
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ladimo.convert.muon import Muon, orthogonalized
+from ladimo.convert.distill.muon import Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(40, 100), (100, 40), (8, 64), (3, 2, 30, 50)])

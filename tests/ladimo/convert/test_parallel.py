@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from ladimo.checkpoint import save_tensors
-from ladimo.convert.distill import LayerData, distill_layer
+from ladimo.convert.distill.layerwise import distill_layer
+from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.methods import get_method
 from ladimo.convert.parallel import _portable, cpu_threads, run_jobs
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.streamed_model import StreamedModel
 from tests.ladimo.convert.conftest import small_recipe
 
 logger = logging.getLogger("ladimo.convert.test_parallel")

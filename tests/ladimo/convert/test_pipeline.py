@@ -150,7 +150,7 @@ def interrupted(owner: Any, name: str, call: int) -> Iterator[None]:
     [
         (workspace, "write_json", 2),  # text chosen, marker missing
         (workspace.Workspace, "finish_layer", 2),  # layer 1 saved, marker missing
-        (pipeline, "measure_operating_points", 1),  # before the policies
+        (pipeline, "measure_frontier", 1),  # before the policies
         (pipeline, "write_policy", 3),  # half of the checkpoint written
         (shutil, "rmtree", 2),  # OUT in place, work directory not removed
     ],

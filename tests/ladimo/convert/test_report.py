@@ -13,9 +13,9 @@ import pytest
 from ladimo.checkpoint import read_json, write_json
 from ladimo.cli import main
 from ladimo.convert.pipeline import convert
-from ladimo.convert.report import render_report
-from ladimo.convert.report_page import to_markdown, to_page
-from ladimo.convert.report_sections import document
+from ladimo.convert.report.files import render_report
+from ladimo.convert.report.page import to_markdown, to_page
+from ladimo.convert.report.sections import document
 from tests.ladimo.convert.conftest import small_recipe
 
 COMPARISON = [
@@ -127,7 +127,12 @@ def test_each_method_has_the_sections_of_its_data(directories: dict[str, Path]) 
     pages = {method: (directory / "report.html").read_text() for method, directory in directories.items()}
     own = {
         "ladimo": ("Loss of each layer", "weight of the best expert", "Load of each expert", "Sensitivity", "Rule per layer"),
-        "elastic": ("Experts kept per layer and budget", "Damage of one narrower layer", "Could routing pay?", "polish"),
+        "elastic": (
+            "Experts kept per layer and budget",
+            "Damage of one narrower layer",
+            "Could routing pay?",
+            "End-to-end distillation",
+        ),
     }
     for method, other in (("ladimo", "elastic"), ("elastic", "ladimo")):
         for text in own[method]:

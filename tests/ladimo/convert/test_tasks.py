@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import read_config, read_policies
 from ladimo.cli import main
-from ladimo.convert import evaluate
-from ladimo.convert.calibration import Encoder
-from ladimo.convert.evaluate import Continuation, Likelihood, likelihoods
-from ladimo.convert.finished import evaluate_checkpoint
-from ladimo.convert.tasks import Choices, encode_task, read_task, score_task, task_files
-from ladimo.convert.teacher import StreamedModel
+from ladimo.convert.data.calibration import Encoder
+from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
+from ladimo.convert.evaluation.likelihoods import Continuation, Likelihood, likelihoods
+from ladimo.convert.evaluation.likelihoods import likelihoods as likelihoods_module
+from ladimo.convert.evaluation.tasks import Choices, encode_task, read_task, score_task, task_files
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.hf import LadimoLlamaForCausalLM
 from tests.factories import BOS_ID
 from tests.ladimo.convert.conftest import Made
@@ -170,9 +170,9 @@ def test_likelihoods_are_transformers_whatever_the_batches(
     made: Made, monkeypatch: pytest.MonkeyPatch, chunk: int, pass_bytes: int
 ) -> None:
     """Per policy, each sequence alone and unpadded in the reference; some inputs are equal, some tokens are the likeliest."""
-    monkeypatch.setattr(evaluate, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(evaluate, "PASS_BYTES", pass_bytes)
-    monkeypatch.setattr(evaluate, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(likelihoods_module, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(likelihoods_module, "PASS_BYTES", pass_bytes)
+    monkeypatch.setattr(likelihoods_module, "LOGIT_ROWS", 7)
     reference = AutoModelForCausalLM.from_pretrained(made.out)
     assert isinstance(reference, LadimoLlamaForCausalLM)
     asked = random_continuations(25)
@@ -239,7 +239,7 @@ def test_evaluate_adds_tasks_to_the_contracts_object(made: Made, sets: Path, cap
 def test_tasks_without_the_dense_source(made: Made, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scores from the converted model alone, none for the dense source."""
     whole = evaluate_checkpoint(str(made.out), made.text, tokens=60, tasks=[sets / "blimp.jsonl"])
-    monkeypatch.setattr("ladimo.convert.finished.find_dense_source", lambda *_: None)
+    monkeypatch.setattr("ladimo.convert.evaluate_checkpoint.find_dense_source", lambda *_: None)
     alone = evaluate_checkpoint(str(made.out), made.text, tokens=60, tasks=[sets / "blimp.jsonl"])
     assert alone["tasks"][0]["dense"] is None
     assert alone["tasks"][0]["policies"] == whole["tasks"][0]["policies"]

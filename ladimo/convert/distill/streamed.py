@@ -1,0 +1,49 @@
+"""Students of the dense model run beside it, one layer in memory at a time: for models too large to be trained whole.
+
+Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ladimo.convert.streamed_model import CHUNK_TOKENS, StreamedModel
+from ladimo.model.transformer import DecoderLayer
+
+Substitute = Callable[[int, int, Tensor, Tensor], nn.Module | None]
+
+
+def run_students(dense: StreamedModel, blocks: Tensor, num_students: int, substitute: Substitute) -> None:
+    """Token blocks [B, S] through the dense model and its students, layer after layer.
+
+    substitute(layer, student, inputs, targets) gives the fp32 FFN that a student has in a layer, None for the dense one.
+    inputs [T, D]: what the student's own FFNs before it make of the text. targets [T, D], fp32: what the FFN has to add for the
+    student's hidden states to be the dense model's. Both are on the host, as is one hidden state per token and student.
+    """
+    wanted = dense.embed(blocks)
+    own = [wanted] * num_students
+    for index in range(dense.config.num_hidden_layers):
+        layer = dense.layer(index)
+        attended, inputs = _attend(dense, layer, wanted)
+        wanted = _add(dense, attended, inputs, layer.mlp, dense.dtype).view_as(wanted)
+        for student in range(num_students):
+            attended, inputs = _attend(dense, layer, own[student])
+            targets = wanted.view_as(attended).float() - attended.float()
+            mlp = substitute(index, student, inputs, targets)
+            dtype = dense.dtype if mlp is None else torch.float32
+            own[student] = _add(dense, attended, inputs, layer.mlp if mlp is None else mlp, dtype).view_as(wanted)
+
+
+def _attend(dense: StreamedModel, layer: DecoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, S, D] after attention and the FFN's inputs, [T, D] on the host."""
+    parts = [(attended.cpu(), inputs.cpu()) for _, attended, inputs in dense.attend(layer, hidden_states)]
+    attended, inputs = (torch.cat(part) for part in zip(*parts, strict=True))
+    return attended, inputs
+
+
+@torch.no_grad()
+def _add(dense: StreamedModel, attended: Tensor, inputs: Tensor, mlp: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Hidden states [T, D] after an FFN of this dtype, on the host."""
+    pairs = zip(attended.split(CHUNK_TOKENS), inputs.split(CHUNK_TOKENS), strict=True)
+    return torch.cat([before + mlp(part.to(dense.device, dtype)).to("cpu", before.dtype) for before, part in pairs])

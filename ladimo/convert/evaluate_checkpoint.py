@@ -1,0 +1,111 @@
+"""Work on a finished checkpoint: evaluate its policies, profile it again. Neither trains anything."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ladimo.checkpoint import (
+    choose_device,
+    read_policies,
+    resolve_directory,
+)
+from ladimo.convert.data.calibration import Encoder, evaluation_blocks
+from ladimo.convert.evaluation.likelihoods import likelihoods
+from ladimo.convert.evaluation.measure import figures, measure, num_scored
+from ladimo.convert.evaluation.tasks import PROTOCOL, EncodedTask, encode_task, read_task, score_task, task_files
+from ladimo.convert.evaluation.variants import Rules
+from ladimo.convert.provenance import find_dense_source
+from ladimo.convert.streamed_model import ExpertSource, StreamedModel, experts_of
+from ladimo.policy import RoutingPolicy
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(
+    name: str,
+    text: Path,
+    policy: str = "all",
+    tokens: int | None = None,
+    dense: Path | None = None,
+    device: str = "auto",
+    tasks: Sequence[Path] = (),
+    items: int | None = None,
+) -> dict[str, Any]:
+    """The JSON object of `ladimo evaluate`, with the key "tasks" where there are any. Works on dense models too.
+
+    dense: where the dense source is, if not where provenance.json says; figures that need it and lack it are None. tasks: files
+    of `ladimo.convert.tasks`' forms, or directories of them; items: the first so many of each (None = all). Raises ValueError
+    for an unknown policy, text shorter than one block, a wrong task file or a broken checkpoint.
+    """
+    directory = resolve_directory(name)
+    own = StreamedModel(directory, choose_device(device))
+    policies = read_policies(directory, own.config)
+    chosen = list(policies.values()) if policy == "all" else [_named(policies, policy)]
+    encoder = Encoder(directory, own.config)
+    blocks = evaluation_blocks(encoder, text, tokens)
+    encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
+    model, experts = own, None
+    source = find_dense_source(directory, dense) if own.config.moe_layer_indices else None
+    if source is not None:
+        model, experts = StreamedModel(source, own.device), experts_of(own)
+    variants = [entry.layers for entry in chosen]
+    reference: Rules | None = None
+    if model.config.moe_layer_indices:
+        logger.warning("the dense source is not at hand: figures relative to it are null (--dense DIR says where it is)")
+    else:
+        reference = (None,) * model.config.num_hidden_layers
+        variants.append(reference)
+    measured = measure(model, experts, blocks, variants, reference)
+    perplexity = None if reference is None else measured[reference].perplexity
+    result = {
+        "model": name,
+        "text": str(text),
+        "tokens": num_scored(blocks),
+        "dense": {"perplexity": perplexity},
+        "policies": [figures(entry, measured[entry.layers], own.config, perplexity) for entry in chosen],
+    }
+    if encoded:
+        result["tasks"] = _task_entries(model, experts, encoded, chosen, reference)
+    return result
+
+
+def _task_entries(
+    model: StreamedModel,
+    experts: ExpertSource | None,
+    tasks: Sequence[EncodedTask],
+    policies: Sequence[RoutingPolicy],
+    reference: Rules | None,
+) -> list[dict[str, Any]]:
+    """One entry per task: what it is, and its scores under every policy and of the dense source (None without one)."""
+    continuations = [one for task in tasks for one in task.continuations]
+    variants = [policy.layers for policy in policies] + ([] if reference is None else [reference])
+    found = likelihoods(model, experts, continuations, variants)
+    entries, place = [], 0
+    for task in tasks:
+        own = slice(place, place + len(task.continuations))
+        place = own.stop
+        scores = {variant: score_task(task.items, values[own]) for variant, values in found.items()}
+        entries.append(
+            {
+                "task": task.task.name,
+                "file": str(task.task.file),
+                "form": task.task.form,
+                "protocol": PROTOCOL,
+                "items": len(task.items),
+                "skipped": len(task.task.items) - len(task.items),
+                "truncated": task.truncated,
+                "dense": None if reference is None else scores[reference],
+                "policies": [
+                    {"policy": policy.name, "version": policy.version, **scores[policy.layers]} for policy in policies
+                ],
+            }
+        )
+    return entries
+
+
+def _named(policies: Mapping[str, RoutingPolicy], name: str) -> RoutingPolicy:
+    try:
+        return policies[name]
+    except KeyError:
+        raise ValueError(f"policy {name!r} is unknown; known: {', '.join(sorted(policies))}") from None

@@ -1,0 +1,102 @@
+"""Perplexity, cost and agreement with the dense model, for many variants of one model."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.convert.evaluation.variants import Rules, run_variants
+from ladimo.convert.streamed_model import ExpertSource, StreamedModel
+from ladimo.model.config import ModelConfig
+from ladimo.policy import RoutingPolicy
+
+MAX_LOSS = 700.0  # nats; a perplexity above e^700 is no number any more
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """experts_per_token: mean per layer, None where dense; distinct_experts: different ones that a batch of 32 tokens drawn at
+    random runs, likewise. next_token_agreement: share of tokens whose most likely next token
+    is the reference's. kl: mean KL divergence from the reference's next-token distribution, in nats; both None without one."""
+
+    perplexity: float
+    experts_per_token: tuple[float | None, ...]
+    distinct_experts: tuple[float | None, ...]
+    next_token_agreement: float | None
+    kl: float | None
+
+
+def measure(
+    model: StreamedModel,
+    experts: ExpertSource | None,
+    blocks: Tensor,
+    variants: Iterable[Rules],
+    reference: Rules | None = None,
+) -> dict[Rules, Measurement]:
+    """Run token blocks [B, S] through every variant. `experts(i)` gives layer i's expert layer on the model's device; without
+    it they are the model's own. `reference` must be one of the variants."""
+    wanted = list(dict.fromkeys(variants))
+    assert reference is None or reference in wanted
+    states, ran = run_variants(model, experts, [blocks], wanted)
+    scores = _score(model, blocks, {variant: batches[0] for variant, batches in states.items()}, reference)
+    return {
+        variant: Measurement(
+            perplexity=math.exp(scores[variant][0]),
+            experts_per_token=tuple(None if layer is None else layer.per_token for layer in ran[variant]),
+            distinct_experts=tuple(None if layer is None else layer.distinct for layer in ran[variant]),
+            next_token_agreement=scores[variant][1],
+            kl=scores[variant][2],
+        )
+        for variant in wanted
+    }
+
+
+def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig, dense: float | None) -> dict[str, object]:
+    """One policy's entry in the JSON of `ladimo evaluate` and in report.json; dense: the dense source's perplexity."""
+    return {
+        "policy": policy.name,
+        "version": policy.version,
+        "perplexity": measurement.perplexity,
+        "perplexity_ratio": None if dense is None else measurement.perplexity / dense,
+        "active_parameters_ratio": config.active_parameters_ratio(measurement.experts_per_token),
+        "experts_per_token": list(measurement.experts_per_token),
+        "next_token_agreement": measurement.next_token_agreement,
+        "kl": measurement.kl,
+    }
+
+
+def num_scored(blocks: Tensor) -> int:
+    """Tokens that a perplexity over these blocks is the mean of."""
+    return blocks[:, 1:].numel()
+
+
+def _score(
+    model: StreamedModel, blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
+) -> dict[Rules, tuple[float, float | None, float | None]]:
+    """Per variant: mean negative log-likelihood in nats, agreement with the reference, KL from it."""
+    sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
+
+    def log_probs(variant: Rules, row: slice) -> Tensor:
+        hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
+        return model.ends.logits(hidden_states).float().log_softmax(dim=-1)
+
+    for index in range(len(blocks)):  # one sequence at a time: logits are wide
+        row = slice(index, index + 1)
+        targets = blocks[row, 1:].flatten().to(model.device)
+        base = None if reference is None else log_probs(reference, row)
+        for variant in states:
+            logp = base if base is not None and variant == reference else log_probs(variant, row)
+            sums[variant][0] += F.nll_loss(logp, targets, reduction="sum").item()
+            if base is not None:
+                sums[variant][1] += (logp.argmax(dim=-1) == base.argmax(dim=-1)).sum().item()
+                sums[variant][2] += F.kl_div(logp, base, reduction="sum", log_target=True).item()
+    means = {variant: (total / num_scored(blocks)).tolist() for variant, total in sums.items()}
+    if not all(loss < MAX_LOSS for loss, _, _ in means.values()):  # also false for NaN
+        raise ValueError(f"{model.directory}: the model's loss is not finite; are its weights sound?")
+    return {
+        variant: (loss, None, None) if reference is None else (loss, agreement, max(kl, 0.0))
+        for variant, (loss, agreement, kl) in means.items()
+    }

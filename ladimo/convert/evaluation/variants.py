@@ -1,0 +1,104 @@
+"""Perplexity, cost, agreement with the dense model and likelihoods of given texts, for many variants of one model in one
+streaming pass over its layers.
+
+A variant is one choice per layer: None for the dense FFN, a rule for the expert layer under that rule. Variants that agree up
+to a layer share their hidden states up to it. Legend: B sequences, S positions, D hidden_size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ladimo.convert.ffn.expert_layer import route, run_experts
+from ladimo.convert.streamed_model import ExpertSource, StreamedModel
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.transformer import DecoderLayer
+from ladimo.policy import LayerRule
+
+PASS_BYTES = 2**31  # hidden states on the host in one pass over the layers, all variants together
+Rules = tuple[LayerRule | None, ...]  # one per layer, None where dense
+DISTINCT_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """Of one expert layer: experts per token, and different ones per batch of 32 tokens, both means."""
+
+    per_token: float
+    distinct: float
+
+
+def run_variants(
+    model: StreamedModel, experts: ExpertSource | None, batches: Sequence[Tensor], wanted: Sequence[Rules]
+) -> tuple[dict[Rules, list[Tensor]], dict[Rules, tuple["Ran | None", ...]]]:
+    """Batches of token ids [B, S] through all layers, one of which is in memory at a time: per variant the hidden states
+    [B, S, D] of every batch, and what ran in every layer, None where dense."""
+    states: dict[Rules, list[Tensor]] = {(): [model.embed(batch) for batch in batches]}
+    per_layer: dict[Rules, Ran | None] = {}
+    for index in tqdm(range(model.config.num_hidden_layers), desc="  layers", leave=False, disable=None):
+        layer = model.layer(index)
+        expert_layer: ExpertLayer | None = None
+        if any(variant[index] is not None for variant in wanted):
+            expert_layer = experts(index) if experts is not None else _own_experts(layer)
+        advanced: dict[Rules, list[Tensor]] = {}
+        for prefix in list(states):
+            branches = list(dict.fromkeys(variant[: index + 1] for variant in wanted if variant[:index] == prefix))
+            new_states, counts = _advance(model, layer, expert_layer, states.pop(prefix), branches)
+            advanced |= new_states
+            per_layer |= counts
+        states = advanced
+    return states, {variant: tuple(per_layer[variant[: index + 1]] for index in range(len(variant))) for variant in wanted}
+
+
+def _own_experts(layer: DecoderLayer) -> ExpertLayer:
+    assert isinstance(layer.mlp, ExpertLayer)
+    return layer.mlp
+
+
+def _advance(
+    model: StreamedModel,
+    layer: DecoderLayer,
+    expert_layer: ExpertLayer | None,
+    batches: Sequence[Tensor],
+    branches: list[Rules],
+) -> tuple[dict[Rules, list[Tensor]], dict[Rules, Ran | None]]:
+    """Hidden states [B, S, D] of every batch through one layer, once per branch: the states after it and what ran."""
+    states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
+    ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
+    for number, hidden_states in enumerate(batches):
+        for rows, attended, ffn_inputs in model.attend(layer, hidden_states):
+            for branch in branches:
+                rule = branch[-1]
+                if rule is None:
+                    out = layer.mlp(ffn_inputs)
+                else:
+                    assert expert_layer is not None
+                    _, topk_weights, topk_ids = route(expert_layer, ffn_inputs, rule)
+                    out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids)
+                    ids[branch].append(topk_ids.to("cpu", torch.int16))
+                states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
+    ran: dict[Rules, Ran | None] = {}
+    for branch in branches:
+        ran[branch] = None
+        if branch[-1] is not None:
+            assert expert_layer is not None
+            every = torch.cat(ids[branch]).long()
+            needed = (every >= 0).sum(dim=1)
+            distinct = distinct_experts(every, needed, expert_layer.config.num_experts)
+            ran[branch] = Ran(needed.float().mean().item(), distinct)
+    return states, ran
+
+
+def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:
+    """Mean number of different experts in a batch of DISTINCT_BATCH tokens drawn at random, when token t runs the first
+    needed[t] of ids[t]; ids [T, K], needed [T]. With fewer tokens they are one batch."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    order = order[: max(1, len(ids) // DISTINCT_BATCH) * DISTINCT_BATCH]
+    hit = torch.zeros(len(ids), num_experts + 1)
+    places = torch.where(torch.arange(ids.shape[1]) < needed[:, None], ids, num_experts)
+    hit.scatter_(1, places, 1.0)
+    batches = hit[order, :num_experts].split(DISTINCT_BATCH)
+    return float(sum(batch.amax(dim=0).sum().item() for batch in batches) / len(batches))

@@ -1,0 +1,119 @@
+"""Which neurons belong together: what hidden channels do on calibration inputs, and balanced clusters of them.
+
+Legend: T tokens, D hidden_size, N neurons (intermediate_size), E experts, X features.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PRICE_ROUNDS = 100
+MAX_ROUNDS = 20
+
+
+def expert_sizes(num_neurons: int, num_experts: int) -> Tensor:
+    """As even as can be: [E] int64, the first ones one larger where the division leaves a rest."""
+    return torch.tensor([(num_neurons - expert - 1) // num_experts + 1 for expert in range(num_experts)])
+
+
+def as_partition(labels: Tensor, num_experts: int) -> Tensor:
+    """Labels [N] in 0 .. E - 1 -> neuron numbers [E, largest expert], rising in each row, -1 where one is shorter."""
+    counts = torch.bincount(labels, minlength=num_experts)
+    width = int(counts.max())
+    order = labels.argsort(stable=True)
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    partition = torch.full((num_experts, width), -1, dtype=torch.int64)
+    partition[labels[order], place] = order
+    return partition
+
+
+def balanced_kmeans(features: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
+    """Labels [N] of clusters of even size (`expert_sizes`) with small squared distance to their means; features [N, X].
+
+    k-means++ seeds, then Lloyd's rounds whose assignment step is the exact `balanced_assignment`, so that the total never
+    rises; until nothing moves.
+    """
+    sizes = expert_sizes(len(features), num_experts)
+    centres = features[_spread_seeds(features, num_experts, generator)]
+    labels = torch.full((len(features),), -1)
+    for _ in range(MAX_ROUNDS):
+        cost = centres.pow(2).sum(dim=1) - 2 * features @ centres.t()
+        previous, labels = labels, balanced_assignment(cost, sizes)
+        if torch.equal(labels, previous):
+            break
+        members = F.one_hot(labels, num_experts).to(features)
+        centres = (members.t() @ features) / members.sum(dim=0).unsqueeze(1)
+    return labels
+
+
+def balanced_assignment(cost: Tensor, sizes: Tensor) -> Tensor:
+    """Labels [N] that minimise the sum of cost[n, label] (cost [N, E]) when expert e takes exactly sizes[e] neurons; exact.
+
+    Prices per expert from entropic optimal transport (Sinkhorn's iteration) make the cheapest choice of each neuron nearly
+    balanced. That choice is optimal for the sizes it has, and stays optimal when the rest is moved along shortest paths of
+    exchanges from experts with too many to experts with too few (successive shortest paths for the transport problem).
+    """
+    cost = cost.detach().to("cpu", torch.float64)
+    labels = (cost + _prices(cost, sizes)).argmin(dim=1)
+    surplus = torch.bincount(labels, minlength=len(sizes)) - sizes
+    moves = torch.full((len(sizes), len(sizes)), torch.inf, dtype=torch.float64)  # cheapest change from expert to expert
+    movers = torch.zeros(len(sizes), len(sizes), dtype=torch.int64)  # and the neuron that makes it
+    changed = set(range(len(sizes)))
+    while surplus.any():
+        for expert in changed:
+            members = (labels == expert).nonzero().squeeze(1)
+            if len(members):
+                moves[expert], best = (cost[members] - cost[members, expert, None]).min(dim=0)
+                movers[expert] = members[best]
+            else:
+                moves[expert] = torch.inf
+        path = _cheapest_path(moves, surplus > 0, surplus < 0)
+        chain = [movers[source, target] for source, target in zip(path, path[1:], strict=False)]
+        for neuron, target in zip(chain, path[1:], strict=True):
+            labels[neuron] = target
+        surplus[path[0]] -= 1
+        surplus[path[-1]] += 1
+        changed = set(path)
+    return labels
+
+
+def _prices(cost: Tensor, sizes: Tensor) -> Tensor:
+    """What to add to each expert's cost, [E], so that free choice nearly fills the sizes."""
+    temperature = 0.02 * cost.std(dim=1, correction=0).mean().clamp(min=1e-30)
+    scaled, prices = -cost / temperature, torch.zeros(len(sizes), dtype=cost.dtype)
+    for _ in range(PRICE_ROUNDS):
+        load = (scaled - prices).softmax(dim=1).sum(dim=0)
+        prices = prices + (load.clamp(min=1e-9) / sizes.clamp(min=1e-9)).log()
+    return prices * temperature
+
+
+def _cheapest_path(moves: Tensor, sources: Tensor, targets: Tensor) -> list[int]:
+    """Experts from one of `sources` to one of `targets` [E] along which the `moves` [E, E] cost least (Bellman-Ford; there
+    are no negative cycles)."""
+    rounding = 1e-12 * moves[moves.isfinite()].abs().max()
+    distance = torch.zeros(len(moves), dtype=moves.dtype).masked_fill(~sources, torch.inf)
+    before = torch.full((len(moves),), -1)
+    for _ in range(len(moves) - 1):
+        through, step = (distance[:, None] + moves).min(dim=0)
+        shorter = through < distance - rounding
+        distance, before = torch.where(shorter, through, distance), torch.where(shorter, step, before)
+        if not shorter.any():
+            break
+    path = [int(distance.masked_fill(~targets, torch.inf).argmin())]
+    while before[path[0]] >= 0:
+        path.insert(0, int(before[path[0]]))
+    return path
+
+
+def _spread_seeds(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Rows far from each other, each drawn in proportion to its squared distance to those before (k-means++)."""
+    chosen = [int(torch.randint(len(features), (1,), generator=generator))]
+    nearest = torch.full((len(features),), torch.inf)
+    while len(chosen) < count:
+        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).pow(2).sum(dim=1).cpu())
+        weights = nearest.clone()
+        weights[chosen] = 0.0
+        if not weights.any():  # nothing but copies of the seeds is left
+            weights = torch.ones(len(features)).index_fill_(0, torch.tensor(chosen), 0.0)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+    return torch.tensor(chosen)

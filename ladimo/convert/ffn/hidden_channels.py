@@ -1,0 +1,69 @@
+"""What an FFN's hidden channels do on calibration inputs.
+
+Legend: T tokens, D hidden_size, N neurons (intermediate_size).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.model.layers import GatedMLP
+
+CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronStatistics:
+    """Of each hidden channel h = silu(gate x) * up x over calibration tokens, [N] fp32 on the FFN's device."""
+
+    mean: Tensor  # E[h]
+    magnitude: Tensor  # E[|h|]
+    importance: Tensor  # E[h^2] * |down column|^2: the mean square of what the channel adds to the output
+
+
+def hidden_channels(mlp: GatedMLP, inputs: Tensor, normalize: bool = False) -> Iterator[Tensor]:
+    """h of inputs [T, D], chunk by chunk [t, N] in fp32 on the FFN's device. normalize: with inputs and weight rows of length
+    one, which makes channels comparable (CMoE's released code)."""
+    weights = [projection.weight.float() for projection in (mlp.gate_proj, mlp.up_proj)]
+    if normalize:
+        weights = [F.normalize(weight, dim=1) for weight in weights]
+    for chunk in inputs.split(CHUNK_TOKENS):
+        x = chunk.to(weights[0].device, torch.float32)
+        gate, up = (F.linear(F.normalize(x, dim=1) if normalize else x, weight) for weight in weights)
+        yield F.silu(gate) * up
+
+
+@torch.no_grad()
+def neuron_statistics(mlp: GatedMLP, inputs: Tensor) -> NeuronStatistics:
+    """From the FFN's inputs [T, D], streamed."""
+    sums = torch.zeros(3, mlp.gate_proj.out_features, dtype=torch.float64, device=mlp.gate_proj.weight.device)
+    for hidden in hidden_channels(mlp, inputs):
+        sums += torch.stack((hidden.sum(dim=0), hidden.abs().sum(dim=0), hidden.pow(2).sum(dim=0)))
+    mean, magnitude, square = (sums / len(inputs)).float()
+    return NeuronStatistics(mean, magnitude, square * mlp.down_proj.weight.float().pow(2).sum(dim=0))
+
+
+@torch.no_grad()
+def coactivation(mlp: GatedMLP, inputs: Tensor, top: int) -> Tensor:
+    """How often two channels are both among a token's `top` largest by normalised magnitude: [N, N] fp32 counts, the diagonal
+    how often each is. The 0/1 columns that CMoE clusters (arXiv 2502.04416, K_a = `top`) enter its L1 distances through these
+    products alone."""
+    num_neurons = mlp.gate_proj.out_features
+    counts = torch.zeros(num_neurons, num_neurons, device=mlp.gate_proj.weight.device)
+    for hidden in hidden_channels(mlp, inputs, normalize=True):
+        markers = torch.zeros_like(hidden)
+        markers.scatter_(1, hidden.abs().topk(min(top, num_neurons), dim=1).indices, 1.0)
+        counts += markers.t() @ markers
+    return counts
+
+
+def second_moments(mlp: GatedMLP, inputs: Tensor) -> Tensor:
+    """E[h h^T] [N, N] over inputs [T, D], in fp64 on the FFN's device."""
+    size = mlp.gate_proj.out_features
+    total = torch.zeros(size, size, dtype=torch.float64, device=mlp.gate_proj.weight.device)
+    for hidden in hidden_channels(mlp, inputs):
+        total += hidden.t() @ hidden
+    return total / len(inputs)

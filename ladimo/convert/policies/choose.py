@@ -1,0 +1,116 @@
+"""From profiles to policies and layers: pure functions of what was measured."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ladimo.convert.evaluation.variants import Rules
+from ladimo.convert.policies.knapsack import solve_knapsack
+from ladimo.convert.policies.routing_profile import LayerProfile
+from ladimo.convert.recipe import PolicyRecipe
+from ladimo.model.config import ModelConfig
+from ladimo.policy import LayerRule
+
+NAMED = ("full", "quality", "balanced", "fast")
+
+
+def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> LayerRule:
+    """LaDiMo's per-layer decision: TOP1 where nearly every token needs one expert to reach tau, all k where nearly none needs
+    fewer, DYN(tau) between. A tau of 0 is TOP1, of 1 all k."""
+    top1, full = profile.by_top_k[0].rule, profile.by_top_k[-1].rule
+    if tau <= 0 or tau >= 1:
+        return top1 if tau <= 0 else full
+    dynamic = next(entry for entry in profile.by_tau if entry.rule.mass == tau)
+    if dynamic.one_share >= recipe.top1_share:
+        return top1
+    if 1 - dynamic.full_share <= recipe.full_share:
+        return full
+    return dynamic.rule
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What one layer may do. experts: those that run per token at batch 1, or that a batch of 32 tokens reads, mean. damage: KL
+    divergence from the dense model in nats when only this layer does so, measured or interpolated."""
+
+    rule: LayerRule
+    experts: float
+    damage: float
+
+
+def best_rules(options: Mapping[int, Sequence[Option]], config: ModelConfig, target: float) -> Rules:
+    """One option per converted layer with the least sum of damages at a cost of at most `target` (share of the dense model's
+    active parameters)."""
+    layers = sorted(options)
+    none = dict.fromkeys(layers, 0.0)
+    fixed = _cost(none, config)
+
+    def share(index: int, experts: float) -> float:
+        return _cost({**none, index: experts}, config) - fixed
+
+    costs = [[share(index, option.experts) for option in options[index]] for index in layers]
+    damages = [[option.damage for option in options[index]] for index in layers]
+    picks = solve_knapsack(costs, damages, target - fixed)
+    rules = {index: options[index][pick].rule for index, pick in zip(layers, picks, strict=True)}
+    return tuple(rules.get(index) for index in range(config.num_hidden_layers))
+
+
+def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points: int) -> list[Rules]:
+    """Solutions at `points` targets between the cheapest and the dearest choice, dearest first, without repetitions."""
+    ends = []
+    for pick in (max, min):
+        experts = {index: pick(option.experts for option in layer) for index, layer in options.items()}
+        ends.append(_cost(experts, config))
+    targets = [ends[0] + (ends[1] - ends[0]) * (point + 1) / max(1, points) for point in range(points)]
+    return list(dict.fromkeys(best_rules(options, config, target) for target in targets))
+
+
+def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, recipe: PolicyRecipe) -> dict[str, Rules]:
+    """full, quality, balanced, fast by LaDiMo's rule. `config` has the converted layers, each of which has a profile."""
+    taus = zip(NAMED, (1.0, recipe.quality, recipe.balanced, recipe.fast), strict=True)
+    return {
+        name: tuple(
+            None if layer is None else choose_rule(profiles[index], tau, recipe) for index, layer in enumerate(config.layers)
+        )
+        for name, tau in taus
+    }
+
+
+def interpolate(errors: Sequence[float], damages: Sequence[float], error: float) -> float:
+    """Damage of an option whose layer error is `error`, between options whose damage was measured; on logarithmic scales, in
+    proportion to the error outside them."""
+    known = sorted((max(e, 1e-12), max(d, 1e-12)) for e, d in zip(errors, damages, strict=True))
+    error = max(error, 1e-12)
+    if error <= known[0][0] or len(known) == 1:
+        return known[0][1] * min(1.0, error / known[0][0]) if error <= known[0][0] else known[0][1] * error / known[0][0]
+    if error >= known[-1][0]:
+        return known[-1][1] * error / known[-1][0]
+    after = next(place for place, (e, _) in enumerate(known) if e >= error)
+    (low, below), (high, above) = known[after - 1], known[after]
+    share = math.log(error / low) / math.log(high / low) if high > low else 0.0
+    return math.exp((1 - share) * math.log(below) + share * math.log(above))
+
+
+def choose_layers(perplexity: Mapping[int, float], savings: Mapping[int, float], target_active: float) -> tuple[int, ...]:
+    """Layers to convert: least damaging first, at least one, until the model's cost is at most the target.
+
+    perplexity: with only that layer converted. savings: the share of active parameters that converting it saves.
+    """
+    chosen: list[int] = []
+    for layer in sorted(perplexity, key=lambda layer: (perplexity[layer], layer)):
+        if chosen and 1.0 - sum(savings[index] for index in chosen) <= target_active:
+            break
+        chosen.append(layer)
+    return tuple(sorted(chosen))
+
+
+def full_cost(config: ModelConfig) -> float:
+    """Active / dense parameters under policy `full`."""
+    return config.active_parameters_ratio(
+        tuple(None if layer is None else float(layer.num_experts_per_tok) for layer in config.layers)
+    )
+
+
+def _cost(experts: Mapping[int, float], config: ModelConfig) -> float:
+    """Active / dense parameters with so many experts in each converted layer."""
+    return config.active_parameters_ratio(tuple(experts.get(index) for index in range(config.num_hidden_layers)))

@@ -1,0 +1,39 @@
+"""The best choice per layer within a budget: a multiple-choice knapsack over what was measured. Plain numbers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+BINS = 4000  # the budget is counted in so many units; costs are rounded up to whole ones
+
+
+def solve_knapsack(costs: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
+    """One option number per layer with the least sum of damages among those whose costs sum to at most `budget`.
+
+    costs[layer][option] and damages[layer][option]. Where even the cheapest options cost more, these. Dynamic
+    programming, exact up to the rounding of costs.
+    """
+    least = [min(layer) for layer in costs]
+    spare = budget - sum(least)
+    if spare <= 0:
+        return tuple(min(range(len(layer)), key=layer.__getitem__) for layer in costs)
+    unit = spare / BINS
+    total = np.zeros(BINS + 1)  # least damage of the layers so far for each cost
+    chosen = np.zeros((len(costs), BINS + 1), dtype=np.int64)
+    units = [[int(np.ceil((cost - low) / unit - 1e-6)) for cost in layer] for layer, low in zip(costs, least, strict=True)]
+    for layer, (layer_units, layer_damages) in enumerate(zip(units, damages, strict=True)):
+        best = np.full(BINS + 1, np.inf)
+        for option, (cost, damage) in enumerate(zip(layer_units, layer_damages, strict=True)):
+            if cost > BINS:
+                continue
+            value = np.full(BINS + 1, np.inf)
+            value[cost:] = total[: BINS + 1 - cost] + damage
+            better = value < best
+            best[better], chosen[layer][better] = value[better], option
+        total = best
+    place, picks = BINS, []
+    for layer in reversed(range(len(costs))):
+        option = int(chosen[layer][place])
+        picks.append(option)
+        place -= units[layer][option]
+    return tuple(reversed(picks))
