@@ -15,7 +15,8 @@ from ladimo.convert.ffn.expert_layer import layer_error
 from ladimo.convert.ffn.hidden_channels import second_moments
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.neuron_ordering import expert_neurons, order_neurons, pruning_order, repair_error
-from ladimo.convert.methods.elastic.substitutes import Elastic, solved_substitute, stages, with_substitutes
+from ladimo.convert.methods.elastic import stages
+from ladimo.convert.methods.elastic.substitutes import Elastic, solved_substitute, with_substitutes
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import ElasticRecipe, Recipe
 from ladimo.convert.reprofile import reprofile

@@ -17,12 +17,12 @@ from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.ffn.expert_layer import layer_error
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.neuron_ordering import order_neurons
+from ladimo.convert.methods.elastic import stages
 from ladimo.convert.methods.elastic.substitutes import (
     routed_counts,
     routed_layer,
     routed_substitute,
     solved_substitute,
-    stages,
     with_substitutes,
 )
 from ladimo.convert.pipeline import convert
