@@ -210,7 +210,7 @@ def comparison_panels(entries: Sequence[Mapping[str, Any]]) -> list[Element]:
     """Perplexity ratio against active parameters, a line per method with its seeds' spread, a chart per number of tokens.
 
     entries: dicts of method, tokens, target, active_parameters_ratio, perplexity_ratio, spread and seeds
-    (`ladimo.convert.experiments.read_comparison`). All panels have the same axes and colours.
+    (`ladimo.convert.report_figures.read_comparison`). All panels have the same axes and colours.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     ratios = [entry["perplexity_ratio"] + sign * entry["spread"] for entry in entries for sign in (-1, 1)]
