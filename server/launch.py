@@ -188,7 +188,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
 
     engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
     admission = Admission(engine, settings.max_queue, on_reject, settings.max_queue_tokens)
-    tokenizer = Tokenizer(directory)
+    tokenizer = Tokenizer(directory, settings.allow_special_tokens)
     return Services(
         engine=engine,
         admission=admission,

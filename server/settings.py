@@ -121,6 +121,9 @@ class ServerSettings(BaseSettings):
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds a request may take; then it is answered 504. Any if not given."
     )
+    allow_special_tokens: bool = Field(
+        False, description="Names of special tokens in chat messages are these tokens; they are text otherwise."
+    )
     strict_fields: bool = Field(False, description="Refuse request fields that nobody knows; they are ignored otherwise.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     header_timeout: float = Field(

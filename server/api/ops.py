@@ -3,6 +3,7 @@
 import asyncio
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from starlette.responses import FileResponse, JSONResponse, Response
 import ladimo
 from server.api.bodies import JsonRoute
 from server.api.routing_choice import split_model
-from server.api.schemas import DetokenizeRequest, TokenizeRequest
+from server.api.sampling import check_ids
+from server.api.schemas import MAX_TEXT, DetokenizeRequest, TokenizeRequest
 from server.api.services import Services, ServicesDep
 from server.api.streaming import until_disconnect
 from server.engine.async_engine import EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
 from server.errors import BadRequest, Dead, NotFound, UnknownModel, error_response
+from server.text.lanes import SHORT
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -87,34 +90,45 @@ async def model(model: str, services: ServicesDep) -> dict[str, Any]:
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDep) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDep) -> Response:
+    """The tokens that a completion of this prompt, or an answer to these messages, would begin with."""
     split_model(body.model, services.model_name)
+    ready = services.engine.state is EngineState.READY
+    context = services.engine.limits.max_model_len if ready else services.config.max_position_embeddings
+    most = max(MAX_TEXT, services.tokenizer.most_characters(context))
+    param = "prompt" if body.messages is None else "messages"
+    characters = len(body.prompt or "") + sum(len(message.text) for message in body.messages or ())
+    if characters > most:
+        raise BadRequest(f"{param}: {characters} characters are more than the {most} that are tokenized at once", param=param)
     if body.messages is not None:
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        encoding = services.tokenizer.encode_chat(messages)
+        encoding = services.tokenizer.encode_chat(messages, body.format)
     else:
         encoding = services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
     try:
         tokens = await until_disconnect(request, encoding)
     except ValueError as error:
         raise BadRequest(str(error), param="messages") from error
-    ready = services.engine.state is EngineState.READY
-    context = services.engine.limits.max_model_len if ready else services.config.max_position_embeddings
-    return {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+    answer = await services.tokenizer.run(lambda: _token_list(tokens, context), len(tokens))
+    return Response(answer, media_type="application/json")
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str, str]:
     split_model(body.model, services.model_name)
-    if body.tokens and max(body.tokens) >= services.config.vocab_size:
-        raise BadRequest(f"tokens: {max(body.tokens)} is not below the vocabulary's size", param="tokens")
-    tokenizer = services.tokenizer
-    return {"prompt": await tokenizer.run(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))}
+    check_ids(body.tokens, services.config.vocab_size, "tokens")
+    return {"prompt": await services.tokenizer.detokenize(body.tokens)}
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(services: ServicesDep) -> dict[str, Any]:
     return services.tokenizer.info
+
+
+def _token_list(tokens: Sequence[int], context: int) -> bytes:
+    """The answer of /tokenize. A million numbers at once would keep Python's lock too long."""
+    parts = (",".join(map(str, tokens[start : start + SHORT])) for start in range(0, len(tokens), SHORT))
+    return f'{{"count":{len(tokens)},"max_model_len":{context},"tokens":[{",".join(parts)}]}}'.encode()
 
 
 def _model(name: str, services: Services) -> dict[str, Any]:

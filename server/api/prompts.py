@@ -11,7 +11,7 @@ async def text_prompt(body: CompletionRequest, place: int, services: Services) -
     param = f"prompt[{place}]" if len(body.prompt) > 1 else "prompt"
     prompt, tokenizer = body.prompt[place], services.tokenizer
     if isinstance(prompt, str):
-        check_text(prompt, param, services)
+        check_text(len(prompt), param, services)
         ids = await tokenizer.encode(prompt, body.add_special_tokens)
     else:
         ids = prompt
@@ -20,11 +20,12 @@ async def text_prompt(body: CompletionRequest, place: int, services: Services) -
     limits = services.engine.limits
     check_length(ids, body.max_tokens, limits.max_model_len, param)  # before time is spent on each token
     check_ids(ids, limits.vocab_size, param)
-    return Prompt(ids, param, await tokenizer.run(lambda: make_echo(ids, tokenizer.decode, whole=body.max_tokens == 0)))
+    echo = await tokenizer.run(lambda: make_echo(ids, tokenizer.decode, whole=body.max_tokens == 0), len(ids))
+    return Prompt(ids, param, echo)
 
 
-def check_text(text: str, param: str, services: Services) -> None:
+def check_text(characters: int, param: str, services: Services) -> None:
     """Refuse what is hopelessly too long before any time is spent on encoding it."""
     max_model_len = services.engine.limits.max_model_len
-    if services.tokenizer.cannot_fit(text, max_model_len):
-        raise too_long(f"has {len(text)} characters, which is too long", max_model_len, param)
+    if characters > services.tokenizer.most_characters(max_model_len):
+        raise too_long(f"{characters} characters", max_model_len, param)

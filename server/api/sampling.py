@@ -49,18 +49,17 @@ def check_length(prompt: Sequence[int], max_tokens: int | None, max_model_len: i
     if not prompt:
         raise BadRequest(f"{param}: must not be empty", param=param)
     if room < 1:
-        raise too_long(f"has {len(prompt)} tokens", max_model_len, param)
+        raise too_long(f"{len(prompt)} tokens", max_model_len, param)
     if max_tokens is not None and max_tokens > room:
-        raise ContextLengthExceeded(
-            f"{len(prompt)} prompt tokens and max_tokens {max_tokens} exceed the context of {max_model_len} tokens",
-            param="max_tokens",
-        )
+        asked = f"{max_tokens + len(prompt)} tokens ({len(prompt)} of the prompt, {max_tokens} of max_tokens)"
+        raise too_long(asked, max_model_len, "max_tokens")
     return room
 
 
 def too_long(what: str, max_model_len: int, param: str) -> ContextLengthExceeded:
-    message = f"{param}: {what}; the context is {max_model_len} tokens, one of them for the answer"
-    return ContextLengthExceeded(message, param=param)
+    """The first sentence is OpenAI's: client libraries know the case by it."""
+    limit = f"This model's maximum context length is {max_model_len} tokens, one of them for the answer."
+    return ContextLengthExceeded(f"{limit} However, {param} asked for {what}.", param=param)
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.chat_fields import ChatFields
 from server.api.wire import (
     Absent,
     Alternatives,
@@ -33,6 +34,7 @@ from server.api.wire import (
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
+MAX_TEXT = 2**19  # characters that /tokenize takes of any model, tokens that /detokenize takes
 MAX_STOPS = 32
 MAX_STOP_TOKENS = 128
 MAX_CHOICES = 16  # `n`
@@ -245,7 +247,7 @@ class Message(WireModel):
         return "".join(part.text for part in self.content)
 
 
-class ChatCompletionRequest(GenerationFields):
+class ChatCompletionRequest(GenerationFields, ChatFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtError()]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
@@ -264,12 +266,7 @@ class ChatCompletionRequest(GenerationFields):
     verbosity: Absent = None
     web_search_options: Absent = None
     store: Off = False
-    chat_template: Absent = None
-    chat_template_kwargs: Annotated[Any, only({})] = {}
-    add_generation_prompt: On = True
-    continue_final_message: Off = False
     add_special_tokens: Off = False
-    documents: Absent = None
     echo: Off = False
 
     @model_validator(mode="after")
@@ -283,8 +280,8 @@ class ChatCompletionRequest(GenerationFields):
         return self.top_logprobs if self.logprobs else None
 
 
-class TokenizeRequest(WireModel):
-    """Text, or messages as the chat endpoint would render them."""
+class TokenizeRequest(ChatFields):
+    """Text as the completions endpoint would read it, or messages as the chat endpoint would render them."""
 
     model: str | None = None
     prompt: str | None = None
@@ -300,7 +297,7 @@ class TokenizeRequest(WireModel):
 
 class DetokenizeRequest(WireModel):
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MAX_TEXT)]
 
 
 class ErrorObject(BaseModel):

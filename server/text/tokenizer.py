@@ -1,20 +1,26 @@
-"""The checkpoint's tokenizer and chat template. Encoding runs on a thread of its own, off the event loop."""
+"""The checkpoint's tokenizer and chat template. Encoding runs off the event loop, where no text waits for a much longer one."""
 
-import asyncio
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.text.control_tokens import ControlTokens
 from server.text.detokenizer import REPLACEMENT
 from server.text.grammar import GrammarCompiler
+from server.text.lanes import Lanes
 
 DEFAULT_CHAT_TEMPLATE = Path(__file__).with_name("default_chat.jinja")
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's byte fallback
+
+# No text that anybody sends has more characters per token on average; whole lines of blanks have.
+MAX_CHARACTERS_PER_TOKEN = 16
 
 T = TypeVar("T")
 
@@ -29,15 +35,41 @@ def _byte_symbols() -> dict[str, int]:
 BYTE_OF_SYMBOL = _byte_symbols()
 
 
-class Tokenizer:
-    """Raises ValueError when the directory holds no tokenizer that loads without running its code."""
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How messages are rendered: the beginning of an answer behind them, or the last one left open; further variables of the
+    template's."""
 
-    def __init__(self, directory: Path) -> None:
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+# What `variables` may not name, besides special tokens: the arguments that templates are rendered with.
+SET_BY_SERVER = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+
+
+class Tokenizer:
+    """`allow_special_tokens`: the name of a special token within a chat message is that token; it is text otherwise. In the
+    text of a completion it always is the token, as in other servers.
+
+    Raises ValueError when the directory holds no tokenizer that loads without running its code."""
+
+    def __init__(self, directory: Path, allow_special_tokens: bool = False) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many unrelated types; all mean the same to the operator
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{directory}: no tokenizer can be loaded ({type(error).__name__}: {reason})") from error
+        # Used directly: transformers' own calls keep settings in it, so that only one thread could use them.
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"{directory}: the tokenizer has no tokenizer.json")
+        self._backend: tokenizers.Tokenizer = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._controls = None if allow_special_tokens else ControlTokens(self._backend)
         own = self._tokenizer.chat_template
         self.chat_template: str = own if isinstance(own, str) else DEFAULT_CHAT_TEMPLATE.read_text(encoding="utf-8")
         self._pieces: dict[int, bytes] = {}
@@ -46,22 +78,27 @@ class Tokenizer:
         special = self._tokenizer.all_special_tokens
         self._special: dict[int, str] = {vocabulary[token]: token for token in special if token in vocabulary}
         self._longest_token = max(map(len, vocabulary), default=1)
-        # One thread: the tokenizer is not safe to use from several at once.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._lanes = Lanes()
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return await self.run(lambda: self._encode(text, add_special_tokens))
+        """`add_special_tokens`: what the checkpoint puts around a text. A text that begins with BOS gets no second one."""
+        return await self.run(lambda: self._encode(text, add_special_tokens), len(text))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Render the messages, the beginning of the answer included, and encode. Raises ValueError when the template
-        refuses them. Templates run in transformers' immutable sandbox."""
-        return await self.run(lambda: self._encode(self._render(messages), add_special_tokens=False))
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], form: ChatFormat = ChatFormat()) -> list[int]:
+        """Render and encode. Raises ValueError when the template refuses the messages. Templates run in transformers'
+        immutable sandbox."""
+        size = sum(len(message.get("content") or "") for message in messages)
+        return await self.run(lambda: self._encode_chat(messages, form), size)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of many tokens, special ones included."""
+        return await self.run(lambda: self._decode_long(token_ids), len(token_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text: UTF-8, of which a token of byte-level vocabularies may be a part only. The name of a
@@ -79,16 +116,16 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
-    def cannot_fit(self, text: str, max_tokens: int) -> bool:
-        """Whether a text is too long for so many tokens by its length alone; False leaves it to `encode`."""
-        return len(text) > max_tokens * self._longest_token
+    def most_characters(self, max_tokens: int) -> int:
+        """A text of more characters has more tokens than this: it need not be encoded to know."""
+        return max_tokens * min(self._longest_token, MAX_CHARACTERS_PER_TOKEN)
 
     def grammar_compiler(self, vocab_size: int) -> GrammarCompiler:
         return GrammarCompiler(self._tokenizer, vocab_size)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run on the tokenizer's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+    async def run(self, work: Callable[[], T], size: int) -> T:
+        """Run on a thread, among works of like `size`: the characters or tokens that `work` deals with."""
+        return await self._lanes.run(work, size)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -105,16 +142,41 @@ class Tokenizer:
         }
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._lanes.close()
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        return ids
+        # A batch of one: `encode` keeps Python's lock while it works, and would hold up every stream.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        bos = self._tokenizer.bos_token_id
+        return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _decode_long(self, token_ids: Sequence[int]) -> str:
+        (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=False)
+        return str(text)
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, Any]], form: ChatFormat) -> list[int]:
+        given = (list(messages), form.tools, dict(form.variables))
+        try:
+            if self._controls is None or not self._controls.occur_in(given):
+                return self._encode(self._render(given, form), add_special_tokens=False)
+            marked, mark = self._controls.mark(given)
+        except RecursionError as error:
+            raise ValueError("the messages are nested too deeply") from error
+        return self._controls.encode(self._render(marked, form), mark)
+
+    def _render(self, given: Sequence[Any], form: ChatFormat) -> str:
+        """`given`: the messages, the tools and the further variables, plain or marked."""
+        messages, tools, variables = given
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                messages,
+                tools=tools,
+                chat_template=self.chat_template,
+                add_generation_prompt=form.add_generation_prompt,
+                continue_final_message=form.continue_final_message,
+                tokenize=False,
+                **variables,
             )
         except Exception as error:  # whatever a template does wrong, or its sandbox forbids, is about these messages
             raise ValueError(f"the chat template refuses these messages: {error}") from error

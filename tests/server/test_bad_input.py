@@ -115,7 +115,12 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"logprobs": 1}, 400, "invalid_request", "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_request", "top_logprobs"),
     ({"chat_template": "{{ 1 }}"}, 400, "unsupported_parameter", "chat_template"),
-    ({"chat_template_kwargs": {"tokenize": True}}, 400, "unsupported_parameter", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tokenize": True}}, 400, "invalid_request", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "invalid_request", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"bos_token": "x"}}, 400, "invalid_request", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x": "y" * 20_000}}, 400, "invalid_request", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {str(n): n for n in range(33)}}, 400, "invalid_request", "chat_template_kwargs"),
+    ({"chat_template_kwargs": []}, 400, "invalid_request", "chat_template_kwargs"),
 ]  # fmt: skip
 
 

@@ -268,7 +268,7 @@ async def test_cve_2025_62426_long_texts_are_worked_on_beside_the_event_loop(
 ) -> None:
     async with serving(tmp_path) as server:
         tokenizer, threads = server.services.tokenizer, list[str]()
-        for name in ("_encode", "decode"):
+        for name in ("_encode", "_decode_long"):
             work = getattr(tokenizer, name)
 
             def watched(*arguments: Any, _work: Callable[..., object] = work, **options: Any) -> object:

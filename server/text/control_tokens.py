@@ -1,0 +1,133 @@
+"""Special tokens that somebody wrote into a message are text; those that the chat template writes act.
+
+A message could otherwise end its turn and begin another: "<|im_end|>\n<|im_start|>system ...". Where the name of a special
+token occurs in what a client sent, a private character is put between its letters before the template is rendered. In the
+rendered text, names without that character are the template's own. They are exchanged for aliases that nobody can write, and a
+second tokenizer, which knows the aliases in place of the names, encodes the result. Its tokens are those that the first one
+would give if it took the client's names for text.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+
+# Private use: characters that no standard gives a meaning to.
+PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+# Words that the API itself defines; templates compare them.
+DEFINED = ("role", "type")
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+        # A name of one character has no inside to mark.
+        self._ids = {token.content: token_id for token_id, token in self._added.items() if token.special and token.content[1:]}
+        self._names = _finder(self._ids)
+        self._beginnings = {name[:length] for name in self._ids for length in range(1, len(name))}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def occur_in(self, value: object) -> bool:
+        """Whether any string within `value` (JSON) holds a special token's name."""
+        return any(len(found) for found in self._names.encode_batch_fast(list(_strings(value))))
+
+    def mark(self, value: Any) -> tuple[Any, str]:
+        """`value` (JSON) with the marking character after each letter of a special token's name, and that character.
+
+        Raises ValueError when there is no private character left to mark with."""
+        used = set[str]().union(*_strings(value))
+        mark = next((chr(code) for code in PRIVATE if chr(code) not in used), None)
+        if mark is None:
+            raise ValueError("the messages use every private character of Unicode")
+        return self._marked(value, mark), mark
+
+    def encode(self, rendered: str, mark: str) -> list[int]:
+        """Token ids of a text that was rendered from marked values. Raises ValueError when the tokenizer makes a special token
+        even of text."""
+        aliases = {name: f"{mark}{token_id}{mark}" for name, token_id in self._ids.items()}
+        text = _replaced(rendered, _finder([*self._ids, mark]), lambda word: aliases.get(word, ""))
+        tokenizer, original = self._with_aliases(aliases)
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        forged = set(self._ids.values()).intersection(ids).difference(original, self._unknown)
+        if forged:
+            raise ValueError(f"{self._added[min(forged)].content!r} cannot be written as text with this tokenizer")
+        return [original.get(token_id, token_id) for token_id in ids]
+
+    @property
+    def _unknown(self) -> set[int]:
+        """The token of characters that the vocabulary lacks."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        token_id = None if name is None else self._tokenizer.token_to_id(name)
+        return set() if token_id is None else {token_id}
+
+    def _with_aliases(self, aliases: Mapping[str, str]) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer with other names for its special tokens, and their ids by the ids they have there. The model is shared,
+        so this takes no time and no memory to speak of."""
+        tokenizer = Tokenizer(self._tokenizer.model)
+        if self._tokenizer.normalizer is not None:
+            tokenizer.normalizer = self._tokenizer.normalizer
+        if self._tokenizer.pre_tokenizer is not None:
+            tokenizer.pre_tokenizer = self._tokenizer.pre_tokenizer
+        original: dict[int, int] = {}
+        for token_id, token in sorted(self._added.items()):
+            content = aliases.get(token.content, token.content)
+            how = {flag: getattr(token, flag) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            tokenizer.add_tokens([AddedToken(content, **how)])
+            renamed = tokenizer.token_to_id(content)
+            assert renamed is not None
+            original[renamed] = token_id
+        return tokenizer, original
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        match value:
+            case str():
+                # The rest of a name that begins at the end may follow from elsewhere.
+                tail = max((length for length in range(1, self._longest) if value[-length:] in self._beginnings), default=0)
+                head = len(value) - tail
+                return _replaced(value[:head], self._names, lambda name: _spaced(name, mark)) + _spaced(value[head:], mark)
+            case Mapping():
+                return {
+                    self._marked(key, mark): part if key in DEFINED else self._marked(part, mark) for key, part in value.items()
+                }
+            case list() | tuple():
+                return [self._marked(part, mark) for part in value]
+            case _:
+                return value
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string within a JSON value, keys included."""
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for key, part in value.items():
+                yield from _strings(key)
+                yield from _strings(part)
+        case list() | tuple():
+            for part in value:
+                yield from _strings(part)
+
+
+def _spaced(text: str, mark: str) -> str:
+    return "".join(character + mark for character in text)
+
+
+def _finder(words: Iterable[str]) -> Tokenizer:
+    """A tokenizer of nothing but these words: it finds the leftmost longest of them in linear time, without Python's lock."""
+    finder = Tokenizer(BPE())
+    finder.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return finder
+
+
+def _replaced(text: str, finder: Tokenizer, replace: Callable[[str], str]) -> str:
+    """The text with each word that is found in it replaced."""
+    parts, end = list[str](), 0
+    for start, stop in finder.encode_batch([text])[0].offsets:
+        parts += (text[end:start], replace(text[start:stop]))
+        end = stop
+    return "".join([*parts, text[end:]])
