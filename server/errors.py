@@ -196,7 +196,9 @@ def to_service_error(error: Exception) -> ServiceError:
         case EngineDead():
             return Dead("the engine has stopped; nothing can be computed any more", retry_after=30)
         case PolicyTableFull():
-            return TableFull("every row of the policy table is in use; try again when running requests have finished")
+            return TableFull(
+                "requests under other policies hold every row of the policy table; try again when some have finished"
+            )
         case _:
             return InternalError("internal error; the server's log has the details under this request's id")
 

@@ -103,7 +103,9 @@ class ServerSettings(BaseSettings):
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step.")
     kv_cache_blocks: int | None = Field(None, ge=2, description="Blocks of the KV cache; what memory allows if not given.")
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV cache block.")
-    max_policies: int = Field(64, ge=1, le=4096, description="Different policy versions that can run at once.")
+    max_policies: int = Field(
+        64, ge=1, le=4096, description="Different policy versions that can run at once; requests under others wait."
+    )
     prefix_caching: bool = Field(True, description="Keep computed prompt prefixes and use them again under the same policy.")
     cuda_graphs: bool = Field(True, description="On a CUDA device, replay decode steps from graphs captured at start.")
     batch_budgets: bool = Field(

@@ -83,7 +83,7 @@ class AsyncEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """The request's tokens as they come. Closing the generator early aborts the request.
 
-        Raises EngineDead when the engine is or becomes dead, PolicyTableFull when no row is free for the request's policy.
+        Raises EngineDead when the engine is or becomes dead.
         """
         self._check_alive()
         assert request.request_id not in self._streams

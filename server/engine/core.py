@@ -34,8 +34,9 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks, load
-from server.engine.policy_table import PolicyTable
+from server.engine.policy_table import NONE_ROW, PolicyTable
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
+from server.engine.row_queue import RowQueue
 from server.engine.scheduler import Scheduler
 
 
@@ -74,6 +75,7 @@ class EngineCore:
     ) -> None:
         self.limits = limits
         self._runner, self._scheduler, self._table = runner, scheduler, table
+        self._row_queue = RowQueue(table)
         self._eos_token_ids = eos_token_ids
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
@@ -88,17 +90,21 @@ class EngineCore:
         """Carry out one command between two steps."""
         match command:
             case Submit(request):
-                return self._submit(request)
+                self._submit(request)
+                return None
             case Abort(request_id, reason):
-                sequence = self._scheduler.remove(request_id)
+                sequence = self._row_queue.remove(request_id) or self._scheduler.remove(request_id)
                 if sequence is not None:
                     self._retire(sequence, reason, time.monotonic())
+                    self._give_rows()
                 return None
             case Activate(call_id, policies):
                 try:
                     self._table.set_resident(policies)
                 except PolicyTableFull as error:
                     return Activated(call_id, error)
+                self._row_queue.reopen()
+                self._give_rows()
                 return Activated(call_id)
             case ReadExperts(call_id):
                 return self._table.snapshot(call_id)
@@ -164,6 +170,7 @@ class EngineCore:
                         trace=trace,
                     )
                 )
+        self._give_rows()
         scheduler = self._scheduler
         totals = (scheduler.preemptions, scheduler.prefix_queries, scheduler.prefix_hits, self._runner.graph_captures)
         preemptions, queries, hits, captures = (now - before for now, before in zip(totals, self._reported, strict=True))
@@ -176,7 +183,7 @@ class EngineCore:
                 prefill_tokens=sum(count for _, count in flight.batch.prefill),
                 decode_tokens=len(flight.batch.decode),
                 running=len(self._scheduler.running),
-                waiting=len(self._scheduler.waiting),
+                waiting=len(self._scheduler.waiting) + len(self._row_queue),
                 kv_cache_usage_ratio=self._scheduler.blocks.usage_ratio,
                 preemptions=preemptions,
                 prefix_cache_queries=queries,
@@ -192,25 +199,28 @@ class EngineCore:
             ),
         )
 
-    def _submit(self, request: GenerationRequest) -> TokenEvent | None:
+    def _submit(self, request: GenerationRequest) -> None:
         assert 0 < len(request.prompt_ids) < self.limits.max_model_len
         assert request.sampling.max_tokens > 0
-        try:
-            row = self._table.acquire(request.policy)
-        except PolicyTableFull as error:
-            return TokenEvent(request.request_id, None, error=error)
         seed = request.sampling.seed
-        self._scheduler.add(
+        self._row_queue.add(
             Sequence(
                 request=request,
-                policy_row=row,
+                policy_row=NONE_ROW,
                 seed=secrets.randbits(63) if seed is None else seed,
                 arrived=time.monotonic(),
                 expert_counts=[0] * self._table.config.num_hidden_layers,
                 prompt_logprobs=[None] if request.sampling.prompt_logprobs is not None else [],
             )
         )
-        return None
+        self._give_rows()
+
+    def _give_rows(self) -> None:
+        """Hand the sequences that can have a row of the policy table on to the scheduler. The others wait for sequences that are
+        with the scheduler now, so that each gets its turn."""
+        for sequence in self._row_queue.take():
+            self._scheduler.add(sequence)
+        assert not self._row_queue or self._scheduler.has_work
 
     def _account(self, scheduled: list[tuple[Sequence, int]], output: BatchOutput) -> None:
         """What the step says of its sequences besides new tokens. Runs before `update` moves `num_computed`."""
@@ -241,7 +251,8 @@ class EngineCore:
         )
 
     def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> RequestStats:
-        self._table.release(sequence.policy_row)
+        if sequence.policy_row != NONE_ROW:
+            self._table.release(sequence.policy_row)
         first = sequence.first_token
         stats = RequestStats(
             request_id=sequence.request.request_id,

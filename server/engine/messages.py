@@ -14,7 +14,7 @@ class EngineDead(Exception):
 
 
 class PolicyTableFull(Exception):
-    """Every row of the policy table is in use by a running request or a resident policy."""
+    """Policies cannot be made resident: too many rows of the policy table are held by requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class RoutingTrace:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token; `finished` on the last. A request that could not run has `token_id` None and `error` set.
+    """One generated token; `finished` on the last. Where the engine has died, `token_id` is None and `error` is set.
 
     `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense. `logprobs` and, on
     the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for; so is

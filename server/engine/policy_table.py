@@ -29,8 +29,8 @@ class _Row:
 class PolicyTable:
     """Rows 1 .. num_rows - 1 hold policies; row 0 is the policy "none" of padded tokens.
 
-    A row is taken by a running request (`acquire`, `release`) or by residence (`set_resident`); a row that is neither keeps its
-    policy until the place is needed.
+    A row is held by requests (`acquire`, `release`) or by residence (`set_resident`); a row that is held by neither keeps its
+    policy until the place is needed. If every row is resident, one that no request holds gives way to a request.
     """
 
     def __init__(self, config: ModelConfig, num_rows: int, device: torch.device, batch_budgets: bool = False) -> None:
@@ -44,14 +44,24 @@ class PolicyTable:
         self._reachable: dict[str, list[set[int]]] = {}  # by policy name, of all its versions so far
         self._routed_tokens: Counter[str] = Counter()
 
-    def acquire(self, policy: RoutingPolicy) -> int:
-        """The row of this policy version, written if need be, held until `release`. Raises PolicyTableFull."""
-        row = self._by_version.get(policy.version)
+    def find(self, policy: RoutingPolicy) -> int | None:
+        """The row of this policy version, if it has one."""
+        return self._by_version.get(policy.version)
+
+    def acquire(self, policy: RoutingPolicy) -> int | None:
+        """The row of this policy version, written if need be, held until `release`. None while other policies hold every row;
+        at least one of them is then held by a request."""
+        row = self.find(policy)
         if row is None:
             row = self._write(policy)
-        entry = self._entry(row)
-        entry.users += 1
+        if row is not None:
+            self._entry(row).users += 1
         return row
+
+    def row_to_close(self) -> int:
+        """When every row is held: the one that comes free soonest if no further request takes it, by its number of requests."""
+        held = [(entry.resident, entry.users, row) for row, entry in enumerate(self._rows) if entry is not None and entry.users]
+        return min(held)[2]
 
     def release(self, row: int) -> None:
         entry = self._entry(row)
@@ -72,7 +82,9 @@ class PolicyTable:
             if row is not None:
                 row.resident = row.policy.version in wanted
         for policy in missing:
-            self._entry(self._write(policy)).resident = True
+            written = self._write(policy)
+            assert written is not None
+            self._entry(written).resident = True
 
     def add_routed(self, row: int, num_tokens: int) -> None:
         self._routed_tokens[self._entry(row).policy.name] += num_tokens
@@ -103,8 +115,10 @@ class PolicyTable:
         assert entry is not None
         return entry
 
-    def _write(self, policy: RoutingPolicy) -> int:
+    def _write(self, policy: RoutingPolicy) -> int | None:
         row = self._take_row()
+        if row is None:
+            return None
         rows, allowed = policy.to_rows(self.config.max_num_experts)
         self.tables.write(row, rows, allowed)
         self._rows[row] = _Row(policy)
@@ -114,16 +128,18 @@ class PolicyTable:
             before |= now
         return row
 
-    def _take_row(self) -> int:
+    def _take_row(self) -> int | None:
         """An empty row, or the one unused for longest, whose counts move to the totals of its policy."""
-        free = [(-1, row) for row, entry in enumerate(self._rows) if row != NONE_ROW and entry is None]
+        rows = [(row, entry) for row, entry in enumerate(self._rows) if row != NONE_ROW]
+        free = [(-1, row) for row, entry in rows if entry is None]
+        all_resident = all(entry is not None and entry.resident for _, entry in rows)
         idle = [
             (entry.last_used, row)
-            for row, entry in enumerate(self._rows)
-            if entry is not None and entry.users == 0 and not entry.resident
+            for row, entry in rows
+            if entry is not None and entry.users == 0 and (all_resident or not entry.resident)
         ]
         if not free and not idle:
-            raise PolicyTableFull(f"all {len(self._rows) - 1} rows of the policy table are in use")
+            return None
         row = min(free or idle)[1]
         entry = self._rows[row]
         if entry is not None:

@@ -104,7 +104,7 @@ class Sequence:
     """
 
     request: GenerationRequest
-    policy_row: int
+    policy_row: int  # of the policy table; 0 while the request waits for a row
     seed: int
     arrived: float
     expert_counts: list[int]  # per layer: experts that ran, summed over all computed tokens

@@ -242,18 +242,23 @@ async def test_stored_policies_and_default_survive_a_restart(tmp_path: Path) -> 
         assert (await server.complete(max_tokens=1))["routing"]["accuracy"] == 0.4
 
 
-async def test_a_full_policy_table_refuses_and_changes_nothing(tmp_path: Path) -> None:
+async def test_a_full_policy_table_refuses_a_swap_and_keeps_a_request_waiting(tmp_path: Path) -> None:
+    """The swap changes nothing; the request is answered once a row is free, or given up at its deadline."""
     async with serving(tmp_path, max_policies=2) as server:
         server.runner.gate.clear()
         held = [asyncio.create_task(server.complete(max_tokens=3, routing=name)) for name in ("full", "fast")]
         await server.until(lambda: server.services.admission.in_flight == 2)
         swap = asyncio.create_task(put_default(server, policy="balanced"))
-        third = asyncio.create_task(server.client.post("/v1/completions", json={"prompt": "a", "routing": "quality"}))
+        asked = {"prompt": "a", "max_tokens": 3, "routing": "quality"}
+        late = asyncio.create_task(server.client.post("/v1/completions", json=asked, headers={"X-Request-Timeout": "0.05"}))
+        third = asyncio.create_task(server.client.post("/v1/completions", json=asked))
         engine = server.services.engine
-        await server.until(lambda: len(engine._streams) == 3 and len(engine._calls) == 1)  # all are in the mailbox
+        await server.until(lambda: len(engine._streams) >= 3 and len(engine._calls) == 1)  # all are in the mailbox
+        assert (await late).status_code == 504
         server.runner.gate.set()
-        for reply in (await swap, await third):
-            assert (reply.status_code, reply.json()["error"]["code"]) == (409, "policy_table_full")
+        refused, answered = await swap, await third
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "policy_table_full")
+        assert (answered.status_code, answered.json()["routing"]["policy"]) == (200, "quality")
         assert [body["routing"]["policy"] for body in await asyncio.gather(*held)] == ["full", "fast"]
         assert server.services.store.state.default == Named("full")
         samples = await server.metrics()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ladimo.model.rule import RuleNumber
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.messages import PolicyTableFull
 from server.engine.policy_table import NONE_ROW, PolicyTable
@@ -20,11 +21,15 @@ def make_table(num_policies: int = 3) -> PolicyTable:
 def test_equal_policies_share_a_row_and_writing_keeps_addresses() -> None:
     table = make_table()
     addresses = (table.tables.rows.data_ptr(), table.tables.allowed.data_ptr(), table.tables.expert_tokens.data_ptr())
-    first, again, other = table.acquire(fake_policy("a")), table.acquire(fake_policy("a")), table.acquire(fake_policy("b", 1))
+    first, again, other = (
+        acquire(table, fake_policy("a")),
+        acquire(table, fake_policy("a")),
+        acquire(table, fake_policy("b", 1)),
+    )
     assert first == again != other
     assert NONE_ROW not in (first, other)
-    assert table.tables.rows[first, :, 0].tolist() == [2.0, 0.0, 2.0]
-    assert table.tables.rows[other, :, 0].tolist() == [1.0, 0.0, 1.0]
+    assert table.tables.rows[first, :, RuleNumber.TOP_K].tolist() == [2.0, 0.0, 2.0]
+    assert table.tables.rows[other, :, RuleNumber.TOP_K].tolist() == [1.0, 0.0, 1.0]
     assert not table.tables.rows[NONE_ROW].any()
     now = (table.tables.rows.data_ptr(), table.tables.allowed.data_ptr(), table.tables.expert_tokens.data_ptr())
     assert now == addresses
@@ -35,29 +40,43 @@ def test_same_name_with_other_content_is_another_row() -> None:
     assert table.acquire(fake_policy("a", 1)) != table.acquire(fake_policy("a", 2))
 
 
-def test_full_table_refuses_until_a_row_is_released() -> None:
+def acquire(table: PolicyTable, policy: RoutingPolicy) -> int:
+    row = table.acquire(policy)
+    assert row is not None
+    return row
+
+
+def test_full_table_has_no_row_until_one_is_released() -> None:
     table = make_table(2)
-    rows = [table.acquire(fake_policy("a")), table.acquire(fake_policy("b"))]
-    with pytest.raises(PolicyTableFull):
-        table.acquire(fake_policy("c"))
+    rows = [acquire(table, fake_policy("a")), acquire(table, fake_policy("b"))]
+    assert table.acquire(fake_policy("c")) is None
     table.release(rows[0])
     assert table.acquire(fake_policy("c")) == rows[0]
 
 
 def test_residents_stay_and_a_refused_set_changes_nothing() -> None:
+    table = make_table(3)
+    table.set_resident([fake_policy("a"), fake_policy("b")])
+    row = acquire(table, fake_policy("c"))
+    assert table.acquire(fake_policy("d")) is None
+    with pytest.raises(PolicyTableFull):
+        table.set_resident([fake_policy("d"), fake_policy("e"), fake_policy("f")])
+    assert [table.find(fake_policy(name)) is not None for name in "abcd"] == [True, True, True, False]
+    table.release(row)
+    table.set_resident([fake_policy("d"), fake_policy("e"), fake_policy("f")])
+    assert [table.find(fake_policy(name)) is not None for name in "abcdef"] == [False, False, False, True, True, True]
+
+
+def test_where_all_rows_are_resident_an_idle_one_gives_way() -> None:
+    """Else a request under another policy would wait until an operator changed the default."""
     table = make_table(2)
     table.set_resident([fake_policy("a"), fake_policy("b")])
-    with pytest.raises(PolicyTableFull):
-        table.acquire(fake_policy("c"))
-    row = table.acquire(fake_policy("a"))
-    with pytest.raises(PolicyTableFull):
-        table.set_resident([fake_policy("c"), fake_policy("d")])
-    assert table.acquire(fake_policy("b")) != row
-    table.release(row)
-    table.release(table._by_version[fake_policy("b").version])
-    table.set_resident([fake_policy("c"), fake_policy("d")])
-    with pytest.raises(PolicyTableFull):
-        table.acquire(fake_policy("a"))
+    held = acquire(table, fake_policy("a"))
+    other = acquire(table, fake_policy("c"))
+    assert other != held and table.find(fake_policy("b")) is None
+    assert table.acquire(fake_policy("b")) is None
+    table.release(other)
+    assert table.acquire(fake_policy("b")) == other
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,7 +85,7 @@ def test_counts_survive_the_reuse_of_rows(uses: list[tuple[str, int, int]]) -> N
     table = make_table(2)
     expected: dict[str, list[list[int]]] = {}
     for name, tokens, top_k in uses:
-        row = table.acquire(fake_policy(name, top_k))
+        row = acquire(table, fake_policy(name, top_k))
         expert_ids = torch.full((3, tokens, 4), -1)
         expert_ids[[0, 2], :, :top_k] = torch.arange(top_k)
         table.tables.defer(expert_ids, torch.full((tokens,), row))
@@ -91,8 +110,8 @@ def test_a_policy_reaches_the_experts_that_any_of_its_versions_names() -> None:
     table = make_table(1)
     for experts in ((0, 3), (1,)):  # the second version takes the first one's row
         rule = LayerRule(1, experts=experts)
-        table.release(table.acquire(RoutingPolicy("a", "", (rule, None, LayerRule(2)))))
-    table.release(table.acquire(RoutingPolicy("b", "", (LayerRule(1, experts=(2,)), None, LayerRule(1, experts=(0, 1))))))
+        table.release(acquire(table, RoutingPolicy("a", "", (rule, None, LayerRule(2)))))
+    table.release(acquire(table, RoutingPolicy("b", "", (LayerRule(1, experts=(2,)), None, LayerRule(1, experts=(0, 1))))))
     assert table.snapshot(1).reachable == {"a": [[0, 1, 3], [], [0, 1, 2, 3]], "b": [[2], [], [0, 1]]}
 
 
