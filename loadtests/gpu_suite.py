@@ -311,6 +311,7 @@ def counting(bench: Bench) -> None:
     runner: Any = core._runner
     policy = bench.policies()["half"]
     row = core._table.acquire(policy)
+    assert row is not None
     graphs = {
         counted: DecodeGraphs(
             model,

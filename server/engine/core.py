@@ -216,8 +216,8 @@ class EngineCore:
         self._give_rows()
 
     def _give_rows(self) -> None:
-        """Hand the sequences that can have a row of the policy table on to the scheduler. The others wait for sequences that are
-        with the scheduler now, so that each gets its turn."""
+        """Hand the sequences that can have a row of the policy table on to the scheduler. The others wait for sequences that
+        are with the scheduler now, so that each gets its turn."""
         for sequence in self._row_queue.take():
             self._scheduler.add(sequence)
         assert not self._row_queue or self._scheduler.has_work

@@ -11,8 +11,8 @@ class RowQueue:
     """Waiting sequences in order of rank. A sequence whose policy has a row already does not wait for one.
 
     Rows come free when the requests under their policy end. So that new requests cannot hold every row for ever, one row is
-    closed while a sequence waits: sequences that rank behind the first that needs a row may not join the closed one. It empties,
-    and the first takes it.
+    closed while a sequence waits: sequences that rank behind the first that needs a row may not join the closed one. It
+    empties, and the first takes it.
     """
 
     def __init__(self, table: PolicyTable) -> None:
@@ -39,8 +39,8 @@ class RowQueue:
         self._closed = None
 
     def take(self) -> list[Sequence]:
-        """Give rows to those who can have one, in order of rank, and let them go. To be called after every change: of the queue,
-        of the policies that are resident, and of the requests that hold rows."""
+        """Give rows to those who can have one, in order of rank, and let them go. To be called after every change: of the
+        queue, of the policies that are resident, and of the requests that hold rows."""
         taken: list[Sequence] = []
         left: list[Sequence] = []
         needed = False  # by one that ranks before

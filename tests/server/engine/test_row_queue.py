@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.core import EngineCore
-from server.engine.messages import Abort, Activate, StepResult, Submit
+from server.engine.messages import Abort, Activate, Activated, StepResult, Submit
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.server.fakes import fake_core, fake_policy
 
@@ -105,4 +105,4 @@ def test_every_request_ends_once(script: list[tuple[object, ...]], max_policies:
                 done += ended(core.step())
     done += run(core)
     assert sorted(done) == sorted(submitted)
-    assert core.handle(Activate(0, tuple(fake_policy(f"new{n}") for n in range(max_policies)))).error is None
+    assert core.handle(Activate(7, tuple(fake_policy(f"new{n}") for n in range(max_policies)))) == Activated(7)
