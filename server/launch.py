@@ -37,6 +37,7 @@ from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.settings import ServerSettings
 from server.text.tokenizer import Tokenizer
+from server.text.tool_dialects import DIALECTS, ToolDialect, detect_dialect
 
 if TYPE_CHECKING:  # an optional extra
     from server.telemetry import Telemetry
@@ -198,6 +199,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         metrics=metrics,
         config=config,
         model_name=name,
+        tool_dialect=_tool_dialect(settings, tokenizer),
         frontier_batch=settings.frontier_batch,
         request_timeout=settings.request_timeout,
         strict_fields=settings.strict_fields,
@@ -210,6 +212,14 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
 def given_name(model: str) -> str:
     """The last part of the path that was given. A link is not followed: `models/prod` is served as `prod` wherever it leads."""
     return Path(os.path.abspath(model)).name
+
+
+def _tool_dialect(settings: ServerSettings, tokenizer: Tokenizer) -> ToolDialect:
+    detected = detect_dialect(tokenizer.chat_template)
+    dialect = detected if settings.tool_parser == "auto" else DIALECTS[settings.tool_parser]
+    how = "the chat template shows tools" if tokenizer.template_knows_tools else "a built-in text describes tools"
+    logger.info("%s to the model; its calls are read as %s", how, dialect.name)
+    return dialect
 
 
 def _telemetry(settings: ServerSettings, name: str) -> "Telemetry | None":

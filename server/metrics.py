@@ -270,8 +270,8 @@ class Metrics:
             self.policy_info.labels(name, version, str(name == default).lower()).set(1)
             for metric in self._by_policy:
                 metric.labels(name)
-            for reason in FinishReason:
-                self.request_success.labels(reason.value, name)
+            for reason in (*FinishReason, "tool_calls"):  # the door's word for a stop after calls
+                self.request_success.labels(str(reason), name)
         self.routing_accuracy.set(math.nan if accuracy is None else accuracy)
         self.routing_accuracy_floor.set(math.nan if floor is None else floor)
 

@@ -126,6 +126,11 @@ class ServerSettings(BaseSettings):
     allow_special_tokens: bool = Field(
         False, description="Names of special tokens in chat messages are these tokens; they are text otherwise."
     )
+    tool_parser: Literal["auto", "hermes", "llama3", "json"] = Field(
+        "auto",
+        description="How the model writes calls of tools: hermes (Qwen2.5, Hermes), llama3, or plain json; auto: as its chat "
+        "template says.",
+    )
     strict_fields: bool = Field(False, description="Refuse request fields that nobody knows; they are ignored otherwise.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     header_timeout: float = Field(

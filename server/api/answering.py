@@ -15,6 +15,7 @@ from server.api.schemas import GenerationFields
 from server.api.services import Services
 from server.api.streaming import EventStream, until_disconnect
 from server.errors import InternalError, to_service_error
+from server.text.answer_text import join_calls
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[De
             finish_reason=choice[-1].finish_reason,
             first=True,
             tokens=tuple(token for part in choice for token in part.tokens),
+            calls=join_calls(call for part in choice for call in part.calls),
             trace=joined(traces) if (traces := [part.trace for part in choice if part.trace is not None]) else None,
         )
         for index, choice in enumerate(parts)

@@ -40,7 +40,9 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
 @router.post("/v1/chat/completions", responses=ANSWERS)
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = make_terms(body, 1, request, services)
-    dialect = ChatDialect(body.model or services.model_name, terms.service_tier, body.stream_options, services)
+    dialect = ChatDialect(
+        body.model or services.model_name, terms.service_tier, body.stream_options, services, tools=bool(body.tools)
+    )
 
     generation = chat_generation(body, dialect.id, terms, services)
     return await answer(await until_disconnect(request, generation), dialect, body, request, services)

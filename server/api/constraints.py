@@ -13,9 +13,12 @@ from server.text.grammar import Grammar
 T = TypeVar("T")
 
 
-async def make_grammar(fields: GenerationFields, services: Services) -> Grammar | None:
-    """Compiled on a thread of its own. Raises BadRequest naming the field when there are several or it cannot be met."""
-    compilers = _compilers(fields, services)
+async def make_grammar(
+    fields: GenerationFields, services: Services, calls: Callable[[], Grammar] | None = None
+) -> Grammar | None:
+    """Compiled on a thread of its own. `calls` is what tool_choice asks for. Raises BadRequest naming the field when there are
+    several constraints or one cannot be met."""
+    compilers = _compilers(fields, services) | ({} if calls is None else {"tool_choice": calls})
     if not compilers:
         return None
     if len(compilers) > 1:

@@ -14,6 +14,7 @@ from server.api.schemas import StreamOptions
 from server.api.services import Services
 from server.api.streaming import DONE, sse
 from server.errors import ServiceError
+from server.text.answer_text import CallDelta
 
 
 class Dialect(ABC):
@@ -127,11 +128,22 @@ class TextDialect(ChoicesDialect):
 
 
 class ChatDialect(ChoicesDialect):
+    """`tools`: there may be calls, so that a chunk without text has no content, rather than an empty one."""
+
     operation = "chat"
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: str, service_tier: str, options: StreamOptions | None, services: Services, tools: bool = False
+    ) -> None:
+        super().__init__(model, service_tier, options, services)
+        self._tools = tools
+
     def choice(self, whole: Delta) -> dict[str, Any]:
-        return self._choice(whole, "message", {"role": "assistant", "content": whole.text})
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text}
+        if whole.calls:
+            message |= {"content": whole.text or None, "tool_calls": [_call(call) for call in whole.calls]}
+        return self._choice(whole, "message", message)
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """The finish reason comes in a chunk of its own, whose delta is empty."""
@@ -143,9 +155,11 @@ class ChatDialect(ChoicesDialect):
         return [self.chunk([each]) for each in ((said, end) if _says_something(said) else (end,))]
 
     def chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        message = {"role": "assistant"} if delta.first else {}
-        if delta.finish_reason is None:
+        message: dict[str, Any] = {"role": "assistant"} if delta.first else {}
+        if delta.finish_reason is None and (delta.text or not self._tools):
             message["content"] = delta.text
+        if delta.calls:
+            message["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
         return self._choice(delta, "delta", message)
 
     def _choice(self, delta: Delta, name: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -154,4 +168,12 @@ class ChatDialect(ChoicesDialect):
 
 
 def _says_something(delta: Delta) -> bool:
-    return bool(delta.first or delta.text or delta.tokens or delta.trace is not None)
+    return bool(delta.first or delta.text or delta.calls or delta.tokens or delta.trace is not None)
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    """A call, or in a stream what is added to it."""
+    function = {"arguments": call.arguments}
+    if call.name is None:
+        return {"function": function}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}

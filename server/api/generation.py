@@ -20,8 +20,10 @@ from server.engine.messages import RoutingTrace, TokenEvent
 from server.engine.request import FinishReason, GenerationRequest, Trace
 from server.errors import BadRequest, DeadlineExceeded
 from server.policies.store import Route
-from server.text.detokenizer import Detokenizer, StopStrings
+from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
+from server.text.detokenizer import Detokenizer
 from server.text.grammar import Grammar, GrammarState
+from server.text.tool_parsers import ToolParser
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one generated token added to the choice `index`; the last one has a finish reason. `tokens` are there when
-    log-probabilities were asked for, those of an echoed prompt in the first delta; `trace` when a routing trace was."""
+    log-probabilities were asked for, those of an echoed prompt in the first delta; `trace` when a routing trace was; `calls`
+    what is added to calls of tools."""
 
     index: int
     text: str
@@ -68,6 +71,7 @@ class Delta:
     first: bool
     tokens: tuple[ScoredToken, ...] = ()
     trace: RoutingTrace | None = None
+    calls: tuple[CallDelta, ...] = ()
 
 
 class Choice:
@@ -80,7 +84,7 @@ class Choice:
         self,
         index: int,
         request: GenerationRequest,
-        stops: Sequence[str],
+        text: AnswerText,
         services: Services,
         echo: Echo | None = None,
         answer: bool = True,
@@ -93,7 +97,7 @@ class Choice:
         self.answer = answer
         self._engine, self._echo = services.engine, echo
         self._detokenizer = Detokenizer(services.tokenizer.decode, request.prompt_ids)
-        self._stops = StopStrings(stops)
+        self._text = text
         self._offset = 0 if echo is None else len(echo.text)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -135,14 +139,21 @@ class Choice:
         if event.finished is not None:
             piece += self._detokenizer.flush()
         self._offset += len(piece)
-        text, stopped = self._stops.push(piece)
-        if stopped:
+        shown = self._text.push(piece)
+        text, calls = delta.text + shown.text, shown.calls
+        if shown.ended:
             self._engine.finish(self.request.request_id)
-            self.finish_reason = FinishReason.STOP.value
+            self.finish_reason = self._stopped
         elif event.finished is not None:
-            text += self._stops.flush()
-            self.finish_reason = event.finished.finish_reason.value
-        return replace(delta, text=delta.text + text, finish_reason=self.finish_reason, tokens=tokens, trace=event.trace)
+            rest = self._text.flush()
+            text, calls = text + rest.text, calls + rest.calls
+            reason = event.finished.finish_reason
+            self.finish_reason = self._stopped if reason is FinishReason.STOP else reason.value
+        return replace(delta, text=text, finish_reason=self.finish_reason, tokens=tokens, trace=event.trace, calls=calls)
+
+    @property
+    def _stopped(self) -> str:
+        return TOOL_CALLS if self._text.called else FinishReason.STOP.value
 
 
 class Generation:
@@ -242,9 +253,10 @@ def make_generation(
     terms: Terms,
     grammar: Grammar | None,
     services: Services,
+    tool_parser: Callable[[], ToolParser] | None = None,
 ) -> Generation:
     """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
-    the rest of the context. Raises BadRequest, ContextLengthExceeded."""
+    the rest of the context. `tool_parser` makes the reader of one choice's calls. Raises BadRequest, ContextLengthExceeded."""
     limits = services.engine.limits
     asked = fields.routing_trace
     trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
@@ -271,7 +283,8 @@ def make_generation(
                 flow=terms.flow,
                 trace=trace,
             )
-            choices.append(Choice(index, request, fields.stop, services, prompt.echo, answer=max_tokens != 0))
+            text = AnswerText(fields.stop, None if tool_parser is None else tool_parser())
+            choices.append(Choice(index, request, text, services, prompt.echo, answer=max_tokens != 0))
     return Generation(completion_id, terms, choices, fields.n, services)
 
 

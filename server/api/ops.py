@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 import ladimo
 from server.api.bodies import JsonRoute
+from server.api.chat import chat_tokens
 from server.api.routing_choice import split_model
 from server.api.sampling import check_ids
 from server.api.schemas import MAX_TEXT, DetokenizeRequest, TokenizeRequest
@@ -97,18 +98,14 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDe
     context = services.engine.limits.max_model_len if ready else services.config.max_position_embeddings
     most = max(MAX_TEXT, services.tokenizer.most_characters(context))
     param = "prompt" if body.messages is None else "messages"
-    characters = len(body.prompt or "") + sum(len(message.text) for message in body.messages or ())
+    characters = len(body.prompt or "") + sum(message.characters for message in body.messages or ())
     if characters > most:
         raise BadRequest(f"{param}: {characters} characters are more than the {most} that are tokenized at once", param=param)
     if body.messages is not None:
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        encoding = services.tokenizer.encode_chat(messages, body.format)
+        encoding = chat_tokens(body.messages, body.functions_of_tools, body.format, services)
     else:
         encoding = services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
-    try:
-        tokens = await until_disconnect(request, encoding)
-    except ValueError as error:
-        raise BadRequest(str(error), param="messages") from error
+    tokens = await until_disconnect(request, encoding)
     answer = await services.tokenizer.run(lambda: _token_list(tokens, context), len(tokens))
     return Response(answer, media_type="application/json")
 

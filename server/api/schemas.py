@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.chat_fields import ChatFields
+from server.api.tool_fields import MAX_CALLS, CallId, ToolCall, ToolFields
 from server.api.wire import (
     Absent,
     Alternatives,
@@ -233,30 +234,56 @@ class TextPart(WireModel):
 
 
 class Message(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    """`tool_calls` belongs to the assistant, whose content may be null then; `tool_call_id` to the role tool, to a result."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], StopAtError(), BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = []
+    tool_call_id: CallId | None = None
 
-    tool_calls: Annotated[Any, only([])] = []
-    tool_call_id: Absent = None
     function_call: Absent = None
     audio: Absent = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, data: Any) -> Any:
+        calls = isinstance(data, dict) and data.get("role") == "assistant" and data.get("tool_calls")
+        return {**data, "content": data.get("content") or ""} if calls else data
+
+    @model_validator(mode="after")
+    def _parts_fit_the_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "tool_calls belongs to the role assistant")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise PydanticCustomError("tool_call_id", "tool_call_id belongs to the role tool, and is needed there")
+        return self
 
     @property
     def text(self) -> str:
         return "".join(part.text for part in self.content)
 
+    @property
+    def characters(self) -> int:
+        return len(self.text) + sum(len(call.function.arguments) for call in self.tool_calls)
 
-class ChatCompletionRequest(GenerationFields, ChatFields):
+    def to_dict(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtError()]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="Needs logprobs to be true.")
 
-    tools: Annotated[Any, only([])] = []
-    tool_choice: Annotated[Any, only("none", "auto")] = "none"
-    parallel_tool_calls: bool = True
     functions: Annotated[Any, only([])] = []
     function_call: Annotated[Any, only("none", "auto")] = "none"
     modalities: Annotated[Any, only(["text"])] = ["text"]
@@ -280,8 +307,8 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
         return self.top_logprobs if self.logprobs else None
 
 
-class TokenizeRequest(ChatFields):
-    """Text as the completions endpoint would read it, or messages as the chat endpoint would render them."""
+class TokenizeRequest(ChatFields, ToolFields):
+    """Text as the completions endpoint would read it, or messages and tools as the chat endpoint would render them."""
 
     model: str | None = None
     prompt: str | None = None
@@ -292,6 +319,8 @@ class TokenizeRequest(ChatFields):
     def _one_input(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("prompt", "give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise PydanticCustomError("tools", "tools go with messages")
         return self
 
 

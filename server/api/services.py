@@ -14,6 +14,7 @@ from server.metrics import Metrics
 from server.policies.store import PolicyStore
 from server.text.grammar import GrammarCompiler
 from server.text.tokenizer import Tokenizer
+from server.text.tool_dialects import PLAIN_JSON, ToolDialect
 
 if TYPE_CHECKING:  # an optional extra
     from server.telemetry import Telemetry
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # an optional extra
 class Services:
     """`created`: Unix seconds of the server's start. `frontier_batch`: the batch size whose frontier the knob walks.
     `request_timeout`: seconds that a request may take at most (None: any). `strict_fields`: unknown fields are errors.
+    `tool_dialect`: how the model writes calls of tools.
     `telemetry` None: requests are not traced.
     `fair_queueing`: who takes turns where requests wait.
     `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
@@ -38,6 +40,7 @@ class Services:
     metrics: Metrics
     config: ModelConfig
     model_name: str
+    tool_dialect: ToolDialect = PLAIN_JSON
     frontier_batch: int = 1
     request_timeout: float | None = None
     strict_fields: bool = False

@@ -4,6 +4,7 @@ A `Grammar` is checked and compiled at the HTTP edge; the engine sees only the `
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
         self._vocab_size = vocab_size
+        self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
 
     def json_schema(self, schema: dict[str, Any] | None) -> "Grammar":
         """Text that is JSON of this schema; None is any JSON object. Raises ValueError."""
@@ -36,7 +38,18 @@ class GrammarCompiler:
         if not choices or not all(choices):
             raise ValueError("choices must be a list of non-empty strings")
         rule = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-        return self._compile(LLMatcher.grammar_from_lark, f"start: {rule}")
+        return self.lark(f"start: {rule}")
+
+    def lark(self, source: str) -> "Grammar":
+        """Text that a grammar in llguidance's dialect of Lark describes. Raises ValueError."""
+        return self._compile(LLMatcher.grammar_from_lark, source)
+
+    def literal(self, text: str) -> str:
+        """A text as `lark` takes it. Where it holds the name of a special token, that token is meant."""
+        names = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
+        parts = [part for part in re.split(f"({names})" if names else "(?!)", text) if part]
+        written = [f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts]
+        return f"({' '.join(written)})"
 
     def _compile(self, read: Callable[[str], str], source: str) -> "Grammar":
         try:

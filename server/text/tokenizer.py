@@ -87,7 +87,7 @@ class Tokenizer:
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], form: ChatFormat = ChatFormat()) -> list[int]:
         """Render and encode. Raises ValueError when the template refuses the messages. Templates run in transformers'
         immutable sandbox."""
-        size = sum(len(message.get("content") or "") for message in messages)
+        size = sum(len(str(each)) for each in (*messages, *(form.tools or ())))
         return await self.run(lambda: self._encode_chat(messages, form), size)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -126,6 +126,10 @@ class Tokenizer:
     async def run(self, work: Callable[[], T], size: int) -> T:
         """Run on a thread, among works of like `size`: the characters or tokens that `work` deals with."""
         return await self._lanes.run(work, size)
+
+    @property
+    def template_knows_tools(self) -> bool:
+        return re.search(r"\btools\b", self.chat_template) is not None
 
     @property
     def info(self) -> dict[str, Any]:

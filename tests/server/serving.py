@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,10 +26,10 @@ from server.api.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.api.services import Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
-from server.engine.batch import Batch
+from server.engine.batch import Batch, samples
 from server.engine.core import EngineCore
 from server.engine.messages import StepStats
-from server.engine.model_runner import BatchOutput
+from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.request import GenerationRequest
 from server.metrics import Metrics
 from server.policies.controller import RecentLatencies
@@ -38,7 +38,8 @@ from server.policies.targets import Target
 from server.policies.tiers import Tier
 from server.telemetry import Telemetry
 from server.text.tokenizer import Tokenizer
-from tests.factories import save_tokenizer
+from server.text.tool_dialects import PLAIN_JSON, ToolDialect
+from tests.factories import EOS_ID, make_tokenizer, save_tokenizer
 from tests.server.fakes import FAKE_CONFIG, FakeRunner, fake_core, fake_policy
 
 CONFIG = replace(FAKE_CONFIG, vocab_size=258)
@@ -134,6 +135,24 @@ class Server:
         self.runner.execute = watched  # type: ignore[method-assign]
         return seen
 
+    def say(self, *texts: str) -> None:
+        """From now on the model answers with these texts: each new sequence with the next one, the last one again and again."""
+        left, tokens = list(texts), dict[str, Iterator[int]]()
+        tokenizer = make_tokenizer()
+
+        def scripted(batch: Batch) -> BatchOutput:
+            output = FakeRunner.execute(self.runner, batch)
+            drawing = [sequence for sequence, count in batch.scheduled if samples(sequence, count)]
+            for place, sequence in enumerate(drawing):
+                key = sequence.request.request_id
+                if key not in tokens:
+                    text = left.pop(0) if len(left) > 1 else left[0]
+                    tokens[key] = iter([*tokenizer.encode(text, add_special_tokens=False), EOS_ID])
+                output.drawn[place] = Drawn(next(tokens[key]), output.drawn[place].logprobs)
+            return output
+
+        self.runner.execute = scripted  # type: ignore[method-assign]
+
     def release(self) -> None:
         """Hold nothing back any more, so that the engine can stop."""
         for event in (self.runner.gate, *self.releases):
@@ -173,6 +192,7 @@ class Parts:
     strict_fields: bool = False
     fair_queueing: Literal["key", "user", "none"] = "key"
     stall_timeout: float = 120.0
+    tool_dialect: ToolDialect = PLAIN_JSON
     header_timeout: float = HEADER_SECONDS
     send_timeout: float = SEND_SECONDS
     default: Target | None = None
@@ -188,7 +208,7 @@ async def make_server(
     tmp_path: Path, parts: Parts, **core: Any
 ) -> AsyncIterator[tuple[FastAPI, Services, FakeRunner, list[BaseException]]]:
     save_tokenizer(tmp_path / "tokenizer")
-    built, runner = fake_core(config=CONFIG, max_model_len=CONTEXT, **core)
+    built, runner = fake_core(**{"config": CONFIG, "max_model_len": CONTEXT} | core)
     num_experts = {index: layer.num_experts for index, layer in enumerate(CONFIG.layers) if layer is not None}
     metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies()
 
@@ -217,6 +237,7 @@ async def make_server(
         fair_queueing=parts.fair_queueing,
         telemetry=parts.telemetry,
         stall_timeout=parts.stall_timeout,
+        tool_dialect=parts.tool_dialect,
     )
     died: list[BaseException] = []
     app = create_app(services, latencies, parts.access, on_dead=died.append)

@@ -99,6 +99,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str]] = [
 ]  # fmt: skip
 
 USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_CHATS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"messages": []}, 400, "invalid_request", "messages"),
     ({"messages": "hi"}, 400, "invalid_request", "messages"),
@@ -108,8 +110,29 @@ BAD_CHATS: list[tuple[dict[str, Any], int, str, str]] = [
      "invalid_request", "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "context_length_exceeded", "messages"),
     ({"max_completion_tokens": CONTEXT}, 400, "context_length_exceeded", "max_tokens"),
-    ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-    ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
+    ({"tools": [{"type": "function"}]}, 400, "invalid_request", "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, 400, "invalid_request", "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "invalid_request", "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "a" * 65}}]}, 400, "invalid_request", "tools[0].function.name"),
+    ({"tools": [TOOL, TOOL]}, 400, "invalid_request", "tools"),
+    ({"tools": [{"type": "function", "function": {"name": f"f{place}"}} for place in range(129)]}, 400, "invalid_request",
+     "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "x" * 70_000}}}]}, 400, "invalid_request",
+     "tools[0].function.parameters"),
+    ({"tools": [{"type": "function", "function": {"name": f"f{place}", "description": "x" * 60_000}} for place in range(5)]},
+     400, "invalid_request", "tools"),
+    ({"tool_choice": "required"}, 400, "invalid_request", "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "any"}, 400, "invalid_request", "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, 400, "invalid_request",
+     "tool_choice"),
+    ({"functions": [{"name": "f"}]}, 400, "unsupported_parameter", "functions"),
+    ({"function_call": {"name": "f"}}, 400, "unsupported_parameter", "function_call"),
+    ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "invalid_request", "messages[1]"),
+    ({"messages": [{**USER, "tool_calls": [CALL]}]}, 400, "invalid_request", "messages[0]"),
+    ({"messages": [{**USER, "tool_call_id": "c1"}]}, 400, "invalid_request", "messages[0]"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, 400, "invalid_request", "messages[1].content"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]}, 400,
+     "invalid_request", "messages[1].tool_calls[0].function.arguments"),
     ({"max_tokens": 0}, 400, "invalid_request", "max_tokens"),
     ({"echo": True}, 400, "unsupported_parameter", "echo"),
     ({"logprobs": 1}, 400, "invalid_request", "logprobs"),

@@ -87,7 +87,7 @@ async def test_first_events_count_in_a_rate(tmp_path: Path) -> None:
         for policy in TOP_K:
             assert samples[f'ladimo_generation_tokens_total{{policy="{policy}"}}'] == 0
             assert samples[f'ladimo_inter_token_latency_seconds_count{{policy="{policy}"}}'] == 0
-            for reason in ("stop", "length", "abort"):
+            for reason in ("stop", "length", "tool_calls", "abort"):
                 assert samples[f'ladimo_request_success_total{{finish_reason="{reason}",policy="{policy}"}}'] == 0
         for code in ("internal_error", "queue_full", "context_length_exceeded"):
             assert samples[f'ladimo_request_failures_total{{code="{code}"}}'] == 0
