@@ -208,7 +208,8 @@ async def make_server(
     tmp_path: Path, parts: Parts, **core: Any
 ) -> AsyncIterator[tuple[FastAPI, Services, FakeRunner, list[BaseException]]]:
     save_tokenizer(tmp_path / "tokenizer")
-    built, runner = fake_core(**{"config": CONFIG, "max_model_len": CONTEXT} | core)
+    sizes: dict[str, Any] = {"config": CONFIG, "max_model_len": CONTEXT, **core}
+    built, runner = fake_core(**sizes)
     num_experts = {index: layer.num_experts for index, layer in enumerate(CONFIG.layers) if layer is not None}
     metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies()
 

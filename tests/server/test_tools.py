@@ -74,7 +74,7 @@ def joined(chunks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def without_ids(choices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    shown = json.loads(json.dumps(list(choices)))
+    shown: list[dict[str, Any]] = json.loads(json.dumps(list(choices)))
     for choice in shown:
         for call in choice["message"].get("tool_calls", []):
             assert call.pop("id").startswith("call_")
@@ -115,7 +115,8 @@ async def test_nothing_is_a_call_where_nothing_may_be_called(tmp_path: Path) -> 
     call = HERMES.call("get_weather", PARIS)
     async with tool_server(tmp_path) as server:
         server.say(call)
-        for fields in ({"tools": []}, {"tool_choice": "none"}, {"tools": None, "tool_choice": "auto"}):
+        nothing: list[dict[str, Any]] = [{"tools": []}, {"tool_choice": "none"}, {"tools": None, "tool_choice": "auto"}]
+        for fields in nothing:
             answer = await chat(server, **fields)
             assert answer["choices"][0]["message"] == {"role": "assistant", "content": call}
         bare = await server.client.post("/v1/chat/completions", json={**ASK, "tool_choice": "none"})
