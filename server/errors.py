@@ -17,6 +17,7 @@ ServiceError                       status  code
 │   ├── PolicyInUse                409     policy_in_use
 │   ├── NoPreviousDefault          409     no_previous_default
 │   └── TableFull                  409     policy_table_full
+├── PreconditionFailed             412     precondition_failed
 ├── BodyTooLarge                   413     body_too_large
 ├── UnsupportedMediaType           415     unsupported_media_type
 ├── QueueFull                      429     queue_full
@@ -129,6 +130,10 @@ class NoPreviousDefault(Conflict):
 
 class TableFull(Conflict):
     code = "policy_table_full"
+
+
+class PreconditionFailed(ServiceError):
+    status, type, code = 412, "invalid_request_error", "precondition_failed"
 
 
 class BodyTooLarge(ServiceError):

@@ -4,21 +4,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Header, Request, Response
 
-from ladimo.policy import FrontierPoint
+from ladimo.policy import FrontierPoint, RoutingPolicy
 from server.api.bodies import JsonRoute
+from server.api.routing_schemas import DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.services import Services, ServicesDep
 from server.engine.async_engine import EngineState
-from server.policies.store import Route, State
+from server.errors import PreconditionFailed
+from server.policies.store import PolicyStore, Route, State
 
 router = APIRouter(route_class=JsonRoute)
 admin = APIRouter(prefix="/admin", route_class=JsonRoute)
 audit_log = logging.getLogger("server.audit")
-
-JsonObject = Annotated[dict[str, Any], Body()]
 
 
 @router.get("/v1/routing")
@@ -26,37 +27,43 @@ async def routing(services: ServicesDep) -> dict[str, Any]:
     """The default, the service tiers, the policies with their versions and figures, and the frontier that the knob walks."""
     store = services.store
     points = () if store.frontier is None else store.frontier.points
-    figures = {point.policy: point for point in points}
     return {
         "default": _default(services),
         "service_tiers": {
             name: tier.to_dict() | _now(store.resolve(tier.ask, controlled=tier.controlled))
             for name, tier in store.tiers.items()
         },
-        "policies": [
-            {
-                "name": name,
-                "version": policy.version,
-                "description": policy.description,
-                "source": "stored" if name in store.state.stored else "checkpoint",
-                "accuracy": store.position(policy),
-                "figures": figures[name].to_dict() if name in figures and store.checkpoint[name] == policy else None,
-                "layers": policy.to_dict()["layers"],
-            }
-            for name, policy in store.policies().items()
-        ],
+        "policies": [_describe(policy, store) for policy in store.policies().values()],
         "frontier": None if store.frontier is None else [_point(point, services) for point in points],
         "frontier_batch": services.frontier_batch,
     }
 
 
+@router.get("/v1/routing/policies/{name}", responses={200: {"model": PolicyBody}})
+async def policy(name: str, response: Response, services: ServicesDep) -> dict[str, Any]:
+    """One policy, as it can be stored again. The header `ETag` is its version, for `If-Match`."""
+    found = services.store.get(name)
+    response.headers["ETag"] = _etag(found)
+    return _describe(found, services.store)
+
+
 @admin.put("/routing/policies/{name}")
-async def put_policy(name: str, body: JsonObject, request: Request, services: ServicesDep) -> dict[str, Any]:
+async def put_policy(
+    name: str,
+    body: PolicyJson,
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    if_match: Annotated[str | None, Header(description="The policy is stored only over the version of this ETag.")] = None,
+    if_none_match: Annotated[str | None, Header(description="`*`: the policy is stored only if its name is free.")] = None,
+) -> dict[str, Any]:
     async with services.admin_lock:
         old = services.store.policies().get(name)
+        _check_preconditions(old, if_match, if_none_match)
         state = services.store.put(name, body)
         await _commit(state, services)
         new = services.store.get(name)
+        response.headers["ETag"] = _etag(new)
         versions = {"old_version": None if old is None else old.version, "new_version": new.version}
         _audit(request, "put policy", policy=name, **versions)
     return {"name": name, "version": new.version, "previous_version": versions["old_version"]}
@@ -74,15 +81,34 @@ async def delete_policy(name: str, request: Request, services: ServicesDep) -> d
 
 
 @admin.put("/routing/default")
-async def put_default(body: JsonObject, request: Request, services: ServicesDep) -> dict[str, Any]:
+async def put_default(body: DefaultJson, request: Request, services: ServicesDep) -> dict[str, Any]:
     async with services.admin_lock:
         return await _change_default(services.store.set_default(body), "put default", request, services)
 
 
 @admin.post("/routing/rollback")
-async def roll_back(request: Request, services: ServicesDep) -> dict[str, Any]:
+async def roll_back(request: Request, services: ServicesDep, body: RollbackBody | None = None) -> dict[str, Any]:
+    """Back to the previous default. The answer says what that changed.
+
+    `restored_policy`: a version came back under its name. `newer_policy`: the name has had a newer version since. That one
+    stays and is the default now; `restore_policy` puts back the old one instead.
+    """
     async with services.admin_lock:
-        return await _change_default(services.store.roll_back(), "roll back", request, services)
+        store = services.store
+        back = store.roll_back(body is not None and body.restore_policy)
+        restored = newer = None
+        if back.restored is not None:
+            replaced = store.policies().get(back.restored.name)
+            restored = {
+                "name": back.restored.name,
+                "version": back.restored.version,
+                "replaced_version": None if replaced is None else replaced.version,
+            }
+        if back.skipped is not None:
+            name = back.skipped.name
+            newer = {"name": name, "version": store.get(name).version, "old_version": back.skipped.version}
+        facts = {"restored_policy": restored, "newer_policy": newer}
+        return await _change_default(back.state, "roll back", request, services, facts) | facts
 
 
 @admin.post("/drain")
@@ -93,8 +119,11 @@ async def drain(request: Request, services: ServicesDep) -> dict[str, Any]:
     return {"draining": True, "running": services.admission.in_flight}
 
 
-async def _change_default(state: State, action: str, request: Request, services: Services) -> dict[str, Any]:
-    old = services.store.resolve()
+async def _change_default(
+    state: State, action: str, request: Request, services: Services, facts: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """`facts`: more for the audit."""
+    old, before = services.store.resolve(), services.store.state.default.to_dict()
     seconds = await _commit(state, services, swap=True)
     new = services.store.resolve()
     _audit(
@@ -103,9 +132,11 @@ async def _change_default(state: State, action: str, request: Request, services:
         policy=new.policy.name,
         old_version=old.policy.version,
         new_version=new.policy.version,
+        previous_default=before,
         default=services.store.state.default.to_dict(),
+        **facts,
     )
-    return {"default": _default(services), "swap_seconds": seconds}
+    return {"default": _default(services), "previous_default": {"target": before} | _now(old), "swap_seconds": seconds}
 
 
 async def _commit(state: State, services: Services, swap: bool = False) -> float:
@@ -158,6 +189,35 @@ def _now(route: Route) -> dict[str, Any]:
 def _point(point: FrontierPoint, services: Services) -> dict[str, Any]:
     assert services.store.frontier is not None
     return {**point.to_dict(), "accuracy": services.store.frontier.position(point.policy)}
+
+
+def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:
+    """A policy's content, and what is known of it."""
+    own = store.frontier is not None and store.checkpoint.get(policy.name) == policy
+    points = store.frontier.points if own and store.frontier is not None else ()
+    return policy.to_dict() | {
+        "version": policy.version,
+        "source": "stored" if policy.name in store.state.stored else "checkpoint",
+        "accuracy": store.position(policy),
+        "figures": next((point.to_dict() for point in points if point.policy == policy.name), None),
+    }
+
+
+def _etag(policy: RoutingPolicy) -> str:
+    return f'"{policy.version}"'
+
+
+def _check_preconditions(policy: RoutingPolicy | None, if_match: str | None, if_none_match: str | None) -> None:
+    """RFC 9110, 13.1. Raises PreconditionFailed."""
+    if if_match is not None and not _matches(if_match, policy):
+        now = "there is none" if policy is None else f"it is {policy.version}"
+        raise PreconditionFailed(f"If-Match: the policy has another version by now; {now}", param="If-Match")
+    if if_none_match is not None and _matches(if_none_match, policy):
+        raise PreconditionFailed("If-None-Match: there is such a policy", param="If-None-Match")
+
+
+def _matches(tags: str, policy: RoutingPolicy | None) -> bool:
+    return policy is not None and any(tag.strip() in ("*", _etag(policy)) for tag in tags.split(","))
 
 
 def _audit(request: Request, action: str, **facts: str | Mapping[str, Any] | None) -> None:

@@ -1,9 +1,12 @@
 """The named policies, the default and its history; how a request's choice becomes one policy version.
 
-Everything that can change is one immutable `State`. An admin action makes the next state, has the engine accept it, and then
-commits it: to disk whole, then to memory. Requests hold the `RoutingPolicy` they resolved to and see nothing of it.
+What operators set is one immutable `State`. An admin action makes the next state, has the engine accept it, and then commits
+it: to disk whole, then to memory. Requests hold the `RoutingPolicy` they resolved to and see nothing of it.
+
+Where automatic control has put the knob is not part of the state. It changes every second and is not kept: `auto_accuracy`.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +21,10 @@ from server.policies.tiers import FIXED, Tier, default_tiers
 
 STATE_FILE = "routing.json"
 MAX_HISTORY = 32
+MAX_DESCRIPTION = 1000  # characters
+CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters and line separators
+# What GET tells of a policy besides its content. A PUT may hold them, so that what was read can be sent again.
+READ_ONLY = frozenset({"version", "source", "accuracy", "figures"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,19 @@ class State:
     stored: Mapping[str, RoutingPolicy]
     default: Target
     history: tuple[PastDefault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The state before the default's last change, and what becomes of the policy that the default named then.
+
+    `restored`: the version that comes back under its name. `skipped`: the version that does not, because its name has got a
+    newer one since; the default then means the newer one.
+    """
+
+    state: State
+    restored: RoutingPolicy | None = None
+    skipped: RoutingPolicy | None = None
 
 
 class PolicyStore:
@@ -147,11 +167,13 @@ class PolicyStore:
     def put(self, name: str, raw: Mapping[str, object]) -> State:
         """Store a policy under `name`. Raises InvalidPolicy naming the first wrong field."""
         try:
-            policy = RoutingPolicy.from_dict({"name": name, **raw})
+            given = {key: value for key, value in raw.items() if key not in READ_ONLY and value is not None}
+            policy = RoutingPolicy.from_dict({"name": name, **given})
             if policy.name != name:
                 raise ValueError(f"name: is {policy.name!r}, the path says {name!r}")
             if name == AUTO:
                 raise ValueError(f"name: {AUTO!r} means automatic control and cannot name a policy")
+            _check_description(policy.description)
             policy.validate(self.config)
             self._check_budgets(policy)
         except ValueError as error:
@@ -182,15 +204,26 @@ class PolicyStore:
         self._check_default(self.state, target)
         return self._next(self.state.stored, target)
 
-    def roll_back(self) -> State:
-        """The previous default, with the policy version that it named then. Raises NoPreviousDefault."""
+    def roll_back(self, restore_policy: bool = False) -> Rollback:
+        """Back to the previous default. Raises NoPreviousDefault.
+
+        The policy version that it named comes back where it was replaced as the default, or removed. A version that was put
+        after the default had moved on stays, unless `restore_policy` says otherwise.
+        """
         if not self.state.history:
             raise NoPreviousDefault("the default has not been changed; there is nothing to roll back to")
         *history, previous = self.state.history
-        stored = dict(self.state.stored)
-        if previous.policy is not None and self.policies().get(previous.policy.name) != previous.policy:
-            stored[previous.policy.name] = previous.policy
-        return State(stored, previous.target, tuple(history))
+        stored, then = dict(self.state.stored), previous.policy
+        now = None if then is None else self.policies().get(then.name)
+        if then is None or now == then:
+            return Rollback(State(stored, previous.target, tuple(history)))
+        if now is not None and self.state.default != previous.target and not restore_policy:
+            return Rollback(State(stored, previous.target, tuple(history)), skipped=then)
+        if self.checkpoint.get(then.name) == then:
+            del stored[then.name]
+        else:
+            stored[then.name] = then
+        return Rollback(State(stored, previous.target, tuple(history)), restored=then)
 
     def commit(self, state: State) -> None:
         """Make a state the current one; on disk first, so that what was answered survives a crash."""
@@ -266,6 +299,13 @@ class PolicyStore:
         for index, rule in enumerate(() if self._batch_budgets else policy.layers):
             if rule is not None and rule.batch_experts is not None:
                 raise ValueError(f"layers[{index}].batch_experts: needs a server started with --batch-budgets")
+
+
+def _check_description(text: str) -> None:
+    if len(text) > MAX_DESCRIPTION:
+        raise ValueError(f"description: has {len(text)} characters, at most {MAX_DESCRIPTION} are allowed")
+    if any(unicodedata.category(character) in CONTROLS for character in text):
+        raise ValueError("description: must not have control characters or line breaks")
 
 
 def _to_dict(state: State) -> dict[str, object]:

@@ -53,7 +53,7 @@ def test_an_explicit_default_wins_over_the_persisted_one_and_can_be_rolled_back(
     store.commit(store.set_default({"policy": "fast"}))
     again = make_store(default=AtAccuracy(1.0), directory=tmp_path)
     assert again.state.default == AtAccuracy(1.0)
-    assert again.roll_back().default == Named("fast")
+    assert again.roll_back().state.default == Named("fast")
 
 
 def test_history_is_bounded_and_setting_the_same_default_adds_nothing() -> None:
@@ -62,7 +62,7 @@ def test_history_is_bounded_and_setting_the_same_default_adds_nothing() -> None:
         store.commit(store.set_default({"accuracy": n / 100}))
         store.commit(store.set_default({"accuracy": n / 100}))
     assert len(store.state.history) == MAX_HISTORY
-    assert store.roll_back().default == AtAccuracy((2 * MAX_HISTORY - 2) / 100)
+    assert store.roll_back().state.default == AtAccuracy((2 * MAX_HISTORY - 2) / 100)
 
 
 def test_a_model_without_frontier_takes_policies_but_no_accuracy() -> None:
