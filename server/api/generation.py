@@ -6,7 +6,7 @@ make_generation -> Generation -> deltas() -> a dialect writes them, streamed or 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from server.engine.request import FinishReason, GenerationRequest, Trace
 from server.errors import BadRequest, DeadlineExceeded
 from server.policies.store import Route
 from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
-from server.text.detokenizer import Detokenizer
+from server.text.detokenizer import Detokenizer, TokenDecoder
 from server.text.grammar import Grammar, GrammarState
 from server.text.tool_parsers import ToolParser
 
@@ -96,9 +96,10 @@ class Choice:
         self.finish_reason: str | None = None
         self.answer = answer
         self._engine, self._echo = services.engine, echo
-        self._detokenizer = Detokenizer(services.tokenizer.decode, request.prompt_ids)
+        self._detokenizer = Detokenizer(services.tokenizer, request.prompt_ids)
         self._text = text
         self._offset = 0 if echo is None else len(echo.text)
+        self._num_generated = 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         first = True
@@ -136,10 +137,9 @@ class Choice:
             # The place of the token itself, however much of its text a stop string holds back or cuts off.
             tokens = (*tokens, ScoredToken(event.token_id, self._offset, event.logprobs))
         piece = self._detokenizer.push(event.token_id)
-        if event.finished is not None:
-            piece += self._detokenizer.flush()
         self._offset += len(piece)
-        shown = self._text.push(piece)
+        self._num_generated += 1
+        shown = self._text.push(piece, early=self._num_generated <= self.request.sampling.min_tokens)
         text, calls = delta.text + shown.text, shown.calls
         if shown.ended:
             self._engine.finish(self.request.request_id)
@@ -288,14 +288,14 @@ def make_generation(
     return Generation(completion_id, terms, choices, fields.n, services)
 
 
-def make_echo(prompt_ids: Sequence[int], decode: Callable[[Sequence[int]], str], whole: bool) -> Echo:
-    """`whole` False: an answer follows, which a last character that the prompt only begins belongs to."""
-    detokenizer = Detokenizer(decode)
+def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:
+    """A last character that the prompt only begins is left to the answer."""
+    detokenizer = Detokenizer(decoder)
     text, offsets = "", []
     for token_id in prompt_ids:
         offsets.append(len(text))
         text += detokenizer.push(token_id)
-    return Echo(text + detokenizer.flush() if whole else text, tuple(offsets))
+    return Echo(text, tuple(offsets))
 
 
 async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> None:

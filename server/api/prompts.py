@@ -20,8 +20,7 @@ async def text_prompt(body: CompletionRequest, place: int, services: Services) -
     limits = services.engine.limits
     check_length(ids, body.max_tokens, limits.max_model_len, param)  # before time is spent on each token
     check_ids(ids, limits.vocab_size, param)
-    echo = await tokenizer.run(lambda: make_echo(ids, tokenizer.decode, whole=body.max_tokens == 0), len(ids))
-    return Prompt(ids, param, echo)
+    return Prompt(ids, param, await tokenizer.run(lambda: make_echo(ids, tokenizer), len(ids)))
 
 
 def check_text(characters: int, param: str, services: Services) -> None:

@@ -19,9 +19,10 @@ def make_sampling(fields: GenerationFields, max_tokens: int, prompt_logprobs: in
         raise BadRequest(
             f"min_tokens: {fields.min_tokens} is more than the {max_tokens} tokens there may be", param="min_tokens"
         )
+    greedy = fields.temperature < SMALLEST_TEMPERATURE or fields.top_p == 0 or fields.top_k == 1
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=fields.temperature if fields.temperature >= SMALLEST_TEMPERATURE else 0.0,
+        temperature=0.0 if greedy else fields.temperature,
         top_p=fields.top_p,
         top_k=max(fields.top_k, 0),
         min_p=fields.min_p,

@@ -151,10 +151,10 @@ class GenerationFields(WireModel):
         RoutingTraceField | None, BeforeValidator(_as_trace, json_schema_input_type=bool | RoutingTraceField | None)
     ] = Field(None, description=ROUTING_TRACE)
     max_tokens: int | None = Field(None, ge=0)
-    min_tokens: int = Field(0, ge=0, description="No end of text and no stop token before so many tokens.")
+    min_tokens: int = Field(0, ge=0, description="No end of text, stop token or stop string before so many tokens.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0: the most likely token.")
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: no limit.")
     min_p: Share = Field(0.0, description="Drop tokens less likely than this share of the most likely one's probability.")
     presence_penalty: Penalty = 0.0

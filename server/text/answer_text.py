@@ -38,11 +38,12 @@ class AnswerText:
         self.called = False
         self._stops, self._parser = StopStrings(stops), parser
 
-    def push(self, piece: str) -> Shown:
+    def push(self, piece: str, early: bool = False) -> Shown:
+        """`early`: no stop string may end the answer yet."""
         if self._parser is None:
-            text, stopped = self._stops.push(piece)
+            text, stopped = self._stops.push(piece, early)
             return Shown(text, ended=stopped)
-        shown = self._read(self._parser.push(piece))
+        shown = self._read(self._parser.push(piece), early)
         return Shown(shown.text, shown.calls, shown.ended or self._parser.done)
 
     def flush(self) -> Shown:
@@ -50,7 +51,7 @@ class AnswerText:
         shown = Shown() if self._parser is None else self._read(self._parser.flush())
         return shown if shown.ended else Shown(shown.text + self._stops.flush(), shown.calls)
 
-    def _read(self, pieces: Iterable[Piece]) -> Shown:
+    def _read(self, pieces: Iterable[Piece], early: bool = False) -> Shown:
         shown, calls, ended = "", list[CallDelta](), False
         for piece in pieces:
             if isinstance(piece, CallPiece):
@@ -59,7 +60,7 @@ class AnswerText:
                 calls.append(CallDelta(piece.index, call_id, piece.name, piece.arguments))
                 self.called = True
             else:
-                text, ended = self._stops.push(piece)
+                text, ended = self._stops.push(piece, early)
                 shown += text
             if ended:
                 break

@@ -73,6 +73,7 @@ class Tokenizer:
         own = self._tokenizer.chat_template
         self.chat_template: str = own if isinstance(own, str) else DEFAULT_CHAT_TEMPLATE.read_text(encoding="utf-8")
         self._pieces: dict[int, bytes] = {}
+        self._text_pieces: dict[int, bytes] = {}
         self._anchor = self._tokenizer.encode("a", add_special_tokens=False)[-1:]
         vocabulary = self._tokenizer.get_vocab()
         special = self._tokenizer.all_special_tokens
@@ -106,6 +107,14 @@ class Tokenizer:
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self._token_bytes(token_id)
+        return piece
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the text of an answer: as `token_bytes`, but nothing for a special token."""
+        piece = self._text_pieces.get(token_id)
+        if piece is None:
+            shown = self.decode([*self._anchor, token_id]) != self.decode(self._anchor)
+            piece = self._text_pieces[token_id] = self.token_bytes(token_id) if shown else b""
         return piece
 
     def token_text(self, token_id: int) -> str:

@@ -38,7 +38,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"temperature": -0.1}, 400, "invalid_request", "temperature"),
     ({"temperature": 2.1}, 400, "invalid_request", "temperature"),
     ({"temperature": "hot"}, 400, "invalid_request", "temperature"),
-    ({"top_p": 0}, 400, "invalid_request", "top_p"),
+    ({"top_p": -0.01}, 400, "invalid_request", "top_p"),
     ({"top_p": 1.01}, 400, "invalid_request", "top_p"),
     ({"top_k": -2}, 400, "invalid_request", "top_k"),
     ({"top_k": 10**30}, 400, "invalid_request", "top_k"),

@@ -51,6 +51,15 @@ async def test_every_sampling_field_reaches_the_engine(tmp_path: Path, path: str
         assert (request.priority, request.cache_salt) == (-4, "tenant")
 
 
+@pytest.mark.parametrize("field", [{"top_p": 0}, {"top_k": 1}, {"temperature": 1e-5}])
+async def test_what_leaves_one_token_is_greedy(tmp_path: Path, field: dict[str, Any]) -> None:
+    async with serving(tmp_path) as server:
+        seen = server.watch_requests()
+        await server.complete("a", max_tokens=1, **field)
+        (request,) = seen.values()
+        assert request.sampling.temperature == 0
+
+
 async def test_n_choices_of_every_prompt_have_their_own_seeds(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         seen = server.watch_requests()

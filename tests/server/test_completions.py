@@ -127,6 +127,28 @@ async def test_stop_strings_cut_the_text_across_tokens(tmp_path: Path, stop: obj
         assert server.services.admission.in_flight == 0
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "text"),
+    [
+        (3, "c", "bcdefghi"),  # complete too early, so it is text
+        (3, ["c", "ef"], "bcd"),  # begins in the fourth token
+        (3, "de", "bc"),  # begins in the third and is complete in the fourth: found, and cut out
+        (4, "de", "bcdefghi"),
+        (1, ["b", "bcx", "e"], "bcd"),  # "b" is held back for "bcx" and is no match when "c" comes
+    ],
+)
+async def test_stop_strings_wait_for_the_least_number_of_tokens(
+    tmp_path: Path, min_tokens: int, stop: object, text: str
+) -> None:
+    async with serving(tmp_path) as server:
+        fields = {"prompt": "a", "max_tokens": 8, "min_tokens": min_tokens, "stop": stop}
+        body = await server.complete(**fields)
+        assert body["choices"][0]["text"] == text
+        assert body["choices"][0]["finish_reason"] == ("length" if text == "bcdefghi" else "stop")
+        chunks = events((await server.client.post("/v1/completions", json={**fields, "stream": True})).text)
+        assert "".join(c["choices"][0]["text"] for c in chunks) == text
+
+
 async def test_a_stopped_request_reports_measured_experts_and_counts_as_stopped(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         body = await server.complete("a", max_tokens=40, stop="cd", routing="balanced")
