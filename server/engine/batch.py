@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from ladimo.model.inputs import PrefillSegment, StepInputs
+from server.engine.logit_adjuster import adjusts
 from server.engine.request import Sequence
-from server.engine.sampler import adjusts
+from server.engine.sampler import cuts
 from server.engine.transfers import to_device
 
 
@@ -42,6 +43,11 @@ class Batch:
     def greedy(self) -> bool:
         """Whether every sequence takes its likeliest token."""
         return all(sequence.request.sampling.temperature == 0 for sequence, _ in self.scheduled)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a sequence draws under a limit: top-k, top-p or min-p."""
+        return any(cuts(sequence.request.sampling) for sequence, _ in self.scheduled)
 
 
 def samples(sequence: Sequence, count: int) -> bool:

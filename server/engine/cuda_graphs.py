@@ -69,8 +69,8 @@ def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """Two graphs per bucket: the step, which ends with the likeliest token of every row, and the draw of other tokens, which
-    steps without random sampling skip.
+    """Three graphs per bucket: the step, which ends with the likeliest token of every row, and two draws of other tokens, which
+    steps without random sampling skip. Only one of these knows top-k, top-p and min-p, which need the vocabulary sorted.
 
     `captures` counts graphs; it stays what it is after construction.
     """
@@ -90,7 +90,7 @@ class DecodeGraphs:
         self.buffers = StepBuffers.allocate(model.config, buckets[-1], blocks_per_row, kv_cache.k.dtype, kv_cache.k.device)
         self._staging = Staging(self.buffers, kv_cache.k.shape[2])
         self._steps: dict[int, Replay] = {}
-        self._draws: dict[int, Replay] = {}
+        self._draws: dict[tuple[int, bool], Replay] = {}
         self.captures = 0
         with torch.inference_mode():
             self._capture_all(backend)
@@ -107,17 +107,18 @@ class DecodeGraphs:
         """Compute the rows: `logits`, `results` and `expert_ids` of the buffers, the cache, the counters."""
         self._steps[bucket]()
 
-    def replay_draw(self, bucket: int) -> None:
-        """Draw from the logits under the rows' sampling parameters: the tokens of `results`."""
-        self._draws[bucket]()
+    def replay_draw(self, bucket: int, cuts: bool) -> None:
+        """Draw from the logits under the rows' sampling parameters: the tokens of `results`. `cuts`: see `SamplingInputs`."""
+        self._draws[bucket, cuts]()
 
     def _capture_all(self, backend: GraphBackend) -> None:
         counters = (self._tables.expert_tokens, self._tables.distinct_experts)
         before = [counter.clone() for counter in counters]
         for rows in reversed(self.buckets):
             self._steps[rows] = backend.capture(lambda rows=rows: self._step(rows))  # type: ignore[misc]
-            self._draws[rows] = backend.capture(lambda rows=rows: self._draw(rows))  # type: ignore[misc]
-            self.captures += 2
+            for cuts in (True, False):
+                self._draws[rows, cuts] = backend.capture(lambda rows=rows, cuts=cuts: self._draw(rows, cuts))  # type: ignore[misc]
+            self.captures += 3
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)  # the steps run for the capture are nobody's
 
@@ -132,6 +133,6 @@ class DecodeGraphs:
             buffers.expert_ids[:, :rows].copy_(expert_ids)
             buffers.results[:rows, 1:].copy_((expert_ids >= 0).sum(dim=-1).t())
 
-    def _draw(self, rows: int) -> None:
-        drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows))
+    def _draw(self, rows: int, cuts: bool) -> None:
+        drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))
         self.buffers.results[:rows, 0].copy_(drawn)

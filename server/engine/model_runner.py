@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ladimo.checkpoint import choose_device, choose_dtype, load_model, load_quantized_model, stored_dtype
 from ladimo.model.cpu.build import library
+from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.native_step import native_step
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kernels import triton_installed
@@ -19,9 +20,10 @@ from ladimo.model.quantization import Quantize
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.cuda_graphs import DecodeGraphs
+from server.engine.logit_adjuster import LogitAdjuster, adjusts
 from server.engine.logprobs import token_logprobs
 from server.engine.request import Sequence, TokenExperts, TokenLogprobs
-from server.engine.sampler import LogitAdjuster, adjusts, make_sampling_inputs, sample
+from server.engine.sampler import make_sampling_inputs, sample
 from server.engine.transfers import to_device, to_host
 
 # Of the memory that is free once the weights are loaded, this share goes to the cache unless the operator says a number.
@@ -71,11 +73,12 @@ class ModelRunner:
         self.model, self.kv_cache, self.tables, self.graphs = model, kv_cache, tables, graphs
         self.device = kv_cache.k.device
         self.block_size = kv_cache.k.shape[2]
-        self.adjuster = LogitAdjuster(model.config.vocab_size, eos_token_ids, self.device)
+        self.adjuster = LogitAdjuster(eos_token_ids, self.device)
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
         self._native = None
         if self.device.type == "cpu" and graphs is None:
             self._native = model.native or native_step(model, NUM_THREADS)
+        self._native_draw = None if self._native is None else NativeDraw(self._native.pool)
 
     @property
     def graph_captures(self) -> int:
@@ -107,11 +110,9 @@ class ModelRunner:
         graphs.replay_step(bucket)
         rows, buffers = len(batch.decode), graphs.buffers
         logits, results = buffers.logits[:rows], buffers.results[:rows]
-        if any(adjusts(sequence) for sequence in batch.decode):
-            inputs = None if batch.greedy else buffers.sampling_inputs(rows)
-            results[:, 0] = sample(self.adjuster.adjust(logits, batch.decode), inputs)
-        elif not batch.greedy:
-            graphs.replay_draw(bucket)
+        if not batch.greedy:
+            graphs.replay_draw(bucket, batch.cuts)
+        self._draw_adjusted(results[:, 0], logits, batch.decode)
         expert_ids = buffers.expert_ids[:, :rows] if self.model.config.moe_layer_indices else None
         return self._output(batch, results[:, 0], results[:, 1:], expert_ids, logits)
 
@@ -124,9 +125,27 @@ class ModelRunner:
             per_sequence = logits.split([num_logits(sequence, count) for sequence, count in scheduled])
             last = [rows[-1:] for (one, count), rows in zip(scheduled, per_sequence, strict=True) if samples(one, count)]
             ends = torch.cat(last) if last else logits[:0]
-        token_ids = sample(self.adjuster.adjust(ends, drawing), make_sampling_inputs(drawing, self.device))
+        token_ids = self._draw(ends, drawing)
+        self._draw_adjusted(token_ids, ends, drawing)
         counts = self._count_experts(batch, inputs, expert_ids)
         return self._output(batch, token_ids, counts, expert_ids, ends, per_sequence)
+
+    def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+        """Token ids [R] from logits [R, V]."""
+        inputs = make_sampling_inputs(sequences, self.device)
+        if self._native_draw is None:
+            return sample(logits, inputs)
+        if inputs is None:
+            return self._native_draw.likeliest(logits)
+        return self._native_draw.draw(logits, inputs.temperature, inputs.top_p, inputs.min_p, inputs.uniform, inputs.top_k)
+
+    def _draw_adjusted(self, token_ids: Tensor, logits: Tensor, sequences: Rows[Sequence]) -> None:
+        """Draw again, into `token_ids`, where the logits are to be adjusted before; the other rows are not touched."""
+        rows = [row for row, sequence in enumerate(sequences) if adjusts(sequence)]
+        if rows:
+            chosen, own = [sequences[row] for row in rows], logits[rows].float()
+            self.adjuster.adjust(own, chosen)
+            token_ids[rows] = self._draw(own, chosen)
 
     def _output(
         self,

@@ -31,7 +31,7 @@ class StepBuffers:
     """
 
     integers: Tensor  # [7, R] int64: input_ids, previous, positions, policy_ids, slot_mapping, context_lens, top_k
-    floats: Tensor  # [4, R] float32: temperature, top_p, min_p, uniform
+    floats: Tensor  # [4, R] float64: temperature, top_p, min_p, uniform
     block_table: Tensor  # [R, N] int64
     logits: Tensor  # [R, V]
     results: Tensor  # [R, 1 + L] int64: the token drawn, then by layer how many experts ran
@@ -49,7 +49,7 @@ class StepBuffers:
         integers[CONTEXT_LENS] = 1  # attention over nothing would not be a number, and the null block would keep it
         return cls(
             integers=integers,
-            floats=zeros(4, rows, dtype=torch.float32),
+            floats=zeros(4, rows, dtype=torch.float64),
             block_table=zeros(rows, blocks_per_row),
             logits=zeros(rows, config.vocab_size, dtype=dtype),
             results=zeros(rows, 1 + num_layers),
@@ -74,13 +74,14 @@ class StepBuffers:
             num_decode=rows,
         )
 
-    def sampling_inputs(self, rows: int) -> SamplingInputs:
+    def sampling_inputs(self, rows: int, cuts: bool) -> SamplingInputs:
         return SamplingInputs(
             temperature=self.floats[TEMPERATURE, :rows],
             top_p=self.floats[TOP_P, :rows],
             top_k=self.integers[TOP_K, :rows],
             min_p=self.floats[MIN_P, :rows],
             uniform=self.floats[UNIFORM, :rows],
+            cuts=cuts,
         )
 
 

@@ -32,6 +32,7 @@ class Detokenizer:
 
     def __init__(self, decoder: TokenDecoder, prompt_ids: Sequence[int] = ()) -> None:
         self._decoder = decoder
+        self._sent = 0  # characters of the window's text that are out
         self._start_window(list(prompt_ids[self._boundary(prompt_ids) :]))
 
     def push(self, token_id: int) -> str:

@@ -293,23 +293,26 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "step.c"
-    source.write_text("int main(void) { return nothing; }")
-    monkeypatch.setattr(build, "SOURCE", source)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "step.c").write_text("int main(void) { return nothing; }")
+    monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(build.BuildError, match="nothing"):
         build.compiled(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_was_compiled_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "step.c"
-    monkeypatch.setattr(build, "SOURCE", source)
-    source.write_text("int one(void) { return 1; }")
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    monkeypatch.setattr(build, "SOURCES", sources)
+    (sources / "step.c").write_text('#include "step.h"\nint one(void) { return ONE; }')
+    (sources / "step.h").write_text("#define ONE 1")
     first = build.compiled(tmp_path / "cache")
     made = first.stat().st_mtime_ns
     assert build.compiled(tmp_path / "cache") == first
     assert first.stat().st_mtime_ns == made
-    source.write_text("int one(void) { return 2; }")
+    (sources / "step.h").write_text("#define ONE 2")
     assert build.compiled(tmp_path / "cache") != first
 
 

@@ -23,9 +23,10 @@ VARIANTS = build.VARIANTS.get(platform.machine(), ())
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source that takes no time to compile."""
-    path = tmp_path / "step.c"
+    path = tmp_path / "sources" / "step.c"
+    path.parent.mkdir()
     path.write_text("int one(void) { return 1; }")
-    monkeypatch.setattr(build, "SOURCE", path)
+    monkeypatch.setattr(build, "SOURCES", path.parent)
     return path
 
 

@@ -1,6 +1,6 @@
 """The compiled forward step: shipped with the package, compiled on this machine earlier, or compiled now; and loading it.
 
-`step.c` is compiled for the processor at hand when it is first needed. An image has no compiler, so it ships with the step
+The C files beside this one are compiled for the processor at hand when they are first needed. An image has no compiler, so it ships with the step
 compiled for each of `VARIANTS` (`python -m ladimo.model.cpu`), and the best one that the processor can run is loaded.
 """
 
@@ -24,7 +24,7 @@ from shutil import which
 from ladimo.model.cpu.cache import cache_directories, make_private
 from ladimo.model.rule import RuleNumber
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCES = Path(__file__).parent
 SHIPPED = Path(__file__).with_name("compiled")
 # No -ffast-math: the order of sums is what makes a token's numbers independent of its neighbours.
 OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
@@ -192,7 +192,7 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
         handle, partial = tempfile.mkstemp(prefix="partial-", suffix=".so", dir=target.parent)
         os.close(handle)
         try:
-            _run([compiler, *flags, str(SOURCE), "-o", partial, "-lm"])
+            _run([compiler, *flags, *(str(path) for path in _files(".c")), "-o", partial, "-lm"])
             Path(partial).replace(target)
         finally:
             Path(partial).unlink(missing_ok=True)
@@ -239,8 +239,12 @@ def _compiler() -> str:
     return found
 
 
+def _files(*suffixes: str) -> list[Path]:
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in suffixes)
+
+
 def _source() -> str:
-    return SOURCE.read_text(encoding="utf-8")
+    return "".join(path.read_text(encoding="utf-8") for path in _files(".c", ".h"))
 
 
 def _hash(*parts: str) -> str:

@@ -5,7 +5,6 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 
 import ctypes
 import logging
-import weakref
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -17,6 +16,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
 from ladimo.model.cpu.packing import KINDS, Format, Packed, pack, pack_gate_up, padded_size
+from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
@@ -158,14 +158,12 @@ class NativeStep:
         self._multiply_adds = config.dense_parameters + head.numel()  # per token, at most about
         if release and model.lm_head is not None:
             _release(model.lm_head)
-        create, destroy = code.ladimo_create, code.ladimo_destroy
-        create.restype, create.argtypes, destroy.restype, destroy.argtypes = c_void_p, [c_int64], None, [c_void_p]
+        try:
+            self.pool = Pool(code, num_threads)
+        except MemoryError as error:
+            raise Unsupported(str(error)) from error
         self._run = code.ladimo_step
         self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
-        self._engine = create(num_threads)
-        if not self._engine:
-            raise Unsupported("there is no memory for the kernel's threads")
-        weakref.finalize(self, destroy, self._engine)
 
     def __call__(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
         """One step; logits are fp32. Raises MemoryError when there is no memory for its buffers."""
@@ -212,7 +210,7 @@ class NativeStep:
             logits.data_ptr(),
             None if expert_ids is None else expert_ids.data_ptr(),
         )
-        if self._run(self._engine, self._model, step):
+        if self._run(self.pool.handle, self._model, step):
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
         return StepOutput(logits, expert_ids)
 

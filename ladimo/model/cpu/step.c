@@ -14,27 +14,16 @@
 //
 // Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
 
+#include "lanes.h"
+#include "pool.h"
+
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
-#define LANES 16  // of a vector
-#define REGISTERS 32
-#elif defined(__AVX2__)
-#define LANES 8
-#define REGISTERS 16
-#else
-#define LANES 4
-#define REGISTERS (sizeof(void *) == 8 ? 16 : 8)
-#endif
 #define ROWS 16         // of a panel
 #define VECTORS (ROWS / LANES)
 #define PANELS 4        // in a block
@@ -45,12 +34,6 @@
 #define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // of an expert without a row in the router (router.py)
-
-typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
@@ -99,162 +82,7 @@ typedef struct {
     int64_t *expert_ids;  // [L, T, E]
 } Step;
 
-// ---------------------------------------------------------------------------------------------------------------- threads
-//
-// A phase is a number of chunks that whoever is free takes. The caller's thread takes part, and a phase is over when its chunks
-// are done, not when every thread has come by: a thread that the system has put aside holds up nobody unless it holds a chunk.
-// Helpers spin for some microseconds between the phases of a step, then yield, and sleep between steps.
-
-typedef void (*Chunk)(const void *job, int64_t chunk);
-
-typedef struct {
-    _Atomic uint64_t ticket;  // low half: chunks not taken yet; high half: the phase's number, so that no chunk is taken for another's
-    _Atomic int64_t left;     // chunks not done yet
-    Chunk run;
-    const void *job;
-    _Atomic int awake, stop;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-    int num_helpers;
-    pthread_t helpers[256];
-    void *scratch;
-    size_t scratch_size;
-} Engine;
-
-static inline void relax(int *spins) {
-    if (++*spins < 1000) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#endif
-    } else {
-        sched_yield();
-    }
-}
-
-static int take(Engine *engine) {
-    uint64_t seen = atomic_load_explicit(&engine->ticket, memory_order_acquire);
-    while ((uint32_t)seen) {
-        if (!atomic_compare_exchange_weak(&engine->ticket, &seen, seen - 1)) continue;
-        engine->run(engine->job, (int64_t)(uint32_t)seen - 1);
-        atomic_fetch_sub(&engine->left, 1);
-        return 1;
-    }
-    return 0;
-}
-
-static void *help(void *argument) {
-    Engine *engine = argument;
-    for (;;) {
-        pthread_mutex_lock(&engine->mutex);
-        while (!engine->awake && !engine->stop) pthread_cond_wait(&engine->wake, &engine->mutex);
-        pthread_mutex_unlock(&engine->mutex);
-        if (engine->stop) return NULL;
-        int spins = 0;
-        while (atomic_load_explicit(&engine->awake, memory_order_relaxed)) {
-            if (take(engine)) spins = 0;
-            else relax(&spins);
-        }
-    }
-}
-
-static void run(Engine *engine, Chunk chunk, const void *job, int64_t count) {
-    if (count <= 1 || !engine->awake) {
-        for (int64_t i = 0; i < count; i++) chunk(job, i);
-        return;
-    }
-    engine->run = chunk;
-    engine->job = job;
-    atomic_store(&engine->left, count);
-    uint64_t phase = (atomic_load(&engine->ticket) >> 32) + 1;
-    atomic_store_explicit(&engine->ticket, phase << 32 | (uint64_t)count, memory_order_release);
-    while (take(engine)) {}
-    int spins = 0;
-    while (atomic_load_explicit(&engine->left, memory_order_acquire)) relax(&spins);
-}
-
-static void set_awake(Engine *engine, int awake) {
-    if (!engine->num_helpers || engine->awake == awake) return;
-    pthread_mutex_lock(&engine->mutex);
-    engine->awake = awake;
-    if (awake) pthread_cond_broadcast(&engine->wake);
-    pthread_mutex_unlock(&engine->mutex);
-}
-
-void ladimo_destroy(Engine *engine) {
-    pthread_mutex_lock(&engine->mutex);
-    engine->stop = 1;
-    pthread_cond_broadcast(&engine->wake);
-    pthread_mutex_unlock(&engine->mutex);
-    for (int i = 0; i < engine->num_helpers; i++) pthread_join(engine->helpers[i], NULL);
-    pthread_cond_destroy(&engine->wake);
-    pthread_mutex_destroy(&engine->mutex);
-    free(engine->scratch);
-    free(engine);
-}
-
-Engine *ladimo_create(int64_t threads) {
-    Engine *engine = calloc(1, sizeof *engine);
-    if (!engine) return NULL;
-    pthread_mutex_init(&engine->mutex, NULL);
-    pthread_cond_init(&engine->wake, NULL);
-    while (engine->num_helpers < threads - 1 && engine->num_helpers < 256) {
-        if (pthread_create(&engine->helpers[engine->num_helpers], NULL, help, engine)) break;  // fewer do as well
-        engine->num_helpers++;
-    }
-    return engine;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- numbers
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-#define UNROLL _Pragma("GCC unroll 8")
-
-static inline vf splat(float x) { return x - (vf){0}; }
-static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-static inline vf add(vf a, vf b) { return a + b; }
-static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
-
-// The first four lanes of the result hold all of `v`, joined by `op`.
-#if LANES == 16
-#define FOLD_HALVES(v, op) op(v, __builtin_shuffle(v, (vi){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
-#define FOLD_QUARTERS(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
-#define FOLD(v, op) FOLD_QUARTERS(FOLD_HALVES(v, op), op)
-#elif LANES == 8
-#define FOLD(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3}))
-#else
-#define FOLD(v, op) (v)
-#endif
-
-static inline float sum_lanes(vf v) {
-    v = FOLD(v, add);
-    return (v[0] + v[1]) + (v[2] + v[3]);
-}
-
-static inline float max_lanes(vf v) {
-    v = FOLD(v, larger);
-    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
-    return a > b ? a : b;
-}
-
-// e^x to about 2 units in the last place; below -87 nothing that fp32 can tell from 0.
-static inline vf exp_lanes(vf x) {
-    x = choose(x > splat(-87.0f), x, splat(-87.0f));
-    x = choose(x < splat(88.0f), x, splat(88.0f));
-    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
-}
 
 static inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
 
@@ -1173,14 +1001,9 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     state.hidden_bytes = activation_bytes(model->hidden, state.activations);
     state.attended_bytes = activation_bytes(model->heads * model->head_dim, state.activations);
     state.num_items = query_items(model, step, NULL);
-    size_t size = (size_t)lay_out(&state, NULL);
-    if (size > engine->scratch_size) {
-        free(engine->scratch);
-        engine->scratch = aligned_alloc(64, size);
-        engine->scratch_size = engine->scratch ? size : 0;
-        if (!engine->scratch) return -1;
-    }
-    lay_out(&state, engine->scratch);
+    uint8_t *memory = scratch(engine, (size_t)lay_out(&state, NULL));
+    if (!memory) return -1;
+    lay_out(&state, memory);
     query_items(model, step, state.query_items);
     set_awake(engine, (int)step->parallel);
     run(engine, embed_token, &state, step->num_tokens);

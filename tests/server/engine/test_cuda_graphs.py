@@ -133,14 +133,14 @@ def test_dense_model_replays_too(dense_dir: Path) -> None:
 def test_captures_happen_at_start_only(moe_dir: Path, model: MoeTransformer) -> None:
     backend = CountingBackend()
     driver = Driver(graph_core(model, CONFIG, backend))
-    assert backend.captured == 2 * len(bucket_sizes(9))
+    assert backend.captured == 3 * len(bucket_sizes(9))
     policies = eight_policies(moe_dir)
     for index, request in enumerate(mixed_requests(moe_dir, 9)):
         driver.submit(request)
         driver.step()
         driver.handle(Activate(index, (policies[index % 8],)))
     driver.run()
-    assert backend.captured == 2 * len(bucket_sizes(9))
+    assert backend.captured == 3 * len(bucket_sizes(9))
     assert [step.cuda_graph_captures for step in driver.steps] == [backend.captured] + [0] * (len(driver.steps) - 1)
     assert any(step.cuda_graph_missed for step in driver.steps)
     assert all(step.cuda_graph_missed == (step.prefill_tokens > 0 < step.decode_tokens) for step in driver.steps)

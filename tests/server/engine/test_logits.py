@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import read_config, read_policies
+from server.engine.logit_adjuster import LogitAdjuster, adjusts
 from server.engine.request import GenerationRequest, SamplingParams, Sequence
-from server.engine.sampler import LogitAdjuster, SamplingInputs, sample
 from tests.server.engine.graphs import random_prompts
 from tests.server.engine.test_generation import CONFIG, events, ids, request, running
 from tests.server.fakes import fake_policy
@@ -31,7 +31,9 @@ def sequence(prompt: list[int], output: list[int], **params: Any) -> Sequence:
 
 
 def adjusted(logits: torch.Tensor, *sequences: Sequence) -> torch.Tensor:
-    return LogitAdjuster(VOCAB, EOS, torch.device("cpu")).adjust(logits, sequences)
+    out = logits.clone()
+    LogitAdjuster(EOS, torch.device("cpu")).adjust(out, sequences)
+    return out
 
 
 @pytest.fixture
@@ -39,13 +41,12 @@ def logits() -> torch.Tensor:
     return torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3)) * 3
 
 
-def test_rows_without_wishes_are_untouched(logits: torch.Tensor) -> None:
-    assert adjusted(logits, sequence([1], [2])) is logits
-    before = logits.clone()
-    both = adjusted(logits.repeat(2, 1), sequence([1], [2]), sequence([1], [2], presence_penalty=1.0))
-    assert torch.equal(both[0], before[0])
-    assert not torch.equal(both[1], before[0])
-    assert torch.equal(logits, before)
+def test_who_asks_for_nothing_is_not_adjusted(logits: torch.Tensor) -> None:
+    assert not adjusts(sequence([1], [2]))
+    assert torch.equal(adjusted(logits, sequence([1], [2])), logits)
+    for params in ({"presence_penalty": 1.0}, {"logit_bias": ((1, 1.0),)}, {"min_tokens": 2}, {"constraint": Alternating()}):
+        assert adjusts(sequence([1], [2], **params))
+    assert not adjusts(sequence([1], [2, 2], min_tokens=2))
 
 
 def test_penalties_as_defined(logits: torch.Tensor) -> None:
@@ -61,13 +62,16 @@ def test_penalties_as_defined(logits: torch.Tensor) -> None:
 
 
 def test_counts_follow_the_draws(logits: torch.Tensor) -> None:
-    adjuster = LogitAdjuster(VOCAB, EOS, torch.device("cpu"))
-    followed = sequence([1], [], frequency_penalty=0.5)
-    for token in (4, 5, 4):
-        adjuster.adjust(logits, [followed])
+    adjuster = LogitAdjuster(EOS, torch.device("cpu"))
+    followed = sequence([1, 5], [], frequency_penalty=0.5)
+    for token in (4, 5, 4, 1):
+        adjuster.adjust(logits.clone(), [followed])
         followed.output_ids.append(token)
         adjuster.drawn(followed, token)
-    assert torch.allclose(adjuster.adjust(logits, [followed]), adjusted(logits, followed))
+    out = logits.clone()
+    adjuster.adjust(out, [followed])
+    assert torch.equal(out, adjusted(logits, followed))
+    assert not torch.equal(out, logits)
 
 
 def test_bias_and_least_number_of_tokens(logits: torch.Tensor) -> None:
@@ -95,20 +99,6 @@ def test_a_complete_text_may_end_before_the_least_number_of_tokens(logits: torch
     assert out[0].isfinite().sum() == 1
     everything = adjusted(logits, sequence([1], [], min_tokens=5, stop_token_ids=frozenset(range(VOCAB))))
     assert torch.equal(everything, logits)
-
-
-def test_min_p_drops_what_is_unlikely_beside_the_best() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -3.0]])
-
-    def reachable(min_p: float) -> set[int]:
-        column = torch.ones(1)
-        none = torch.zeros(1, dtype=torch.int64)
-        draws = [SamplingInputs(column, column, none, torch.tensor([min_p]), torch.tensor([u / 500])) for u in range(500)]
-        return {int(sample(logits, draw)) for draw in draws}
-
-    assert reachable(0.0) == {0, 1, 2, 3}
-    assert reachable(0.2) == {0, 1}
-    assert reachable(1.0) == {0}
 
 
 class Alternating:

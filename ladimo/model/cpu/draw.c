@@ -1,0 +1,358 @@
+// The next token of each row of logits: temperature, then top-k, then min-p, then top-p, then inversion of the cumulative sum in the
+// order of the vocabulary. Everything is a function of the row alone, so neither neighbours nor threads change a draw.
+//
+// Nothing is sorted. What top-k or top-p keeps are the largest logits down to a bound, and of those that equal the bound the first in
+// the vocabulary; the bound is found by bisection. It looks at few candidates first: the maxima of blocks of tokens tell how far
+// down at least 64 tokens lie. Where these do not hold what the row's parameters keep, it looks at the whole row.
+//
+// Legend: R rows, V vocabulary. A token's weight is e^((logit - largest) / temperature), between 0 and 1.
+
+#include "lanes.h"
+#include "pool.h"
+
+#include <math.h>
+#include <string.h>
+
+#define BLOCK 64       // tokens whose largest logit is remembered
+#define CANDIDATES 64  // at first, at least
+#define STRIDE 512     // weights that are added up in fp32, before a double takes them
+#define HALVINGS 7     // passes of a bisection that halve the distance of logits
+
+typedef struct {
+    int64_t rows, vocab, parallel;
+    const float *logits;                                  // [R, V]
+    const double *temperature, *top_p, *min_p, *uniform;  // [R]; temperature NULL: every row is greedy
+    const int64_t *top_k;                                 // [R]
+    int64_t *tokens;                                      // [R]
+} Draw;
+
+// Tokens in the order of the vocabulary. The last block is full: logits of -inf and weights of 0 fill it up.
+typedef struct {
+    const float *logits;
+    float *weights;
+    const int32_t *ids;  // NULL: the place is the id
+    int64_t count;
+} Candidates;
+
+// Memory for candidates, [V] and a block more each.
+typedef struct {
+    float *row_weights, *logits, *weights, *fewer_logits, *fewer_weights;
+    int32_t *ids;
+} Memory;
+#define ARRAYS 6
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline void fill_up(float *x, float value, int64_t count) {
+    for (int64_t i = count; i < ceil_div(count, BLOCK) * BLOCK; i++) x[i] = value;
+}
+
+// Block b of a row, filled up with -inf where the row ends within it.
+static inline const float *block_of(const float *x, int64_t vocab, int64_t b, float *copy) {
+    int64_t rest = vocab - b * BLOCK;
+    if (rest >= BLOCK) return x + b * BLOCK;
+    memcpy(copy, x + b * BLOCK, rest * sizeof(float));
+    fill_up(copy, -INFINITY, rest);
+    return copy;
+}
+
+static float find_maxima(const float *x, int64_t vocab, float *maxima) {
+    float most = -INFINITY, copy[BLOCK];
+    for (int64_t b = 0; b * BLOCK < vocab; b++) {
+        const float *block = block_of(x, vocab, b, copy);
+        vf v = splat(-INFINITY);
+        for (int64_t i = 0; i < BLOCK; i += LANES) v = larger(v, *(const vf *)(block + i));
+        maxima[b] = max_lanes(v);
+        if (maxima[b] > most) most = maxima[b];
+    }
+    return most;
+}
+
+// The first token with the largest logit.
+static int64_t likeliest(const float *x, int64_t vocab, const float *maxima, float most) {
+    for (int64_t b = 0; b * BLOCK < vocab; b++)
+        if (maxima[b] == most)
+            for (int64_t i = b * BLOCK; i < least(vocab, (b + 1) * BLOCK); i++)
+                if (x[i] == most) return i;
+    return 0;
+}
+
+static inline vf weights_of(vf x, float most, float inverse) {
+    vf scaled = (x - most) * inverse;
+    vi matters = scaled > splat(-87.0f);
+    return choose(matters, exp_within(choose(matters, scaled, splat(0.0f))), splat(0.0f));
+}
+
+static void weigh(const float *logits, int64_t count, float most, float inverse, float *weights) {
+    float copy[BLOCK];
+    for (int64_t b = 0; b * BLOCK < count; b++) {
+        const float *block = block_of(logits, count, b, copy);
+        for (int64_t i = 0; i < BLOCK; i += LANES)
+            *(vf *)(weights + b * BLOCK + i) = weights_of(*(const vf *)(block + i), most, inverse);
+    }
+}
+
+static inline double block_sum(const float *weights) {
+    vf sum = {0};
+    for (int64_t i = 0; i < BLOCK; i += LANES) sum += *(const vf *)(weights + i);
+    return sum_lanes(sum);
+}
+
+static double sum_of(const float *weights, int64_t count) {
+    double total = 0;
+    for (int64_t b = 0; b * BLOCK < count; b++) total += block_sum(weights + b * BLOCK);
+    return total;
+}
+
+// The place whose cumulative sum exceeds `target`; the last one with a weight where rounding keeps the sum from that.
+static int64_t place_in_block(const float *weights, double target) {
+    double sum = 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < BLOCK && sum <= target; i++) {
+        sum += weights[i];
+        if (weights[i] > 0) last = i;
+    }
+    return last;
+}
+
+// The block whose cumulative sum exceeds `target`; -1 where nothing has a weight.
+static int64_t block_at(const double *sums, int64_t blocks, double target) {
+    for (int64_t b = 0; b < blocks; b++)
+        if (sums[b] > target) return b;
+    return -1;
+}
+
+// The place whose cumulative weight exceeds the share `uniform` of all; -1 where nothing has a weight. `sums` [blocks].
+static int64_t invert(const float *weights, int64_t count, double uniform, double *sums) {
+    double total = 0;
+    int64_t blocks = ceil_div(count, BLOCK);
+    for (int64_t b = 0; b < blocks; b++) sums[b] = total += block_sum(weights + b * BLOCK);
+    int64_t b = block_at(sums, blocks, uniform * total);
+    return b < 0 ? -1 : b * BLOCK + place_in_block(weights + b * BLOCK, uniform * total - (b ? sums[b - 1] : 0.0));
+}
+
+// The same over a whole row whose weights need not be kept.
+static int64_t invert_row(const float *x, int64_t vocab, float most, float inverse, double uniform, double *sums) {
+    double total = 0;
+    float copy[BLOCK], weights[BLOCK];
+    int64_t blocks = ceil_div(vocab, BLOCK);
+    for (int64_t b = 0; b < blocks; b++) {
+        weigh(block_of(x, vocab, b, copy), BLOCK, most, inverse, weights);
+        sums[b] = total += block_sum(weights);
+    }
+    int64_t b = block_at(sums, blocks, uniform * total);
+    if (b < 0) return -1;
+    weigh(block_of(x, vocab, b, copy), BLOCK, most, inverse, weights);
+    return b * BLOCK + place_in_block(weights, uniform * total - (b ? sums[b - 1] : 0.0));
+}
+
+// Numbers in the order of the floats, and back.
+static inline int32_t to_ordinal(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+static inline float from_ordinal(int64_t ordinal) {
+    int32_t bits = (int32_t)ordinal;
+    bits ^= bits >> 31 & 0x7fffffff;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline float next_above(float x) { return from_ordinal((int64_t)to_ordinal(x) + 1); }
+
+// How many of the logits reach `bound`; with `weights` what these weigh.
+static double mass_from(const float *logits, const float *weights, int64_t count, float bound) {
+    double total = 0;
+    vf limit = splat(bound), none = {0};
+    for (int64_t begin = 0; begin < count; begin += STRIDE) {
+        vf sum[4] = {0};
+        for (int64_t i = begin; i < least(count, begin + STRIDE); i += 4 * LANES)
+            UNROLL for (int64_t j = 0; j < 4; j++) {
+                vf weight = weights ? *(const vf *)(weights + i + j * LANES) : splat(1.0f);
+                sum[j] += choose(*(const vf *)(logits + i + j * LANES) >= limit, weight, none);
+            }
+        total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+    return total;
+}
+
+// Of the candidates, the logits from `lowest` to below `end`, and their weights where there are any.
+static Candidates between(const Candidates *c, float lowest, float end, const Memory *memory) {
+    int64_t count = 0;
+    for (int64_t b = 0; b * BLOCK < c->count; b++) {
+        const float *logits = c->logits + b * BLOCK;
+        vf any = {0};
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+            vf v = *(const vf *)(logits + i);
+            any += (vf)((v >= splat(lowest)) & (v < splat(end)) & (vi)splat(1.0f));
+        }
+        if (sum_lanes(any) == 0) continue;
+        for (int64_t i = 0; i < BLOCK; i++) {
+            memory->fewer_logits[count] = logits[i];  // overwritten by the next one unless it is between
+            if (c->weights) memory->fewer_weights[count] = c->weights[b * BLOCK + i];
+            count += logits[i] >= lowest && logits[i] < end;
+        }
+    }
+    fill_up(memory->fewer_logits, -INFINITY, count);
+    if (c->weights) fill_up(memory->fewer_weights, 0.0f, count);
+    return (Candidates){memory->fewer_logits, c->weights ? memory->fewer_weights : NULL, NULL, count};
+}
+
+// The largest bound down to which there is `wanted` of what `mass_from` counts; `lowest` where there is not so much. First the
+// distance of the logits is halved, until few are left between both ends; then, among these, the number of floats.
+static float find_bound(const Candidates *c, double wanted, float lowest, float most, const Memory *memory) {
+    int64_t enough = to_ordinal(lowest), too_few = (int64_t)to_ordinal(most) + 1;
+    double beyond = 0;
+    Candidates left = *c;
+    for (int pass = 0; too_few - enough > 1; pass++) {
+        if (pass == HALVINGS) {
+            float end = from_ordinal(too_few);
+            beyond = mass_from(left.logits, left.weights, left.count, end);
+            left = between(&left, from_ordinal(enough), end, memory);
+        }
+        int64_t middle = enough + (too_few - enough) / 2;
+        if (pass < HALVINGS) {
+            int64_t half = to_ordinal(0.5f * from_ordinal(enough) + 0.5f * from_ordinal(too_few));
+            middle = half <= enough ? enough + 1 : least(half, too_few - 1);
+        }
+        if (beyond + mass_from(left.logits, left.weights, left.count, from_ordinal(middle)) >= wanted) enough = middle;
+        else too_few = middle;
+    }
+    return from_ordinal(enough);
+}
+
+// Take away the weight of what lies below `bound`, and of all but the first `ties` that equal it.
+static void keep(const Candidates *c, float bound, double ties) {
+    for (int64_t i = 0; i < c->count; i += LANES)
+        *(vf *)(c->weights + i) = choose(*(const vf *)(c->logits + i) >= splat(bound), *(const vf *)(c->weights + i), splat(0.0f));
+    double equal = mass_from(c->logits, NULL, c->count, bound) - mass_from(c->logits, NULL, c->count, next_above(bound));
+    for (int64_t i = c->count - 1; equal > ties; i--) {
+        if (c->logits[i] != bound) continue;
+        c->weights[i] = 0.0f;
+        equal--;
+    }
+}
+
+static void keep_top_k(const Candidates *c, double top_k, float lowest, float most, const Memory *memory) {
+    if ((double)c->count <= top_k) return;
+    Candidates counted = {c->logits, NULL, NULL, c->count};
+    float bound = find_bound(&counted, top_k, lowest, most, memory);
+    keep(c, bound, top_k - mass_from(c->logits, NULL, c->count, next_above(bound)));
+}
+
+static void keep_min_p(const Candidates *c, float min_p) {
+    for (int64_t i = 0; i < c->count; i += LANES) {
+        vf weight = *(const vf *)(c->weights + i);
+        *(vf *)(c->weights + i) = choose(weight >= splat(min_p), weight, splat(0.0f));
+    }
+}
+
+static void keep_top_p(const Candidates *c, double wanted, float lowest, float most, float inverse, const Memory *memory) {
+    float bound = find_bound(c, wanted, lowest, most, memory);
+    double above = mass_from(c->logits, c->weights, c->count, next_above(bound));
+    double ties = ceil((wanted - above) / (double)weights_of(splat(bound), most, inverse)[0]);
+    keep(c, bound, ties >= 1 ? ties : 1);  // NaN where the bound weighs nothing: one is as good as all
+}
+
+// The tokens whose logits reach `bound`.
+static Candidates gather(const float *x, int64_t vocab, const float *maxima, float bound, const Memory *memory) {
+    int64_t count = 0;
+    for (int64_t b = 0; b * BLOCK < vocab; b++) {
+        if (!(maxima[b] >= bound)) continue;
+        for (int64_t i = b * BLOCK; i < least(vocab, (b + 1) * BLOCK); i++) {
+            memory->logits[count] = x[i];  // overwritten by the next one unless it counts
+            memory->ids[count] = (int32_t)i;
+            count += x[i] >= bound;
+        }
+    }
+    fill_up(memory->logits, -INFINITY, count);
+    return (Candidates){memory->logits, memory->weights, memory->ids, count};
+}
+
+static Candidates whole_row(const float *x, int64_t vocab, const Memory *memory) {
+    if (vocab % BLOCK) {
+        memcpy(memory->logits, x, vocab * sizeof(float));
+        fill_up(memory->logits, -INFINITY, vocab);
+        x = memory->logits;
+    }
+    return (Candidates){x, memory->row_weights, NULL, vocab};
+}
+
+static int64_t draw_token(const Draw *d, int64_t row, const Memory *memory) {
+    int64_t vocab = d->vocab, blocks = ceil_div(vocab, BLOCK);
+    const float *x = d->logits + row * vocab;
+    float maxima[blocks + BLOCK];
+    float most = find_maxima(x, vocab, maxima);
+    fill_up(maxima, -INFINITY, blocks);
+    int64_t greedy = likeliest(x, vocab, maxima, most), place;
+    if (!d->temperature || d->temperature[row] == 0 || !isfinite(most)) return greedy;
+    float inverse = 1.0f / fmaxf((float)d->temperature[row], 1e-5f), min_p = (float)d->min_p[row];
+    double top_p = d->top_p[row], top_k = d->top_k[row] < vocab ? (double)d->top_k[row] : 0.0, sums[blocks];
+    int limited = top_k > 0 || min_p > 0;
+    if (!limited && top_p >= 1) {
+        place = invert_row(x, vocab, most, inverse, d->uniform[row], sums);
+        return place < 0 ? greedy : place;
+    }
+    // What lies lower is not kept, or weighs nothing; by more than rounding could change.
+    float distance = (min_p > 0 ? fminf(-logf(min_p), 88.0f) : 88.0f) / inverse;
+    float unlikely = most - distance - 1e-4f * (distance + fabsf(most) + 1);
+    // As many blocks' maxima reach the candidates' lowest logit. With min-p alone `unlikely` is the bound.
+    double first = top_k > 0 || !(min_p > 0) ? fmax(top_k, CANDIDATES) : INFINITY, total = 0;
+    int whole = first >= (double)blocks && !(min_p > 0);
+    float lowest = unlikely;
+    Candidates c = {0};
+    if (!whole) {
+        Candidates heads = {maxima, NULL, NULL, blocks};
+        if (first < (double)blocks) lowest = find_bound(&heads, first, unlikely, most, memory);
+        c = gather(x, vocab, maxima, lowest, memory);
+        weigh(c.logits, c.count, most, inverse, c.weights);
+    }
+    if (whole || !limited) weigh(x, vocab, most, inverse, memory->row_weights);
+    if (!limited) {
+        total = sum_of(memory->row_weights, vocab);
+        whole = whole || sum_of(c.weights, c.count) < top_p * total;
+    }
+    if (whole) {
+        lowest = unlikely;
+        c = whole_row(x, vocab, memory);
+    }
+    if (top_k > 0) keep_top_k(&c, top_k, lowest, most, memory);
+    if (min_p > 0) keep_min_p(&c, min_p);
+    if (limited) total = sum_of(c.weights, c.count);
+    if (top_p < 1) keep_top_p(&c, top_p * total, lowest, most, inverse, memory);
+    place = invert(c.weights, c.count, d->uniform[row], sums);
+    return place < 0 ? greedy : c.ids ? c.ids[place] : place;
+}
+
+typedef struct {
+    const Draw *draw;
+    _Atomic int64_t next;
+    uint8_t *memory;
+    int64_t size;  // of an array of it
+} Job;
+
+// Whoever is free takes the next row.
+static void draw_rows(const void *argument, int64_t chunk) {
+    Job *job = (Job *)argument;
+    float *at[ARRAYS];
+    for (int i = 0; i < ARRAYS; i++) at[i] = (float *)job->memory + (chunk * ARRAYS + i) * job->size;
+    Memory memory = {at[0], at[1], at[2], at[3], at[4], (int32_t *)at[5]};
+    for (int64_t row; (row = atomic_fetch_add(&job->next, 1)) < job->draw->rows;)
+        job->draw->tokens[row] = draw_token(job->draw, row, &memory);
+}
+
+// Returns 0, or -1 when there is no memory for the candidates.
+int ladimo_draw(Engine *engine, const Draw *draw) {
+    int64_t size = (ceil_div(draw->vocab, BLOCK) + 1) * BLOCK, chunks = least(draw->rows, engine->num_helpers + 1);
+    Job job = {.draw = draw, .size = size};
+    if (!chunks) return 0;
+    job.memory = scratch(engine, (size_t)(chunks * ARRAYS * size * 4));
+    if (!job.memory) return -1;
+    set_awake(engine, (int)draw->parallel);
+    run(engine, draw_rows, &job, chunks);
+    set_awake(engine, 0);
+    return 0;
+}

@@ -1,0 +1,74 @@
+// Vectors as wide as the processor's registers, and arithmetic on their lanes.
+
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+#define LANES 16  // of a vector
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define LANES 8
+#define REGISTERS 16
+#else
+#define LANES 4
+#define REGISTERS (sizeof(void *) == 8 ? 16 : 8)
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+static inline vf splat(float x) { return x - (vf){0}; }
+static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+static inline vf add(vf a, vf b) { return a + b; }
+static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+// The first four lanes of the result hold all of `v`, joined by `op`.
+#if LANES == 16
+#define FOLD_HALVES(v, op) op(v, __builtin_shuffle(v, (vi){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
+#define FOLD_QUARTERS(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
+#define FOLD(v, op) FOLD_QUARTERS(FOLD_HALVES(v, op), op)
+#elif LANES == 8
+#define FOLD(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3}))
+#else
+#define FOLD(v, op) (v)
+#endif
+
+static inline float sum_lanes(vf v) {
+    v = FOLD(v, add);
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+static inline float max_lanes(vf v) {
+    v = FOLD(v, larger);
+    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+
+// e^x to about 2 units in the last place, for x from -87 to 88.
+static inline vf exp_within(vf x) {
+    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+}
+
+// The same; below -87 nothing that fp32 can tell from 0.
+static inline vf exp_lanes(vf x) {
+    x = choose(x > splat(-87.0f), x, splat(-87.0f));
+    return exp_within(choose(x < splat(88.0f), x, splat(88.0f)));
+}
