@@ -12,7 +12,7 @@ from torch import Tensor
 from ladimo.checkpoint import choose_device, choose_dtype, load_model, load_quantized_model, stored_dtype
 from ladimo.model.cpu.build import library
 from ladimo.model.cpu.native_draw import NativeDraw
-from ladimo.model.cpu.native_step import native_step
+from ladimo.model.cpu.native_step import NativeStep, native_step
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kernels import triton_installed
 from ladimo.model.kv_cache import KVCache
@@ -78,7 +78,7 @@ class ModelRunner:
         self._native = None
         if self.device.type == "cpu" and graphs is None:
             self._native = model.native or native_step(model, NUM_THREADS)
-        self._native_draw = None if self._native is None else NativeDraw(self._native.pool)
+        self._native_draw = NativeDraw(self._native.pool) if isinstance(self._native, NativeStep) else None
 
     @property
     def graph_captures(self) -> int:

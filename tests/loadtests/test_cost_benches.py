@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import counting_bench, scrape_bench, stall_bench
+from loadtests import counting_bench, sampling_bench, scrape_bench, stall_bench
 
 
 def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -13,6 +13,15 @@ def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> No
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in record["results"]] == [1, 3]
     assert all(0 < row["share"] < 1 and row["ratio"] > 0 for row in record["results"])
+
+
+def test_sampling_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling_bench.main([str(moe_dir), "--rows", "1,3", "--rounds", "1", "--repeats", "1"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {(row["rows"], row["kind"]) for row in record["results"]} == {
+        (n, kind) for n in (1, 3) for kind in sampling_bench.KINDS
+    }
+    assert all(row["milliseconds"] > 0 and row["share_of_step"] > 0 for row in record["results"])
 
 
 @pytest.mark.slow

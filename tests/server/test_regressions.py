@@ -74,7 +74,7 @@ ELSEWHERE: dict[str, Callable[..., object]] = {
     ),
     "a metric renamed under a dashboard": test_dashboards.test_query_reads_what_is_exported,
     "padding rows are counted": test_capture.test_padded_rows_run_nothing_and_disturb_nobody,
-    "penalties of another row": test_logits.test_rows_without_wishes_are_untouched,
+    "penalties of another row": test_logits.test_who_asks_for_nothing_is_not_adjusted,
     "a batch changes an answer": test_generation.test_a_request_is_the_same_alone_and_among_seven_other_policies,
     "a prefix of policy A under policy B": (
         test_generation.test_a_cached_prefix_changes_no_token_and_is_never_shared_between_policies

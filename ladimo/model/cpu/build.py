@@ -1,7 +1,8 @@
 """The compiled forward step: shipped with the package, compiled on this machine earlier, or compiled now; and loading it.
 
-The C files beside this one are compiled for the processor at hand when they are first needed. An image has no compiler, so it ships with the step
-compiled for each of `VARIANTS` (`python -m ladimo.model.cpu`), and the best one that the processor can run is loaded.
+The C files beside this one are compiled for the processor at hand when they are first needed. An image has no compiler, so it
+ships with them compiled for each of `VARIANTS` (`python -m ladimo.model.cpu`), and the best one that the processor can run is
+loaded.
 """
 
 import ctypes

@@ -192,14 +192,14 @@ def mixed_rows() -> tuple[Tensor, SamplingInputs]:
 
 
 def rows_of(inputs: SamplingInputs, rows: list[int], cuts: bool = True) -> SamplingInputs:
-    columns = (inputs.temperature, inputs.top_p, inputs.top_k, inputs.min_p, inputs.uniform)
-    return SamplingInputs(*(column[rows] for column in columns), cuts)
+    temperature, top_p, top_k = inputs.temperature[rows], inputs.top_p[rows], inputs.top_k[rows]
+    return SamplingInputs(temperature, top_p, top_k, inputs.min_p[rows], inputs.uniform[rows], cuts)
 
 
 def test_a_row_is_drawn_the_same_beside_any_neighbours(draw: Sample) -> None:
     logits, inputs = mixed_rows()
     together = draw(logits, inputs).tolist()
-    free = [row for row in range(len(logits)) if (inputs.top_p[row], inputs.top_k[row], inputs.min_p[row]) == (1, 0, 0)]
+    free = ((inputs.top_p == 1) & (inputs.top_k == 0) & (inputs.min_p == 0)).nonzero().flatten().tolist()
     assert draw(logits[free], rows_of(inputs, free, cuts=False)).tolist() == [together[row] for row in free]
     for row in range(len(logits)):
         assert draw(logits[[row]], rows_of(inputs, [row], cuts=row not in free)).tolist() == [together[row]]
