@@ -6,7 +6,7 @@ make_generation -> Generation -> deltas() -> a dialect writes them, streamed or 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
