@@ -231,6 +231,8 @@ def _from_validation(error: RequestValidationError) -> ServiceError:
         return BadRequest(first["msg"] if isinstance(first["input"], dict) else "the body must be a JSON object")
     param = json_path(location)
     message = f"{param}: {first['msg']}" if where == "body" else f"{where} {param}: {first['msg']}"
+    if first["type"] == "extra_forbidden":  # where a field that nobody knows would change what the others ask for
+        return UnsupportedParameter(f"{param}: not supported by this server; leave it out", param=param)
     kind = UnsupportedParameter if first["type"] == UnsupportedParameter.code else BadRequest
     return kind(message, param=param)
 

@@ -47,7 +47,7 @@ class ChatFields(WireModel):
         return self
 
     @property
-    def format(self) -> ChatFormat:
+    def chat_format(self) -> ChatFormat:
         return ChatFormat(
             add_generation_prompt=self.add_generation_prompt and not self.continue_final_message,
             continue_final_message=self.continue_final_message,

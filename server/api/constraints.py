@@ -1,11 +1,12 @@
-"""Structured output: the one constraint a request puts on its text, in whichever of the four spellings it came."""
+"""Structured output: the one constraint a request puts on its text, in whichever spelling it came."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
-from server.api.schemas import GenerationFields, StructuredOutputs
+from server.api.constraint_fields import StructuredOutputs, TypedGrammar
+from server.api.schemas import GenerationFields
 from server.api.services import Services
 from server.errors import BadRequest
 from server.text.grammar import Grammar
@@ -37,23 +38,39 @@ def _compilers(fields: GenerationFields, services: Services) -> dict[str, Callab
     """What is asked for, by the JSON path that asks for it."""
     grammars, form = services.grammars, fields.response_format
     outputs = fields.structured_outputs or StructuredOutputs.model_validate({})
-    asked: dict[str, Callable[[], Grammar] | None] = {
-        "response_format": partial(grammars.json_schema, None) if form is not None and form.type == "json_object" else None,
-        "response_format.json_schema.schema": (
-            partial(grammars.json_schema, form.json_schema.schema_)
-            if form is not None and form.json_schema is not None
-            else None
-        ),
-        "structured_outputs.json_object": partial(grammars.json_schema, None) if outputs.json_object else None,
-        "structured_outputs.json": _with(grammars.json_schema, outputs.json_),
-        "structured_outputs.regex": _with(grammars.regex, outputs.regex),
-        "structured_outputs.choice": _with(grammars.choice, outputs.choice),
-        "guided_json": _with(grammars.json_schema, fields.guided_json),
-        "guided_regex": _with(grammars.regex, fields.guided_regex),
-        "guided_choice": _with(grammars.choice, fields.guided_choice),
+    named, plain = (None, None) if form is None else (form.json_schema, form.schema_)
+    schemas = {
+        "response_format.json_schema.schema": None if named is None else named.schema_,
+        "response_format.schema": plain,
+        "response_format": {} if form is not None and form.type == "json_object" and plain is None else None,
+        "structured_outputs.json": outputs.json_,
+        "structured_outputs.json_object": {} if outputs.json_object else None,
+        "guided_json": fields.guided_json,
+        "guided_json_object": {} if fields.guided_json_object else None,
+        "json_schema": fields.json_schema,
+        "format": fields.format,
     }
-    return {param: compile_grammar for param, compile_grammar in asked.items() if compile_grammar is not None}
+    patterns = {"structured_outputs.regex": outputs.regex, "guided_regex": fields.guided_regex, "regex": fields.regex}
+    choices = {"structured_outputs.choice": outputs.choice, "guided_choice": fields.guided_choice}
+    texts = {
+        "structured_outputs.grammar": outputs.grammar,
+        "guided_grammar": fields.guided_grammar,
+        "ebnf": fields.ebnf,
+    }
+    match fields.grammar:
+        case str(text):
+            texts["grammar"] = text
+        case TypedGrammar(value=str(pattern)):
+            patterns["grammar.value"] = pattern
+        case TypedGrammar(value=dict(schema)):
+            schemas["grammar.value"] = schema
+    return {
+        **_asked(grammars.json_schema, schemas),
+        **_asked(grammars.regex, patterns),
+        **_asked(grammars.choice, choices),
+        **_asked(grammars.grammar, texts),
+    }
 
 
-def _with(compile_grammar: Callable[[T], Grammar], value: T | None) -> Callable[[], Grammar] | None:
-    return None if value is None else partial(compile_grammar, value)
+def _asked(compile_grammar: Callable[[T], Grammar], values: Mapping[str, T | None]) -> dict[str, Callable[[], Grammar]]:
+    return {param: partial(compile_grammar, value) for param, value in values.items() if value is not None}

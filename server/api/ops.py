@@ -102,7 +102,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDe
     if characters > most:
         raise BadRequest(f"{param}: {characters} characters are more than the {most} that are tokenized at once", param=param)
     if body.messages is not None:
-        encoding = chat_tokens(body.messages, body.functions_of_tools, body.format, services)
+        encoding = chat_tokens(body.messages, body.functions_of_tools, body.chat_format, services)
     else:
         encoding = services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
     tokens = await until_disconnect(request, encoding)

@@ -7,18 +7,16 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.chat_fields import ChatFields
+from server.api.constraint_fields import ConstraintFields
 from server.api.tool_fields import MAX_CALLS, CallId, ToolCall, ToolFields
 from server.api.wire import (
     Absent,
-    Alternatives,
     Bias,
-    JsonSchema,
     Off,
     On,
     One,
     Penalty,
     PromptIds,
-    Regex,
     Share,
     Stop,
     StopAtError,
@@ -109,40 +107,10 @@ class StreamOptions(WireModel):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk.")
 
-
-class JsonSchemaFormat(WireModel):
-    name: str | None = None
-    description: str | None = None
-    schema_: JsonSchema = Field({}, alias="schema")
-    strict: bool = True
+    include_obfuscation: Off = False
 
 
-class ResponseFormat(WireModel):
-    """`text` asks for nothing; `json_object` for any JSON object; `json_schema` for JSON that fits the schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-    @model_validator(mode="after")
-    def _schema_is_there(self) -> "ResponseFormat":
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("json_schema", "json_schema belongs to the type json_schema, and to no other")
-        return self
-
-
-class StructuredOutputs(WireModel):
-    """One constraint on the text, in vLLM's words."""
-
-    json_: JsonSchema | None = Field(None, alias="json")
-    json_object: bool = False
-    regex: Regex | None = None
-    choice: Alternatives | None = None
-
-    grammar: Absent = None
-    structural_tag: Absent = None
-
-
-class GenerationFields(WireModel):
+class GenerationFields(ConstraintFields):
     """What both completion endpoints take."""
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
@@ -177,13 +145,7 @@ class GenerationFields(WireModel):
     cache_salt: str = Field(
         "", min_length=1, max_length=MAX_SALT_CHARACTERS, description="Cached prompts are shared under the same salt only."
     )
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: JsonSchema | None = None
-    guided_regex: Regex | None = None
-    guided_choice: Alternatives | None = None
 
-    guided_grammar: Absent = None
     prompt_logprobs: Absent = None
     allowed_token_ids: Absent = None
     bad_words: Annotated[Any, only([])] = []
@@ -231,6 +193,7 @@ class CompletionRequest(GenerationFields):
 class TextPart(WireModel):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = Field(None, description="Ignored: prompts share whatever prefixes they have.")
 
 
 class Message(WireModel):
@@ -244,6 +207,7 @@ class Message(WireModel):
 
     function_call: Absent = None
     audio: Absent = None
+    refusal: Absent = None
 
     @model_validator(mode="before")
     @classmethod
@@ -292,6 +256,15 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
     reasoning_effort: Absent = None
     verbosity: Absent = None
     web_search_options: Absent = None
+    moderation: Absent = None
+
+    # Labels and hints, which change no answer here.
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
     store: Off = False
     add_special_tokens: Off = False
     echo: Off = False

@@ -11,8 +11,10 @@ from typing import Any
 
 import llguidance.hf
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from numpy.typing import NDArray
+
+from server.text.json_schema import readable
 
 
 class GrammarCompiler:
@@ -23,9 +25,9 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
 
-    def json_schema(self, schema: dict[str, Any] | None) -> "Grammar":
-        """Text that is JSON of this schema; None is any JSON object. Raises ValueError."""
-        source = json.dumps({"type": "object"} if schema is None else schema)
+    def json_schema(self, schema: dict[str, Any]) -> "Grammar":
+        """Text that is JSON of this schema; an empty one is any JSON object. Raises ValueError."""
+        source = json.dumps(readable(schema) if schema else {"type": "object"})
         # One spelling of white space: a small model that may add blanks for ever does.
         return self._compile(partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}), source)
 
@@ -51,10 +53,14 @@ class GrammarCompiler:
         written = [f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts]
         return f"({' '.join(written)})"
 
+    def grammar(self, text: str) -> "Grammar":
+        """Text that a grammar in GBNF, or in llguidance's dialect of Lark, describes. Raises ValueError."""
+        return self._compile(partial(grammar_from, "gbnf"), text)
+
     def _compile(self, read: Callable[[str], str], source: str) -> "Grammar":
         try:
             matcher = LLMatcher(self._tokenizer, read(source), log_level=0)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(_first_line(str(error))) from error
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))

@@ -93,7 +93,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"cache_salt": ""}, 400, "invalid_request", "cache_salt"),
     ({"cache_salt": "x" * 257}, 400, "invalid_request", "cache_salt"),
     ({"user": 5}, 400, "invalid_request", "user"),
-    ({"guided_grammar": "root ::= a"}, 400, "unsupported_parameter", "guided_grammar"),
+    ({"guided_grammar": "root ::= a"}, 400, "invalid_request", "guided_grammar"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, 400, "invalid_request",
      "stream_options.continuous_usage_stats"),
 ]  # fmt: skip

@@ -8,6 +8,9 @@ from typing import Any
 import httpx
 
 from tests.server.real import serving_model
+from tests.server.serving import serving
+
+CHAT = [{"role": "user", "content": "x"}]
 
 SCHEMA = {
     "type": "object",
@@ -23,7 +26,65 @@ JSON_FORMS: list[dict[str, Any]] = [
     {"structured_outputs": {"json": json.dumps(SCHEMA)}},
     {"guided_json": SCHEMA},
     {"guided_json": json.dumps(SCHEMA)},
+    {"response_format": {"type": "json_object", "schema": SCHEMA}},
+    {"json_schema": SCHEMA},
+    {"json_schema": json.dumps(SCHEMA)},
+    {"format": SCHEMA},
+    {"grammar": {"type": "json", "value": SCHEMA}},
 ]
+REGEX_FORMS: list[dict[str, Any]] = [
+    {"guided_regex": PATTERN},
+    {"structured_outputs": {"regex": PATTERN}},
+    {"regex": PATTERN},
+    {"grammar": {"type": "regex", "value": PATTERN}},
+]
+GBNF = 'root ::= kind "-" [0-9]{2}\nkind ::= "rouge" | "vert"\n'
+LARK = 'start: kind "-" /[0-9]{2}/\nkind: "rouge" | "vert"\n'
+GRAMMAR_FIELDS = ["grammar", "ebnf", "guided_grammar"]
+OBJECT_FORMS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    {"structured_outputs": {"json_object": True}},
+    {"structured_outputs": {"json": {}}},
+    {"guided_json": {}},
+    {"guided_json_object": True},
+    {"format": "json"},
+]
+NOTHING_ASKED: dict[str, Any] = {
+    "response_format": {"type": "text"},
+    "structured_outputs": {"json_object": False, "disable_any_whitespace": True},
+    "guided_decoding_backend": "outlines",
+    "guided_json_object": False,
+    "format": "",
+    "grammar": None,
+    "grammar_lazy": False,
+    "grammar_triggers": [],
+}
+# Spellings of other servers that cannot be honoured: by what is sent, what is refused.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    ({"structured_outputs": {"disable_additional_properties": True}}, "structured_outputs.disable_additional_properties"),
+    ({"structured_outputs": {"schema": {}}}, "structured_outputs.schema"),
+    ({"response_format": {"type": "text", "value": {}}}, "response_format.value"),
+    ({"response_format": {"type": "json_object", "regex": "a"}}, "response_format.regex"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "shema": {}}}},
+     "response_format.json_schema.shema"),
+    ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+    ({"guided_decoding": {"json": {}}}, "guided_decoding"),
+    ({"structural_tag": "{}"}, "structural_tag"),
+    ({"stop_regex": "a"}, "stop_regex"),
+    ({"grammar_lazy": True}, "grammar_lazy"),
+    ({"grammar_triggers": [{"type": 1}]}, "grammar_triggers"),
+    ({"choice": ["a"]}, "choice"),
+    ({"json": {}}, "json"),
+    ({"json_object": True}, "json_object"),
+    ({"response_schema": {}}, "response_schema"),
+    ({"output_format": {}}, "output_format"),
+    ({"nvext": {"guided_json": {}}}, "nvext"),
+    ({"extra_body": {"guided_json": {}}}, "extra_body"),
+]  # fmt: skip
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -47,7 +108,20 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": ["a"] * 1025}, "guided_choice"),
     ({"structured_outputs": {"regex": "[z-a]"}}, "structured_outputs.regex"),
     ({"structured_outputs": {"grammar": "root ::= a"}}, "structured_outputs.grammar"),
-    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    ({"grammar": "root ::= ("}, "grammar"),
+    ({"grammar": "root ::= " + "(" * 5000}, "grammar"),
+    ({"grammar": "hello"}, "grammar"),
+    ({"grammar": ""}, "grammar"),
+    ({"grammar": "a" * 40_000}, "grammar"),
+    ({"grammar": {"type": "regex", "value": {}}}, "grammar"),
+    ({"grammar": {"type": "json", "value": "a"}}, "grammar"),
+    ({"grammar": {"type": "regex", "value": "((("}}, "grammar.value"),
+    ({"ebnf": "start: @other"}, "ebnf"),
+    ({"regex": "((("}, "regex"),
+    ({"format": "xml"}, "format"),
+    ({"json_schema": {"not": {}}}, "json_schema"),
+    ({"json_schema": SCHEMA, "regex": "a"}, "regex"),
+    ({"response_format": {"type": "text", "schema": {}}}, "response_format"),
     ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs.regex"),
     ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
     ({"guided_regex": "a", "min_tokens": 1}, "min_tokens"),
@@ -70,16 +144,31 @@ async def test_text_satisfies_its_constraint_in_every_spelling(moe_dir: Path) ->
             value = json.loads(await complete(client, **form))
             assert set(value) == {"kind", "ok"}
             assert (value["kind"] in "ab", type(value["ok"])) == (True, bool)
-        for form in ({"guided_regex": PATTERN}, {"structured_outputs": {"regex": PATTERN}}):
+        for form in REGEX_FORMS:
             assert re.fullmatch(PATTERN, await complete(client, **form))
         for form in ({"guided_choice": CHOICES}, {"structured_outputs": {"choice": CHOICES}}):
             assert await complete(client, **form) in CHOICES
-        for form in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
+        for field in GRAMMAR_FIELDS:
+            for grammar in (GBNF, LARK):
+                assert re.fullmatch(r"(rouge|vert)-[0-9]{2}", await complete(client, **{field: grammar}))
+        assert re.fullmatch(r"(rouge|vert)-[0-9]{2}", await complete(client, structured_outputs={"grammar": GBNF}))
+        for form in OBJECT_FORMS:
             fields = {"prompt": "x", "max_tokens": 4, "temperature": 0, **form}
             text = (await client.post("/v1/completions", json=fields)).json()["choices"][0]["text"]
             assert text.startswith("{")
-        plain = {"response_format": {"type": "text"}, "structured_outputs": {"json_object": False}, "prompt": "x"}
-        assert (await client.post("/v1/completions", json={**plain, "max_tokens": 1})).status_code == 200
+        free = {"prompt": "x", "max_tokens": 9, "seed": 1}
+        texts = [await client.post("/v1/completions", json=fields) for fields in (free, {**free, **NOTHING_ASKED})]
+        assert texts[0].json()["choices"] == texts[1].json()["choices"]
+
+
+async def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for fields, param in REFUSED:
+            for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": CHAT})):
+                reply = await server.client.post(path, json={**body, "max_tokens": 1, **fields})
+                assert reply.status_code == 400, fields
+                error = reply.json()["error"]
+                assert (error["param"], error["code"]) == (param, "unsupported_parameter"), fields
 
 
 async def test_constraints_of_a_batch_do_not_mix_and_streams_are_the_same(moe_dir: Path) -> None:
