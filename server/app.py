@@ -17,7 +17,7 @@ from starlette.responses import Response
 import ladimo
 from server.api import completions, ops, routing
 from server.api.bodies import JsonBodies
-from server.api.middleware import Keys, RequestContext
+from server.api.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
 from server.api.schemas import ErrorBody
 from server.api.services import Services
 from server.engine.async_engine import EngineState
@@ -84,10 +84,12 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             *_cors(access.allow_origins),
+            Middleware(PlainPaths),
             Middleware(
                 RequestContext, default_policy=lambda: services.store.resolve().policy.name, on_failure=_count(services)
             ),
             Middleware(Keys, api_keys=access.api_keys, admin_key=access.admin_key, open_admin=access.open_admin),
+            Middleware(HeadAsGet),
             Middleware(JsonBodies, max_bytes=access.max_body_bytes, timeout_seconds=access.body_timeout),
         ],
         exception_handlers={HTTPException: _to_context, RequestValidationError: _to_context},
@@ -112,7 +114,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=exposed,
         )

@@ -243,7 +243,8 @@ def _from_http(error: HTTPException) -> ServiceError:
             return NotFound("there is no such route")
         case 405:
             refusal = MethodNotAllowed("this route does not take this method")
-            refusal.headers = error.headers or {}
+            allowed = (error.headers or {}).get("Allow", "")
+            refusal.headers = {"Allow": allowed.replace("GET", "GET, HEAD")}
             return refusal
         case status if status < 500:
             return BadRequest(error.detail)

@@ -127,6 +127,9 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=bounded_http(settings.header_timeout, settings.send_timeout),
+                timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]  # any number of seconds will do
+                proxy_headers=bool(settings.trusted_proxies),
+                forwarded_allow_ips=settings.trusted_proxies,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -34,8 +34,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
+    """A line per record, then its traceback. Whatever else would begin a line or move the cursor is escaped: messages may quote
+    what a client sent."""
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

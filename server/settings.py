@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, InstanceOf, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -39,6 +39,13 @@ def _read_tiers(value: object) -> dict[str, Tier] | None:
         except ValueError as error:
             raise ValueError(f"is not valid JSON: {error}") from error
     return parse_tiers(value)
+
+
+def _check_proxies(proxies: list[str]) -> list[str]:
+    """Raises ValueError for what is neither an IP address nor a network."""
+    for proxy in proxies:
+        ipaddress.ip_network(proxy)
+    return proxies
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
@@ -142,6 +149,16 @@ class ServerSettings(BaseSettings):
     send_timeout: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="Seconds an answer may lie unread; then the connection is cut."
     )
+    keep_alive_timeout: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a connection may lie idle between requests; longer than proxies keep theirs.",
+    )
+    trusted_proxies: Annotated[list[str], NoDecode, BeforeValidator(_split), AfterValidator(_check_proxies)] = Field(
+        [],
+        description="Address or network of a proxy whose X-Forwarded-For says who the client is, in logs; may be repeated.",
+    )
     stall_timeout: float = Field(
         120.0, gt=0, allow_inf_nan=False, description="Seconds one engine step may take; then /health/live fails."
     )
@@ -186,6 +203,10 @@ class ServerSettings(BaseSettings):
             self.admin_key = keys[0]
         if any(not key.get_secret_value() for key in [*self.api_key, *([self.admin_key] if self.admin_key else [])]):
             raise ValueError("a key must not be empty")
+        for key in [*self.api_key, *([self.admin_key] if self.admin_key else [])]:
+            text = key.get_secret_value()
+            if not (text.isascii() and text.isprintable() and text == text.strip()):
+                raise ValueError("a key must be of printable ASCII characters, with no space at its ends: no other can be sent")
         return self
 
     @property

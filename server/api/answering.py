@@ -1,5 +1,6 @@
 """A generation's answer, whole or as a stream of events, in an endpoint's dialect."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -13,7 +14,7 @@ from server.api.generation import Delta, Generation
 from server.api.routing_trace import joined
 from server.api.schemas import GenerationFields
 from server.api.services import Services
-from server.api.streaming import EventStream, until_disconnect
+from server.api.streaming import EventStream, started, until_disconnect
 from server.errors import InternalError, to_service_error
 from server.text.answer_text import join_calls
 
@@ -34,9 +35,9 @@ async def answer(
     if not body.stream:
         wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
         return JSONResponse(dialect.answer(wholes, generation))
-    # The first token is awaited before the response begins, so that what fails until then has its own HTTP status.
-    first = await until_disconnect(request, anext(deltas))
-    return EventStream(_events(first, deltas, generation, dialect, services), deltas)
+    # The first token is awaited for a while before the response begins: what fails until then has its own HTTP status.
+    first = await started(request, anext(deltas), services.comment_seconds)
+    return EventStream(_events(first, deltas, generation, dialect, services), deltas, first, services.comment_seconds)
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[Delta]:
@@ -60,13 +61,17 @@ async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[De
 
 
 async def _events(
-    first: Delta, deltas: AsyncGenerator[Delta, None], generation: Generation, dialect: Dialect, services: Services
+    first: "asyncio.Future[Delta]",
+    deltas: AsyncGenerator[Delta, None],
+    generation: Generation,
+    dialect: Dialect,
+    services: Services,
 ) -> AsyncGenerator[bytes, None]:
     """An error takes the place of what is left."""
     try:
         for event in dialect.begin():
             yield event
-        delta: Delta | None = first
+        delta: Delta | None = await first
         while delta is not None:
             for event in dialect.events(delta, generation):
                 yield event

@@ -5,6 +5,7 @@ import math
 
 from fastapi import Request
 
+from server.api.headers import number_header
 from server.errors import BadRequest
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -13,13 +14,9 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 def request_deadline(request: Request, limit_seconds: float | None) -> float | None:
     """The event loop's time at which the answer is too late; None for never. Raises BadRequest."""
     seconds = math.inf if limit_seconds is None else limit_seconds
-    asked = request.headers.get(TIMEOUT_HEADER)
+    asked = number_header(request, TIMEOUT_HEADER)
     if asked is not None:
-        try:
-            value = float(asked)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(asked) and asked > 0):
             raise BadRequest(f"{TIMEOUT_HEADER}: must be a positive number of seconds", param=TIMEOUT_HEADER)
-        seconds = min(seconds, value)
+        seconds = min(seconds, asked)
     return None if math.isinf(seconds) else asyncio.get_running_loop().time() + seconds

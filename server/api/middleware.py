@@ -1,4 +1,4 @@
-"""Pure ASGI middleware, outermost first: request context, keys.
+"""Pure ASGI middleware, outermost first: paths, request context, keys, HEAD.
 
 (Starlette's BaseHTTPMiddleware hides the client's disconnect from the routes.)
 """
@@ -35,6 +35,34 @@ ADMIN_PREFIX = "/admin/"
 # What one request's line and headers may take together; `api.http_protocol` holds the connection to it, too.
 MAX_HEAD_BYTES = 64 * 2**10
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class PlainPaths:
+    """Takes trailing and doubled slashes out of the path, before anything else looks at it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, without the body (RFC 9110 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, send_head)
+        else:
+            await self._app(scope, receive, send)
 
 
 class RequestContext:
@@ -86,7 +114,7 @@ class RequestContext:
                 ascii(scope["path"])[1:-1],
                 status,
                 seconds,
-                extra={"status": status, "seconds": round(seconds, 6)},
+                extra={"client": _client(scope), "status": status, "seconds": round(seconds, 6)},
             )
 
 
@@ -133,6 +161,11 @@ class Keys:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise Forbidden("admin routes without a key are closed to other sites' pages")
+
+
+def _client(scope: Scope) -> str | None:
+    """The address that the request came from, or, from a trusted proxy, the one that it names."""
+    return None if scope.get("client") is None else scope["client"][0]
 
 
 def _check_head(scope: Scope) -> None:

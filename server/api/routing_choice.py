@@ -2,7 +2,8 @@
 
 from fastapi import Request
 
-from server.api.schemas import RoutingField, parse_share
+from server.api.headers import number_header, single_header
+from server.api.schemas import RoutingField
 from server.errors import BadRequest, UnknownModel
 from server.policies.store import PolicyStore
 from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, Named, Target
@@ -33,16 +34,15 @@ def split_model(model: str | None, model_name: str) -> str | None:
 
 
 def _from_headers(request: Request) -> Ask | None:
-    policy, accuracy = request.headers.get(POLICY_HEADER), request.headers.get(ACCURACY_HEADER)
+    policy, accuracy = single_header(request, POLICY_HEADER), number_header(request, ACCURACY_HEADER)
     if policy is not None and accuracy is not None:
         raise BadRequest(f"send either {POLICY_HEADER} or {ACCURACY_HEADER}", param=ACCURACY_HEADER)
     if policy is not None:
         return Ask(_named(policy), "header", POLICY_HEADER)
     if accuracy is not None:
-        value = parse_share(accuracy)
-        if value is None:
+        if not 0 <= accuracy <= 1:  # nor is what is no number
             raise BadRequest(f"{ACCURACY_HEADER}: must be a number between 0 and 1", param=ACCURACY_HEADER)
-        return Ask(AtAccuracy(value), "header", ACCURACY_HEADER)
+        return Ask(AtAccuracy(accuracy), "header", ACCURACY_HEADER)
     return None
 
 

@@ -1,6 +1,5 @@
 """The wire: what request bodies look like, built from `api.wire`. Translation into engine terms is `api.generation`'s."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -313,12 +312,3 @@ class ErrorBody(BaseModel):
     """What every error looks like, also as an event of a stream."""
 
     error: ErrorObject
-
-
-def parse_share(text: str) -> float | None:
-    """A number between 0 and 1 from a header; None when it is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and 0 <= value <= 1 else None

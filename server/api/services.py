@@ -28,6 +28,7 @@ class Services:
     `telemetry` None: requests are not traced.
     `fair_queueing`: who takes turns where requests wait.
     `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
+    `comment_seconds`: a stream that has nothing to send for so long, at its beginning too, sends a comment.
 
     `admin_lock`: one admin action at a time, since each builds on the state that the last one left.
     """
@@ -47,6 +48,7 @@ class Services:
     telemetry: "Telemetry | None" = None
     fair_queueing: Literal["key", "user", "none"] = "key"
     stall_timeout: float = 120.0
+    comment_seconds: float = 10.0
     created: int = field(default_factory=lambda: int(time.time()))
     admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -193,6 +193,8 @@ class Parts:
     fair_queueing: Literal["key", "user", "none"] = "key"
     stall_timeout: float = 120.0
     tool_dialect: ToolDialect = PLAIN_JSON
+    comment_seconds: float = 10.0
+    keep_alive_timeout: float = 120.0
     header_timeout: float = HEADER_SECONDS
     send_timeout: float = SEND_SECONDS
     default: Target | None = None
@@ -239,6 +241,7 @@ async def make_server(
         telemetry=parts.telemetry,
         stall_timeout=parts.stall_timeout,
         tool_dialect=parts.tool_dialect,
+        comment_seconds=parts.comment_seconds,
     )
     died: list[BaseException] = []
     app = create_app(services, latencies, parts.access, on_dead=died.append)
@@ -270,7 +273,14 @@ async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) 
     async with make_server(tmp_path, parts, **core) as (app, services, runner, died):
         http = bounded_http(parts.header_timeout, parts.send_timeout)
         uvicorn_server = uvicorn.Server(
-            uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                app,
+                http=http,
+                timeout_keep_alive=parts.keep_alive_timeout,  # type: ignore[arg-type]
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=5,
+            )
         )
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it

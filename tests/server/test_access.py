@@ -43,7 +43,16 @@ PATHS = [
     ),
     *("/health%2f..%2fv1/models", "/v1/models?x=/health", "/v1/models#/health", "/v1/models;/health", "/v1/%2e%2e/health"),
     *("http://127.0.0.1/v1/models", "http://health/v1/models", "/tokenizer_info", "/version", "/openapi.json", "/docs"),
-    *("/metrics/", "/health/", "/admin/drain", "//admin/drain", "/%61dmin/drain", "/nowhere"),
+    *(
+        "/admin/drain",
+        "//admin/drain",
+        "/admin//drain/",
+        "/admin%2f/drain",
+        "/%61dmin/drain",
+        "/v1/models/",
+        "/nowhere",
+        "/x/metrics/",
+    ),
 ]
 
 

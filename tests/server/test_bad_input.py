@@ -220,10 +220,10 @@ async def test_content_type_size_route_and_method(tmp_path: Path) -> None:
 
         check_error(await client.post("/v1/completions", content=chunks()), 413, "body_too_large", None)
         check_error(await client.get("/nowhere"), 404, "not_found", None)
-        check_error(await client.get("/metrics/"), 404, "not_found", None)
         wrong = await client.get("/v1/completions")
         check_error(wrong, 405, "method_not_allowed", None)
         assert wrong.headers["allow"] == "POST"
+        assert (await client.post("/metrics")).headers["allow"] == "GET, HEAD"
         charset = {"Content-Type": "application/json; charset=utf-8"}
         assert (await client.post("/v1/completions", content=b'{"prompt": "a"}', headers=charset)).status_code == 200
 
@@ -236,11 +236,40 @@ async def test_content_type_size_route_and_method(tmp_path: Path) -> None:
         ({"X-Routing-Accuracy": "nan"}, 400, "invalid_request", "X-Routing-Accuracy"),
         ({"X-Routing-Accuracy": "1.01"}, 400, "invalid_request", "X-Routing-Accuracy"),
         ({"X-Routing-Accuracy": "1", "X-Routing-Policy": "fast"}, 400, "invalid_request", "X-Routing-Accuracy"),
+        *(
+            ({"X-Routing-Accuracy": text}, 400, "invalid_request", "X-Routing-Accuracy")
+            for text in ("0_1", "+0.5", ".5", "1.", "01", "inf", "0x1", "\u0661", "")
+        ),
+        *(
+            ({"X-Request-Timeout": text}, 400, "invalid_request", "X-Request-Timeout")
+            for text in ("1_0", "+1", "inf", "1e999", "nan", "0", "-1", "")
+        ),
+        ({"X-Routing-Policy": ""}, 400, "invalid_request", "X-Routing-Policy"),
+        ({"X-Routing-Policy": " "}, 400, "invalid_request", "X-Routing-Policy"),
     ],
 )
 async def test_bad_routing_headers(tmp_path: Path, headers: dict[str, str], status: int, code: str, param: str) -> None:
     async with serving(tmp_path) as server:
-        check_error(await server.client.post("/v1/completions", json=GOOD, headers=headers), status, code, param)
+        sent = {name.encode(): text.encode() for name, text in headers.items()}
+        check_error(await server.client.post("/v1/completions", json=GOOD, headers=sent), status, code, param)
+
+
+@pytest.mark.parametrize("name", ["X-Routing-Policy", "X-Routing-Accuracy", "X-Request-Timeout"])
+async def test_a_header_that_is_sent_twice(tmp_path: Path, name: str) -> None:
+    async with serving(tmp_path) as server:
+        for values in (["1", "1"], ["1", "0.5"], ["1", ""]):
+            headers = [(name, value) for value in values]
+            check_error(await server.client.post("/v1/completions", json=GOOD, headers=headers), 400, "invalid_request", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("X-Routing-Policy", " fast \t"), ("X-Routing-Accuracy", "\t0.5 "), ("X-Routing-Accuracy", "5e-1")]
+)
+async def test_white_space_and_every_form_of_a_number(tmp_path: Path, name: str, value: str) -> None:
+    async with serving(tmp_path) as server:
+        reply = await server.client.post("/v1/completions", json=GOOD, headers={name: value})
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["routing"]["reason"] == "header"
 
 
 async def test_stream_options_need_a_stream(tmp_path: Path) -> None:

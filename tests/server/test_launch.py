@@ -55,6 +55,27 @@ def test_a_config_file_gives_way_to_environment_and_flags(tmp_path: Path, monkey
     assert read_settings([]).max_num_seqs == 3
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "\u2028", "a\tb", " a", "a ", "\udc80"])
+def test_keys_that_no_client_can_send(tmp_path: Path, key: str) -> None:
+    for flag in ("--api-key", "--admin-key"):
+        with pytest.raises(ValueError, match="a key must be of printable ASCII"):
+            read_settings(["model", flag, key])
+    if key == "schlüssel":
+        (tmp_path / "keys").write_text(f"good\n{key}\n")
+        with pytest.raises(ValueError, match="a key must be of printable ASCII"):
+            read_settings(["model", "--api-key-file", str(tmp_path / "keys")])
+
+
+def test_connections_and_proxies() -> None:
+    settings = read_settings(["model", "--trusted-proxies", "10.0.0.0/8,127.0.0.1", "--trusted-proxies", "::1"])
+    assert settings.trusted_proxies == ["10.0.0.0/8", "127.0.0.1", "::1"]
+    assert read_settings(["model"]).trusted_proxies == []
+    assert read_settings(["model"]).keep_alive_timeout > 90
+    for wrong in ("proxy.example", "*", "10.0.0.1/8"):
+        with pytest.raises(ValueError, match="trusted-proxies"):
+            read_settings(["model", "--trusted-proxies", wrong])
+
+
 def test_keys_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     api, admin = tmp_path / "keys", tmp_path / "admin"
     api.write_text("one   # the first\n\n# nobody\ntwo\n")

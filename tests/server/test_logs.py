@@ -47,3 +47,11 @@ async def test_every_line_of_a_request_carries_its_id(
         entry = json.loads(failure)
         assert (entry["request_id"], entry["level"]) == ("mine-7", "error")
         assert "KeyError" in entry["traceback"]
+
+
+def test_a_line_stays_one_line_whatever_is_quoted_in_it() -> None:
+    record = logging.LogRecord("server", logging.INFO, __file__, 1, "a\nb\u2028c\u2029d\x85e\x1b[31m é", None, None)
+    line = logs.TextFormatter().format(record)
+    assert line.splitlines() == [line]
+    assert line.endswith(r"a\nb\u2028c\u2029d\x85e\x1b[31m é")
+    assert len(logs.JsonFormatter().format(record).splitlines()) == 1
