@@ -10,6 +10,7 @@ from server.api.constraints import make_grammar
 from server.api.dialects import ChatDialect, TextDialect
 from server.api.generation import Generation, make_generation
 from server.api.prompts import text_prompt
+from server.api.routing_trace import TraceWriter
 from server.api.schemas import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
 from server.api.services import ServicesDep
 from server.api.streaming import until_disconnect
@@ -26,7 +27,8 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
         raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
-    dialect = TextDialect(body.model or services.model_name, terms.service_tier, body.stream_options, services)
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
+    dialect = TextDialect(body.model or services.model_name, terms.service_tier, body.stream_options, services, traces)
 
     async def generation() -> Generation:
         prompts = [await text_prompt(body, place, services) for place in range(len(body.prompt))]
@@ -40,8 +42,9 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
 @router.post("/v1/chat/completions", responses=ANSWERS)
 async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
     terms = make_terms(body, 1, request, services)
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
     dialect = ChatDialect(
-        body.model or services.model_name, terms.service_tier, body.stream_options, services, tools=bool(body.tools)
+        body.model or services.model_name, terms.service_tier, body.stream_options, services, traces, tools=bool(body.tools)
     )
 
     generation = chat_generation(body, dialect.id, terms, services)

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.api.generation import Delta, Generation
 from server.api.logprobs import chat_logprobs, text_logprobs
-from server.api.routing_trace import wire_trace
+from server.api.routing_trace import TraceWriter
 from server.api.schemas import StreamOptions
 from server.api.services import Services
 from server.api.streaming import DONE, sse
@@ -54,12 +54,14 @@ class ChoicesDialect(Dialect):
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, service_tier: str, options: StreamOptions | None, services: Services) -> None:
+    def __init__(
+        self, model: str, service_tier: str, options: StreamOptions | None, services: Services, traces: TraceWriter
+    ) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
         self._service_tier = service_tier
         self._options = options or StreamOptions.model_validate({})
-        self._expert_layers = services.config.moe_layer_indices
+        self._traces = traces
         self._ended = 0
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class ChoicesDialect(Dialect):
         if delta.trace is None:
             return {}
         last = delta.finish_reason is not None
-        return {"routing_trace": wire_trace(delta.trace, self._expert_layers, delta.first, last)}
+        return {"routing_trace": self._traces.write(delta.trace, delta.first, last)}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -134,9 +136,15 @@ class ChatDialect(ChoicesDialect):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, service_tier: str, options: StreamOptions | None, services: Services, tools: bool = False
+        self,
+        model: str,
+        service_tier: str,
+        options: StreamOptions | None,
+        services: Services,
+        traces: TraceWriter,
+        tools: bool = False,
     ) -> None:
-        super().__init__(model, service_tier, options, services)
+        super().__init__(model, service_tier, options, services, traces)
         self._tools = tools
 
     def choice(self, whole: Delta) -> dict[str, Any]:

@@ -49,6 +49,12 @@ ROUTING_TRACE = (
     "sequence was preempted, `recomputed`: how many of its first passes ran again, per preemption. In a stream each chunk has "
     "its tokens' part; `layers` and `prompt` come with a choice's first chunk, `recomputed` with its last."
 )
+PACKED_TRACE = (
+    "How `tokens` and `prompt` are written. `lists`: nested lists. `base64`: an object each; `data` is the base64 of an array "
+    "in C order, `shape` [tokens, expert layers, places] and `dtype` uint8; where a layer has more than 255 experts, uint16, "
+    "little-endian. `places` is the most experts that the policy lets a token run in a layer and the same in every chunk of a "
+    "stream; places that ran none hold the largest number of the dtype (255 or 65535)."
+)
 SERVICE_TIER = (
     "Cheap or fast: a tier has a policy and a priority, which the operator sets and GET /v1/routing shows. If nothing else is "
     "set, `flex` runs under the policy fast and lets others go first; `priority` runs under full and goes first. `auto` and "
@@ -100,6 +106,7 @@ class RoutingTraceField(WireModel):
     prompt: bool = Field(
         False, description="Tell of the prompt's tokens, too. They are computed then, even if they are cached."
     )
+    format: Literal["lists", "base64"] = Field("lists", description=PACKED_TRACE)
 
 
 class StreamOptions(WireModel):

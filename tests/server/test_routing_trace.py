@@ -1,15 +1,23 @@
 """Routing traces: what they say, and that the counters of /metrics are their sum."""
 
 import asyncio
+import base64
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from ladimo.policy import LayerRule, RoutingPolicy
+from server.api.routing_trace import TraceWriter
+from server.api.schemas import RoutingTraceField
+from server.engine.messages import RoutingTrace
+from tests.server.fakes import FAKE_CONFIG
 from tests.server.real import serving_model
 from tests.server.serving import TOP_K, events, serving
 
@@ -43,6 +51,9 @@ async def test_a_trace_has_one_entry_per_token_and_layer(tmp_path: Path) -> None
 async def test_a_prompt_alone_is_traced_whole(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         fields: dict[str, Any] = {"max_tokens": 0, "echo": True, "routing": "fast", "routing_trace": {"prompt": True}}
+        packed = await server.complete("abc", **{**fields, "routing_trace": {"prompt": True, "format": "base64"}})
+        trace = packed["choices"][0]["routing_trace"]
+        assert (trace["tokens"]["shape"], unpacked(trace["prompt"])) == ([0, 2, 1], [[[0], [0]]] * 4)
         body = await server.complete("abc", **fields)
         assert body["choices"][0]["routing_trace"] == {"layers": LAYERS, "prompt": [[[0], [0]]] * 4, "tokens": []}
 
@@ -68,7 +79,60 @@ async def test_a_traced_prompt_is_computed_even_when_it_is_cached(tmp_path: Path
             assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
 
 
-@pytest.mark.parametrize("wrong", ["yes", 1, {"prompt": "yes"}, []])
+def unpacked(array: dict[str, Any]) -> list[list[list[int]]]:
+    """What a client makes of a packed array: lists again, without the padding."""
+    numbers = np.frombuffer(base64.b64decode(array["data"]), dtype=array["dtype"]).reshape(array["shape"])
+    padding = np.iinfo(array["dtype"]).max
+    return [[[expert for expert in layer if expert != padding] for layer in token] for token in numbers.tolist()]
+
+
+async def test_packed_traces_say_the_same_as_lists(moe_dir: Path) -> None:
+    """Whole and streamed, on both endpoints, under a policy whose tokens run different numbers of experts."""
+    async with serving_model(moe_dir) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+        for path, prompt in (
+            ("/v1/completions", {"prompt": "hello"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ):
+            fields = {**prompt, "max_tokens": 12, "n": 2, "seed": 1, "ignore_eos": True, "routing": "quality"}
+            plain, packed = [
+                (await client.post(path, json=fields | {"routing_trace": {"prompt": True, "format": form}})).json()["choices"]
+                for form in ("lists", "base64")
+            ]
+            asked = {"routing_trace": {"prompt": True, "format": "base64"}, "stream": True}
+            chunks = events((await client.post(path, json=fields | asked)).text)
+            for index, choice in enumerate(plain):
+                lists, arrays = choice["routing_trace"], packed[index]["routing_trace"]
+                assert arrays["layers"] == lists["layers"] == LAYERS
+                for name in ("prompt", "tokens"):
+                    assert arrays[name]["dtype"] == "uint8"
+                    assert arrays[name]["shape"] == [len(lists[name]), 2, 2]
+                    assert unpacked(arrays[name]) == lists[name]
+                parts = [
+                    part["routing_trace"]
+                    for chunk in chunks
+                    for part in chunk["choices"]
+                    if part["index"] == index and "routing_trace" in part
+                ]
+                assert [token for part in parts for token in unpacked(part["tokens"])] == lists["tokens"]
+                assert [unpacked(part["prompt"]) for part in parts if "prompt" in part] == [lists["prompt"]]
+            assert {len(layer) for token in plain[0]["routing_trace"]["tokens"] for layer in token} == {1, 2}
+
+
+@pytest.mark.parametrize(("num_experts", "dtype", "padding"), [(255, "uint8", 255), (256, "uint16", 65535)])
+def test_the_padding_is_never_an_expert(num_experts: int, dtype: str, padding: int) -> None:
+    layers = tuple(layer and replace(layer, num_experts=num_experts) for layer in FAKE_CONFIG.layers)
+    rule = LayerRule(3, mass=0.9)
+    asked = RoutingTraceField(format="base64")
+    writer = TraceWriter.of(asked, RoutingPolicy("p", "", (rule, None, rule)), replace(FAKE_CONFIG, layers=layers))
+    trace = RoutingTrace((((num_experts - 1, 0), (7,)), ((1, 2, 3), (4, 5))))
+    wire = writer.write(trace, first=True, last=True)["tokens"]
+    assert (wire["dtype"], wire["shape"]) == (dtype, [2, 2, 3])
+    assert unpacked(wire) == [[list(ran) for ran in token] for token in trace.tokens]
+    numbers = np.frombuffer(base64.b64decode(wire["data"]), dtype="<u2" if dtype == "uint16" else "u1")
+    assert numbers.tolist()[:6] == [num_experts - 1, 0, padding, 7, padding, padding]
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, {"prompt": "yes"}, [], {"format": "hex"}])
 async def test_anything_else_is_refused(tmp_path: Path, wrong: Any) -> None:
     async with serving(tmp_path) as server:
         reply = await server.client.post("/v1/completions", json={"prompt": "a", "routing_trace": wrong})
@@ -128,3 +192,6 @@ async def test_a_dense_model_has_no_expert_layers(dense_dir: Path) -> None:
         trace = (await client.post("/v1/completions", json=body)).json()["choices"][0]["routing_trace"]
         assert (trace["layers"], trace["tokens"]) == ([], [[], []])
         assert set(map(tuple, trace["prompt"])) == {()}
+        packed = {**body, "routing_trace": {"format": "base64"}}
+        trace = (await client.post("/v1/completions", json=packed)).json()["choices"][0]["routing_trace"]
+        assert trace == {"layers": [], "tokens": {"dtype": "uint8", "shape": [2, 0, 0], "data": ""}}
