@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import uvicorn
@@ -32,7 +32,7 @@ from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.messages import StepStats
 from server.errors import ServiceError
-from server.metrics import Metrics
+from server.metrics import MAX_EXPERT_SERIES, Metrics
 from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.settings import ServerSettings
@@ -180,7 +180,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         settings.service_tiers,
     )
     name = settings.served_model_name or given_name(settings.model)
-    metrics = _build_metrics(config, name, settings.expert_metrics == "full")
+    metrics = _build_metrics(config, name, exports_each_expert(settings.expert_metrics, config, len(store.policies())))
 
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
@@ -233,6 +233,17 @@ def _telemetry(settings: ServerSettings, name: str) -> "Telemetry | None":
     except ModuleNotFoundError as error:
         raise ValueError("traces need OpenTelemetry's SDK: pip install 'ladimo[otel]'") from error
     return connect(settings.otlp_endpoint, name)
+
+
+def exports_each_expert(choice: Literal["auto", "full", "aggregate"], config: ModelConfig, num_policies: int) -> bool:
+    """Whether there is a counter per layer, expert and policy. Decided once, from the policies at the start, so that series do
+    not come and go while the server runs."""
+    if choice != "auto":
+        return choice == "full"
+    most = num_policies * sum(layer.num_experts for layer in config.layers if layer is not None)
+    if most > MAX_EXPERT_SERIES:
+        logger.info("%d series per expert are too many: figures per layer only, unless --expert-metrics full", most)
+    return most <= MAX_EXPERT_SERIES
 
 
 def _build_metrics(config: ModelConfig, name: str, per_expert: bool) -> Metrics:

@@ -34,6 +34,9 @@ REQUEST_TOKENS = tuple(m * 10**e for e in range(5) for m in (1, 2, 5))
 
 
 PREFIX = "ladimo_"
+# Series of one metric that a Prometheus server takes from one process without a thought: what --expert-metrics auto allows the
+# counters per expert.
+MAX_EXPERT_SERIES = 5000
 PHASES = ("prefill", "mixed", "decode")
 SWAP_RESULTS = ("ok", "failed")
 DIRECTIONS = ("down", "hold", "up")
@@ -54,7 +57,7 @@ class Declaration:
 EXPERT_TOKENS = Declaration(
     f"{PREFIX}expert_tokens_total",
     "counter",
-    "Times an expert was chosen, for the experts that the policy may choose; not exported under --expert-metrics aggregate.",
+    "Times an expert was chosen, for the experts that the policy may choose; exported as --expert-metrics says.",
     ("layer", "expert", "policy"),
 )
 EXPERTS_PER_TOKEN = Declaration(

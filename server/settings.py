@@ -177,8 +177,10 @@ class ServerSettings(BaseSettings):
     shutdown_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests have left on SIGTERM."
     )
-    expert_metrics: Literal["full", "aggregate"] = Field(
-        "full", description="full: a counter per layer, expert and policy; aggregate: figures per layer only."
+    expert_metrics: Literal["auto", "full", "aggregate"] = Field(
+        "auto",
+        description="full: a counter per layer, expert and policy; aggregate: figures per layer only; auto: full where the "
+        "model's experts times its policies are at most 5000 series.",
     )
     otlp_endpoint: str | None = Field(
         None,

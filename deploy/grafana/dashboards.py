@@ -162,7 +162,7 @@ def experts() -> dashboard.Dashboard:
     board = make_board("Experts", "ladimo-experts", "Which experts run, how evenly, and what that costs.")
     board.with_variable(label_choice("layer", "ladimo_expert_load_imbalance", "Layer", everything=False))
     board.with_variable(label_choice("policy", "ladimo_policy_info", "Policy", everything=True))
-    aggregate = "Empty under --expert-metrics aggregate."
+    aggregate = "Empty without series per expert (--expert-metrics)."
     chosen = f'{POLICY}, layer=~"$layer"'
     share = (
         f"{rate('ladimo_expert_tokens_total', 'expert', chosen)}"

@@ -54,7 +54,7 @@ function draw() {
   const total = layers.reduce((sum, [, row]) => sum + choices(row), 0);
   byId("heat-note").textContent = layers.length
     ? `${total.toLocaleString("en")} choices`
-    : "Nothing to show: no token yet, a dense model, or a server without counters per expert (--expert-metrics aggregate).";
+    : "Nothing to show: no token yet, a dense model, or a server without counters per expert (start it with --expert-metrics full).";
   const head = document.createElement("tr");
   head.append(cell("td", "expert"), ...Array.from({ length: widest }, (_, expert) => cell("th", expert, "col")));
   document.querySelector("#heat thead").replaceChildren(...(layers.length ? [head] : []));

@@ -4,7 +4,9 @@ import asyncio
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -14,7 +16,9 @@ from prometheus_client.registry import Collector
 
 from server.engine.messages import ExpertSnapshot, StepStats
 from server.exposition import Histogram as OurHistogram
+from server.launch import exports_each_expert
 from server.metrics import Metrics
+from tests.server.fakes import FAKE_CONFIG
 from tests.server.serving import ADMIN, TOP_K, sample_values, serving
 
 LAYERS = (0, 2)  # layer 1 is dense
@@ -117,6 +121,18 @@ async def test_the_floor_of_automatic_control_shows(tmp_path: Path) -> None:
         target = {"auto": {"itl_ms": 50, "min_accuracy": 0.25}}
         assert (await server.client.put("/admin/routing/default", json=target, headers=ADMIN)).status_code == 200
         assert (await server.metrics())["ladimo_routing_accuracy_floor"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("choice", "num_experts", "exported"),
+    [("auto", 312, True), ("auto", 313, False), ("full", 313, True), ("aggregate", 4, False)],
+)
+def test_counters_per_expert_are_the_default_while_they_are_few(
+    choice: Literal["auto", "full", "aggregate"], num_experts: int, exported: bool
+) -> None:
+    """Two expert layers and eight policies: 2 x 312 x 8 = 4,992 series are few enough, 5,008 are not."""
+    layers = tuple(layer and replace(layer, num_experts=num_experts) for layer in FAKE_CONFIG.layers)
+    assert exports_each_expert(choice, replace(FAKE_CONFIG, layers=layers), 8) is exported
 
 
 def test_aggregates_stay_without_series_per_expert() -> None:
