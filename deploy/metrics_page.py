@@ -18,10 +18,10 @@ from 0 to 1. Counters count from the start of the process. `policy` is the polic
 from 0, and only layers with experts are exported. "As of the last step" means that a figure stands still while the engine does.
 
 `ladimo_expert_tokens_total` has one series for each policy, layer, and expert that a version of the policy may choose there: of
-those that its rule names in `experts`, all, or the first `top_k` in a layer without a router. What a policy leaves out on purpose
-has no series and counts neither as unused nor as uneven. In a large model these are many series. By default (`--expert-metrics
-auto`) they are exported if the experts of all layers times the policies at the start are at most 5000; `full` always exports
-them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are exported in every case.
+those that its rule names in `experts`, all, or the first `top_k` in a layer without a router. What a policy leaves out on
+purpose has no series and counts neither as unused nor as uneven. In a large model these are many series. By default
+(`--expert-metrics auto`) they are exported if the experts of all layers times the policies at the start are at most 5000;
+`full` always exports them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are always exported.
 """
 
 
