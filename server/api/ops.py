@@ -1,15 +1,14 @@
-"""Operation: health, metrics, version, models, tokens, the page."""
+"""Operation: health, metrics, version, models, tokens."""
 
 import asyncio
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 import ladimo
 from server.api.bodies import JsonRoute
@@ -21,29 +20,13 @@ from server.api.services import Services, ServicesDep
 from server.api.streaming import until_disconnect
 from server.engine.async_engine import EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
-from server.errors import BadRequest, Dead, NotFound, UnknownModel, error_response
+from server.errors import BadRequest, Dead, UnknownModel, error_response
 from server.text.lanes import SHORT
 
 router = APIRouter(route_class=JsonRoute)
 
-WEB = Path(__file__).parent.parent / "web"
-ASSETS = {path.name: path for path in WEB.iterdir() if path.suffix in (".css", ".js")}
-# The page asks nobody but this server for anything, and runs no script that is written into it.
-PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 # Well below Prometheus's scrape timeout: a server whose engine hangs must be able to say so.
 SCRAPE_SECONDS = 1.0
-
-
-@router.get("/", include_in_schema=False)
-async def page() -> Response:
-    return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
-
-
-@router.get("/static/{name}", include_in_schema=False)
-async def asset(name: str) -> Response:
-    if name not in ASSETS:
-        raise NotFound("there is no such file")
-    return FileResponse(ASSETS[name], headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
 
 
 @router.get("/health")

@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from server.api.ops import ASSETS, WEB
+from server.api.pages import ASSETS, WEB
 from server.app import Access
 from tests.factories import make_moe
 from tests.server.serving import Parts, serving
