@@ -8,6 +8,7 @@ would give if it took the client's names for text.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -36,20 +37,22 @@ class ControlTokens:
         return any(len(found) for found in self._names.encode_batch_fast(list(_strings(value))))
 
     def mark(self, value: Any) -> tuple[Any, str]:
-        """`value` (JSON) with the marking character after each letter of a special token's name, and that character.
+        """`value` (JSON) with a private character after each letter of a special token's name; and two characters that `value`
+        does not have: that one, and one for aliases.
 
-        Raises ValueError when there is no private character left to mark with."""
+        Raises ValueError when there are no private characters left."""
         used = set[str]().union(*_strings(value))
-        mark = next((chr(code) for code in PRIVATE if chr(code) not in used), None)
-        if mark is None:
+        free = "".join(islice((chr(code) for code in PRIVATE if chr(code) not in used), 2))
+        if len(free) < 2:
             raise ValueError("the messages use every private character of Unicode")
-        return self._marked(value, mark), mark
+        return self._marked(value, free[0]), free
 
-    def encode(self, rendered: str, mark: str) -> list[int]:
+    def encode(self, rendered: str, free: str) -> list[int]:
         """Token ids of a text that was rendered from marked values. Raises ValueError when the tokenizer makes a special token
         even of text."""
-        aliases = {name: f"{mark}{token_id}{mark}" for name, token_id in self._ids.items()}
-        text = _replaced(rendered, _finder([*self._ids, mark]), lambda word: aliases.get(word, ""))
+        mark, edge = free
+        aliases = {name: f"{edge}{token_id}{edge}" for name, token_id in self._ids.items()}
+        text = _replaced(rendered, self._names, lambda name: aliases[name]).replace(mark, "")
         tokenizer, original = self._with_aliases(aliases)
         ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         forged = set(self._ids.values()).intersection(ids).difference(original, self._unknown)

@@ -173,10 +173,10 @@ class Tokenizer:
         try:
             if self._controls is None or not self._controls.occur_in(given):
                 return self._encode(self._render(given, form), add_special_tokens=False)
-            marked, mark = self._controls.mark(given)
+            marked, free = self._controls.mark(given)
         except RecursionError as error:
             raise ValueError("the messages are nested too deeply") from error
-        return self._controls.encode(self._render(marked, form), mark)
+        return self._controls.encode(self._render(marked, form), free)
 
     def _render(self, given: Sequence[Any], form: ChatFormat) -> str:
         """`given`: the messages, the tools and the further variables, plain or marked."""

@@ -146,6 +146,17 @@ def test_litellm_completes_with_tools(url: str, monkeypatch: pytest.MonkeyPatch)
     Weather.model_validate_json(parsed.choices[0].message.content)
 
 
+def test_litellm_knows_a_prompt_that_is_too_long(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+
+    fields: dict[str, Any] = {"model": "openai/model", "api_base": url, "api_key": "none", "num_retries": 0}
+    long = [{"role": "user", "content": "word " * 300_000}]
+    for more in ({"messages": long}, {"messages": MESSAGES, "max_tokens": 10**7}):
+        with pytest.raises(litellm.ContextWindowExceededError):
+            litellm.completion(**fields, **more)
+
+
 def test_llamaindex_predicts_structures(url: str) -> None:
     from llama_index.core.prompts import PromptTemplate
     from llama_index.llms.openai_like import OpenAILike
