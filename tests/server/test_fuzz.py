@@ -96,9 +96,18 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "cache_salt": TEXT,
     "user": TEXT,
     "routing": st.sampled_from(["fast", "full", "auto", {"accuracy": 0.5}, {"policy": "fast", "min_accuracy": 1}]),
+}
+# One at most is met, so there is mostly one at most.
+CONSTRAINTS: dict[str, st.SearchStrategy[Any]] = {
     "guided_choice": st.lists(TEXT, max_size=3),
     "guided_regex": st.sampled_from(["[ab]+", "a{3}", "(", ""]),
-    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, {"type": "json_schema"}]),
+    "response_format": st.sampled_from(
+        [{"type": "text"}, {"type": "json_object"}, {"type": "json_object", "schema": {}}, {"type": "json_schema"}]
+    ),
+    "structured_outputs": st.sampled_from([{}, {"json_object": True}, {"grammar": "root ::= [a-c]+"}, {"odd": 1}]),
+    "grammar": st.sampled_from(["root ::= [a-c]+", "start: /a/", "(", {"type": "regex", "value": "a"}]),
+    "json_schema": st.sampled_from([{"type": "integer", "format": "byte"}, {"$ref": "#"}, {"not": {}}, "{"]),
+    "format": st.sampled_from(["json", "", "xml", {"type": "boolean"}]),
 }
 IDS = st.lists(TOKEN, max_size=70)
 PROMPT = st.one_of(TEXT.map("a".__add__), TEXT, IDS, st.lists(TEXT, max_size=3), st.lists(IDS, max_size=3))
@@ -110,6 +119,9 @@ COMPLETION = GOOD | {
 }
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
 CHAT = GOOD | {
+    "continue_final_message": st.booleans(),
+    "add_generation_prompt": st.booleans(),
+    "chat_template_kwargs": st.dictionaries(TEXT, TEXT, max_size=2),
     "logprobs": st.booleans(),
     "top_logprobs": st.integers(0, 20),
     "max_completion_tokens": st.integers(1, 12),
@@ -118,7 +130,8 @@ CHAT = GOOD | {
 
 def fields(good: dict[str, st.SearchStrategy[Any]], odd_names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
     """Mostly good values of some of the fields, and odd values of a few."""
-    some = st.fixed_dictionaries({}, optional=good)
+    constraint = st.sampled_from(sorted(CONSTRAINTS)).flatmap(lambda name: st.fixed_dictionaries({name: CONSTRAINTS[name]}))
+    some = st.builds(lambda left, right: left | right, st.fixed_dictionaries({}, optional=good), st.just({}) | constraint)
     odd = st.dictionaries(st.one_of(st.sampled_from(odd_names), st.text(max_size=4)), ODD, max_size=2)
     return st.builds(lambda left, right: left | right, some, st.one_of(st.just({}), odd))
 
