@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import ladimo
-from server.api import completions, ops, pages, routing
+from server.api import completions, ops, pages, responses, routing
 from server.api.bodies import JsonBodies
 from server.api.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
 from server.api.schemas import ErrorBody
@@ -96,7 +96,7 @@ def create_app(
         exception_handlers={HTTPException: _to_context, RequestValidationError: _to_context},
     )
     app.state.services = services
-    for router in (completions.router, routing.router, routing.admin, ops.router, pages.router):
+    for router in (completions.router, responses.router, routing.router, routing.admin, ops.router, pages.router):
         app.include_router(router)
     routing.show_policies(services)
     services.metrics.requests_in_flight.set_function(lambda: services.admission.in_flight)

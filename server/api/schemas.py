@@ -116,17 +116,15 @@ class StreamOptions(WireModel):
     include_obfuscation: Off = False
 
 
-class GenerationFields(ConstraintFields):
-    """What both completion endpoints take."""
+class RequestFields(ConstraintFields):
+    """What every endpoint that generates takes."""
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
     routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
     routing_trace: Annotated[
         RoutingTraceField | None, BeforeValidator(_as_trace, json_schema_input_type=bool | RoutingTraceField | None)
     ] = Field(None, description=ROUTING_TRACE)
-    max_tokens: int | None = Field(None, ge=0)
     min_tokens: int = Field(0, ge=0, description="No end of text, stop token or stop string before so many tokens.")
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0: the most likely token.")
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: no limit.")
@@ -142,7 +140,6 @@ class GenerationFields(ConstraintFields):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] = []
     ignore_eos: bool = False
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = None
     service_tier: str = Field("auto", min_length=1, max_length=MAX_TIER_CHARACTERS, description=SERVICE_TIER)
     priority: int | None = Field(
@@ -164,6 +161,14 @@ class GenerationFields(ConstraintFields):
     spaces_between_special_tokens: On = True
     return_token_ids: Off = False
     return_tokens_as_token_ids: Off = False
+
+
+class GenerationFields(RequestFields):
+    """What both completion endpoints take."""
+
+    max_tokens: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationFields":

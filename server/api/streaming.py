@@ -23,10 +23,11 @@ COMMENT = b": waiting\n\n"
 LINE_ENDS = str.maketrans({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"})
 
 
-def sse(value: object) -> bytes:
-    """One event of a stream, on one line whichever way a client splits lines."""
+def sse(value: object, name: str | None = None) -> bytes:
+    """One event of a stream, its data on one line whichever way a client splits lines. `name`: its type, if it has one."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
     line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + (line if line.isascii() else line.translate(LINE_ENDS)).encode() + b"\n\n"
+    return head + b"data: " + (line if line.isascii() else line.translate(LINE_ENDS)).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -34,11 +34,25 @@ def only(*neutral: object) -> AfterValidator:
 
     def check(value: object) -> object:
         if not any(type(value) is type(each) and value == each for each in neutral):
-            hint = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
+            hint = f"leave it out or send {json.dumps(neutral[0])}" if neutral else "leave it out"
             raise PydanticCustomError(UnsupportedParameter.code, "not supported by this server; {hint}", {"hint": hint})
         return value
 
     return AfterValidator(check)
+
+
+def supported(*values: str) -> WrapValidator:
+    """A choice whose other values are known elsewhere but not here: they are refused by name."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        if value in values:
+            return handler(value)
+        context = {"value": repr(value[:40]) if isinstance(value, str) else "this", "known": ", ".join(values)}
+        raise PydanticCustomError(
+            UnsupportedParameter.code, "{value} is not supported by this server; it takes {known}", context
+        )
+
+    return WrapValidator(validate)
 
 
 def or_else(message: str) -> WrapValidator:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.api.responses_schemas import ResponsesRequest
 from server.api.schemas import ChatCompletionRequest, CompletionRequest
 from tests.server.real import serving_model
 from tests.server.serving import events
@@ -126,6 +127,26 @@ CHAT = GOOD | {
     "top_logprobs": st.integers(0, 20),
     "max_completion_tokens": st.integers(1, 12),
 }
+INPUT_PART = st.fixed_dictionaries({"type": st.sampled_from(["input_text", "output_text", "input_image"]), "text": TEXT})
+INPUT_ITEM = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.one_of(TEXT, st.lists(INPUT_PART, max_size=2))},
+    optional={"type": st.sampled_from(["message", "function_call", "reasoning"]), "id": TEXT, "status": TEXT},
+)
+FORMATS = [
+    {"type": "text"},
+    {"type": "json_object"},
+    {"type": "json_schema"},
+    {"type": "json_schema", "schema": {}, "name": "a"},
+]
+RESPONSES = {name: values for name, values in GOOD.items() if name not in ("max_tokens", "n", "response_format")} | {
+    "instructions": TEXT,
+    "max_output_tokens": st.integers(1, 12),
+    "top_logprobs": st.integers(0, 20),
+    "include": st.lists(st.sampled_from(["message.output_text.logprobs", "reasoning.encrypted_content"]), max_size=2),
+    "metadata": st.dictionaries(TEXT, TEXT, max_size=2),
+    "store": st.booleans(),
+    "text": st.fixed_dictionaries({"format": st.sampled_from(FORMATS)}),
+}
 
 
 def fields(good: dict[str, st.SearchStrategy[Any]], odd_names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
@@ -142,13 +163,17 @@ def check(client: Client, path: str, body: dict[str, Any]) -> None:
         assert 400 <= reply.status_code < 429, (reply.status_code, reply.text)
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
         assert len(reply.content) < 3000
+    elif body.get("stream") is True and path == "/v1/responses":
+        assert reply.text.splitlines()[-3] in ("event: response.completed", "event: response.incomplete")
     elif body.get("stream") is True:
         assert not any("error" in event for event in events(reply.text))
+    elif path == "/v1/responses":
+        assert reply.json()["status"] in ("completed", "incomplete")
     else:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in reply.json()["choices"])
 
 
-PATH = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+PATH = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"])
 FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -162,6 +187,12 @@ def test_completions(client: Client, body: dict[str, Any], prompt: object) -> No
 @given(body=fields(CHAT, list(ChatCompletionRequest.model_fields)), messages=st.lists(MESSAGE, max_size=2))
 def test_chat(client: Client, body: dict[str, Any], messages: object) -> None:
     check(client, "/v1/chat/completions", {"messages": messages, "max_tokens": 4, **body})
+
+
+@FUZZ
+@given(body=fields(RESPONSES, list(ResponsesRequest.model_fields)), items=st.one_of(TEXT, st.lists(INPUT_ITEM, max_size=2)))
+def test_responses(client: Client, body: dict[str, Any], items: object) -> None:
+    check(client, "/v1/responses", {"input": items, "max_output_tokens": 4, **body})
 
 
 @FUZZ

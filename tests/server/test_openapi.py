@@ -20,7 +20,7 @@ async def test_every_route_is_described_with_its_errors(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         page = (await server.client.get("/openapi.json")).json()
         contract = {
-            *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/v1/routing"),
+            *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/v1/models/{model}", "/v1/routing"),
             *(
                 "/tokenize",
                 "/detokenize",
@@ -39,7 +39,7 @@ async def test_every_route_is_described_with_its_errors(tmp_path: Path) -> None:
                 assert "422" not in operation["responses"]
                 schema = operation["responses"]["default"]["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/ErrorBody"}, path
-        for path in ("/v1/completions", "/v1/chat/completions"):
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
             answers = page["paths"][path]["post"]["responses"]["200"]["content"]
             assert answers.keys() == {"application/json", "text/event-stream"}, path
         fields = page["components"]["schemas"]["CompletionRequest"]["properties"]
