@@ -50,7 +50,7 @@ class ControlTokens:
     def encode(self, rendered: str, free: str) -> list[int]:
         """Token ids of a text that was rendered from marked values. Raises ValueError when the tokenizer makes a special token
         even of text."""
-        mark, edge = free
+        mark, edge = free[0], free[1]
         aliases = {name: f"{edge}{token_id}{edge}" for name, token_id in self._ids.items()}
         text = _replaced(rendered, self._names, lambda name: aliases[name]).replace(mark, "")
         tokenizer, original = self._with_aliases(aliases)
