@@ -7,6 +7,7 @@ from pathlib import Path
 
 import uvicorn
 
+from server.api.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.app import Access, create_app
 from server.engine.async_engine import EngineState
 from server.launch import build_services
@@ -22,7 +23,17 @@ async def serving_model(model: Path, *flags: str, access: Access | None = None) 
     services = build_services(settings, latencies)
     died: list[BaseException] = []
     app = create_app(services, latencies, access or Access(), on_dead=died.append)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    http = bounded_http(HEADER_SECONDS, SEND_SECONDS)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            port=0,
+            http=http,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        )
+    )
     task = asyncio.create_task(server.serve())
     try:
         while not server.started or services.engine.state is EngineState.LOADING:

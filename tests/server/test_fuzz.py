@@ -4,9 +4,11 @@ A real (random) model, so that whatever passes the HTTP edge goes through the re
 """
 
 import asyncio
+import gzip
 import json
 import resource
-from collections.abc import Coroutine, Iterator
+import zlib
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,6 +25,8 @@ from server.api.schemas import ChatCompletionRequest, CompletionRequest
 from tests.server.real import serving_model
 from tests.server.serving import events
 
+JSON = ((b"Content-Type", b"application/json"),)
+
 
 class Client:
     """A server on a thread of its own, spoken to from ordinary functions, as hypothesis needs."""
@@ -35,8 +39,7 @@ class Client:
         self._client = self._wait(self._start(model))
         self.answered = 0  # requests that were not refused
 
-    def post(self, path: str, content: bytes) -> httpx.Response:
-        headers = {"Content-Type": "application/json"}
+    def post(self, path: str, content: bytes, headers: Sequence[tuple[bytes, bytes]] = JSON) -> httpx.Response:
         reply: httpx.Response = self._wait(self._client.post(path, content=content, headers=headers))
         self.answered += reply.status_code == 200
         return reply
@@ -207,6 +210,30 @@ def test_any_bytes(client: Client, path: str, body: bytes) -> None:
 def test_any_json(client: Client, path: str, body: object) -> None:
     reply = client.post(path, json.dumps(body).encode())
     assert 400 <= reply.status_code < 429, reply.text
+
+
+HEADER = st.sampled_from(
+    ["X-Routing-Policy", "X-Routing-Accuracy", "X-Request-Timeout", "Content-Encoding", "Upgrade", "Connection", "Expect"]
+)
+VALUE = st.one_of(
+    st.sampled_from(["", " ", "fast", "auto", "0.5", " 1 ", "1e-1", "0_1", "inf", "gzip", "deflate", "br", "h2c", "upgrade"]),
+    st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=6),
+)
+
+
+@FUZZ
+@given(
+    headers=st.lists(st.tuples(HEADER, VALUE), max_size=3),
+    pack=st.sampled_from([bytes, gzip.compress, zlib.compress, b"\xef\xbb\xbf".__add__]),
+    path=st.sampled_from(["/v1/completions", "//v1/completions", "/v1/completions/", "/V1/completions"]),
+)
+def test_any_headers_and_packings(client: Client, headers: list[tuple[str, str]], pack: Any, path: str) -> None:
+    sent = [
+        (b"Content-Type", b"application/json"),
+        *((name.encode(), value.strip().encode("latin-1")) for name, value in headers),
+    ]
+    reply = client.post(path, pack(b'{"prompt": "a", "max_tokens": 1}'), sent)
+    assert reply.status_code == 200 or 400 <= reply.status_code < 429 or reply.status_code == 504, reply.text
 
 
 def test_memory_stays_flat(client: Client) -> None:

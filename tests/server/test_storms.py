@@ -13,8 +13,11 @@ EXPERT_LAYERS = 2
 
 
 async def visit(server: Server, number: int, chance: random.Random) -> None:
-    """Ask for something, and leave: while it is sent, before the answer, in the middle of it, or after its end."""
-    moment = chance.choice(["at once", "soon", "in mid-stream", "at the end"])
+    """Ask for something, and leave: while it is sent, before the answer, in the middle of it, or after its end.
+
+    Some close their sending side only, and some ask for another protocol.
+    """
+    moment = chance.choice(["at once", "soon", "in mid-stream", "at the end", "half closed"])
     names = list(TOP_K)
     fields = {
         "prompt": ["a", "hello"][: chance.randint(1, 2)],
@@ -29,11 +32,15 @@ async def visit(server: Server, number: int, chance: random.Random) -> None:
     await asyncio.sleep(chance.random() * 0.5)
     assert server.client.base_url.port is not None
     reader, writer = await asyncio.open_connection("127.0.0.1", server.client.base_url.port)
-    writer.write(head + b"Connection: close\r\n\r\n" + body)
+    upgrade = b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    writer.write(head + chance.choice([b"Connection: close\r\n\r\n", upgrade]) + body)
     if moment == "soon":
         await asyncio.sleep(chance.random() * 0.05)
     elif moment == "in mid-stream":
         await reader.read(1)
+    elif moment == "half closed":
+        writer.write_eof()
+        assert b"HTTP/1.1 200" in await reader.read()
     elif moment == "at the end":
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
     if chance.random() < 0.5:
