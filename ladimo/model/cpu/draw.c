@@ -16,7 +16,7 @@
 #define BLOCK 64       // tokens whose largest logit is remembered
 #define CANDIDATES 64  // at first, at least
 #define STRIDE 512     // weights that are added up in fp32, before a double takes them
-#define HALVINGS 7     // passes of a bisection that halve the distance of logits
+#define HALVINGS 12     // passes of a bisection that halve the distance of logits
 
 typedef struct {
     int64_t rows, vocab, parallel;
@@ -316,7 +316,9 @@ static int64_t draw_token(const Draw *d, int64_t row, const Memory *memory) {
         whole = whole || sum_of(c.weights, c.count) < top_p * total;
     }
     if (whole) {
-        lowest = unlikely;
+        // All tokens far below `spared` together weigh less than top-p leaves out.
+        float spared = limited ? -INFINITY : most + (logf((float)((1 - top_p) * total / (double)vocab)) - 0.01f) / inverse;
+        lowest = fmaxf(unlikely, spared - 1e-4f * (fabsf(most) + 1));
         c = whole_row(x, vocab, memory);
     }
     if (top_k > 0) keep_top_k(&c, top_k, lowest, most, memory);

@@ -113,6 +113,7 @@ LIMITS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p": 0.3},
     {"top_p": 0.93},
+    {"top_p": 0.9999},
     {"top_k": 40},
     {"top_k": 1000, "top_p": 0.93},
     {"min_p": 0.04},
