@@ -29,7 +29,7 @@ class LayerRule:
     top_k: at most this many experts. mass: stop once the kept scores sum to this (None = no limit). floor: drop experts
     scored below this. renormalize: divide the kept weights by their sum. experts: the experts that may be chosen (None =
     all). Rank 0 is always kept. batch_experts: at most so many different experts for all decoding tokens of a step together,
-    besides those that the step reads anyway (None = no limit; see `routing.within_batch`). relative_floor: drop experts
+    besides those that the step reads anyway (None = no limit; see `routing.apply_batch_budget`). relative_floor: drop experts
     scored below this share of the score of rank 0 (0 = none).
 
     Except for `experts`, the fields are the members of `RuleNumber`.

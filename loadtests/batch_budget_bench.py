@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.checkpoint import read_config, read_policies
+from ladimo.checkpoint import load_to_serve, read_config, read_policies
 from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_blocks
-from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.conditions import OtherLoad, conditions
 from loadtests.runs import mean, mean_distinct
-from server.engine.model_runner import load
 
 BLOCK_SIZE = 16
 WITHOUT = "no budget"
@@ -55,11 +53,11 @@ def variants(policy: RoutingPolicy, budgets: Sequence[int]) -> dict[str, Routing
     return {WITHOUT: policy, **limited, "top_k 1": changed("top-1", top_k=1)}
 
 
-def decode(step: NativeStep, policy: RoutingPolicy, tokens: Tensor) -> Run:
+def decode(model: MoeTransformer, policy: RoutingPolicy, tokens: Tensor) -> Run:
     """Sequences of tokens [B, S] side by side, one token of each per step."""
-    config, (rows, length) = step.config, tokens.shape
+    config, (rows, length) = model.config, tokens.shape
     per_row = -(-length // BLOCK_SIZE)
-    cache = KVCache.allocate(config, rows * per_row + 1, BLOCK_SIZE, step.dtype, "cpu")
+    cache = model.backend.allocate_cache(config, rows * per_row + 1, BLOCK_SIZE)
     tables = RoutingTables.empty(2, config.num_hidden_layers, config.max_num_experts, "cpu", batch_budgets=True)
     tables.write(1, *policy.to_rows(config.max_num_experts))
     first = torch.arange(rows) * per_row + 1  # block 0 is the null block
@@ -75,7 +73,7 @@ def decode(step: NativeStep, policy: RoutingPolicy, tokens: Tensor) -> Run:
             num_decode=rows,
         )
         started = time.perf_counter()
-        logits, expert_ids = step(inputs, cache, tables)
+        logits, expert_ids = model.step(inputs, cache, tables)
         seconds.append(time.perf_counter() - started)
         assert expert_ids is not None
         tables.record(expert_ids, inputs.policy_ids)
@@ -108,16 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if blocks.numel() < wanted:
         parser.error(f"the text has {blocks.numel()} tokens, the batch takes {wanted}")
     tokens = blocks.flatten()[:wanted].view(args.batch, args.length)
-    step = load(args.model, "cpu", args.dtype).native
-    if not isinstance(step, NativeStep):
-        parser.error("there is no native step on this machine")
+    model = load_to_serve(args.model, "cpu", args.dtype)
+    if model.backend.name != "native":
+        parser.error("there is no compiled step on this machine")
     rows = variants(policies[args.policy], [int(budget) for budget in args.budgets.split(",")])
-    decode(step, policies[args.policy], tokens[:, :16])  # warm
+    decode(model, policies[args.policy], tokens[:, :16])  # warm
     samples: dict[str, list[Run]] = {name: [] for name in rows}
     other, started = OtherLoad(), time.perf_counter()
     for _ in range(args.rounds):
         for name, policy in rows.items():
-            samples[name].append(decode(step, policy, tokens))
+            samples[name].append(decode(model, policy, tokens))
     busy = other.cores(time.perf_counter() - started)
     results = []
     print(f"{'':<10} {'distinct':>9} {'perplexity':>11} {'ratio':>7} {'ms a step':>10} {'speed':>6}")
@@ -138,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         results.append(row)
     record = {"benchmark": "batch_budget_bench", "model": str(args.model), "policy": args.policy, "batch": args.batch}
-    record |= {"length": args.length, "rounds": args.rounds, "dtype": str(step.dtype).removeprefix("torch.")}
+    record |= {"length": args.length, "rounds": args.rounds, "dtype": str(model.backend.dtype).removeprefix("torch.")}
     print(json.dumps(record | {"other_load_cores": busy, "results": results} | conditions()))
 
 

@@ -22,18 +22,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import choose_device, load_model, read_config, read_policies
-from ladimo.model.cpu.native_step import native_step
+from ladimo.checkpoint import choose_device, load_model, read_config, read_policies, stored_dtype
+from ladimo.model.backends.choose import choose_backend
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests import peers
 from loadtests.conditions import OtherLoad, conditions
 from loadtests.limits import copy_bandwidth, decode_bytes
-from loadtests.models import SHAPES, dense_config, partitioned_config, random_model, top_k_policy
+from loadtests.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
 from loadtests.runs import mean, random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.model_runner import NUM_THREADS, serving_dtype
 
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
@@ -205,11 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
         subjects = random_subjects(args.shape, dtype, device)
     else:
-        dtype = serving_dtype(args.dtype, args.dense, device)
+        dtype = choose_backend(read_config(args.dense), stored_dtype(args.dense), args.device, args.dtype).dtype
         subjects = read_subjects(args.model, args.dense, args.policies.split(","), dtype, device)
-    if args.quantize is not None:
-        for model in (subjects.moe, subjects.dense):
-            model.native = native_step(model, NUM_THREADS, args.quantize)
+    for model in (subjects.moe, subjects.dense):
+        prepare_to_serve(model, args.quantize)
     others, missing = make_peers(wanted, subjects.dense_peer, args)
     batches = batch_sizes(args)
     bandwidth = copy_bandwidth(device)

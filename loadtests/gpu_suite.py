@@ -29,7 +29,6 @@ import torch
 
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.quantization import Quantize
 from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -39,12 +38,12 @@ from loadtests.models import SHAPES, dense_config, partitioned_config, random_mo
 from loadtests.runs import Run, interleaved, mean, random_prompts, serve, spread
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import CudaGraphBackend, DecodeGraphs, RerunBackend
+from server.engine.cuda_graphs import CudaGraphs, DecodeGraphs, Rerun
 from server.engine.messages import Activate, StepStats, Submit
 from server.engine.request import GenerationRequest, SamplingParams
 
 ROOT = Path(__file__).parent.parent
-FORMATS: tuple[Quantize | None, ...] = (None, "int8", "int4")
+FORMATS: tuple[str | None, ...] = (None, "int8", "int4")
 DRY_LIMIT = 240  # seconds, of every section of a dry run
 LEAST_SECONDS = 10  # a section is not begun with less time left
 
@@ -117,7 +116,7 @@ class Bench:
             prefix_caching=False,  # every round is to do the same work
         )
         buckets = tuple(sorted({size for size in (1, 8, 32, 64, 256) if size < max_num_seqs} | {max_num_seqs}))
-        return assemble_core(model, sizes, backend=RerunBackend() if self.dry else None, buckets=buckets)
+        return assemble_core(model, sizes, capturer=Rerun() if self.dry else None, buckets=buckets)
 
     def policies(self) -> dict[str, RoutingPolicy]:
         """All, half and a quarter of the FFN active, by the router; and a quarter of fixed experts, the same in every row."""
@@ -319,7 +318,7 @@ def counting(bench: Bench) -> None:
             tables if counted else Uncounted(tables.rows, tables.allowed, tables.expert_tokens, tables.distinct_experts),
             8,
             sizes,
-            RerunBackend() if bench.dry else CudaGraphBackend(bench.device),
+            Rerun() if bench.dry else CudaGraphs(bench.device),
         )
         for counted, tables in ((True, runner.tables), (False, runner.tables))
     }

@@ -29,12 +29,12 @@ from torch.nn import functional as F
 
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.quantization import Quantize, Weights, quantize_weights
+from ladimo.model.quantization import Weights, quantize_weights
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.conditions import conditions
 from loadtests.limits import copy_bandwidth, matrix_rate, seconds_of
 
-FORMATS: tuple[Quantize, ...] = ("int8", "int4")
+FORMATS: tuple[str, ...] = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Bench:
             (self.normal(num_experts, 2 * size, hidden) / hidden**0.5, self.normal(num_experts, hidden, size) / size**0.5)
             for _ in range(sizes.copies)
         ]
-        self.integers: dict[Quantize, list[tuple[Weights, Weights]]] = {}
+        self.integers: dict[str, list[tuple[Weights, Weights]]] = {}
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype, generator=self.generator)
@@ -127,7 +127,7 @@ class Bench:
         return time.monotonic() > self.deadline
 
     def experts(
-        self, num_tokens: int, top_k: int, dense_seconds: float, tiles: Any = None, format: Quantize | None = None
+        self, num_tokens: int, top_k: int, dense_seconds: float, tiles: Any = None, format: str | None = None
     ) -> Result:
         from ladimo.model.kernels.experts import apply_experts
 
@@ -144,7 +144,7 @@ class Bench:
         name = "experts" if format is None else f"experts, {format}"
         return Result(name, case, seconds, bytes_moved, operations, dense_seconds / seconds)
 
-    def stored(self, format: Quantize | None) -> list[tuple[Weights, Weights]]:
+    def stored(self, format: str | None) -> list[tuple[Weights, Weights]]:
         """The experts' weights, as they are or as integers made of them."""
         if format is None:
             return [*self.weights]
@@ -154,7 +154,7 @@ class Bench:
             ]
         return self.integers[format]
 
-    def linear(self, num_rows: int, format: Quantize | None) -> Result:
+    def linear(self, num_rows: int, format: str | None) -> Result:
         """A dense layer as wide as it is long: its weights as integers, or torch's own product."""
         from ladimo.model.kernels.linear import linear
 
@@ -224,7 +224,7 @@ class Bench:
 
     def small(self, num_tokens: int) -> Iterator[Result]:
         """What is bound by launches at one token and by memory at many."""
-        from ladimo.model.kernels import attention, fused, routing
+        from ladimo.model.kernels import attention, norm_activation, routing
 
         hidden, width = self.sizes.hidden_size, self.sizes.intermediate_size
         heads, head_dim = self.sizes.heads, self.sizes.head_dim
@@ -244,8 +244,8 @@ class Bench:
         slots = torch.arange(num_tokens, device=self.device)
         row = hidden * num_tokens * self.dtype.itemsize
         calls: dict[str, tuple[Callable[[], object], float]] = {
-            "add_rms_norm": (lambda: fused.add_rms_norm(x, residual, weight, 1e-5), 4 * row),
-            "silu_mul": (lambda: fused.silu_mul(gate, up), 3 * gate.nbytes),
+            "add_rms_norm": (lambda: norm_activation.add_rms_norm(x, residual, weight, 1e-5), 4 * row),
+            "silu_mul": (lambda: norm_activation.silu_mul(gate, up), 3 * gate.nbytes),
             "rotate_and_store": (lambda: attention.rotate_and_store(q, k, v, rope, *caches, slots), 6 * row),
             "select_experts": (lambda: routing.select_experts(logits, rows, allowed, layer), 4 * ids[0].nbytes),
             "record, 32 layers": (

@@ -25,11 +25,11 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.kernels import attention, experts, fused, linear, routing
-from ladimo.model.quantization import Quantize, Weights, quantize_weights
+from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+from ladimo.model.quantization import Weights, quantize_weights
 from ladimo.model.rule import RuleNumber
 
-INTEGERS: tuple[Quantize, ...] = ("int8", "int4")
+INTEGERS: tuple[str, ...] = ("int8", "int4")
 
 
 class AbsentGPU(DriverBase):  # type: ignore[misc]
@@ -82,7 +82,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def launch_experts(
-    num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8, format: Quantize | None = None
+    num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8, format: str | None = None
 ) -> None:
     def weights(*shape: int) -> Weights:
         return meta(*shape) if format is None else quantize_weights(meta(*shape), format)
@@ -96,7 +96,7 @@ def launch_experts(
     )
 
 
-def launch_linear(num_rows: int, format: Quantize, num_inputs: int = 4096, num_outputs: int = 4096, bias: bool = False) -> None:
+def launch_linear(num_rows: int, format: str, num_inputs: int = 4096, num_outputs: int = 4096, bias: bool = False) -> None:
     weights = quantize_weights(meta(num_outputs, num_inputs), format)
     linear.linear(meta(num_rows, num_inputs), weights, meta(num_outputs) if bias else None)
 
@@ -107,7 +107,7 @@ def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bia
     weights, ids = routing.select_experts(
         meta(num_tokens, num_experts), rows, allowed, layer, meta(num_experts, dtype=torch.float32) if bias else None
     )
-    routing.within_batch(weights, ids, rows, allowed, num_tokens)
+    routing.apply_batch_budget(weights, ids, rows, allowed, num_tokens)
     routing.record(
         ids.expand(4, num_tokens, num_experts),
         meta(num_tokens, dtype=torch.int64),
@@ -156,9 +156,9 @@ def launch_all() -> None:
     launch_attention(1, 32, 8)
     launch_attention(64, 28, 4)
     launch_attention(2, 9, 3, head_dim=80)
-    fused.add_rms_norm(meta(8, 4096), meta(8, 4096), meta(4096), 1e-6)
-    fused.rms_norm(meta(8, 4000), meta(4000), 1e-6)
-    fused.silu_mul(meta(8, 11008), meta(8, 11008))
+    norm_activation.add_rms_norm(meta(8, 4096), meta(8, 4096), meta(4096), 1e-6)
+    norm_activation.rms_norm(meta(8, 4000), meta(4000), 1e-6)
+    norm_activation.silu_mul(meta(8, 11008), meta(8, 11008))
 
 
 def usage(kernel: Any, capability: int) -> dict[str, int]:

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 
+from ladimo.model.backends.choose import DTYPES, choose_backend, on_device
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.model.families import read_model_config
+from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -89,7 +91,18 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False)
     model.rotary.materialise(device)
+    on_device(device, dtype).prepare(model)
     return model.eval()
+
+
+def prepare_to_serve(model: MoeTransformer, quantize: str | None = None) -> None:
+    """Give a model the back end that the server would load it on, its weights rounded if asked for."""
+    loaded = model.backend
+    dtype = next(name for name, value in DTYPES.items() if value == loaded.dtype)
+    backend = choose_backend(model.config, loaded.dtype, str(loaded.device), dtype, quantize)
+    if quantize is not None and not backend.quantizes_as_it_packs:
+        quantize_model(model, quantize)
+    backend.prepare(model)
 
 
 def top_k_policy(

@@ -16,24 +16,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from ladimo.checkpoint import load_model, read_config, read_policies
-from ladimo.model.cpu.native_step import NativeStep, native_step
+from ladimo.checkpoint import load_to_serve, read_config, read_policies
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
-from ladimo.model.quantization import Quantize
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.conditions import conditions
-from server.engine.model_runner import NUM_THREADS, serving_dtype
 
 BLOCK_SIZE = 16
-FORMATS: dict[str, Quantize | None] = {"stored": None, "int8": "int8", "int4": "int4"}
+FORMATS: dict[str, str | None] = {"stored": None, "int8": "int8", "int4": "int4"}
 
 
-def perplexity(step: NativeStep, policy: RoutingPolicy, windows: Tensor) -> float:
+def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) -> float:
     """Of tokens [N, S], each window on its own."""
-    config, length = step.config, windows.shape[1]
+    config, length = model.config, windows.shape[1]
     num_blocks = -(-length // BLOCK_SIZE)
-    cache = KVCache.allocate(config, num_blocks + 1, BLOCK_SIZE, step.dtype, "cpu")
+    cache = model.backend.allocate_cache(config, num_blocks + 1, BLOCK_SIZE)
     tables = RoutingTables.empty(2, config.num_hidden_layers, config.max_num_experts, "cpu")
     tables.write(1, *policy.to_rows(config.max_num_experts))
     positions, total = torch.arange(length), 0.0
@@ -46,7 +43,7 @@ def perplexity(step: NativeStep, policy: RoutingPolicy, windows: Tensor) -> floa
             block_table=torch.arange(1, num_blocks + 1)[None],
             prefill=(PrefillSegment(0, 0, length, length),),
         )
-        logits = step(inputs, cache, tables).logits
+        logits = model.step(inputs, cache, tables).logits
         total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
     return math.exp(total / windows[:, 1:].numel())
 
@@ -69,21 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not count:
         parser.error(f"{args.text}: has {len(ids)} tokens, one window is {args.window}")
     windows = torch.tensor(ids[: count * args.window]).view(count, args.window)
-    cpu = torch.device("cpu")
-    dtype = serving_dtype("auto", args.model, cpu)
     figures: dict[str, dict[str, float]] = {}
     for name, format in FORMATS.items():
-        step = native_step(load_model(args.model, dtype, cpu), NUM_THREADS, format, release=True)
-        if step is None:
-            parser.error("there is no native step on this machine")
-        found = perplexity(step, policies[args.policy], windows)
+        model = load_to_serve(args.model, "cpu", "auto", format)
+        if model.backend.name != "native":
+            parser.error("there is no compiled step on this machine")
+        found = perplexity(model, policies[args.policy], windows)
         stored = figures["stored"]["perplexity"] if figures else found
         figures[name] = {"perplexity": found, "perplexity_ratio": found / stored}
         print(f"{name:<6} perplexity {found:9.4f}  ratio {found / stored:.4f}")
     record = {"benchmark": "quantized_accuracy", "model": str(args.model), "text": str(args.text), "policy": args.policy}
     print(
         json.dumps(
-            record | {"tokens": windows.numel(), "dtype": str(dtype).removeprefix("torch."), "results": figures} | conditions()
+            record
+            | {"tokens": windows.numel(), "dtype": str(model.backend.dtype).removeprefix("torch."), "results": figures}
+            | conditions()
         )
     )
 

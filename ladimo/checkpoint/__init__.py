@@ -17,14 +17,15 @@ from ladimo.checkpoint.directory import (
 )
 from ladimo.checkpoint.files import read_json, resolve_directory, write_json, write_text
 from ladimo.checkpoint.loading import (
-    choose_device,
     choose_dtype,
     load_layer,
     load_model,
     load_quantized_model,
+    load_to_serve,
     load_without_layers,
 )
-from ladimo.checkpoint.tensors import DTYPES, INDEX, TensorReader, content_hash, save_tensors, stored_dtype, write_tensors
+from ladimo.checkpoint.tensors import INDEX, TensorReader, content_hash, save_tensors, stored_dtype, write_tensors
+from ladimo.model.backends.choose import DTYPES, choose_device
 
 __all__ = [
     "DTYPES",
@@ -40,6 +41,7 @@ __all__ = [
     "load_layer",
     "load_model",
     "load_quantized_model",
+    "load_to_serve",
     "load_without_layers",
     "moe_config_json",
     "read_config",

@@ -6,33 +6,32 @@ import torch
 from torch import nn
 
 from ladimo.checkpoint.directory import read_config
-from ladimo.checkpoint.tensors import DTYPES, TensorReader, stored_dtype
+from ladimo.checkpoint.tensors import TensorReader, stored_dtype
+from ladimo.model.backends.choose import choose_backend, on_device, resolve_dtype
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
-from ladimo.model.quantization import Quantize
 from ladimo.model.quantized_layers import quantize_layers, quantize_model
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 
-def choose_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: not a device name") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r}: not available on this machine")
-    return chosen
-
-
 def choose_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
-    """ "auto" is the stored dtype on a GPU and fp32 on CPU, where bf16 rounding would make batches disagree."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else stored_dtype(directory)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: supported: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    """What torch computes in: see `resolve_dtype`. Raises ValueError for a name that is no dtype."""
+    needed = dtype == "auto" and device.type != "cpu"
+    return resolve_dtype(dtype, stored_dtype(directory) if needed else torch.float32, device)
+
+
+def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> MoeTransformer:
+    """The whole model on the back end that this machine serves it with.
+
+    Raises ValueError for a checkpoint that cannot be served, or a device, dtype or integer format that cannot be had.
+    """
+    config = read_config(directory)
+    backend = choose_backend(config, stored_dtype(directory), device, dtype, quantize)
+    if quantize is not None and not backend.quantizes_as_it_packs:
+        return load_quantized_model(directory, backend)
+    model = load_model(directory, backend.dtype, backend.device)
+    backend.prepare(model)
+    return model
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> MoeTransformer:
@@ -43,19 +42,24 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Moe
         model = MoeTransformer(config)
     reader.load(model, "", dtype, device)
     model.rotary.materialise(device)
+    on_device(device, dtype).prepare(model)
     return model.eval()
 
 
-def load_quantized_model(directory: Path, dtype: torch.dtype, device: torch.device, format: Quantize) -> MoeTransformer:
-    """`load_model` with weights rounded to integers: layer by layer, so that one layer at most is in memory in `dtype`."""
+def load_quantized_model(directory: Path, backend: TorchBackend) -> MoeTransformer:
+    """A model whose weights are rounded to the back end's integer format, layer by layer. One layer at most is in memory in its
+    dtype."""
+    assert backend.quantize is not None
     config = read_config(directory)
     reader = TensorReader(directory)
-    model = load_without_layers(reader, config, dtype, device)
-    quantize_model(model, format)  # the output head; there are no layers yet
+    model = load_without_layers(reader, config, backend.dtype, backend.device)
+    quantize_model(model, backend.quantize)  # the output head; there are no layers yet
     for index in range(config.num_hidden_layers):
-        layer = load_layer(reader, config, index, dtype, device)
-        quantize_layers(layer, format)
+        layer = load_layer(reader, config, index, backend.dtype, backend.device)
+        quantize_layers(layer, backend.quantize)
         model.model.layers.append(layer)
+    backend.prepare(model)
+    backend.release_memory()
     return model.eval()
 
 
@@ -64,6 +68,7 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
     reader.load(module, f"model.layers.{layer}.", dtype, device)
+    on_device(device, dtype).prepare(module)
     return module.eval()
 
 
@@ -74,4 +79,5 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
     model.model.layers = nn.ModuleList()
     reader.load(model, "", dtype, device)
     model.rotary.materialise(device)
+    on_device(device, dtype).prepare(model)
     return model.eval()

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ladimo.checkpoint.files import read_json, write_json
+from ladimo.model.backends.choose import DTYPES
 from ladimo.model.families import Stored, find_family, read_model_config, renames_weights
 from ladimo.model.router import weight_dtype
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TensorReader:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model import kernels
-from ladimo.model.quantization import Weights, as_tensor, storage
+from ladimo.model.quantization import Weights, as_tensor
 
 # Up to this many (token, place) pairs a copy of the chosen experts' weights is affordable.
 MAX_GATHERED = 16
@@ -24,10 +23,6 @@ def apply_experts(
 ) -> Tensor:
     """On CPU group tokens by expert: only the chosen experts' weights are read, in place. On a device stay free of host
     synchronisation, so that a decode step can be captured: kernels on a GPU, else the forms below."""
-    if kernels.available(hidden_states, topk_weights, storage(gate_up_proj), storage(down_proj)):
-        from ladimo.model.kernels import experts
-
-        return experts.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
     gate_up_proj, down_proj = (as_tensor(weights, hidden_states.dtype) for weights in (gate_up_proj, down_proj))
     if hidden_states.device.type == "cpu":
         return apply_experts_grouped(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)

@@ -1,14 +1,15 @@
-"""Everything one forward pass reads besides the weights. Nothing is ambient.
+"""Everything that one forward pass reads besides the weights, and what it returns. Nothing is ambient.
 
-Legend: T tokens in the step, B sequences, N blocks per sequence, L layers, E experts (the most any layer has), P policies.
+Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, B sequences, N blocks per sequence, L layers,
+E experts (the most any layer has), P policies.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ladimo.model import kernels
 from ladimo.model.rule import RuleNumber
 
 # On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together
@@ -65,6 +66,11 @@ class StepInputs:
         )
 
 
+class StepOutput(NamedTuple):
+    logits: Tensor  # [R, V]
+    expert_ids: Tensor | None  # [L, T, E], -1 where no expert ran (everywhere in dense layers); None for a dense model
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingTables:
     """The resident policies and what they have done, at fixed addresses.
@@ -104,22 +110,14 @@ class RoutingTables:
 
     def record(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
         """Count one step's choices: expert_ids [L, T, K] (-1 = no expert), policy_ids [T]. No host synchronisation."""
-        if kernels.available(expert_ids, policy_ids, self.expert_tokens):
-            from ladimo.model.kernels import routing
-
-            routing.record(expert_ids, policy_ids, self.expert_tokens, self.distinct_experts)
-            return
         kept = (expert_ids >= 0).to(torch.int64)
         layer = torch.arange(expert_ids.shape[0], device=expert_ids.device).view(-1, 1, 1)
         step = torch.zeros_like(policy_ids)
         self._count(layer, expert_ids.clamp(min=0), policy_ids.view(1, -1, 1), step.view(1, -1, 1), kept, num_steps=1)
 
     def defer(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
-        """`record` at its time or, on a CPU, later, many steps at once: `settle` makes up for it. The tensors must stay as they
-        are until then."""
-        if expert_ids.device.type != "cpu":
-            self.record(expert_ids, policy_ids)
-            return
+        """`record`, many steps at once: `settle` makes up for it. For tensors on the host, which must stay as they are until
+        then."""
         self._deferred.append((expert_ids, policy_ids))
         if len(self._deferred) == MAX_DEFERRED_STEPS or expert_ids.shape[1] >= MAX_DEFERRED_TOKENS:
             self.settle()

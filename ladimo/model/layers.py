@@ -7,45 +7,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ladimo.model import kernels
+from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig, RopeConfig
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation of x [..., D] in fp32, rounded before the weight [D] is applied as transformers' LLaMA
-    does."""
-    if kernels.available(x, weight):
-        from ladimo.model.kernels import fused
-
-        return fused.rms_norm(x, weight, eps)
-    fp32 = x.float()
-    fp32 = fp32 * torch.rsqrt(fp32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * fp32.to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of x + residual, and the sum."""
-    if kernels.available(x, residual, weight):
-        from ladimo.model.kernels import fused
-
-        return fused.add_rms_norm(x, residual, weight, eps)
-    total = x + residual
-    return rms_norm(total, weight, eps), total
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the middle of a SwiGLU network; both [..., F]."""
-    if kernels.available(gate, up):
-        from ladimo.model.kernels import fused
-
-        return fused.silu_mul(gate, up)
-    return F.silu(gate) * up
-
-
-class RMSNorm(nn.Module):
-    """See `rms_norm`."""
+class RMSNorm(BackendModule):
+    """See `norm_activation.rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -53,14 +21,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.eps)
+        return self.backend.rms_norm(hidden_states, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and the sum."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(BackendModule):
     """down_proj(silu(gate_proj x) * up_proj x), weights [F, D] and [D, F]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -70,7 +38,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        hidden = self.backend.silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        out: Tensor = self.down_proj(hidden)
         return out
 
 
@@ -112,9 +81,3 @@ class RotaryEmbedding(nn.Module):
         """Positions [T] -> cos, sin, each [T, 1, C]."""
         cos_sin = self.table[positions].to(dtype)
         return cos_sin[:, 0, None], cos_sin[:, 1, None]
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, H, C]; the two halves of C form the pairs (Hugging Face's order)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.experts import apply_experts
 from ladimo.model.router import make_router
-from ladimo.model.routing import select_experts, within_batch
 
 
 class Experts(nn.Module):
@@ -19,7 +18,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, size))
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(BackendModule):
     """Replaces a dense FFN: `gate` is the router, `experts` the split network."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
@@ -33,9 +32,10 @@ class ExpertLayer(nn.Module):
         [T, E]. `num_budgeted`: of how many tokens, the first, the rules' batch budgets count."""
         router_logits = self.gate(hidden_states)
         bias = self.gate.e_score_correction_bias
-        topk_weights, topk_ids = select_experts(router_logits, rows, allowed, self.config, bias)
+        topk_weights, topk_ids = self.backend.select_experts(router_logits, rows, allowed, self.config, bias)
         if num_budgeted:
-            shared = within_batch(topk_weights, topk_ids, rows, allowed, num_budgeted)
-            topk_weights, topk_ids = select_experts(router_logits, rows, shared, self.config, bias)
-        out = apply_experts(hidden_states, topk_weights, topk_ids, self.experts.gate_up_proj, self.experts.down_proj)
+            shared = self.backend.apply_batch_budget(topk_weights, topk_ids, rows, allowed, num_budgeted)
+            topk_weights, topk_ids = self.backend.select_experts(router_logits, rows, shared, self.config, bias)
+        experts = self.experts
+        out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, experts.gate_up_proj, experts.down_proj)
         return out, topk_ids

@@ -6,47 +6,49 @@ On a CPU the native step packs integers of its own (`ladimo.model.cpu`); both ro
 import torch
 from torch import Tensor, nn
 
+from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
-from ladimo.model.quantization import Quantize, QuantizedWeights, linear, quantize_weights
+from ladimo.model.quantization import QuantizedWeights, find_format, quantize_weights
 from ladimo.model.router import Router
 from ladimo.model.transformer import MoeTransformer
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(BackendModule):
     """In the place of nn.Linear: weights [N, K] in buffers, the bias [N] as it was."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, format: Quantize) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, format: str) -> None:
         super().__init__()
         _keep(self, "weight", quantize_weights(weight, format))
         self.register_parameter("bias", bias)
-        self.cols = weight.shape[-1]
+        self.cols, self.format = weight.shape[-1], format
 
     @property
     def quantized(self) -> QuantizedWeights:
-        return _kept(self, "weight", self.cols)
+        return _kept(self, "weight", self.cols, self.format)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.quantized, self.bias)
+        return self.backend.linear(x, self.quantized, self.bias)
 
 
 class QuantizedExperts(nn.Module):
     """In the place of `Experts`: gate_up_proj [E, 2F, D] and down_proj [E, D, F] in buffers."""
 
-    def __init__(self, experts: Experts, format: Quantize) -> None:
+    def __init__(self, experts: Experts, format: str) -> None:
         super().__init__()
         _, self.hidden_size, self.moe_intermediate_size = experts.down_proj.shape
+        self.format = format
         _keep(self, "gate_up", quantize_weights(experts.gate_up_proj, format))
         _keep(self, "down", quantize_weights(experts.down_proj, format))
 
     @property
     def gate_up_proj(self) -> QuantizedWeights:
-        return _kept(self, "gate_up", self.hidden_size)
+        return _kept(self, "gate_up", self.hidden_size, self.format)
 
     @property
     def down_proj(self) -> QuantizedWeights:
-        return _kept(self, "down", self.moe_intermediate_size)
+        return _kept(self, "down", self.moe_intermediate_size, self.format)
 
 
 def _keep(module: nn.Module, name: str, weights: QuantizedWeights) -> None:
@@ -54,12 +56,13 @@ def _keep(module: nn.Module, name: str, weights: QuantizedWeights) -> None:
     module.register_buffer(f"{name}_scales", weights.scales)
 
 
-def _kept(module: nn.Module, name: str, cols: int) -> QuantizedWeights:
-    return QuantizedWeights(module.get_buffer(f"{name}_data"), module.get_buffer(f"{name}_scales"), cols)
+def _kept(module: nn.Module, name: str, cols: int, format: str) -> QuantizedWeights:
+    data, scales = module.get_buffer(f"{name}_data"), module.get_buffer(f"{name}_scales")
+    return QuantizedWeights(data, scales, cols, find_format(format))
 
 
 @torch.no_grad()
-def quantize_layers(module: nn.Module, format: Quantize) -> None:
+def quantize_layers(module: nn.Module, format: str) -> None:
     """Replace the dense and the expert layers inside `module`, one by one; each lets go of its weights when it is done."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
@@ -71,8 +74,9 @@ def quantize_layers(module: nn.Module, format: Quantize) -> None:
 
 
 @torch.no_grad()
-def quantize_model(model: MoeTransformer, format: Quantize) -> None:
+def quantize_model(model: MoeTransformer, format: str) -> None:
     """`quantize_layers` of a whole model; an output head that is the embedding gets integers beside it."""
     quantize_layers(model, format)
     if model.lm_head is None:
         model.lm_head = QuantizedLinear(model.model.embed_tokens.weight, None, format)  # type: ignore[assignment]
+    model.backend.prepare(model)

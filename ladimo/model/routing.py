@@ -1,7 +1,7 @@
 """The one routing rule. A policy is, per layer, a row of numbers (`RuleNumber`) and a mask; `select_experts` reads them and
 never branches on them.
 
-With `within_batch` the decoding tokens of a step share a budget of experts; that, too, is a number of the row.
+With `apply_batch_budget` the decoding tokens of a step share a budget of experts; that, too, is a number of the row.
 
 Legend: T tokens, E experts, K = E places per token (the shape never depends on a policy).
 """
@@ -9,7 +9,6 @@ Legend: T tokens, E experts, K = E places per token (the shape never depends on 
 import torch
 from torch import Tensor
 
-from ladimo.model import kernels
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.rule import RuleNumber
 
@@ -39,17 +38,13 @@ def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Apply each token's rule: rows [T, len(RuleNumber)] and masks [T, E]. BATCH_EXPERTS is for a step's tokens together and
-    not read here, see `within_batch`.
+    not read here, see `apply_batch_budget`.
 
     Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first. Rank r is kept while r < top_k, the scores before
     it sum to less than mass, and its own score is at least floor and at least relative_floor times the score of rank 0. Rank 0
     always stays. Dropped places have weight 0 and id -1. A row of zeros with an empty mask (padding, dense layer) keeps
     nothing.
     """
-    if kernels.available(router_logits, rows, allowed):
-        from ladimo.model.kernels import routing
-
-        return routing.select_experts(router_logits, rows, allowed, layer, selection_bias)
     scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
     numbers = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
     rank = torch.arange(ids.shape[1], device=ids.device)
@@ -63,7 +58,7 @@ def select_experts(
     return weights, ids.masked_fill(~kept, -1)
 
 
-def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
+def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
     """The masks [T, E] under which a step's decoding tokens, the first `num_decode`, share experts when they choose again.
 
     A decode step reads every expert that any of its tokens chose, so fewer experts per token save little in a batch; fewer
@@ -72,10 +67,6 @@ def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: 
     of the others so many with the largest sum of weights over all tokens with a budget; ties go to the lower expert. Tokens
     without a budget, prompts among them, keep their masks.
     """
-    if kernels.available(topk_weights, topk_ids, rows, allowed):
-        from ladimo.model.kernels import routing
-
-        return routing.within_batch(topk_weights, topk_ids, rows, allowed, num_decode)
     num_experts = allowed.shape[1]
     kept = topk_ids >= 0
     chosen = torch.zeros_like(allowed, dtype=torch.float32).scatter_add_(1, topk_ids.clamp(min=0), kept.float())

@@ -3,24 +3,17 @@
 Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, D hidden_size, M expert layers, E experts.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
-from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import RMSNorm, RotaryEmbedding
 from ladimo.model.moe import ExpertLayer
-
-
-class StepOutput(NamedTuple):
-    logits: Tensor  # [R, V]
-    expert_ids: Tensor | None  # [L, T, E], -1 where no expert ran (everywhere in dense layers); None for a dense model
 
 
 class DecoderLayer(nn.Module):
@@ -81,13 +74,8 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class MoeTransformer(nn.Module):
-    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`.
-
-    `native` computes steps over a cache in the place of `forward`, where the model was loaded for it (`ladimo.model.cpu`).
-    """
-
-    native: Callable[[StepInputs, KVCache, RoutingTables], StepOutput] | None = None
+class MoeTransformer(BackendModule):
+    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,6 +98,10 @@ class MoeTransformer(nn.Module):
         if inputs.logit_indices is not None:
             hidden_states = hidden_states[inputs.logit_indices]
         return StepOutput(self.logits(hidden_states), self._stack(expert_ids))
+
+    def step(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
+        """`forward` over a cache, as the back end does it."""
+        return self.backend.step(self, inputs, kv_cache, tables)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and output head: [R, D] -> [R, V]."""

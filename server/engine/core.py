@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from ladimo.checkpoint import read_json
-from ladimo.model.kv_cache import KVCache
+from ladimo.checkpoint import load_to_serve, read_json
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, samples
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig, EngineLimits
-from server.engine.cuda_graphs import CudaGraphBackend, DecodeGraphs, GraphBackend, bucket_sizes
+from server.engine.cuda_graphs import CudaGraphs, DecodeGraphs, GraphCapturer, bucket_sizes
 from server.engine.messages import (
     Abort,
     Activate,
@@ -33,7 +30,7 @@ from server.engine.messages import (
     Submit,
     TokenEvent,
 )
-from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks, load
+from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks
 from server.engine.policy_table import NONE_ROW, PolicyTable
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
 from server.engine.row_queue import RowQueue
@@ -317,19 +314,21 @@ class _Tally:
 
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     """Load the model and allocate everything the engine will ever use. Raises ValueError when it cannot be served so."""
-    return assemble_core(load(directory, config.device, config.dtype, config.quantize), config, eos_token_ids(directory))
+    return assemble_core(
+        load_to_serve(directory, config.device, config.dtype, config.quantize), config, eos_token_ids(directory)
+    )
 
 
 def assemble_core(
     model: MoeTransformer,
     config: EngineConfig,
     eos_token_ids: frozenset[int] = frozenset(),
-    backend: GraphBackend | None = None,
+    capturer: GraphCapturer | None = None,
     buckets: tuple[int, ...] | None = None,
 ) -> EngineCore:
     """The engine around a model that is on its device already. Raises ValueError for sizes that cannot be.
 
-    Decode steps are captured in graphs of `buckets` rows: by `backend`, by default on a CUDA device only.
+    Decode steps are captured in graphs of `buckets` rows: by `capturer`, by default on a CUDA device only.
     """
     context = model.config.max_position_embeddings
     if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
@@ -342,23 +341,22 @@ def assemble_core(
             f"the KV cache of {num_blocks} blocks of {config.block_size} tokens cannot hold one sequence of {max_model_len}; "
             "lower max_model_len or give the cache more blocks"
         )
-    weight = model.model.embed_tokens.weight
-    if weight.device.type == "cuda":
-        torch.cuda.set_device(weight.device)  # of this thread, which is the engine's: kernels and events go where it points
-    kv_cache = KVCache.allocate(model.config, num_blocks, config.block_size, weight.dtype, weight.device)
-    table = PolicyTable(model.config, config.max_policies + 1, weight.device, config.batch_budgets)
+    backend = model.backend
+    backend.make_current()  # for this thread, which is the engine's
+    kv_cache = backend.allocate_cache(model.config, num_blocks, config.block_size)
+    table = PolicyTable(model.config, config.max_policies + 1, backend.device, config.batch_budgets)
     limits = EngineLimits(
         max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies
     )
     scheduler = Scheduler(
         blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
     )
-    if backend is None and weight.device.type == "cuda" and config.cuda_graphs:
-        backend = CudaGraphBackend(weight.device)
+    if capturer is None and backend.captures_graphs and config.cuda_graphs:
+        capturer = CudaGraphs(backend.device)
     graphs = None
-    if backend is not None:
+    if capturer is not None:
         buckets = buckets or bucket_sizes(config.max_num_seqs)
-        graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, backend)
+        graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, capturer)
     runner = ModelRunner(model, kv_cache, table.tables, eos_token_ids, graphs)
     return EngineCore(runner, scheduler, table, limits, eos_token_ids)
 

@@ -23,13 +23,13 @@ LARGEST_BUCKET = 512
 Replay = Callable[[], None]
 
 
-class GraphBackend(Protocol):
+class GraphCapturer(Protocol):
     """How a step becomes something that can be run again. Called with the largest step first."""
 
     def capture(self, step: Callable[[], None]) -> Replay: ...
 
 
-class RerunBackend:
+class Rerun:
     """Runs the captured step again instead of replaying a graph. For machines without a CUDA device: a step that kept anything
     of the moment of its capture would show here, too."""
 
@@ -38,7 +38,7 @@ class RerunBackend:
         return step
 
 
-class CudaGraphBackend:
+class CudaGraphs:
     """Graphs of one device, which share one memory pool because they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -82,7 +82,7 @@ class DecodeGraphs:
         tables: RoutingTables,
         blocks_per_row: int,
         buckets: tuple[int, ...],
-        backend: GraphBackend,
+        capturer: GraphCapturer,
     ) -> None:
         assert buckets and list(buckets) == sorted(set(buckets))
         self._model, self._kv_cache, self._tables = model, kv_cache, tables
@@ -93,7 +93,7 @@ class DecodeGraphs:
         self._draws: dict[tuple[int, bool], Replay] = {}
         self.captures = 0
         with torch.inference_mode():
-            self._capture_all(backend)
+            self._capture_all(capturer)
 
     def bucket(self, batch: Batch) -> int | None:
         """The smallest bucket that holds the batch; None for one with prompts in it, or too large."""
@@ -111,13 +111,13 @@ class DecodeGraphs:
         """Draw from the logits under the rows' sampling parameters: the tokens of `results`. `cuts`: see `SamplingInputs`."""
         self._draws[bucket, cuts]()
 
-    def _capture_all(self, backend: GraphBackend) -> None:
+    def _capture_all(self, capturer: GraphCapturer) -> None:
         counters = (self._tables.expert_tokens, self._tables.distinct_experts)
         before = [counter.clone() for counter in counters]
         for rows in reversed(self.buckets):
-            self._steps[rows] = backend.capture(lambda rows=rows: self._step(rows))  # type: ignore[misc]
+            self._steps[rows] = capturer.capture(lambda rows=rows: self._step(rows))  # type: ignore[misc]
             for cuts in (True, False):
-                self._draws[rows, cuts] = backend.capture(lambda rows=rows, cuts=cuts: self._draw(rows, cuts))  # type: ignore[misc]
+                self._draws[rows, cuts] = capturer.capture(lambda rows=rows, cuts=cuts: self._draw(rows, cuts))  # type: ignore[misc]
             self.captures += 3
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)  # the steps run for the capture are nobody's
@@ -125,11 +125,11 @@ class DecodeGraphs:
     def _step(self, rows: int) -> None:
         buffers = self.buffers
         inputs = buffers.step_inputs(rows)
-        logits, expert_ids = self._model(inputs, self._kv_cache, self._tables)
+        logits, expert_ids = self._model.step(inputs, self._kv_cache, self._tables)
         buffers.logits[:rows].copy_(logits)
         buffers.results[:rows, 0].copy_(logits.argmax(dim=-1))
         if expert_ids is not None:
-            self._tables.record(expert_ids, inputs.policy_ids)
+            self._model.backend.record(self._tables, expert_ids, inputs.policy_ids)
             buffers.expert_ids[:, :rows].copy_(expert_ids)
             buffers.results[:rows, 1:].copy_((expert_ids >= 0).sum(dim=-1).t())
 

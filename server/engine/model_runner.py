@@ -1,22 +1,15 @@
-"""The model on its device: loads it, allocates the cache, computes a batch. The only file that runs the network."""
+"""The model on its device: computes a batch. The only file that runs the network."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ladimo.checkpoint import choose_device, choose_dtype, load_model, load_quantized_model, stored_dtype
-from ladimo.model.cpu.build import library
-from ladimo.model.cpu.native_draw import NativeDraw
-from ladimo.model.cpu.native_step import NativeStep, native_step
 from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.kernels import triton_installed
 from ladimo.model.kv_cache import KVCache
-from ladimo.model.quantization import Quantize
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.cuda_graphs import DecodeGraphs
@@ -25,15 +18,6 @@ from server.engine.logprobs import token_logprobs
 from server.engine.request import Sequence, TokenExperts, TokenLogprobs
 from server.engine.sampler import make_sampling_inputs, sample
 from server.engine.transfers import to_device, to_host
-
-# Of the memory that is free once the weights are loaded, this share goes to the cache unless the operator says a number.
-CUDA_CACHE_SHARE = 0.85
-CPU_CACHE_BYTES = 2 * 2**30
-# What torch would use: as many as there are cores, or as the operator says.
-NUM_THREADS = torch.get_num_threads()
-# Where torch computes, a smaller step (multiply-adds) runs on one CPU thread: others gain it little, and beside a busy
-# neighbour, such as the HTTP loop, waiting for them at every operation makes it many times slower.
-SERIAL_STEP = 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +58,6 @@ class ModelRunner:
         self.device = kv_cache.k.device
         self.block_size = kv_cache.k.shape[2]
         self.adjuster = LogitAdjuster(eos_token_ids, self.device)
-        self._multiply_adds = sum(weight.numel() for weight in model.parameters())  # per token, about
-        self._native = None
-        if self.device.type == "cpu" and graphs is None:
-            self._native = model.native or native_step(model, NUM_THREADS)
-        self._native_draw = NativeDraw(self._native.pool) if isinstance(self._native, NativeStep) else None
 
     @property
     def graph_captures(self) -> int:
@@ -95,10 +74,7 @@ class ModelRunner:
         One batch that runs ahead may be launched before a replayed one has been waited for, and no other. Waiting synchronises
         with the host once, and once more for each sequence that wants log-probabilities.
         """
-        if self.device.type == "cpu":
-            # Beside the native step, which has threads of its own, torch has little to do.
-            serial = self._native is not None or self._multiply_adds * batch.num_tokens < SERIAL_STEP
-            torch.set_num_threads(1 if serial else NUM_THREADS)  # of this thread only
+        self.model.backend.begin_step(batch.num_tokens)
         bucket = self.graph_bucket(batch)
         if self.graphs is not None and bucket is not None:
             return self._replay(self.graphs, batch, bucket)
@@ -118,7 +94,7 @@ class ModelRunner:
 
     def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
-        logits, expert_ids = (self._native or self.model)(inputs, self.kv_cache, self.tables)
+        logits, expert_ids = self.model.step(inputs, self.kv_cache, self.tables)
         per_sequence, ends, drawing = None, logits, batch.drawing
         if batch.prefill:  # else every row has logits of one token, and draws
             scheduled = batch.scheduled
@@ -133,11 +109,12 @@ class ModelRunner:
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """Token ids [R] from logits [R, V]."""
         inputs = make_sampling_inputs(sequences, self.device)
-        if self._native_draw is None:
+        compiled = self.model.backend.compiled_draw
+        if compiled is None:
             return sample(logits, inputs)
         if inputs is None:
-            return self._native_draw.likeliest(logits)
-        return self._native_draw.draw(logits, inputs.temperature, inputs.top_p, inputs.min_p, inputs.uniform, inputs.top_k)
+            return compiled.likeliest(logits)
+        return compiled.draw(logits, inputs.temperature, inputs.top_p, inputs.min_p, inputs.uniform, inputs.top_k)
 
     def _draw_adjusted(self, token_ids: Tensor, logits: Tensor, sequences: Rows[Sequence]) -> None:
         """Draw again, into `token_ids`, where the logits are to be adjusted before; the other rows are not touched."""
@@ -190,7 +167,7 @@ class ModelRunner:
         lengths = [1] * len(batch.decode) + [count for _, count in batch.prefill]
         if expert_ids is None:
             return torch.zeros(len(lengths), self.model.config.num_hidden_layers, dtype=torch.int64, device=self.device)
-        self.tables.defer(expert_ids, inputs.policy_ids)
+        self.model.backend.count(self.tables, expert_ids, inputs.policy_ids)
         per_token = (expert_ids >= 0).sum(dim=-1).t()  # [T, L]
         if not batch.prefill:
             return per_token
@@ -241,43 +218,7 @@ def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[Tok
     return token_logprobs(logits[: len(following)], following, num_top)
 
 
-def serving_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
-    """ "auto" on a CPU is bf16 where the weights are stored so and the native step computes: its numbers for a request are the
-    same in every batch, which torch's are in fp32 only. Raises ValueError for a dtype that cannot be had."""
-    if dtype == "auto" and device.type == "cpu" and library() is not None and stored_dtype(directory) == torch.bfloat16:
-        return torch.bfloat16
-    return choose_dtype(dtype, directory, device)
-
-
-def load(directory: Path, device: str, dtype: str, quantize: Quantize | None = None) -> MoeTransformer:
-    """Raises ValueError for a checkpoint that cannot be served, or a device, dtype or quantisation that cannot be had.
-
-    On a CPU the weights are packed for the native step, where there is one; on a GPU kernels read integers where they lie.
-    """
-    chosen = choose_device(device)
-    if chosen.type != "cpu":
-        return _load_on_gpu(directory, choose_dtype(dtype, directory, chosen), chosen, quantize)
-    model = load_model(directory, serving_dtype(dtype, directory, chosen), chosen)
-    model.native = native_step(model, NUM_THREADS, quantize, release=True)
-    return model
-
-
-def _load_on_gpu(directory: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize | None) -> MoeTransformer:
-    if quantize is None:
-        return load_model(directory, dtype, device)
-    if not triton_installed():
-        raise ValueError(f"quantize {quantize}: Triton is not installed")
-    model = load_quantized_model(directory, dtype, device, quantize)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the weights were rounded from is free for the KV cache
-    return model
-
-
 def affordable_blocks(model: MoeTransformer, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
     """Blocks that fit the memory, at most what `max_num_seqs` full contexts need; the null block included."""
-    weight = model.model.embed_tokens.weight
-    free = CPU_CACHE_BYTES
-    if weight.device.type == "cuda":
-        free = int(CUDA_CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0])
     wanted = max_num_seqs * -(-max_model_len // block_size) + 1
-    return min(wanted, free // KVCache.bytes_per_block(model.config, block_size, weight.dtype))
+    return min(wanted, model.backend.cache_bytes() // KVCache.bytes_per_block(model.config, block_size, model.backend.dtype))

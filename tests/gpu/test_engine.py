@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import load_model, read_config, read_policies
-from ladimo.model.quantization import Quantize
+from ladimo.checkpoint import load_model, load_to_serve, read_config, read_policies
 from ladimo.model.transformer import MoeTransformer
 from loadtests.models import partitioned_config, random_model, top_k_policy
 from server.engine.batch import Batch
@@ -23,7 +22,6 @@ from server.engine.core import EngineCore, assemble_core
 from server.engine.cuda_graphs import bucket_sizes
 from server.engine.messages import Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import ModelRunner
-from server.engine.model_runner import load as load_to_serve
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.server.engine.graphs import Driver, assert_idle, eight_policies, mixed_requests, random_prompts, rules
 
@@ -204,7 +202,7 @@ def test_greedy_equals_transformers(moe_dir: Path, replayed: EngineCore) -> None
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_integer_weights_are_served_from_graphs(moe_dir: Path, format: Quantize) -> None:
+def test_integer_weights_are_served_from_graphs(moe_dir: Path, format: str) -> None:
     """As the server loads them: replayed steps write what steps without graphs do."""
     answers = []
     for graphs in (False, True):

@@ -1,19 +1,19 @@
 """The kernels on a GPU, in bf16 and at the sizes of a 7B model: parity with the plain modules, determinism, capture."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from ladimo.checkpoint import load_model, read_policies
-from ladimo.model import attention, experts, kernels, layers, quantization, routing
+from ladimo.model.backends.choose import on_device
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.experts import apply_experts_masked
 from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.quantization import Quantize, QuantizedWeights, quantize_weights
+from ladimo.model.quantization import QuantizedWeights, quantize_weights
 from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.rule import RuleNumber
 from ladimo.model.transformer import MoeTransformer
@@ -22,15 +22,11 @@ from tests.factories import rule_row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
+CUDA = torch.device("cuda")
+KERNELS, PLAIN = on_device(CUDA, torch.bfloat16), TorchBackend(CUDA, torch.bfloat16)
+
 EXPERTS, HIDDEN, INTERMEDIATE = 8, 4096, 1376
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Inside, the modules run on torch alone."""
-    with patch.object(kernels, "available", lambda *tensors: False):
-        yield
 
 
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -80,7 +76,7 @@ def assert_bf16_close(actual: Tensor, expected: Tensor) -> None:
 def test_experts(num_tokens: int, top_k: int, weights: tuple[Tensor, Tensor]) -> None:
     """On both sides of every change of tiles, with padded rows at the end."""
     arguments = draw(num_tokens, top_k, weights, padding=num_tokens // 5)
-    out = experts.apply_experts(*arguments)
+    out = KERNELS.apply_experts(*arguments)
     assert_bf16_close(out, exact(arguments))
     assert (out[num_tokens - num_tokens // 5 :] == 0).all()
 
@@ -91,7 +87,7 @@ def test_experts_of_a_long_prompt(num_tokens: int, weights: tuple[Tensor, Tensor
     arguments = draw(num_tokens, 2, weights)
     arguments[2][::3] = torch.arange(EXPERTS, device="cuda")
     arguments[1][::3] = 1
-    assert_bf16_close(experts.apply_experts(*arguments), exact(arguments))
+    assert_bf16_close(KERNELS.apply_experts(*arguments), exact(arguments))
 
 
 @pytest.mark.parametrize("sizes", [(7, 96, 40, 5), (300, 200, 72, 3), (9, 288, 96, 16), (64, 2048, 704, 64)])
@@ -103,8 +99,8 @@ def test_experts_of_awkward_sizes(sizes: tuple[int, int, int, int], dtype: torch
     scores = torch.rand(ids.shape, device="cuda") * (ids >= 0)
     x, gate_up = normal(num_tokens, hidden, dtype=dtype), normal(num_experts, 2 * size, hidden, scale=0.1, dtype=dtype)
     down = normal(num_experts, hidden, size, scale=0.1, dtype=dtype)
-    out = experts.apply_experts(x, scores, ids, gate_up, down)
-    expected = experts.apply_experts_masked(x.double(), scores.double(), ids, gate_up.double(), down.double())
+    out = KERNELS.apply_experts(x, scores, ids, gate_up, down)
+    expected = apply_experts_masked(x.double(), scores.double(), ids, gate_up.double(), down.double())
     typical = expected.square().mean().sqrt().item()
     tolerance = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance * typical)
@@ -115,9 +111,9 @@ def test_same_numbers_every_time_and_whatever_the_neighbours(num_tokens: int, we
     first, second = draw(num_tokens, 2, weights), draw(num_tokens, 5, weights)
     for a, b in zip(first[:3], second[:3], strict=True):
         b[0] = a[0]
-    out = experts.apply_experts(*first)
-    assert all(torch.equal(experts.apply_experts(*first), out) for _ in range(3))
-    assert torch.equal(experts.apply_experts(*second)[0], out[0])
+    out = KERNELS.apply_experts(*first)
+    assert all(torch.equal(KERNELS.apply_experts(*first), out) for _ in range(3))
+    assert torch.equal(KERNELS.apply_experts(*second)[0], out[0])
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -132,15 +128,15 @@ def test_experts_of_integers(num_tokens: int, top_k: int, integers: tuple[Quanti
     """Against what the integers stand for: the same arithmetic as with weights as they are."""
     whole = integers[0].to_dtype(torch.float32), integers[1].to_dtype(torch.float32)
     x, scores, ids, gate_up, down = draw(num_tokens, top_k, whole, padding=num_tokens // 5)
-    out = experts.apply_experts(x, scores, ids, *integers)
+    out = KERNELS.apply_experts(x, scores, ids, *integers)
     assert_bf16_close(out, exact((x, scores, ids, gate_up, down)))
     assert (out[num_tokens - num_tokens // 5 :] == 0).all()
-    assert torch.equal(experts.apply_experts(x, scores, ids, *integers), out)
+    assert torch.equal(KERNELS.apply_experts(x, scores, ids, *integers), out)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("sizes", [(7, 96, 40, 5), (1, 200, 72, 3), (64, 2048, 704, 64)])
-def test_integers_of_awkward_sizes(sizes: tuple[int, int, int, int], format: Quantize) -> None:
+def test_integers_of_awkward_sizes(sizes: tuple[int, int, int, int], format: str) -> None:
     num_tokens, hidden, size, num_experts = sizes
     ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
     ids[:, 1::2] = -1
@@ -150,20 +146,20 @@ def test_integers_of_awkward_sizes(sizes: tuple[int, int, int, int], format: Qua
         quantize_weights(normal(num_experts, *shape, scale=0.1), format) for shape in ((2 * size, hidden), (hidden, size))
     ]
     whole = [one.to_dtype(torch.float64) for one in stored]
-    expected = experts.apply_experts_masked(x.double(), scores.double(), ids, *whole)
+    expected = apply_experts_masked(x.double(), scores.double(), ids, *whole)
     typical = expected.square().mean().sqrt().item()
-    out = experts.apply_experts(x, scores, ids, *stored)
+    out = KERNELS.apply_experts(x, scores, ids, *stored)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4 * typical)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(4096, 4096), (4096, 11008), (513, 3600)])
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 33, 255, 256, 1000])
-def test_linear_of_integers(num_rows: int, num_outputs: int, num_inputs: int, format: Quantize) -> None:
+def test_linear_of_integers(num_rows: int, num_outputs: int, num_inputs: int, format: str) -> None:
     weights = quantize_weights(normal(num_outputs, num_inputs, scale=num_inputs**-0.5), format)
     x, bias = normal(num_rows, num_inputs), normal(num_outputs)
     expected = x.double() @ weights.to_dtype(torch.float64).t() + bias.double()
-    assert_bf16_close(quantization.linear(x, weights, bias), expected)
+    assert_bf16_close(KERNELS.linear(x, weights, bias), expected)
 
 
 @torch.inference_mode()
@@ -173,7 +169,7 @@ def test_capture_and_replay_of_integers(num_tokens: int, integers: tuple[Quantiz
     whole = integers[0].to_dtype(torch.bfloat16), integers[1].to_dtype(torch.bfloat16)
     inputs = draw(num_tokens, 2, whole)[:3]
     dense = quantize_weights(normal(HIDDEN, HIDDEN, scale=HIDDEN**-0.5), "int4")
-    run: Callable[[], Tensor] = lambda: quantization.linear(experts.apply_experts(*inputs, *integers), dense)  # noqa: E731
+    run: Callable[[], Tensor] = lambda: KERNELS.linear(KERNELS.apply_experts(*inputs, *integers), dense)  # noqa: E731
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -213,14 +209,13 @@ def test_routing(seed: int) -> None:
     rows, allowed = (table[:, 0] for table in tables.rules(policy_ids))
     logits = torch.randn(num_tokens, num_experts, device="cuda") * 3
     bias = torch.randn(num_experts, device="cuda")
-    scores, ids = routing.select_experts(logits, rows, allowed, layer, bias)
-    tables.record(ids[None], policy_ids)
+    scores, ids = KERNELS.select_experts(logits, rows, allowed, layer, bias)
+    KERNELS.record(tables, ids[None], policy_ids)
     counted = [tables.expert_tokens.clone(), tables.distinct_experts.clone()]
     tables.expert_tokens.zero_()
     tables.distinct_experts.zero_()
-    with plain():
-        expected_scores, expected_ids = routing.select_experts(logits, rows, allowed, layer, bias)
-        tables.record(expected_ids[None], policy_ids)
+    expected_scores, expected_ids = PLAIN.select_experts(logits, rows, allowed, layer, bias)
+    PLAIN.record(tables, expected_ids[None], policy_ids)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-6)
     assert torch.equal(counted[0], tables.expert_tokens)
@@ -228,7 +223,7 @@ def test_routing(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (32, 8), (512, 8), (64, 60)])
-def test_within_batch(num_tokens: int, num_experts: int) -> None:
+def test_apply_batch_budget(num_tokens: int, num_experts: int) -> None:
     rows = rule_row(LayerRule(2, batch_experts=3)).repeat(num_tokens, 1).cuda()
     rows[::5, RuleNumber.BATCH_EXPERTS] = torch.inf
     ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=-1)
@@ -236,9 +231,8 @@ def test_within_batch(num_tokens: int, num_experts: int) -> None:
     ids[::5] = -1
     scores = torch.randint(1, 9, ids.shape, device="cuda") / 8 * (ids >= 0)  # sums are exact in any order
     allowed = torch.rand(ids.shape, device="cuda") < 0.8
-    shared = routing.within_batch(scores, ids, rows, allowed, num_tokens - 1)
-    with plain():
-        assert torch.equal(shared, routing.within_batch(scores, ids, rows, allowed, num_tokens - 1))
+    shared = KERNELS.apply_batch_budget(scores, ids, rows, allowed, num_tokens - 1)
+    assert torch.equal(shared, PLAIN.apply_batch_budget(scores, ids, rows, allowed, num_tokens - 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (28, 4, 128), (9, 3, 64), (6, 6, 80)])
@@ -250,12 +244,11 @@ def test_attention(batch: int, heads: int, kv_heads: int, head_dim: int) -> None
     context_lens = torch.randint(1, width * block_size + 1, (batch,), device="cuda")
     context_lens[-1] = 1
     q = normal(batch, heads, head_dim)
-    out = attention.attend_decode(q, k, v, table, context_lens)
-    with plain():
-        expected = attention.attend_decode(q.float(), k.float(), v.float(), table, context_lens)
+    out = KERNELS.attend_decode(q, k, v, table, context_lens)
+    expected = PLAIN.attend_decode(q.float(), k.float(), v.float(), table, context_lens)
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.01)
-    assert torch.equal(out, attention.attend_decode(q, k, v, table, context_lens))
-    assert (attention.attend_decode(q, k, v, table, torch.zeros_like(context_lens)) == 0).all()
+    assert torch.equal(out, KERNELS.attend_decode(q, k, v, table, context_lens))
+    assert (KERNELS.attend_decode(q, k, v, table, torch.zeros_like(context_lens)) == 0).all()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (9, 3, 64)])
@@ -269,14 +262,12 @@ def test_elementwise_kernels_round_as_torch_does(num_tokens: int, heads: int, kv
     slots = torch.randperm(400, device="cuda")[:num_tokens]
     ours, theirs = (torch.zeros(2, 25, 16, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
 
-    def run(cache: Tensor) -> list[Tensor]:
-        normed, total = layers.add_rms_norm(x, residual, weight, 1e-5)
-        rotated = attention.rotate_and_store(q, k, v, rope, cache[0], cache[1], slots)
-        return [total, rotated, cache, normed, layers.silu_mul(x, residual)]
+    def run(backend: TorchBackend, cache: Tensor) -> list[Tensor]:
+        normed, total = backend.add_rms_norm(x, residual, weight, 1e-5)
+        rotated = backend.rotate_and_store(q, k, v, rope, cache[0], cache[1], slots)
+        return [total, rotated, cache, normed, backend.silu_mul(x, residual)]
 
-    results = run(ours)
-    with plain():
-        expected = run(theirs)
+    results, expected = run(KERNELS, ours), run(PLAIN, theirs)
     assert all(torch.equal(a, b) for a, b in zip(results[:3], expected[:3], strict=True))
     for a, b in zip(results[3:], expected[3:], strict=True):  # sums in another order, another exponential: a last place
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
@@ -293,16 +284,17 @@ def on_gpu(model_dir: Path) -> tuple[MoeTransformer, RoutingTables, list[str]]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
-def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: Quantize | None) -> None:
+def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: str | None) -> None:
     model, tables, names = on_gpu(moe_dir)
     if format is not None:
         quantize_model(model, format)
     ids = torch.randint(256, (2, 20), device="cuda")
     for policy in range(1, len(names) + 1):
         inputs = StepInputs.whole_sequences(ids, policy)
+        KERNELS.prepare(model)
         out = model(inputs, None, tables)
-        with plain():
-            expected = model(inputs, None, tables)
+        PLAIN.prepare(model)
+        expected = model(inputs, None, tables)
         torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=2e-3)
         assert torch.equal(out.expert_ids, expected.expert_ids)
 
@@ -312,7 +304,7 @@ def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: Quantize | None)
 def test_capture_and_replay(num_tokens: int, weights: tuple[Tensor, Tensor]) -> None:
     """A captured call follows its inputs: other ids, among them none at all, replay the same graph."""
     arguments = draw(num_tokens, 2, weights)
-    run: Callable[[], Tensor] = lambda: experts.apply_experts(*arguments)  # noqa: E731
+    run: Callable[[], Tensor] = lambda: KERNELS.apply_experts(*arguments)  # noqa: E731
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 
@@ -33,7 +33,7 @@ class Stepper:
     num_blocks: int = 128
 
     def __post_init__(self) -> None:
-        self.kv_cache = KVCache.allocate(self.model.config, self.num_blocks, self.block_size, torch.float32, "cpu")
+        self.kv_cache = TorchBackend().allocate_cache(self.model.config, self.num_blocks, self.block_size)
         generator = torch.Generator().manual_seed(0)
         for cache in (self.kv_cache.k, self.kv_cache.v):
             cache.copy_(torch.randn(cache.shape, generator=generator) * 100)

@@ -14,7 +14,7 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.routing import select_experts, within_batch
+from ladimo.model.routing import apply_batch_budget, select_experts
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE
@@ -74,7 +74,7 @@ def test_masks_against_direct_implementation(rule_list: list[LayerRule], seed: i
     weights, ids = select_experts(logits, rows, allowed, LAYER)
     weights = (weights * 256).round() / 256
     num_decode = data.draw(st.integers(0, len(rule_list)))
-    shared = within_batch(weights, ids, rows, allowed, num_decode)
+    shared = apply_batch_budget(weights, ids, rows, allowed, num_decode)
     assert [set(row.nonzero().flatten().tolist()) for row in shared] == direct(rule_list, weights, ids, num_decode)
 
 
@@ -85,7 +85,7 @@ def test_a_batch_reads_no_more_experts_than_its_budget(budget: int, top_k: int, 
     rows, allowed = table([LayerRule(top_k, batch_experts=budget)] * tokens)
     logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(seed)) * 3
     weights, before = select_experts(logits, rows, allowed, LAYER)
-    shared = within_batch(weights, before, rows, allowed, tokens)
+    shared = apply_batch_budget(weights, before, rows, allowed, tokens)
     weights, after = select_experts(logits, rows, shared, LAYER)
     assert len(set().union(*chosen(after))) <= budget
     assert all(len(found) == min(top_k, budget) for found in chosen(after))
@@ -99,7 +99,7 @@ def test_experts_that_are_read_anyway_cost_nothing() -> None:
     rows, allowed = table([LayerRule(2, batch_experts=1), LayerRule(1, experts=(4,)), LayerRule(1, experts=(5,))])
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, 1.5, -9.0], [0.0] * 6, [0.0] * 6])
     weights, ids = select_experts(logits, rows, allowed, LAYER)
-    shared = within_batch(weights, ids, rows, allowed, num_decode=2)
+    shared = apply_batch_budget(weights, ids, rows, allowed, num_decode=2)
     assert shared[0].nonzero().flatten().tolist() == [0, 4, 5]
     assert chosen(select_experts(logits, rows, shared, LAYER)[1])[0] == {0, 4}
     assert torch.equal(shared[1:], allowed[1:])
@@ -110,9 +110,9 @@ def test_padded_rows_choose_nothing_and_have_no_say() -> None:
     rows, allowed = (torch.cat((tensor, torch.zeros_like(tensor[:2]))) for tensor in (rows, allowed))
     logits = torch.randn(5, EXPERTS, generator=torch.Generator().manual_seed(0))
     weights, ids = select_experts(logits, rows, allowed, LAYER)
-    shared = within_batch(weights, ids, rows, allowed, 5)
+    shared = apply_batch_budget(weights, ids, rows, allowed, 5)
     assert not shared[3:].any()
-    assert torch.equal(shared[:3], within_batch(weights[:3], ids[:3], rows[:3], allowed[:3], 3))
+    assert torch.equal(shared[:3], apply_batch_budget(weights[:3], ids[:3], rows[:3], allowed[:3], 3))
 
 
 def test_versions_of_policies_without_a_budget_stay() -> None:

@@ -18,16 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ladimo.model.kernels
-import ladimo.model.moe
 from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
 from ladimo.model.experts import MAX_GATHERED, apply_experts_grouped
-from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
-from ladimo.model.quantization import Quantize
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.quantized_layers import quantize_model
-from ladimo.model.transformer import MoeTransformer, StepOutput
+from ladimo.model.transformer import MoeTransformer
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 # Any device but the CPU: a torch built without CUDA cannot index a fake tensor that claims to be on a GPU.
@@ -71,8 +68,9 @@ class DecodeStep:
         config: ModelConfig,
         batch: int,
         dtype: torch.dtype = torch.bfloat16,
-        format: Quantize | None = None,
+        format: str | None = None,
         budgets: bool = False,
+        backend: type[TorchBackend] = TorchBackend,
     ) -> None:
         with DEVICE:
             self.model = MoeTransformer(config)
@@ -81,7 +79,9 @@ class DecodeStep:
         if format is not None:
             quantize_model(self.model, format)
         self.model.rotary.table = torch.empty(config.max_position_embeddings, 2, config.head_dim, device=DEVICE)
-        self.kv_cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, dtype, DEVICE)
+        self.backend = backend(DEVICE, dtype)
+        self.backend.prepare(self.model)
+        self.kv_cache = self.backend.allocate_cache(config, NUM_BLOCKS, BLOCK_SIZE)
         self.tables = RoutingTables.empty(NUM_POLICIES, config.num_hidden_layers, config.max_num_experts, DEVICE, budgets)
         self.inputs = StepInputs(
             input_ids=torch.zeros(batch, dtype=torch.int64, device=DEVICE),
@@ -98,7 +98,7 @@ class DecodeStep:
         with NoHostValues(), NoHostCopies():  # type: ignore[no-untyped-call]
             out: StepOutput = self.model(self.inputs, self.kv_cache, self.tables)
             if out.expert_ids is not None:
-                self.tables.record(out.expert_ids, self.inputs.policy_ids)
+                self.backend.record(self.tables, out.expert_ids, self.inputs.policy_ids)
         return out
 
 
@@ -124,13 +124,12 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
 @pytest.mark.parametrize(
     ("batch", "format"), [(1, None), (2, None), (64, None), (600, None), (1, "int8"), (64, "int4"), (600, "int4")]
 )
-def test_decode_step_of_moe_on_kernels(
-    moe_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int, format: Quantize | None
-) -> None:
+def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int, format: str | None) -> None:
     """What the kernels' launchers do beside launching is as free of the host: the launches are left out, as nothing can run on
     fake tensors."""
     pytest.importorskip("triton")
-    from ladimo.model.kernels import attention, experts, fused, linear, routing
+    from ladimo.model.backends.triton_backend import TritonBackend
+    from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
 
     launched = set()
 
@@ -142,13 +141,12 @@ def test_decode_step_of_moe_on_kernels(
             assert all(type(size) is int and size > 0 for size in grid)
             return lambda *args, **options: launched.add(self.name)
 
-    for module in (attention, experts, fused, linear, routing):
+    for module in (attention, experts, linear, norm_activation, routing):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launch(name))
-    monkeypatch.setattr(ladimo.model.kernels, "available", lambda *tensors: True)
     config = read_config(moe_dir)
     with fake():
-        logits, expert_ids = DecodeStep(config, batch, format=format, budgets=batch == 64).run()
+        logits, expert_ids = DecodeStep(config, batch, format=format, budgets=batch == 64, backend=TritonBackend).run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None and expert_ids.shape[1] == batch
     names = {
@@ -160,7 +158,7 @@ def test_decode_step_of_moe_on_kernels(
         "_attend_part_kernel",
     }
     assert names < launched
-    assert ("_within_batch_kernel" in launched) == (batch == 64)
+    assert ("_apply_batch_budget_kernel" in launched) == (batch == 64)
     assert ("_matvec_down_kernel" in launched) == (batch == 1)
     assert ("_grouped_down_kernel" in launched) == (batch > 1)
     dense = "_matvec_kernel" if batch == 1 else "_matmul_kernel" if batch < linear.WHOLE_ROWS else "_whole_kernel"
@@ -174,11 +172,16 @@ def test_decode_step_of_dense_model(dense_dir: Path) -> None:
         assert expert_ids is None
 
 
-def test_grouped_experts_are_caught(moe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: the CPU's way of running experts reads counts on the host."""
-    monkeypatch.setattr(ladimo.model.moe, "apply_experts", apply_experts_grouped)
+class Grouped(TorchBackend):
+    """The CPU's way of running experts, which reads counts on the host."""
+
+    apply_experts = staticmethod(apply_experts_grouped)  # type: ignore[assignment]
+
+
+def test_grouped_experts_are_caught(moe_dir: Path) -> None:
+    """The check can fail."""
     with fake(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        DecodeStep(read_config(moe_dir), 4).run()
+        DecodeStep(read_config(moe_dir), 4, backend=Grouped).run()
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.checkpoint import load_model, read_policies
+from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build, native_step
 from ladimo.model.cpu.cache import cache_directories
 from ladimo.model.cpu.native_step import NativeStep
-from ladimo.model.cpu.packing import Format, pack
+from ladimo.model.cpu.packing import pack
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.quantization import GROUP, LARGEST, Quantize, dequantize, quantize
+from ladimo.model.quantization import GROUP, dequantize, find_format, quantize
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from server.engine.model_runner import load as load_to_serve
 from tests.factories import VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -158,9 +157,8 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.usefixtures("width")
-def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format) -> None:
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -> None:
     """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three."""
-    monkeypatch.setattr(native_step, "SERIAL_STEP", 0)  # wake the helpers for tiny steps, too
     model, policies = load(make_moe(tmp_path, intermediate_size=256), torch.bfloat16)
     sequences = prompts(9)
     alone = Cached(model, NativeStep(model, format, 1), policies)
@@ -169,7 +167,7 @@ def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, monkeypatch: p
         row = Row(list(tokens), 1 + index % len(policies))
         first = alone.step(prefill=[(row, 30)])[0]
         expected.append(torch.cat([first, *(alone.step(decode=[row])[0] for _ in range(30))]))
-    together = Cached(model, NativeStep(model, format, 3), policies, block_size=16)
+    together = Cached(model, NativeStep(model, format, 3, wake_threads_from=0), policies, block_size=16)
     rows = [Row(list(tokens), 1 + index % len(policies)) for index, tokens in enumerate(sequences)]
     chunks: list[list[Tensor]] = [[] for _ in rows]
     for counts in ([7] * 9, [1] * 8 + [20], [22, 30, 17, 3, 2, 1, 1, 9, 33], [30, 22, 35, 49, 50, 51, 51, 43, 0]):
@@ -201,7 +199,7 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("format", "least"), [("int8", 0.995), ("int4", 0.8)])
 @pytest.mark.usefixtures("width")
-def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: Quantize, least: float) -> None:
+def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: str, least: float) -> None:
     """Against torch on the rounded weights only the rounding of activations is left; against the weights as they were, more."""
     model, policies = load(make_dense(tmp_path, intermediate_size=128))
     native = Cached(model, NativeStep(model, format, 2), policies)
@@ -215,7 +213,7 @@ def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: Qua
     original = torchs()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
-            parameter.copy_(dequantize(*quantize(parameter, format)))
+            parameter.copy_(dequantize(*quantize(parameter, find_format(format))))
     rounded = torchs()
     assert F.cosine_similarity(ours, rounded, dim=-1).min() > 0.99
     assert F.cosine_similarity(ours, original, dim=-1).median() > least
@@ -223,14 +221,15 @@ def test_integer_weights_compute_what_they_stand_for(tmp_path: Path, format: Qua
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_rounding_is_within_half_a_step(format: Quantize) -> None:
+def test_rounding_is_within_half_a_step(format: str) -> None:
     weights = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
     weights[3, :GROUP] = 0
-    integers, scales = quantize(weights, format)
-    assert integers.max() <= LARGEST[format] and integers.min() == -LARGEST[format] - (format == "int4")
+    form = find_format(format)
+    integers, scales = quantize(weights, form)
+    assert integers.max() <= form.highest and integers.min() == form.lowest
     error = (dequantize(integers, scales) - weights).abs().unflatten(1, (-1, GROUP))
     step = scales.unsqueeze(2).abs()
-    inside = weights.unflatten(1, (-1, GROUP)).abs() <= step * LARGEST[format]
+    inside = weights.unflatten(1, (-1, GROUP)).abs() <= step * form.highest
     assert (error <= step * 0.5001)[inside].all()
     assert (dequantize(integers, scales)[3, :GROUP] == 0).all()
 
@@ -284,10 +283,10 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
     build._find.cache_clear()
     try:
         assert build.library() is None
-        model, _ = load(make_dense(tmp_path))
-        assert native_step.native_step(model, 1) is None
+        directory = make_dense(tmp_path)
+        assert load_to_serve(directory, "cpu").backend.name == "torch"
         with pytest.raises(ValueError, match="quantize int8: there is no compiled kernel"):
-            native_step.native_step(model, 1, "int8")
+            load_to_serve(directory, "cpu", "auto", "int8")
     finally:
         build._find.cache_clear()
 
@@ -317,12 +316,12 @@ def test_what_was_compiled_is_used_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_models_the_kernel_cannot_run_are_left_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = load(make_dense(tmp_path), torch.float16)
-    assert native_step.native_step(model, 1) is None
+    model = load_to_serve(make_dense(tmp_path / "half"), "cpu", "float16")
+    assert (model.backend.name, model.backend.dtype) == ("torch", torch.float16)
     assert "float16" in caplog.text
-    odd, _ = load(make_dense(tmp_path / "odd", hidden_size=48, num_attention_heads=4))
+    odd = make_dense(tmp_path / "odd", hidden_size=48, num_attention_heads=4)
     with pytest.raises(ValueError, match="hidden_size 48 is not a multiple of 32"):
-        native_step.native_step(odd, 1, "int8")
+        load_to_serve(odd, "cpu", "auto", "int8")
 
 
 def test_packing_is_a_permutation() -> None:
@@ -352,6 +351,5 @@ def test_tables_and_config_are_what_the_kernel_assumes() -> None:
 )
 def test_what_the_server_computes_in(tmp_path: Path, stored: torch.dtype, asked: str, expected: torch.dtype) -> None:
     model = load_to_serve(make_dense(tmp_path, dtype=stored), "cpu", asked)
-    assert isinstance(model.native, NativeStep)
-    assert model.native.dtype == expected
-    assert load_to_serve(tmp_path, "cpu", asked, "int8").native is not None
+    assert (model.backend.name, model.backend.dtype) == ("native", expected)
+    assert load_to_serve(tmp_path, "cpu", asked, "int8").backend.quantize == "int8"

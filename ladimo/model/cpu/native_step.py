@@ -4,7 +4,6 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 """
 
 import ctypes
-import logging
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -15,22 +14,20 @@ from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
-from ladimo.model.cpu.packing import KINDS, Format, Packed, pack, pack_gate_up, padded_size
+from ladimo.model.cpu.packing import KINDS, Packed, columns_multiple, pack, pack_gate_up, padded_size
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
-from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.quantization import GROUP, LARGEST, Quantize
+from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
-from ladimo.model.transformer import DecoderLayer, MoeTransformer, StepOutput
-
-log = logging.getLogger(__name__)
+from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
 # Multiply-adds of a step below which waking the other threads costs more than they give.
-SERIAL_STEP = 10**6
+WAKE_THREADS_FROM = 10**6
 
 
 class _Matrix(ctypes.Structure):
@@ -106,6 +103,28 @@ class Unsupported(Exception):
     """The kernel cannot run this model; the message says why."""
 
 
+def stored_format(dtype: torch.dtype, quantize: str | None) -> str:
+    """How weights of a model of `dtype` are packed: see `packing.KINDS`."""
+    return quantize or ("bfloat16" if dtype == torch.bfloat16 else "float32")
+
+
+def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | None = None) -> None:
+    """Raises Unsupported when this machine's kernel cannot run such a model in `dtype`, or with weights rounded so."""
+    if library() is None:
+        raise Unsupported(f"there is no compiled kernel: {origin()}")
+    if not find_family(config.family).is_llama_inside:
+        raise Unsupported(f"family {config.family} has modules that it does not know")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise Unsupported(f"the weights are {dtype}")
+    format = stored_format(dtype, quantize)
+    if format not in KINDS:
+        raise Unsupported("the kernel does not know this format")
+    multiple = columns_multiple(format)
+    for name, size in (("hidden_size", config.hidden_size), ("attention width", config.num_attention_heads * config.head_dim)):
+        if size % multiple:
+            raise Unsupported(f"{name} {size} is not a multiple of {multiple}")
+
+
 class NativeStep:
     """`MoeTransformer.forward` over a cache, from packed weights.
 
@@ -113,22 +132,24 @@ class NativeStep:
     nothing of the model but its embedding and rotary tables, which stay where they are. To be called by one thread at a time.
     """
 
-    def __init__(self, model: MoeTransformer, format: Format, num_threads: int, release: bool = False) -> None:
+    def __init__(
+        self,
+        model: MoeTransformer,
+        format: str,
+        num_threads: int,
+        release: bool = False,
+        wake_threads_from: int = WAKE_THREADS_FROM,
+    ) -> None:
         """`release`: let go of the model's own weights layer by layer, so that they are never in memory twice; the model can
         then compute nothing itself. Raises Unsupported before anything is changed."""
-        code = library()
-        if code is None:
-            raise Unsupported(f"there is no compiled kernel: {origin()}")
         config, dtype = model.config, model.model.embed_tokens.weight.dtype
-        if not find_family(config.family).is_llama_inside:
-            raise Unsupported(f"family {config.family} has modules that it does not know")
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise Unsupported(f"the weights are {dtype}")
-        self.config = config
+        check_supported(config, dtype, format if format in format_names() else None)
+        code = library()
+        assert code is not None
+        self.config, self._wake_threads_from = config, wake_threads_from
         self.dtype = dtype  # of the cache
         self._arena = Arena()  # what the structures point into
-        self._router_format: Format = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        _check_columns(config, format)
+        self._router_format = "bfloat16" if dtype == torch.bfloat16 else "float32"
         layers = (_Layer * config.num_hidden_layers)()
         for target, layer in zip(layers, model.model.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
@@ -198,7 +219,7 @@ class NativeStep:
             inputs.block_table.shape[1],
             kv_cache.k.shape[2],
             kv_cache.k.shape[1],
-            self._multiply_adds * num_tokens >= SERIAL_STEP,
+            self._multiply_adds * num_tokens >= self._wake_threads_from,
             tables.batch_budgets,
             *(tensor.data_ptr() for tensor in given),
             None if indices is None else indices.data_ptr(),
@@ -214,7 +235,7 @@ class NativeStep:
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
         return StepOutput(logits, expert_ids)
 
-    def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: Format) -> None:
+    def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: str) -> None:
         attention = layer.self_attn
         assert isinstance(attention, Attention)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -239,7 +260,7 @@ class NativeStep:
         target.score_norm_top_k = moe.score_norm_top_k or 0
         target.weight_one = moe.expert_weight == "one"
 
-    def _fill_experts(self, target: _Layer, gate_up: Tensor, down: Tensor, format: Format) -> None:
+    def _fill_experts(self, target: _Layer, gate_up: Tensor, down: Tensor, format: str) -> None:
         target.expert_size = padded_size(down.shape[2], format)
         target.gate_up = self._matrix(pack_gate_up(gate_up, format))
         idle = target.expert_size - down.shape[2]
@@ -276,33 +297,6 @@ class NativeStep:
         return self._arena.keep(tensor)
 
 
-def native_step(
-    model: MoeTransformer, num_threads: int, quantize: Quantize | None = None, release: bool = False
-) -> NativeStep | None:
-    """The model's step, its weights packed as they are or rounded to integers. `release`: see `NativeStep`.
-
-    None for a model that the kernel cannot run; ValueError if it was to be quantised. One line in the log says what computes.
-    """
-    dtype = model.model.embed_tokens.weight.dtype
-    format: Format = quantize if quantize is not None else "bfloat16" if dtype == torch.bfloat16 else "float32"
-    try:
-        step = NativeStep(model, format, num_threads, release)
-    except Unsupported as reason:
-        if quantize is not None:
-            raise ValueError(f"quantize {quantize}: {reason}") from reason
-        log.warning("torch computes on this CPU: %s", reason)
-        return None
-    log.info("the compiled step computes on this CPU: %s", origin())
-    return step
-
-
 def _release(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def _check_columns(config: ModelConfig, format: Format) -> None:
-    multiple = GROUP if format in LARGEST else 2
-    for name, size in (("hidden_size", config.hidden_size), ("attention width", config.num_attention_heads * config.head_dim)):
-        if size % multiple:
-            raise Unsupported(f"{name} {size} is not a multiple of {multiple}")

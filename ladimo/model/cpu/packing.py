@@ -4,17 +4,17 @@ Legend: N rows, K columns, P panels (16 rows each, the last padded with zeros), 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.quantization import GROUP, LARGEST, quantize
+from ladimo.model.quantization import GROUP, find_format, quantize
 
 LANES, PANELS = 16, 4
-Format = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # in the order of step.c
+# The formats that step.c reads, in its order: two of floating point, then those of `ladimo.model.quantization`.
+KINDS = ("float32", "bfloat16", "int8", "int4")
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,21 @@ class Packed:
     rows: int
     panels: int
     cols: int
-    format: Format
+    format: str
 
 
-def pack(weights: Tensor, format: Format) -> Packed:
+def pack(weights: Tensor, format: str) -> Packed:
     """Pack weights [N, K] or equally large matrices [E, N, K]; K is even, and a multiple of `GROUP` for the integer formats."""
     stacked = weights if weights.ndim == 3 else weights[None]
     _, rows, cols = stacked.shape
-    assert cols % (GROUP if format in LARGEST else 2) == 0
+    assert cols % columns_multiple(format) == 0
     panels = -(-rows // LANES)
     parts = [_pack_one(F.pad(matrix, (0, 0, 0, panels * LANES - rows)), format) for matrix in stacked]
-    scales = torch.cat([part for _, part in parts if part is not None]) if format in LARGEST else None
+    scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
     return Packed(torch.cat([data for data, _ in parts]), scales, rows, panels, cols, format)
 
 
-def pack_gate_up(gate_up: Tensor, format: Format) -> Packed:
+def pack_gate_up(gate_up: Tensor, format: str) -> Packed:
     """Pack [E, 2F, D], gate rows before up rows, with two panels of gate and two of up rows in each block."""
     experts, _, cols = gate_up.shape
     size = padded_size(gate_up.shape[1] // 2, format)
@@ -50,19 +50,22 @@ def pack_gate_up(gate_up: Tensor, format: Format) -> Packed:
     return pack(torch.cat(pairs, dim=1).flatten(1, 2), format)
 
 
-def padded_size(size: int, format: Format) -> int:
+def columns_multiple(format: str) -> int:
+    """What the number of columns must be a multiple of: pairs of bf16 are read together, and groups share a scale."""
+    return 2 if format in FLOATS else GROUP
+
+
+def padded_size(size: int, format: str) -> int:
     """An expert's size, padded with idle neurons to whole panels and whole groups of scales."""
-    multiple = max(LANES, GROUP) if format in LARGEST else LANES
+    multiple = max(LANES, columns_multiple(format))
     return -(-size // multiple) * multiple
 
 
-def _pack_one(matrix: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+def _pack_one(matrix: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
     """One matrix [16 P, K] -> its bytes, and its scales."""
-    if format == "float32":
-        return _interleave(matrix.float()).view(torch.uint8), None
-    if format == "bfloat16":
-        return _interleave(matrix.bfloat16()).view(torch.uint8), None
-    integers, scales = quantize(matrix, format)
+    if format in FLOATS:
+        return _interleave(matrix.to(FLOATS[format])).view(torch.uint8), None
+    integers, scales = quantize(matrix, find_format(format))
     if format == "int4":  # of each 8 columns the first four are the lower halves of the bytes
         low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
         words = (low | high << 4).flatten(1)

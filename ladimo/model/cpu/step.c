@@ -771,7 +771,7 @@ static void post_norm_token(const void *job, int64_t t) {
 
 static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[RULE_BATCH_EXPERTS] < INFINITY; }
 
-// `within_batch`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
+// `apply_batch_budget`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
 static void share_experts(const State *s) {
     int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = s->layer->num_experts, limited = 0;
     float total[experts];

@@ -10,8 +10,8 @@ summed in expert order in fp32, so its numbers do not depend on its neighbours. 
 is one row of one long product over all of them: the dense FFN's own work.
 
 Weights may be integers with scales, unpacked in registers as they are read: `W`, `BITS` and `PARTS` are those of
-`kernels.integers`. They stay so in long prompts, too, where whole weights would multiply faster: that would take a copy of all
-experts of a layer, of which a policy may use a few.
+`kernels.dequantize`. They stay integers in long prompts, too, where whole weights would multiply faster: those would take a
+copy of all experts of a layer, of which a policy may use a few.
 
 Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts, K places per token.
 """
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladimo.model.kernels.integers import load_columns, load_elements, stored, widen
-from ladimo.model.kernels.token_lists import find_block, list_kernel
+from ladimo.model.kernels.dequantize import load_columns, load_elements, stored, widen
+from ladimo.model.kernels.moe_align import find_block, list_kernel
 from ladimo.model.quantization import Weights
 
 # From this many tokens on, tokens that take every expert are multiplied as the dense FFN would; below, the sum over experts

@@ -3,7 +3,7 @@
 One row is a matrix-vector product and a few are one tile high: both are bound by reading the weights, which are unpacked in
 registers. Many rows are bound by the multiplications: there the weights are made whole once and the product is torch's own.
 
-Legend: T rows, K inputs, N outputs; W, BITS and PARTS as in `kernels.integers`.
+Legend: T rows, K inputs, N outputs; W, BITS and PARTS as in `kernels.dequantize`.
 """
 
 import torch
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ladimo.model.kernels.dequantize import load_columns, load_elements, stored, widen
 from ladimo.model.kernels.experts import Tile
-from ladimo.model.kernels.integers import load_columns, load_elements, stored, widen
 from ladimo.model.quantization import QuantizedWeights
 
 # From this many rows on, writing and reading whole weights takes less time than unpacking them in every block of rows would.

@@ -1,5 +1,5 @@
 """The routing rule, the batch's budget and the counting of choices, one launch each. References: `select_experts` and
-`within_batch` of `ladimo.model.routing`, `ladimo.model.inputs.RoutingTables.record`.
+`apply_batch_budget` of `ladimo.model.routing`, `ladimo.model.inputs.RoutingTables.record`.
 
 Legend: T tokens, E experts, K = E places per token, L layers, P policies.
 """
@@ -135,12 +135,12 @@ def _select_kernel(
     tl.store(ids_ptr + places, ids, mask=live)
 
 
-def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
+def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
     """See the reference. One program, whose sums over the tokens always run in the same order."""
     num_tokens, num_experts = topk_ids.shape
     shared = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=topk_ids.device)
     block_e = triton.next_power_of_2(num_experts)
-    _within_batch_kernel[(1,)](
+    _apply_batch_budget_kernel[(1,)](
         topk_weights,
         topk_ids,
         rows,
@@ -158,7 +158,7 @@ def within_batch(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: 
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_decode", "rows_stride", "allowed_stride"])
-def _within_batch_kernel(
+def _apply_batch_budget_kernel(
     weights_ptr,
     ids_ptr,
     rows_ptr,

@@ -10,9 +10,3 @@ import torch
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain modules stay plain on a GPU too."""
-    monkeypatch.setattr("ladimo.model.kernels.available", lambda *tensors: False)

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladimo.model import attention as plain
+from ladimo.model import paged_attention as plain
 
 pytest.importorskip("triton")
 from ladimo.model.kernels import attention as kernels
 
 pytestmark = [
-    pytest.mark.usefixtures("reference"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy, in unused lanes
 ]
 

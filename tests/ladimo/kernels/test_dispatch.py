@@ -10,27 +10,27 @@ import pytest
 import torch
 
 from ladimo.checkpoint import load_model, read_policies
-from ladimo.model import kernels
-from ladimo.model.quantization import Quantize
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.quantized_layers import quantize_model
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytest.importorskip("triton")
+from ladimo.model.backends.triton_backend import TritonBackend, unless_trained
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
 @pytest.mark.parametrize("format", [None, "int4"])
-def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.MonkeyPatch, format: Quantize | None) -> None:
+def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: str | None) -> None:
     """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""
     model = load_model(moe_dir, torch.float32, torch.device("cpu"))
     if format is not None:
         quantize_model(model, format)
     policies = list(read_policies(moe_dir, model.config).values())
     results = []
-    for everywhere in (False, True):
-        monkeypatch.setattr(kernels, "available", lambda *tensors, everywhere=everywhere: everywhere)
+    for backend in (TorchBackend(), TritonBackend()):
+        backend.prepare(model)
         steps = Stepper(model, make_tables(model, policies))
         rows = [Row(list(range(10 * policy, 10 * policy + 20)), policy) for policy in (1, 2, 3, 4)]
         logits = steps.step(prefill=[(row, 7 + row.policy) for row in rows])
@@ -42,7 +42,7 @@ def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.Monk
             out = model(inputs, steps.kv_cache, steps.tables)
         assert out.expert_ids is not None
         assert (out.expert_ids[:, 2] == -1).all()
-        steps.tables.record(out.expert_ids, inputs.policy_ids)
+        backend.record(steps.tables, out.expert_ids, inputs.policy_ids)
         results.append((torch.cat([*logits, out.logits]), out.expert_ids, steps.tables))
     (expected, expected_ids, expected_tables), (logits_of_kernels, ids, tables) = results
     torch.testing.assert_close(logits_of_kernels, expected, rtol=0, atol=2e-4)
@@ -51,17 +51,19 @@ def test_a_model_on_kernels_is_the_model(moe_dir: Path, monkeypatch: pytest.Monk
     assert torch.equal(tables.distinct_experts, expected_tables.distinct_experts)
 
 
-def test_kernels_are_for_the_gpu_and_not_for_training() -> None:
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    weight = torch.zeros(2).as_subclass(OnGPU)
-    assert kernels.available(weight, weight)
-    assert not kernels.available(weight, torch.zeros(2))
-    trained = torch.zeros(2).as_subclass(OnGPU).requires_grad_()
-    assert not kernels.available(weight, trained)
+def test_kernels_are_not_for_training() -> None:
+    """A kernel has no gradient, so whoever wants one gets torch's operation."""
+    computed = unless_trained(lambda weight: "kernel", lambda weight: "torch")
+    assert computed(torch.zeros(2)) == "kernel"
+    trained = torch.zeros(2, requires_grad=True)
+    assert computed(trained) == "torch"
     with torch.no_grad():
-        assert kernels.available(weight, trained)
+        assert computed(trained) == "kernel"
+
+
+def test_every_operation_has_a_kernel() -> None:
+    operations = {name for name, value in vars(TorchBackend).items() if isinstance(value, staticmethod)}
+    assert operations == {name for name, value in vars(TritonBackend).items() if isinstance(value, staticmethod)}
 
 
 def test_serving_on_a_cpu_does_not_import_triton(moe_dir: Path) -> None:
@@ -83,9 +85,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {"_select_kernel", "_within_batch_kernel", "_matvec_down_kernel", "_grouped_down_kernel", "_attend_part_kernel"} < {
-        k["kernel"] for k in compiled
-    }
+    assert {
+        "_select_kernel",
+        "_apply_batch_budget_kernel",
+        "_matvec_down_kernel",
+        "_grouped_down_kernel",
+        "_attend_part_kernel",
+    } < {k["kernel"] for k in compiled}
     both = {"_matvec_gate_up_kernel", "_matvec_down_kernel", "_grouped_gate_up_kernel", "_grouped_down_kernel"}
     integers = {"_matvec_kernel", "_matmul_kernel", "_whole_kernel"}
     bits = {(k["kernel"], k["constants"]["BITS"]) for k in compiled if "BITS" in k["constants"]}

@@ -14,8 +14,6 @@ pytest.importorskip("triton")
 from ladimo.model.kernels import experts as kernels
 from ladimo.model.kernels.experts import Tile, apply_experts, grouped_tiles
 
-pytestmark = pytest.mark.usefixtures("reference")
-
 # Sizes that no tile divides.
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 84, 44
 SMALL = Tile(16, 32, 32, num_warps=4, num_stages=2), Tile(16, 32, 32, num_warps=4, num_stages=2)

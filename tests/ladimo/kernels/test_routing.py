@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ladimo.model.config import MoeLayerConfig, ScoreFunction
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.routing import select_experts, within_batch
+from ladimo.model.routing import apply_batch_budget, select_experts
 from ladimo.model.rule import RuleNumber
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import rule_row
@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 from ladimo.model.kernels import routing as kernels
 
 pytestmark = [
-    pytest.mark.usefixtures("reference"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter's numpy, in unused lanes
 ]
 
@@ -70,11 +69,11 @@ def test_select_experts(seed: int, device: torch.device) -> None:
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
     assert (ids[policy_ids == 0] == -1).all()
     num_decode = num_tokens * (seed % 3) // 2
-    shared = kernels.within_batch(weights, ids, rows, allowed, num_decode)
-    assert torch.equal(shared, within_batch(weights, ids, rows, allowed, num_decode))
+    shared = kernels.apply_batch_budget(weights, ids, rows, allowed, num_decode)
+    assert torch.equal(shared, apply_batch_budget(weights, ids, rows, allowed, num_decode))
 
 
-def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apply_batch_budget_of_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than one tile holds; weights whose sums are exact in any order."""
     monkeypatch.setattr(kernels, "BUDGET_TILE", 32)
     generator = torch.Generator().manual_seed(0)
@@ -86,8 +85,8 @@ def test_within_batch_of_several_tiles(device: torch.device, monkeypatch: pytest
     weights = torch.randint(1, 9, (70, 8), generator=generator) / 8 * (ids >= 0)
     allowed = torch.rand(70, 8, generator=generator) < 0.7
     weights, ids, rows, allowed = (tensor.to(device) for tensor in (weights, ids, rows, allowed))
-    shared = kernels.within_batch(weights, ids, rows, allowed, 60)
-    assert torch.equal(shared, within_batch(weights, ids, rows, allowed, 60))
+    shared = kernels.apply_batch_budget(weights, ids, rows, allowed, 60)
+    assert torch.equal(shared, apply_batch_budget(weights, ids, rows, allowed, 60))
     assert (shared.sum(dim=1)[1:60:9] <= 3).all() and (shared[61:] == allowed[61:]).all()
 
 

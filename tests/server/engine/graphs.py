@@ -10,7 +10,7 @@ from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import GraphBackend, RerunBackend
+from server.engine.cuda_graphs import GraphCapturer, Rerun
 from server.engine.messages import Command, Report, StepStats, Submit, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
 
@@ -56,12 +56,12 @@ class Driver:
 def graph_core(
     model: MoeTransformer,
     config: EngineConfig,
-    backend: GraphBackend | None = None,
+    backend: GraphCapturer | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
 ) -> EngineCore:
     """An engine whose decode steps are replayed; on CPU by running them again, on a CUDA device as graphs."""
     on_device = model.model.embed_tokens.weight.device.type == "cuda"
-    return assemble_core(model, config, eos_token_ids, None if on_device else backend or RerunBackend())
+    return assemble_core(model, config, eos_token_ids, None if on_device else backend or Rerun())
 
 
 def assert_idle(core: EngineCore) -> None:

@@ -15,7 +15,7 @@ from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import DecodeGraphs, RerunBackend, bucket_sizes
+from server.engine.cuda_graphs import DecodeGraphs, Rerun, bucket_sizes
 from server.engine.messages import Abort, Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import BatchOutput, ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
@@ -34,7 +34,7 @@ from tests.server.fakes import FakeRunner, fake_core, fake_policy
 CONFIG = EngineConfig(device="cpu", max_num_seqs=9, block_size=4, max_step_tokens=48, max_policies=12, max_model_len=96)
 
 
-class CountingBackend(RerunBackend):
+class CountingBackend(Rerun):
     captured = 0
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

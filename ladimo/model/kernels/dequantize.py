@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladimo.model import quantization
+from ladimo.model.quantization import GROUP as COLUMNS_PER_SCALE
 from ladimo.model.quantization import Weights
 
-GROUP = tl.constexpr(quantization.GROUP)
+GROUP = tl.constexpr(COLUMNS_PER_SCALE)
 
 
 def stored(weights: Weights) -> tuple[Tensor, Tensor | None, dict[str, int]]:

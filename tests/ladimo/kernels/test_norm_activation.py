@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from ladimo.model import layers as plain
+from ladimo.model import norm_activation as plain
 
 pytest.importorskip("triton")
-from ladimo.model.kernels import fused as kernels
-
-pytestmark = pytest.mark.usefixtures("reference")
+from ladimo.model.kernels import norm_activation as kernels
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}  # one unit in the last place, where the sums differ in order
 

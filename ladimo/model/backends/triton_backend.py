@@ -1,0 +1,49 @@
+"""The back end of GPUs: Triton kernels in the place of torch's operations. Imported only where Triton is installed."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ladimo.model.backends.torch_backend import TorchBackend
+from ladimo.model.inputs import RoutingTables
+from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+
+# Bits of the integer formats that the kernels unpack.
+BITS = (8, 4)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unless_trained(kernel: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
+    """The kernel, or the reference where somebody wants gradients, which kernels do not have."""
+
+    @wraps(reference)
+    def choose(*arguments: P.args, **options: P.kwargs) -> R:
+        return (reference if _wants_gradients(arguments) else kernel)(*arguments, **options)
+
+    return choose
+
+
+def _wants_gradients(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+
+
+class TritonBackend(TorchBackend):
+    name = "triton"
+
+    rms_norm = staticmethod(unless_trained(norm_activation.rms_norm, TorchBackend.rms_norm))
+    add_rms_norm = staticmethod(unless_trained(norm_activation.add_rms_norm, TorchBackend.add_rms_norm))
+    silu_mul = staticmethod(unless_trained(norm_activation.silu_mul, TorchBackend.silu_mul))
+    rotate_and_store = staticmethod(unless_trained(attention.rotate_and_store, TorchBackend.rotate_and_store))
+    attend_decode = staticmethod(unless_trained(attention.attend_decode, TorchBackend.attend_decode))
+    select_experts = staticmethod(unless_trained(routing.select_experts, TorchBackend.select_experts))
+    apply_batch_budget = staticmethod(unless_trained(routing.apply_batch_budget, TorchBackend.apply_batch_budget))
+    apply_experts = staticmethod(unless_trained(experts.apply_experts, TorchBackend.apply_experts))
+    linear = staticmethod(unless_trained(linear.linear, TorchBackend.linear))
+
+    def record(self, tables: RoutingTables, expert_ids: Tensor, policy_ids: Tensor) -> None:
+        routing.record(expert_ids, policy_ids, tables.expert_tokens, tables.distinct_experts)

@@ -1,0 +1,94 @@
+"""Matrices of integers: rounding, the stored form, and products in torch.
+
+Legend: N rows (outputs), K columns (inputs), G groups of columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.model.quantization.formats import GROUP, Format, find_format
+
+# Rows rounded at a time: the search for scales holds several fp32 copies of them.
+ROWS_AT_ONCE = 1024
+
+
+def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, G]; K is a multiple of
+    `GROUP`. Of the format's scales each group takes the one that leaves the least squared error."""
+    groups = weights.float().unflatten(1, (-1, GROUP))
+    limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
+    candidates = format.scales(groups, limit)
+    scales, best = candidates[0], torch.full_like(limit, torch.inf)
+    for scale in candidates:
+        rounded = (groups / scale).round().clamp(format.lowest, format.highest)
+        error = (rounded * scale - groups).square().sum(dim=2, keepdim=True)
+        scales = torch.where(error < best, scale, scales)
+        best = torch.minimum(error, best)
+    integers = (groups / scales).round().clamp(format.lowest, format.highest)
+    return integers.flatten(1).to(torch.int8), scales.squeeze(2)
+
+
+def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
+    """The weights [..., K] in fp32 that `quantize` left."""
+    groups: Tensor = integers.float().unflatten(-1, (-1, GROUP))
+    return (groups * scales.unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeights:
+    """Matrices [..., N, K] as the kernels read them; K is filled up with zeros to whole groups."""
+
+    data: Tensor  # int8 [..., N, W]: W bytes a row, laid out by the format's `to_bytes`
+    scales: Tensor  # fp32 [..., N, G]
+    cols: int  # K
+    format: Format
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrices: [..., N, K]."""
+        return torch.Size((*self.data.shape[:-1], self.cols))
+
+    @property
+    def nbytes(self) -> int:
+        """Scales included."""
+        return self.data.nbytes + self.scales.nbytes
+
+    def to_dtype(self, dtype: torch.dtype) -> Tensor:
+        """The weights [..., N, K] that the integers stand for."""
+        return dequantize(self.format.to_integers(self.data), self.scales)[..., : self.cols].to(dtype)
+
+
+Weights = Tensor | QuantizedWeights
+
+
+def as_tensor(weights: Weights, dtype: torch.dtype) -> Tensor:
+    """Weights as they are, or what the integers stand for in `dtype`."""
+    return weights if isinstance(weights, Tensor) else weights.to_dtype(dtype)
+
+
+def quantize_weights(weights: Tensor, name: str) -> QuantizedWeights:
+    """Round weights [..., N, K] to the format of this name, a few rows at a time. The integers are those of `quantize`."""
+    format = find_format(name)
+    rows, cols = weights.flatten(0, -2), weights.shape[-1]
+    parts = 8 // format.bits
+    idle = -cols % (GROUP * parts)
+    data = torch.empty(len(rows), (cols + idle) // parts, dtype=torch.int8, device=weights.device)
+    scales = torch.empty(len(rows), (cols + idle) // GROUP, device=weights.device)
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        some = slice(begin, begin + ROWS_AT_ONCE)
+        integers, scales[some] = quantize(F.pad(rows[some], (0, idle)), format)
+        data[some] = format.to_bytes(integers)
+    lead = weights.shape[:-1]
+    return QuantizedWeights(data.view(*lead, -1), scales.view(*lead, -1), cols, format)
+
+
+def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weights [N, K], transposed, plus bias [N] -> [..., N]."""
+    return F.linear(x, weights.to_dtype(x.dtype), bias)
