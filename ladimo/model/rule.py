@@ -1,7 +1,7 @@
-"""The numbers of a policy's rule: the one definition that JSON, Python, the Triton kernels and `step.c` read.
+"""The numbers of a policy's rule: the one definition that JSON, Python, the Triton kernels and the compiled CPU step read.
 
 To add a number: a member here, a field of `LayerRule`, and its effect in the three forms of the rule (`model/routing.py`,
-`model/kernels/routing.py`, `model/cpu/step.c`).
+`model/kernels/routing.py`, `model/cpu/experts.h`).
 """
 
 import math

@@ -1,0 +1,257 @@
+// The FFN of a layer: the router, the policy's rule, and the experts that it chose. A dense FFN is one expert.
+
+#pragma once
+
+#include "state.h"
+
+// One token's m x, out [16 * panels].
+static void multiply_token(const Matrix *m, const void *x, float *out) {
+    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * ROWS);
+}
+
+// From a token's normed hidden states [D] in fp32.
+static void router_logits(const State *s, const float *normed, float *logits) {
+    const Layer *l = s->layer;
+    float x[s->model->hidden];
+    int64_t experts = l->num_experts;
+    float first[l->router.panels * ROWS + ROWS], second[l->router_second.panels * ROWS + ROWS];
+    write_activations(x, normed, s->model->hidden, activations_beside(l->router.kind));
+    switch (l->router_kind) {
+    case ROUTER_LINEAR:
+        multiply_token(&l->router, x, first);
+        for (int64_t e = 0; e < l->fixed_experts; e++) logits[e] = FIXED_LOGIT;
+        memcpy(logits + l->fixed_experts, first, (experts - l->fixed_experts) * sizeof(float));
+        return;
+    case ROUTER_MLP: {
+        int64_t hidden = l->router_second.cols;
+        float inner[hidden], activations[hidden];
+        multiply_token(&l->router, x, first);
+        for (int64_t i = 0; i < hidden; i++) inner[i] = i < l->router.rows ? tanhf(first[i]) : 0.0f;
+        write_activations(activations, inner, hidden, activations_beside(l->router.kind));
+        multiply_token(&l->router_second, activations, second);
+        memcpy(logits, second, experts * sizeof(float));
+        return;
+    }
+    case ROUTER_GLU:
+        multiply_token(&l->router, x, first);
+        multiply_token(&l->router_second, x, second);
+        for (int64_t e = 0; e < experts; e++) logits[e] = fabsf(first[e] / (1.0f + expf(-first[e])) * second[e]);
+        return;
+    default:
+        for (int64_t e = 0; e < experts; e++) logits[e] = -(float)e / (float)experts;
+    }
+}
+
+static inline int64_t rule_index(const State *s, int64_t t) { return s->step->policy_ids[t] * s->model->num_layers + s->layer_index; }
+static inline const float *rule_of(const State *s, int64_t t) { return s->step->rows + rule_index(s, t) * RULE_NUMBERS; }
+static inline const uint8_t *mask_of(const State *s, int64_t t) { return s->step->allowed + rule_index(s, t) * s->model->max_experts; }
+static inline int64_t *ids_of(const State *s, int64_t t) {
+    return s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * s->model->max_experts;
+}
+
+// `select_experts` for one token: ids and weights by rank, -1 and 0 where dropped.
+static void select_experts(
+    const State *s, const float *row, const uint8_t *allowed, const float *logits, int64_t *ids, float *weights
+) {
+    const Layer *l = s->layer;
+    int64_t experts = l->num_experts;
+    float scores[experts], order[experts], highest = -INFINITY, total = 0.0f;
+    for (int64_t e = 0; e < experts; e++)
+        if (allowed[e] && logits[e] > highest) highest = logits[e];
+    for (int64_t e = 0; e < experts; e++) {
+        scores[e] = !allowed[e] ? 0.0f : l->sigmoid ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - highest);
+        total += scores[e];
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        if (!l->sigmoid && total > 0) scores[e] /= total;
+        order[e] = !allowed[e] ? -INFINITY : scores[e] + (l->selection_bias ? l->selection_bias[e] : 0.0f);
+    }
+    // Ranks beyond these keep nothing and divide nothing.
+    int64_t top_k = least(experts, (int64_t)row[RULE_TOP_K]), ranks = top_k > l->score_norm_top_k ? top_k : least(experts, l->score_norm_top_k);
+    int64_t best[experts];
+    float norm = 0.0f;
+    for (int64_t rank = 0; rank < ranks; rank++) {
+        int64_t winner = -1;
+        for (int64_t e = 0; e < experts; e++)
+            if (order[e] > (winner < 0 ? -INFINITY : order[winner])) winner = e;
+        best[rank] = winner;
+        if (winner < 0) {
+            ranks = rank;
+            break;
+        }
+        order[winner] = -INFINITY;
+        if (rank < l->score_norm_top_k) norm += scores[winner];
+    }
+    double mass = 0.0;  // torch sums in double and rounds each partial sum
+    float kept_total = 0.0f, floor = row[RULE_FLOOR];
+    for (int64_t rank = 0; rank < s->model->max_experts; rank++) ids[rank] = -1;
+    for (int64_t rank = 0; rank < least(ranks, top_k); rank++) {
+        float score = scores[best[rank]];
+        if (l->score_norm_top_k) score /= norm > 1e-20f ? norm : 1e-20f;
+        mass += score;
+        float before = (float)mass - score;
+        weights[rank] = 0.0f;
+        if (!rank && row[RULE_RELATIVE_FLOOR] * score > floor) floor = row[RULE_RELATIVE_FLOOR] * score;
+        if (rank && !(before < row[RULE_MASS] && score >= floor)) continue;
+        ids[rank] = best[rank];
+        weights[rank] = l->weight_one ? 1.0f : score;
+        kept_total += weights[rank];
+    }
+    if (row[RULE_RENORMALIZE] > 0)
+        for (int64_t rank = 0; rank < least(ranks, top_k); rank++) weights[rank] /= kept_total > 1e-20f ? kept_total : 1e-20f;
+}
+
+static void post_norm_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    const Layer *l = s->layer;
+    float normed[m->hidden];
+    normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
+    if (!m->max_experts) return;
+    int64_t *ids = ids_of(s, t);
+    if (!l->num_experts) {
+        for (int64_t e = 0; e < m->max_experts; e++) ids[e] = -1;
+        return;
+    }
+    float own[l->num_experts], *logits = s->step->batch_budgets ? s->router_logits + t * m->max_experts : own;
+    router_logits(s, normed, logits);
+    select_experts(s, rule_of(s, t), mask_of(s, t), logits, ids, s->weights + t * m->max_experts);
+}
+
+static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[RULE_BATCH_EXPERTS] < INFINITY; }
+
+// `apply_batch_budget`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
+static void share_experts(const State *s) {
+    int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = s->layer->num_experts, limited = 0;
+    float total[experts];
+    uint8_t is_free[experts];
+    memset(total, 0, sizeof total);
+    memset(is_free, 0, sizeof is_free);
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t *ids = ids_of(s, t);
+        int budget = has_budget(s, t);
+        limited += budget;
+        for (int64_t rank = 0; rank < width; rank++) {
+            if (ids[rank] < 0) continue;
+            if (budget) total[ids[rank]] += s->weights[t * width + rank];
+            else is_free[ids[rank]] = 1;
+        }
+    }
+    if (!limited) return;
+    for (int64_t t = 0; t < s->step->num_decode; t++) {
+        if (!has_budget(s, t)) continue;
+        const uint8_t *allowed = mask_of(s, t);
+        const float *rule = rule_of(s, t);
+        uint8_t shared[experts];
+        for (int64_t e = 0; e < experts; e++) {
+            float before = 0;
+            for (int64_t other = 0; other < experts; other++)
+                before += allowed[other] && !is_free[other] && (total[other] > total[e] || (total[other] == total[e] && other < e));
+            shared[e] = allowed[e] && (is_free[e] || before < rule[RULE_BATCH_EXPERTS]);
+        }
+        select_experts(s, rule, shared, s->router_logits + t * width, ids_of(s, t), s->weights + t * width);
+    }
+}
+
+// Sort the step's (token, expert) pairs by expert. In a dense layer each token runs the one expert there is.
+static void sort_pairs(State *s) {
+    const Layer *l = s->layer;
+    int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = l->num_experts;
+    if (!experts) {
+        s->first_pair[0] = 0, s->first_pair[1] = tokens;
+        for (int64_t t = 0; t < tokens; t++) s->pair_token[t] = (int32_t)t, s->pair_weight[t] = 1.0f;
+        return;
+    }
+    const int64_t *ids = s->step->expert_ids + s->layer_index * tokens * width;
+    memset(s->first_pair, 0, (experts + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < tokens * width; i++)
+        if (ids[i] >= 0) s->first_pair[ids[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) s->first_pair[e + 1] += s->first_pair[e];
+    int64_t next[experts];
+    memcpy(next, s->first_pair, sizeof next);
+    for (int64_t i = 0; i < tokens * width; i++) {
+        if (ids[i] < 0) continue;
+        int64_t pair = next[ids[i]]++;
+        s->pair_token[pair] = (int32_t)(i / width);
+        s->pair_weight[pair] = s->weights[i];
+    }
+}
+
+// Sort, and number the chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
+static int64_t group_tokens(const Engine *engine, State *s) {
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0, blocks = 0;
+    sort_pairs(s);
+    for (int64_t e = 0; e < experts; e++) blocks += s->first_pair[e + 1] > s->first_pair[e] ? num_blocks(&s->layer->gate_up) : 0;
+    s->span = span_of(engine, blocks, s->step->num_tokens);
+    for (int64_t e = 0; e < experts; e++) {
+        s->first_chunk[e] = chunks;
+        chunks += ceil_div(num_blocks(&s->layer->gate_up), s->span) * ceil_div(s->first_pair[e + 1] - s->first_pair[e], TOKEN_BLOCK);
+    }
+    return s->first_chunk[experts] = chunks;
+}
+
+// Activations `first` .. `first + count` of a record of `size`; whole groups of them in the integer formats.
+static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t count, int64_t size, int64_t kind) {
+    if (kind == FLOAT32 || kind == BFLOAT16) {
+        write_activations(inner + activation_bytes(first, kind), x, count, kind);
+        return;
+    }
+    Rounded out = rounded(inner, size);
+    round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
+}
+
+static void gate_up_block(const State *s, const Matrix *matrix, int64_t block, int64_t begin, int64_t end) {
+    int64_t half = panels_of(matrix, block) / 2, size = s->layer->expert_size;
+    float sums[TILE * PANELS * ROWS];
+    const void *x[TILE];
+    for (int64_t pair = begin, n; pair < end; pair += n) {
+        n = least(TILE, end - pair);
+        for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
+        multiply(matrix, block, n, x, sums);
+        for (int64_t i = 0; i < n; i++) {
+            float product[PANELS / 2 * ROWS];
+            uint8_t *inner = s->inner + (pair + i) * s->inner_bytes;
+            const vf *gate = (const vf *)(sums + i * 2 * half * ROWS), *up = gate + half * VECTORS;
+            for (int64_t v = 0; v < half * VECTORS; v++) ((vf *)product)[v] = silu(gate[v]) * up[v];
+            write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, s->activations);
+        }
+    }
+}
+
+static void gate_up_chunk(const void *job, int64_t chunk) {
+    const State *s = job;
+    int64_t e = 0;
+    while (s->first_chunk[e + 1] <= chunk) e++;
+    chunk -= s->first_chunk[e];
+    Matrix matrix = expert_matrix(&s->layer->gate_up, e);
+    int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
+    int64_t begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
+    for (int64_t block = first; block < least(first + s->span, num_blocks(&matrix)); block++)
+        gate_up_block(s, &matrix, block, begin, least(end, begin + TOKEN_BLOCK));
+}
+
+// 64 rows of the output for all experts and tokens, so that each is written by one thread in the order of the experts.
+static void down_chunk(const void *job, int64_t block) {
+    const State *s = job;
+    const Model *m = s->model;
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1;
+    int64_t row = block * PANELS * ROWS;
+    float sums[TILE * PANELS * ROWS];
+    const void *x[TILE];
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t end = s->first_pair[e + 1];
+        if (s->first_pair[e] == end) continue;
+        Matrix matrix = expert_matrix(&s->layer->down, e);
+        int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row);
+        for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
+            n = least(TILE, end - pair);
+            for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
+            multiply(&matrix, block, n, x, sums);
+            for (int64_t i = 0; i < n; i++) {
+                float *target = s->x + s->pair_token[pair + i] * m->hidden + row, weight = s->pair_weight[pair + i];
+                for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+// Matrices times activations, for each kind of weights.
+//
+// A tile function multiplies one block of r panels (its weights and scales) with n tokens' activations x[n] of `cols` columns and
+// leaves out[n][16 r]. Of the block's vectors a pass takes as many as leave their sums, themselves and a value in registers; all
+// passes go over a stretch of columns, whose weights stay in the nearest cache, before the next stretch.
+
+#pragma once
+
+#include "numbers.h"
+
+typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
+#define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
+#define MOST 8  // vectors in a pass
+#define IN_REGISTERS(v, held) (vectors % (v) == 0 && (held) <= (int)REGISTERS)
+#define LARGEST(fits) (fits(8) ? 8 : fits(6) ? 6 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1)
+#define STRETCH(bits) (2048 / (bits))  // columns
+#define FOR_STRETCHES(bits) for (int64_t begin = 0, end = least(STRETCH(bits), cols); begin < cols; begin = end, end = least(end + STRETCH(bits), cols))
+// Memory is read in its own order although a pass skips what the others take: while `step` words are worked on, as many are fetched of
+// the stretch that follows, of which each pass fetches its part.
+#define FETCH_AHEAD(at, step) \
+    if (pass < vectors) UNROLL for (int i = 0; i < pass * LANES; i += 16) __builtin_prefetch((const uint32_t *)(at) + (step) * pass * LANES + i)
+#define LOAD_SUMS vf sum[TILE][MOST] = {0}; if (begin) FOR_TOKENS FOR_VECTORS sum[t][v] = ((vf *)out)[t * vectors + first + v]
+#define FOR_VECTORS UNROLL for (int v = 0; v < pass; v++)
+#define FOR_TOKENS UNROLL for (int t = 0; t < n; t++)
+
+// Sums, weights and a value; one token alone multiplies weights as they are read.
+#define FLOAT_SUMS(v) IN_REGISTERS(v, n == 1 ? (v) + 4 : (v) * n + (v) + 1)
+
+static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
+    (void)scales;
+    const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
+    FOR_STRETCHES(32) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vf *at = (const vf *)w + begin * vectors + first;
+        const vf *next = (const vf *)w + end * vectors + first * (end - begin);
+        for (int64_t k = begin; k < end; k++, at += vectors) {
+            FETCH_AHEAD(next, k - begin);
+            vf weight[MOST];
+            FOR_VECTORS weight[v] = at[v];
+            FOR_TOKENS {
+                vf value = splat(((const float *)x[t])[k]);
+                FOR_VECTORS sum[t][v] += weight[v] * value;
+            }
+        }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
+    }
+}
+
+// Two columns at a time: a lane of 32 bits holds the row's two weights, the lower half the first.
+static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
+    (void)scales;
+    const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
+    FOR_STRETCHES(16) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vu *at = (const vu *)w + begin / 2 * vectors + first;
+        const vu *next = (const vu *)w + end / 2 * vectors + first * (end - begin) / 2;
+        for (int64_t k = begin / 2; k < end / 2; k++, at += vectors) {
+            FETCH_AHEAD(next, k - begin / 2);
+#ifdef __AVX512BF16__
+            vu weight[MOST];
+            FOR_VECTORS weight[v] = at[v];
+            FOR_TOKENS {
+                __m512bh value = (__m512bh)_mm512_set1_epi32(((const int32_t *)x[t])[k]);
+                FOR_VECTORS sum[t][v] = (vf)_mm512_dpbf16_ps((__m512)sum[t][v], (__m512bh)weight[v], value);
+            }
+#else
+            vf weight[MOST];
+            for (int half = 0; half < 2; half++) {
+                FOR_VECTORS weight[v] = half ? (vf)(at[v] & 0xffff0000u) : (vf)(at[v] << 16);
+                FOR_TOKENS {
+                    vf value = splat(((const float *)x[t])[2 * k + half]);
+                    FOR_VECTORS sum[t][v] += weight[v] * value;
+                }
+            }
+#endif
+        }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
+    }
+}
+
+// Activations beside integer weights: columns rounded to 8 bits, a scale and the sum of the integers per group.
+typedef struct {
+    int8_t *columns;
+    float *scales;
+    int32_t *sums;
+} Rounded;
+
+static inline Rounded rounded(const void *x, int64_t cols) {
+    uint8_t *at = (uint8_t *)x;
+    return (Rounded){(int8_t *)at, (float *)(at + cols), (int32_t *)(at + cols + cols / GROUP * sizeof(float))};
+}
+
+// dot_int8 and dot_int4 add four products of each lane's bytes to the lane: weights as they are stored, unsigned, and activations;
+// `group_sum` turns what they have added over one group into the sum of (weight - offset) * activation, in 32 bits.
+#define OFFSET(bits) (1 << ((bits) - 1))
+
+#if defined(__AVX512VNNI__) && LANES == 16
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(columns));
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+
+#elif defined(__AVX2__) && LANES == 8
+// Bytes are multiplied unsigned with signed and added in pairs of 16 bits. Two int8 products just fit if the weight gives its sign
+// to the activation; those of int4 fit for a whole group.
+static inline __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    __m256i weight = (__m256i)(weights ^ 0x80808080u), column = _mm256_sign_epi8(_mm256_set1_epi32(columns), weight);
+    return sum + (vi)widen_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(weight), column));
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) {
+    return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(columns)));
+}
+static inline vi group_sum(vi sum, int32_t columns, int bits) {
+    if (bits == 8) return sum;
+    return (vi)widen_pairs((__m256i)sum) - OFFSET(bits) * columns;
+}
+
+#else
+static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
+    for (int i = 0; i < 4; i++) sum += (vi)(weights >> 8 * i & 255) * (int32_t)(int8_t)(columns >> 8 * i);
+    return sum;
+}
+static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+#endif
+
+// Sums of all groups and of one, a weight in parts, a value.
+#define INTEGER_SUMS(v) IN_REGISTERS(v, 2 * (v) * n + 3)
+
+// Integer weights are stored plus their offset. A lane holds four columns of int8, or eight of int4: the first four in the lower
+// halves of its bytes.
+static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
+    const int vectors = r * VECTORS, words = GROUP * bits / 32;
+    const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
+    FOR_STRETCHES(bits) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vu *at = (const vu *)w + begin / GROUP * words * vectors + first;
+        const vu *next = (const vu *)w + end / GROUP * words * vectors + first * (end - begin) / GROUP * words;
+        const vf *scale = (const vf *)scales + begin / GROUP * vectors + first;
+        for (int64_t g = begin / GROUP; g < end / GROUP; g++, scale += vectors) {
+            vi part[TILE][MOST] = {0};
+            for (int k = 0; k < words; k++, at += vectors) {
+                FETCH_AHEAD(next, (g - begin / GROUP) * words + k);
+                FOR_VECTORS {
+                    vu weight = at[v];
+                    if (bits == 8) {
+                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], weight, ((const int32_t *)x[t])[g * 8 + k]);
+                    } else {
+                        vu low = weight & 0x0f0f0f0f, high = weight >> 4 & 0x0f0f0f0f;
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], low, ((const int32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], high, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
+                    }
+                }
+            }
+            FOR_TOKENS {
+                Rounded columns = rounded(x[t], cols);
+                FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], bits), vf) *
+                                         (scale[v] * columns.scales[g]);
+            }
+        }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_int8(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, 8, w, scales, cols, x, out);
+}
+
+static inline __attribute__((always_inline)) void tile_int4(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, 4, w, scales, cols, x, out);
+}
+
+static void round_group(const float *x, Rounded out, int64_t group) {
+    const vf *v = (const vf *)(x + group * GROUP);
+    vf magnitude = {0};
+    for (int i = 0; i < GROUP / LANES; i++) magnitude = larger(magnitude, (vf)((vi)v[i] & 0x7fffffff));
+    float most = max_lanes(magnitude), inverse = most > 0 ? 127.0f / most : 0.0f;
+    vi total = {0};
+    for (int i = 0; i < GROUP / LANES; i++) {
+        vf shifted = v[i] * inverse + 12582912.0f;  // rounded: the integer is now in the low bits of the mantissa
+        vi integers = (vi)shifted - 0x4b400000;
+        *(vb *)(out.columns + group * GROUP + i * LANES) = __builtin_convertvector(integers, vb);
+        total += integers;
+    }
+    out.scales[group] = most / 127.0f;
+    out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // below 2^24: exact
+}
+
+// Write `size` numbers as activations of a kind.
+static void write_activations(void *out, const float *x, int64_t size, int64_t kind) {
+    if (kind == FLOAT32) {
+        memcpy(out, x, size * sizeof(float));
+    } else if (kind == BFLOAT16) {
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) *(vh *)((uint16_t *)out + i) = narrow(*(const vf *)(x + i));
+        for (; i < size; i++) ((uint16_t *)out)[i] = narrow_one(x[i]);
+    } else {
+        for (int64_t group = 0; group < size / GROUP; group++) round_group(x, rounded(out, size), group);
+    }
+}
+
+#define DEFINE(kind, r, n) \
+    static void tile_##kind##_##r##_##n(TILE_ARGUMENTS) { tile_##kind(r, n, w, scales, cols, x, out); }
+#define DEFINE_PANELS(kind, r) \
+    DEFINE(kind, r, 1) DEFINE(kind, r, 2) DEFINE(kind, r, 3) DEFINE(kind, r, 4) DEFINE(kind, r, 5) DEFINE(kind, r, 6)
+#define DEFINE_KIND(kind) DEFINE_PANELS(kind, 1) DEFINE_PANELS(kind, 2) DEFINE_PANELS(kind, 3) DEFINE_PANELS(kind, 4)
+DEFINE_KIND(fp32)
+DEFINE_KIND(bf16)
+DEFINE_KIND(int8)
+DEFINE_KIND(int4)
+#define LIST_PANELS(kind, r)                                                                                              \
+    {                                                                                                                     \
+        tile_##kind##_##r##_1, tile_##kind##_##r##_2, tile_##kind##_##r##_3, tile_##kind##_##r##_4, tile_##kind##_##r##_5, \
+            tile_##kind##_##r##_6                                                                                         \
+    }
+#define LIST_KIND(kind) {LIST_PANELS(kind, 1), LIST_PANELS(kind, 2), LIST_PANELS(kind, 3), LIST_PANELS(kind, 4)}
+static const Tile TILES[4][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4)};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
+static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
+static inline int64_t panel_bytes(const Matrix *m) {
+    static const int64_t half_bytes[] = {8, 4, 2, 1};
+    return ROWS * m->cols * half_bytes[m->kind] / 2;
+}
+
+// The matrix of expert e where `m` is that of expert 0.
+static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
+    Matrix one = *m;
+    one.data += e * m->panels * panel_bytes(m);
+    if (m->scales) one.scales += e * m->panels * ROWS * (m->cols / GROUP);
+    return one;
+}
+
+static inline void multiply(const Matrix *m, int64_t block, int64_t n, const void *const *x, float *out) {
+    const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
+    const uint8_t *data = m->data + block * PANELS * panel_bytes(m);
+    TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
+}
+
+// target[t] = m x[t] (+ bias), or with `add` added to what is there.
+typedef struct {
+    const Matrix *m;
+    const uint8_t *x;
+    int64_t x_stride, tokens;  // stride in bytes
+    float *target;
+    int64_t target_stride;
+    const float *bias;
+    int add;
+    int64_t span;  // blocks of a chunk
+} Product;
+
+// Few tokens wait for memory, which is faster in long stretches: a chunk then takes up to four of `blocks` blocks, as long as there
+// are eight chunks for each thread.
+static int64_t span_of(const Engine *engine, int64_t blocks, int64_t tokens) {
+    int64_t span = tokens > TILE ? 1 : blocks / (8 * (engine->num_helpers + 1));
+    return span < 1 ? 1 : least(span, 4);
+}
+
+static void product_block(const Product *j, int64_t block, int64_t begin) {
+    int64_t row = block * PANELS * ROWS, end = least(j->tokens, begin + TOKEN_BLOCK);
+    int64_t width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
+    float sums[TILE * PANELS * ROWS];
+    const void *x[TILE];
+    for (int64_t t = begin, n; t < end; t += n) {
+        n = least(TILE, end - t);
+        for (int64_t i = 0; i < n; i++) x[i] = j->x + (t + i) * j->x_stride;
+        multiply(j->m, block, n, x, sums);
+        for (int64_t i = 0; i < n; i++) {
+            float *target = j->target + (t + i) * j->target_stride + row;
+            const float *sum = sums + i * width;
+            if (j->bias)
+                for (int64_t c = 0; c < rows; c++) sums[i * width + c] += j->bias[row + c];
+            if (j->add)
+                for (int64_t c = 0; c < rows; c++) target[c] += sum[c];
+            else
+                memcpy(target, sum, rows * sizeof(float));
+        }
+    }
+}
+
+static void product_chunk(const void *job, int64_t chunk) {
+    const Product *j = job;
+    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), first = chunk / token_blocks * j->span;
+    for (int64_t block = first; block < least(first + j->span, num_blocks(j->m)); block++)
+        product_block(j, block, chunk % token_blocks * TOKEN_BLOCK);
+}
+
+static void product(Engine *engine, Product job) {
+    job.span = span_of(engine, num_blocks(job.m), job.tokens);
+    run(engine, product_chunk, &job, ceil_div(num_blocks(job.m), job.span) * ceil_div(job.tokens, TOKEN_BLOCK));
+}
