@@ -1,8 +1,9 @@
 """The back end of CPUs: a step over a cache is one call of compiled code (`ladimo.model.cpu`)."""
 
 import torch
+from torch import nn
 
-from ladimo.model.backends.torch_backend import BackendModule, Step, TorchBackend
+from ladimo.model.backends.torch_backend import Step, TorchBackend
 from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.native_step import NativeStep, stored_format
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
@@ -22,7 +23,7 @@ class NativeBackend(TorchBackend):
 
     _native: NativeStep | None = None
 
-    def prepare(self, model: BackendModule) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Raises Unsupported for what `native_step.check_supported` names, before anything is changed."""
         assert isinstance(model, MoeTransformer)
         self._native = NativeStep(model, stored_format(self.dtype, self.quantize), self.num_threads, release=True)

@@ -74,7 +74,7 @@ class TorchBackend:
         """Whether decode steps are captured in CUDA graphs."""
         return self.device.type == "cuda"
 
-    def prepare(self, model: "BackendModule") -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Let every module of a loaded model, or of one layer, compute with this back end."""
         for module in model.modules():
             if isinstance(module, BackendModule):
