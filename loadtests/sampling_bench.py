@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ladimo.checkpoint import read_config, read_policies
+from ladimo.model.backends.choose import NUM_THREADS
 from ladimo.model.cpu.build import library
 from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.pool import Pool
@@ -31,7 +32,6 @@ from loadtests.runs import random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.logit_adjuster import LogitAdjuster
-from server.engine.model_runner import NUM_THREADS
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from server.engine.sampler import SamplingInputs, cuts, make_sampling_inputs, sample
