@@ -17,11 +17,12 @@ from starlette.responses import Response
 import ladimo
 from server.api import completions, ops, pages, responses, routing
 from server.api.bodies import JsonBodies
+from server.api.failures import to_service_error
 from server.api.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
 from server.api.schemas import ErrorBody
 from server.api.services import Services
 from server.engine.async_engine import EngineState
-from server.errors import ServiceError, statuses, to_service_error
+from server.errors import ServiceError, statuses
 from server.policies.controller import ControllerState, RecentLatencies, decide
 
 logger = logging.getLogger(__name__)

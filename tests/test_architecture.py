@@ -5,7 +5,7 @@ Each rule is a function of one module, tried on made-up modules below, so that a
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,54 @@ def uses(module: Module, *names: str) -> set[str]:
     return (read | module.imports) & set(names)
 
 
+def graph(source: Iterable[Module]) -> dict[str, set[str]]:
+    """For each module the modules of ours that it imports, wherever in its text, for types alone too."""
+    known = {module.name: module for module in source}
+
+    def home(name: str) -> str:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {name: {home(each) for each in module.imports} - {"", name} for name, module in known.items()}
+
+
+def reached(imports: dict[str, set[str]], name: str) -> set[str]:
+    """Everything that a module imports, directly or not."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for each in imports.get(waiting.pop(), ()):
+            if each not in found:
+                found.add(each)
+                waiting.append(each)
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves by way of others."""
+    return {name for name in imports if name in reached(imports, name)}
+
+
+# What a room must not import by way of others either. Policies are values and arithmetic, which need no web framework, and those of
+# `ladimo.policy` no torch.
+FAR: list[tuple[str, tuple[str, ...]]] = [
+    ("ladimo.policy", ("torch", *WEB)),
+    ("ladimo", ("server", *WEB)),
+    ("server.policies", WEB),
+    ("server.text", WEB),
+    ("server.engine", WEB),
+]
+
+
+def far_imports(source: Sequence[Module], room: str, forbidden: tuple[str, ...]) -> set[str]:
+    """Modules that a room reaches and that import what the room must not."""
+    imports = graph(source)
+    inside = {module.name for module in source if module.within(room)}
+    seen = inside.union(*(reached(imports, name) for name in inside))
+    return {module.name for module in source if module.name in seen and module.imported(*forbidden)}
+
+
 RULES: list[Callable[[Module], set[str]]] = [
     import_table,
     shared_half_knows_nothing_of_the_making_half,
@@ -171,6 +219,25 @@ RULES: list[Callable[[Module], set[str]]] = [
 def test_rule_holds(rule: Callable[[Module], set[str]]) -> None:
     broken = {module.name: sorted(found) for module in modules() if (found := rule(module))}
     assert not broken
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles(graph(modules())) == set()
+
+
+def test_a_circle_is_found() -> None:
+    a, b = Module("ladimo.a", "from ladimo.b import x"), Module("ladimo.b", "def f():\n    from ladimo import a")
+    assert circles(graph([a, b, Module("ladimo.c", "import ladimo.a")])) == {"ladimo.a", "ladimo.b"}
+
+
+@pytest.mark.parametrize(("room", "forbidden"), FAR)
+def test_rooms_do_not_reach_what_they_must_not_import(room: str, forbidden: tuple[str, ...]) -> None:
+    assert far_imports(list(modules()), room, forbidden) == set()
+
+
+def test_an_indirect_import_is_found() -> None:
+    source = [Module("server.policies.a", "from server.errors import E"), Module("server.errors", "import fastapi.exceptions")]
+    assert far_imports(source, "server.policies", WEB) == {"server.errors"}
 
 
 def test_every_room_is_inhabited() -> None:

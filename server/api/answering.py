@@ -10,12 +10,13 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.dialects import Dialect
+from server.api.failures import to_service_error
 from server.api.generation import Delta, Generation
 from server.api.routing_trace import joined
 from server.api.schemas import GenerationFields
 from server.api.services import Services
 from server.api.streaming import EventStream, started, until_disconnect
-from server.errors import InternalError, to_service_error
+from server.errors import InternalError
 from server.text.answer_text import join_calls
 
 logger = logging.getLogger(__name__)

@@ -15,14 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
-from server.errors import (
-    Forbidden,
-    HeadersTooLarge,
-    ServiceError,
-    Unauthorized,
-    error_response,
-    to_service_error,
-)
+from server.api.failures import error_response, to_service_error
+from server.errors import Forbidden, HeadersTooLarge, ServiceError, Unauthorized
 
 access_log = logging.getLogger("server.access")
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 import ladimo
 from server.api.bodies import JsonRoute
 from server.api.chat import chat_tokens
+from server.api.failures import error_response
 from server.api.routing_choice import split_model
 from server.api.sampling import check_ids
 from server.api.schemas import MAX_TEXT, DetokenizeRequest, TokenizeRequest
@@ -20,7 +21,7 @@ from server.api.services import Services, ServicesDep
 from server.api.streaming import until_disconnect
 from server.engine.async_engine import EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
-from server.errors import BadRequest, Dead, UnknownModel, error_response
+from server.errors import BadRequest, Dead, UnknownModel
 from server.text.lanes import SHORT
 
 router = APIRouter(route_class=JsonRoute)

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 from fastapi import Depends, Request
 
@@ -16,8 +17,14 @@ from server.text.grammar import GrammarCompiler
 from server.text.tokenizer import Tokenizer
 from server.text.tool_dialects import PLAIN_JSON, ToolDialect
 
-if TYPE_CHECKING:  # an optional extra
-    from server.telemetry import Telemetry
+
+class Tracing(Protocol):
+    """What makes a span of every generation: `server.telemetry`, where its extra is installed and configured."""
+
+    def follow(self, generation: Any, operation: str, fields: Any, headers: Mapping[str, str]) -> AsyncGenerator[Any, None]:
+        """The deltas of a `Generation` whose request had these `GenerationFields` and headers."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class Services:
     frontier_batch: int = 1
     request_timeout: float | None = None
     strict_fields: bool = False
-    telemetry: "Telemetry | None" = None
+    telemetry: Tracing | None = None
     fair_queueing: Literal["key", "user", "none"] = "key"
     stall_timeout: float = 120.0
     comment_seconds: float = 10.0

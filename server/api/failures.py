@@ -1,0 +1,83 @@
+"""Any exception as an error of the tree, and errors as HTTP answers."""
+
+import json
+from collections.abc import Sequence
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.engine.messages import EngineDead, PolicyTableFull
+from server.errors import (
+    BadRequest,
+    Dead,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    TableFull,
+    UnsupportedParameter,
+)
+
+
+def to_service_error(error: Exception) -> ServiceError:
+    """What a client is told about any exception. Unforeseen ones say nothing of what is inside."""
+    match error:
+        case ServiceError():
+            return error
+        case RequestValidationError():
+            return _from_validation(error)
+        case HTTPException():
+            return _from_http(error)
+        case EngineDead():
+            return Dead("the engine has stopped; nothing can be computed any more", retry_after=30)
+        case PolicyTableFull():
+            return TableFull(
+                "requests under other policies hold every row of the policy table; try again when some have finished"
+            )
+        case _:
+            return InternalError("internal error; the server's log has the details under this request's id")
+
+
+def error_response(error: ServiceError) -> Response:
+    # ASCII escapes: a message may quote text that has no UTF-8 form.
+    body = json.dumps(error.to_dict()).encode()
+    return Response(body, error.status, error.headers, media_type="application/json")
+
+
+def json_path(location: Sequence[int | str]) -> str:
+    """("messages", 0, "content") -> "messages[0].content"."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _from_validation(error: RequestValidationError) -> ServiceError:
+    first = error.errors()[0]
+    where, location = first["loc"][0], first["loc"][1:]
+    if first["type"] == "json_invalid":
+        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']} at character {location[0]}")
+    if not location:  # about the whole body: fields that do not go together, or no object at all
+        return BadRequest(first["msg"] if isinstance(first["input"], dict) else "the body must be a JSON object")
+    param = json_path(location)
+    message = f"{param}: {first['msg']}" if where == "body" else f"{where} {param}: {first['msg']}"
+    if first["type"] == "extra_forbidden":  # where a field that nobody knows would change what the others ask for
+        return UnsupportedParameter(f"{param}: not supported by this server; leave it out", param=param)
+    kind = UnsupportedParameter if first["type"] == UnsupportedParameter.code else BadRequest
+    return kind(message, param=param)
+
+
+def _from_http(error: HTTPException) -> ServiceError:
+    match error.status_code:
+        case 404:
+            return NotFound("there is no such route")
+        case 405:
+            refusal = MethodNotAllowed("this route does not take this method")
+            allowed = (error.headers or {}).get("Allow", "")
+            refusal.headers = {"Allow": allowed.replace("GET", "GET, HEAD")}
+            return refusal
+        case status if status < 500:
+            return BadRequest(error.detail)
+        case _:
+            return InternalError(error.detail)
