@@ -185,8 +185,8 @@ def circles(imports: dict[str, set[str]]) -> set[str]:
     return {name for name in imports if name in reached(imports, name)}
 
 
-# What a room must not import by way of others either. Policies are values and arithmetic, which need no web framework, and those of
-# `ladimo.policy` no torch.
+# What a room must not import by way of others either. Policies are values and arithmetic: they need no web framework, and
+# `ladimo.policy` needs no torch.
 FAR: list[tuple[str, tuple[str, ...]]] = [
     ("ladimo.policy", ("torch", *WEB)),
     ("ladimo", ("server", *WEB)),
