@@ -21,7 +21,7 @@ async def chat_generation(chat: ChatCompletionRequest, answer_id: str, terms: Te
     check_text(sum(message.characters for message in chat.messages), "messages", services)
     prompt = Prompt(await chat_tokens(chat.messages, tools.functions, chat.chat_format, services), "messages")
     max_tokens = chat.max_completion_tokens or chat.max_tokens
-    grammar = await make_grammar(chat, services, tools.grammar)
+    grammar = await make_grammar(chat, services, tools)
     return make_generation(answer_id, [prompt], chat, max_tokens, None, terms, grammar, services, tools.parser)
 
 

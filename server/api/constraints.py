@@ -8,18 +8,20 @@ from typing import TypeVar
 from server.api.constraint_fields import StructuredOutputs, TypedGrammar
 from server.api.schemas import GenerationFields
 from server.api.services import Services
+from server.api.tools import ToolUse
 from server.errors import BadRequest
 from server.text.grammar import Grammar
 
 T = TypeVar("T")
 
 
-async def make_grammar(
-    fields: GenerationFields, services: Services, calls: Callable[[], Grammar] | None = None
-) -> Grammar | None:
-    """Compiled on a thread of its own. `calls` is what tool_choice asks for. Raises BadRequest naming the field when there are
-    several constraints or one cannot be met."""
-    compilers = _compilers(fields, services) | ({} if calls is None else {"tool_choice": calls})
+async def make_grammar(fields: GenerationFields, services: Services, tools: ToolUse | None = None) -> Grammar | None:
+    """Compiled on a thread of its own. Raises BadRequest naming the field when there are several constraints or one cannot be
+    met."""
+    compilers = _compilers(fields, services)
+    if tools is not None and tools.meets_response_format:
+        compilers = {param: each for param, each in compilers.items() if not param.startswith("response_format")}
+    compilers |= {} if tools is None else tools.grammar
     if not compilers:
         return None
     if len(compilers) > 1:

@@ -287,6 +287,14 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
         return self
 
     @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The schema of the JSON that response_format asks for, empty for any object; None where it asks for none."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return (form.schema_ or {}) if form.json_schema is None else form.json_schema.schema_
+
+    @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# White space between the parts of a call, which is JSON's.
+SPACES = " \t\r\n"
+
 
 @dataclass(frozen=True, slots=True)
 class Function:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from server.text.tool_dialects import ToolDialect
+from server.text.tool_dialects import SPACES, ToolDialect
 
 BRACKETS = {"}": "{", "]": "["}
 # Characters of a call's JSON by which it is told from other JSON: more than any header has.
@@ -58,7 +58,8 @@ class ToolParser:
         self._dialect, self._names, self._forced, self._single = dialect, frozenset(names), forced, single
         headers = {_without_spaces(dialect.header(name)): name for name in names}
         self._headers = headers if constrained or forced else {}
-        self._starts = _starts(names)
+        self._starts = list(self._headers) or _starts(names)
+        self._brackets = {start[0] for start in self._starts}
         self._place = _Place.TEXT
         self._space = ""  # white space, which belongs to a call if one follows
         self._marker = ""  # the beginning of markup
@@ -95,9 +96,10 @@ class ToolParser:
             case _Place.ARGUMENTS:
                 self._step_arguments(char)
             case _Place.BRACE:
-                if not char.isspace():
-                    assert char == "}"
+                if char not in SPACES:
                     self._end_call()
+                    if char != "}":  # as above
+                        self._step(char)
             case _Place.AFTER:
                 self._step_after(char)
 
@@ -110,10 +112,10 @@ class ToolParser:
         elif self._marker:
             self._not_a_call()
             self._step_text(char)
-        elif char.isspace():
+        elif char in SPACES:
             self._space += char
             self._line_start = self._line_start or char == "\n"
-        elif self._dialect.bare and self._line_start and char in "{[":
+        elif self._dialect.bare and self._line_start and char in self._brackets:
             self._begin_call()
             self._step_call(char)
         else:
@@ -130,7 +132,7 @@ class ToolParser:
             self._add_call(name, "")
             self._place, self._scan = _Place.ARGUMENTS, _JsonScan()
         elif self._scan.complete:
-            calls = _read_calls("".join(self._call), self._names)
+            calls = [] if self._headers else _read_calls("".join(self._call), self._names)
             if not calls:
                 self._not_a_call()
                 return
@@ -139,8 +141,10 @@ class ToolParser:
             self._end_call()
 
     def _step_arguments(self, char: str) -> None:
-        fits = self._scan.push(char)
-        assert fits
+        if not self._scan.push(char):  # another constraint let the same header through
+            self._end_call()
+            self._step(char)
+            return
         if not self._scan.start:
             return  # white space before the arguments
         last = self._pieces[-1] if self._pieces else None
@@ -156,7 +160,7 @@ class ToolParser:
             self._marker += char
             if self._marker == self._closing:
                 self._closing = self._marker = ""
-        elif self._marker or not char.isspace():
+        elif self._marker or char not in SPACES:
             marker, self._marker, self._place = self._marker, "", _Place.TEXT
             for each in marker + char:
                 self._step(each)
@@ -208,7 +212,7 @@ class _JsonScan:
 
     def push(self, char: str) -> bool:
         """Whether the text may still become JSON with this character."""
-        if len(self.start) < MAX_START and (self._in_string or not char.isspace()):
+        if len(self.start) < MAX_START and (self._in_string or char not in SPACES):
             self.start += char
         if self._in_string:
             if self._escaped:
@@ -226,7 +230,7 @@ class _JsonScan:
             self.complete = not self._open
         elif char == '"':
             self._in_string = True
-        return bool(self._open) or self.complete or char.isspace()
+        return bool(self._open) or self.complete or char in SPACES
 
     def may_begin(self, starts: Collection[str]) -> bool:
         """Whether the text begins with one of the starts, or still can."""

@@ -122,6 +122,7 @@ COMPLETION = GOOD | {
     "add_special_tokens": st.booleans(),
 }
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}
 CHAT = GOOD | {
     "continue_final_message": st.booleans(),
     "add_generation_prompt": st.booleans(),
@@ -129,6 +130,11 @@ CHAT = GOOD | {
     "logprobs": st.booleans(),
     "top_logprobs": st.integers(0, 20),
     "max_completion_tokens": st.integers(1, 12),
+    "tools": st.lists(
+        st.sampled_from([TOOL, {**TOOL, "function": {"name": "g", "strict": True}}, {"type": "function"}]), max_size=3
+    ),
+    "tool_choice": st.sampled_from(["none", "auto", "required", "any", {"type": "function", "function": {"name": "f"}}]),
+    "parallel_tool_calls": st.booleans(),
 }
 INPUT_PART = st.fixed_dictionaries({"type": st.sampled_from(["input_text", "output_text", "input_image"]), "text": TEXT})
 INPUT_ITEM = st.fixed_dictionaries(
@@ -173,7 +179,7 @@ def check(client: Client, path: str, body: dict[str, Any]) -> None:
     elif path == "/v1/responses":
         assert reply.json()["status"] in ("completed", "incomplete")
     else:
-        assert all(choice["finish_reason"] in ("stop", "length") for choice in reply.json()["choices"])
+        assert all(choice["finish_reason"] in ("stop", "length", "tool_calls") for choice in reply.json()["choices"])
 
 
 PATH = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"])

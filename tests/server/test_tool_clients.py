@@ -6,12 +6,13 @@ to choose a call, so calls are forced; the server makes them valid.
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel
@@ -39,8 +40,15 @@ LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 400}
 
 
 def find_model() -> Path:
-    places = (os.environ.get("LADIMO_SMOLLM2"), ROOT / "models" / "smollm2", DEMO)
-    return next(path for path in map(Path, filter(None, places)) if (path / "config.json").is_file())
+    named = os.environ.get("LADIMO_SMOLLM2")
+    places = [*([Path(named)] if named else []), ROOT / "models" / "smollm2", DEMO]
+    return next(path for path in places if (path / "config.json").is_file())
+
+
+def only(items: Sequence[Any] | None) -> Any:
+    assert items is not None
+    (item,) = items
+    return item
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +70,27 @@ def url() -> Iterator[str]:
         loop.close()
 
 
+@pytest.fixture
+def http() -> Iterator[httpx.Client]:
+    """A connection that is closed after the test, which these libraries leave to the end of the process."""
+    with httpx.Client(timeout=60) as client:
+        yield client
+
+
 def test_openai_parses_tools_whole_and_streamed(url: str) -> None:
     fields: dict[str, Any] = {"model": "model", "messages": MESSAGES, "tools": [TOOL], "tool_choice": "required", **LIMITS}
     with openai.OpenAI(base_url=url, api_key="none") as client:
         whole = client.chat.completions.parse(**fields, parallel_tool_calls=False)
         assert whole.choices[0].finish_reason == "tool_calls"
         assert whole.choices[0].message.content is None
-        (call,) = whole.choices[0].message.tool_calls or ()
+        call = only(whole.choices[0].message.tool_calls)
         assert isinstance(call.function.parsed_arguments, Weather)
         with client.chat.completions.stream(**fields, parallel_tool_calls=False) as stream:
             kinds = [event.type for event in stream]
             final = stream.get_final_completion()
         assert kinds.count("tool_calls.function.arguments.delta") > 3
         assert kinds.count("tool_calls.function.arguments.done") == 1
-        (streamed,) = final.choices[0].message.tool_calls or ()
+        streamed = only(final.choices[0].message.tool_calls)
         assert streamed.function.parsed_arguments == call.function.parsed_arguments
         # The call and its result go back; the next answer may be a text.
         talk = [*MESSAGES, whole.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
@@ -87,17 +102,23 @@ def test_openai_names_a_function_and_parses_a_schema(url: str) -> None:
     with openai.OpenAI(base_url=url, api_key="none") as client:
         choice: Any = {"type": "function", "function": {"name": "Weather"}}
         named = client.chat.completions.parse(model="model", messages=MESSAGES, tools=[TOOL], tool_choice=choice, **LIMITS)
-        (call,) = named.choices[0].message.tool_calls or ()
+        call = only(named.choices[0].message.tool_calls)
         assert isinstance(call.function.parsed_arguments, Weather)
         parsed = client.chat.completions.parse(model="model", messages=MESSAGES, response_format=Weather, **LIMITS)
         assert isinstance(parsed.choices[0].message.parsed, Weather)
+        either = client.chat.completions.parse(
+            model="model", messages=MESSAGES, response_format=Weather, tools=[TOOL], parallel_tool_calls=False, **LIMITS
+        )
+        message = either.choices[0].message
+        found = message.tool_calls[0].function.parsed_arguments if message.tool_calls else message.parsed
+        assert isinstance(found, Weather)
 
 
 @pytest.mark.parametrize("method", ["default", "function_calling", "json_schema", "json_mode"])
-def test_langchain_structured_output(url: str, method: str) -> None:
+def test_langchain_structured_output(url: str, http: httpx.Client, method: str) -> None:
     from langchain_openai import ChatOpenAI
 
-    llm = ChatOpenAI(base_url=url, api_key="none", model="model", temperature=0, max_tokens=400)
+    llm = ChatOpenAI(base_url=url, api_key="none", model="model", http_client=http, temperature=0, max_tokens=400)
     if method == "json_mode":  # asks for JSON and no schema: the model must know what to write, which a tiny one does not
         raw = llm.bind(response_format={"type": "json_object"}).invoke(QUESTION + " Answer in JSON.")
         assert str(raw.content).startswith("{")
@@ -106,11 +127,11 @@ def test_langchain_structured_output(url: str, method: str) -> None:
     assert isinstance(structured.invoke(QUESTION), Weather)
 
 
-def test_langchain_binds_tools(url: str) -> None:
+def test_langchain_binds_tools(url: str, http: httpx.Client) -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_openai import ChatOpenAI
 
-    llm = ChatOpenAI(base_url=url, api_key="none", model="model", temperature=0, max_tokens=400)
+    llm = ChatOpenAI(base_url=url, api_key="none", model="model", http_client=http, temperature=0, max_tokens=400)
     for choice in ("any", "Weather"):
         bound = llm.bind_tools([Weather], tool_choice=choice, parallel_tool_calls=False)
         answer = bound.invoke(QUESTION)
@@ -126,10 +147,11 @@ def test_langchain_binds_tools(url: str) -> None:
         assert again.content or again.tool_calls
 
 
-def test_litellm_completes_with_tools(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm_completes_with_tools(url: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a public host for prices
     import litellm
 
+    monkeypatch.setattr(litellm, "client_session", http)
     fields: dict[str, Any] = {"model": "openai/model", "api_base": url, "api_key": "none", "messages": MESSAGES, **LIMITS}
     fields |= {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
     whole = litellm.completion(**fields)
@@ -146,10 +168,11 @@ def test_litellm_completes_with_tools(url: str, monkeypatch: pytest.MonkeyPatch)
     Weather.model_validate_json(parsed.choices[0].message.content)
 
 
-def test_litellm_knows_a_prompt_that_is_too_long(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm_knows_a_prompt_that_is_too_long(url: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
 
+    monkeypatch.setattr(litellm, "client_session", http)
     fields: dict[str, Any] = {"model": "openai/model", "api_base": url, "api_key": "none", "num_retries": 0}
     long = [{"role": "user", "content": "word " * 300_000}]
     for more in ({"messages": long}, {"messages": MESSAGES, "max_tokens": 10**7}):
@@ -157,7 +180,7 @@ def test_litellm_knows_a_prompt_that_is_too_long(url: str, monkeypatch: pytest.M
             litellm.completion(**fields, **more)
 
 
-def test_llamaindex_predicts_structures(url: str) -> None:
+def test_llamaindex_predicts_structures(url: str, http: httpx.Client) -> None:
     from llama_index.core.prompts import PromptTemplate
     from llama_index.llms.openai_like import OpenAILike
 
@@ -167,6 +190,7 @@ def test_llamaindex_predicts_structures(url: str) -> None:
         api_key="none",
         is_chat_model=True,
         is_function_calling_model=True,
+        http_client=http,
         temperature=0,
         max_tokens=400,
     )

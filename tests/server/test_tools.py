@@ -186,6 +186,43 @@ async def test_forced_arguments_are_streamed_as_they_come(tmp_path: Path) -> Non
         assert "tool_call>" not in reply.text
 
 
+def strict(tool: dict[str, Any], **function: Any) -> dict[str, Any]:
+    return {**tool, "function": {**tool["function"], "strict": True, **function}}
+
+
+async def test_strict_functions_and_formats_constrain_what_the_model_chooses_freely(tmp_path: Path) -> None:
+    async with tool_server(tmp_path) as server:
+        server.say(f"Look: {HERMES.call('get_weather', PARIS)}")
+        seen = server.watch_requests()
+        for fields, constrained in (
+            ({}, False),
+            ({"tools": [strict(WEATHER), NOW]}, True),
+            ({"tools": [strict(WEATHER), NOW], "tool_choice": "none"}, False),
+            ({"response_format": {"type": "json_object"}}, True),
+            ({"tools": [strict(WEATHER)], "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, True),
+        ):
+            seen.clear()
+            answer = await chat(server, **fields)
+            assert all((request.sampling.constraint is not None) == constrained for request in seen.values())
+            if fields.get("tool_choice") != "none":
+                assert calls_of(answer) == [("get_weather", PARIS)]
+        reply = await server.client.post("/v1/chat/completions", json={**ASK, "tools": [strict(WEATHER)], "stream": True})
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(reply.text)]
+        parts = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
+        assert parts == ["", *PARIS]  # they cannot turn out to be wrong, so they come at once
+        wrong: list[tuple[dict[str, Any], str]] = [
+            (
+                {"tools": [NOW, strict(WEATHER, parameters={"properties": {"a": {"type": "no"}}})]},
+                "tools[1].function.parameters",
+            ),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}, "response_format"),
+            ({"tools": [strict(WEATHER)], "guided_regex": "a"}, "tools"),
+        ]
+        for fields, param in wrong:
+            reply = await server.client.post("/v1/chat/completions", json={**ASK, **fields})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
 async def prompt_of(server: Server, **fields: Any) -> str:
     """What the model is given, which /tokenize says, too."""
     tokens = (await server.client.post("/tokenize", json=fields)).json()
