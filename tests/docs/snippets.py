@@ -57,7 +57,8 @@ def snippets() -> Iterator[Snippet]:
     """All blocks in the order of the documents."""
     for path in DOCUMENTS:
         document = path.relative_to(ROOT).as_posix()
-        start, info, lines = 0, (), list[str]()
+        start, lines = 0, list[str]()
+        info: tuple[str, ...] = ()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.startswith("```"):
                 lines.append(line)
