@@ -72,9 +72,13 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def http() -> Iterator[httpx.Client]:
-    """A connection that is closed after the test, which these libraries leave to the end of the process."""
+    """Connections and an event loop that are closed after the test; these libraries leave theirs to the end of the process."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     with httpx.Client(timeout=60) as client:
         yield client
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 def test_openai_parses_tools_whole_and_streamed(url: str) -> None:
