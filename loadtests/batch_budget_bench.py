@@ -28,8 +28,8 @@ from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_block
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
-from loadtests.conditions import OtherLoad, conditions
-from loadtests.runs import mean, mean_distinct
+from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.runs import mean, mean_distinct
 
 BLOCK_SIZE = 16
 WITHOUT = "no budget"

@@ -34,7 +34,7 @@ from ladimo.convert.report.files import REPORT
 from ladimo.convert.streamed_model import StreamedModel, experts_of
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.policy import LayerRule
-from loadtests.conditions import conditions
+from loadtests.common.conditions import conditions
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 WHOLE = {"layers": "all", "policies.points": 0}

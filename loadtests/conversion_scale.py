@@ -25,8 +25,8 @@ from ladimo.checkpoint import choose_device, read_config, write_json, write_tens
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.source import model_parameters
-from loadtests.conditions import conditions
-from loadtests.models import SHAPES
+from loadtests.common.conditions import conditions
+from loadtests.common.models import SHAPES
 
 
 def write_random_dense(directory: Path, shape: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from unittest.mock import patch
 
 from ladimo.checkpoint import read_config, read_policies
 from ladimo.model.inputs import RoutingTables
-from loadtests.conditions import OtherLoad, conditions
-from loadtests.runs import random_prompts, serve
+from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.runs import random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 

@@ -26,11 +26,11 @@ from ladimo.checkpoint import choose_device, load_model, read_config, read_polic
 from ladimo.model.backends.choose import choose_backend
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
-from loadtests import peers
-from loadtests.conditions import OtherLoad, conditions
-from loadtests.limits import copy_bandwidth, decode_bytes
-from loadtests.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
-from loadtests.runs import mean, random_prompts, serve
+from loadtests.common import peers
+from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.limits import copy_bandwidth, decode_bytes
+from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
+from loadtests.common.runs import mean, random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
 

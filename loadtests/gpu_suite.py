@@ -32,13 +32,13 @@ from ladimo.model.inputs import RoutingTables
 from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from loadtests.conditions import conditions
-from loadtests.limits import copy_bandwidth, decode_bytes, matrix_rate, seconds_of
-from loadtests.models import SHAPES, dense_config, partitioned_config, random_model, top_k_policy
-from loadtests.runs import Run, interleaved, mean, random_prompts, serve, spread
+from loadtests.common.conditions import conditions
+from loadtests.common.limits import copy_bandwidth, decode_bytes, matrix_rate, seconds_of
+from loadtests.common.models import SHAPES, dense_config, partitioned_config, random_model, top_k_policy
+from loadtests.common.runs import Run, interleaved, mean, random_prompts, serve, spread
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import CudaGraphs, DecodeGraphs, Rerun
+from server.engine.graphs.cuda_graphs import CudaGraphs, DecodeGraphs, Rerun
 from server.engine.messages import Activate, StepStats, Submit
 from server.engine.request import GenerationRequest, SamplingParams
 
@@ -235,7 +235,7 @@ def batches(bench: Bench) -> None:
 
     Both are timed from the first token to the last; prompts that wait are part of it.
     """
-    from loadtests.peers import Unavailable, continuous_batching, dense_llama
+    from loadtests.common.peers import Unavailable, continuous_batching, dense_llama
 
     sizes = (2, 3) if bench.dry else (32, 64, 256)
     prompt, tokens = bench.size(128, 12), bench.size(65, 5)

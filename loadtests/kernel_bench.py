@@ -31,8 +31,8 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.quantization import Weights, quantize_weights
 from ladimo.policy import LayerRule, RoutingPolicy
-from loadtests.conditions import conditions
-from loadtests.limits import copy_bandwidth, matrix_rate, seconds_of
+from loadtests.common.conditions import conditions
+from loadtests.common.limits import copy_bandwidth, matrix_rate, seconds_of
 
 FORMATS: tuple[str, ...] = ("int8", "int4")
 

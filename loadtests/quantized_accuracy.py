@@ -20,7 +20,7 @@ from ladimo.checkpoint import load_to_serve, read_config, read_policies
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
-from loadtests.conditions import conditions
+from loadtests.common.conditions import conditions
 
 BLOCK_SIZE = 16
 FORMATS: dict[str, str | None] = {"stored": None, "int8": "int8", "int4": "int4"}

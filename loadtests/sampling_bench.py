@@ -27,14 +27,14 @@ from ladimo.model.cpu.build import library
 from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.pool import Pool
 from ladimo.policy import RoutingPolicy
-from loadtests.conditions import OtherLoad, conditions
-from loadtests.runs import random_prompts, serve
+from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.runs import random_prompts, serve
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
-from server.engine.logit_adjuster import LogitAdjuster
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.request import Sequence as EngineSequence
-from server.engine.sampler import SamplingInputs, cuts, make_sampling_inputs, sample
+from server.engine.sampling.logit_adjuster import LogitAdjuster
+from server.engine.sampling.sampler import SamplingInputs, cuts, make_sampling_inputs, sample
 
 Draw = Callable[[Tensor, SamplingInputs | None], Tensor]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 
 from ladimo.checkpoint import read_config, read_policies
-from loadtests.conditions import OtherLoad, conditions
+from loadtests.common.conditions import OtherLoad, conditions
 
 ARMS = ("quiet", "scraped")
 START_SECONDS = 120

@@ -20,7 +20,7 @@ from statistics import median
 import httpx
 
 from ladimo.checkpoint import read_config
-from loadtests.conditions import OtherLoad, conditions
+from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.scrape_bench import serving
 
 QUIET = "quiet"

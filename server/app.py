@@ -15,11 +15,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import ladimo
-from server.api import completions, ops, pages, responses, routing
-from server.api.bodies import JsonBodies
-from server.api.failures import to_service_error
-from server.api.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
-from server.api.schemas import ErrorBody
+from server.api.fields.completions import ErrorBody
+from server.api.http.bodies import JsonBodies
+from server.api.http.failures import to_service_error
+from server.api.http.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
+from server.api.routes import completions, ops, pages, responses, routing
 from server.api.services import Services
 from server.engine.async_engine import EngineState
 from server.errors import ServiceError, statuses

@@ -24,7 +24,7 @@ from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.build import abandon
 from server.api.admission import Admission
-from server.api.http_protocol import bounded_http
+from server.api.http.http_protocol import bounded_http
 from server.api.services import Services
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine

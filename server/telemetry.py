@@ -19,9 +19,9 @@ from opentelemetry.util.types import AttributeValue
 
 import ladimo
 from server import logs
-from server.api.failures import to_service_error
-from server.api.generation import Delta, Generation
-from server.api.schemas import GenerationFields
+from server.api.answers.generation import Delta, Generation
+from server.api.fields.completions import GenerationFields
+from server.api.http.failures import to_service_error
 
 NANOSECONDS = 10**9
 # A collector that does not answer holds the end of the server back no longer than this.

@@ -267,7 +267,7 @@ def test_every_room_is_inhabited() -> None:
         (import_table, "server.engine.model_runner", "from ladimo.hf import register"),
         (import_table, "server.policies.store", "import torch"),
         (import_table, "server.text.tokenizer", "from server.api import schemas"),
-        (import_table, "server.api.completions", "import torch.nn"),
+        (import_table, "server.api.routes.completions", "import torch.nn"),
         (import_table, "server.metrics", "from server.policies.store import PolicyStore"),
         (shared_half_knows_nothing_of_the_making_half, "ladimo", "import ladimo.convert"),
         (shared_half_knows_nothing_of_the_making_half, "ladimo.checkpoint", "from ladimo import convert"),
@@ -276,9 +276,13 @@ def test_every_room_is_inhabited() -> None:
         (server_knows_only_the_shared_half, "server.engine.core", "import ladimo.convert.evaluation"),
         (server_knows_only_the_shared_half, "server.text.tokenizer", "from ladimo.demo.train import CHAT_TEMPLATE"),
         (asyncio_only_at_the_border_of_the_engine, "server.engine.core", "import asyncio"),
-        (asyncio_only_at_the_border_of_the_engine, "server.engine.scheduler", "from asyncio import Queue"),
-        (api_sees_only_values_and_the_border_of_the_engine, "server.api.routing", "from server.engine.core import EngineCore"),
-        (api_sees_only_values_and_the_border_of_the_engine, "server.api.ops", "from server.engine import core"),
+        (asyncio_only_at_the_border_of_the_engine, "server.engine.scheduling.scheduler", "from asyncio import Queue"),
+        (
+            api_sees_only_values_and_the_border_of_the_engine,
+            "server.api.routes.routing",
+            "from server.engine.core import EngineCore",
+        ),
+        (api_sees_only_values_and_the_border_of_the_engine, "server.api.routes.ops", "from server.engine import core"),
         (
             api_sees_only_values_and_the_border_of_the_engine,
             "server.api.services",
@@ -313,7 +317,10 @@ def test_rule_can_fail(rule: Callable[[Module], set[str]], name: str, source: st
         ("server.engine.core", "import os\nimport torch\nfrom ladimo.checkpoint import load_model\nx = os.path.sep"),
         ("server.settings", "import os\nx = os.environ"),
         ("server.app", "import ladimo\nfrom ladimo import __version__\nfrom fastapi import FastAPI"),
-        ("server.api.ops", "import asyncio\nfrom server.engine.messages import EngineDead\nfrom ladimo.policy import Frontier"),
+        (
+            "server.api.routes.ops",
+            "import asyncio\nfrom server.engine.messages import EngineDead\nfrom ladimo.policy import Frontier",
+        ),
         ("server.text.tokenizer", "AutoTokenizer.from_pretrained(p, trust_remote_code=False)\nmodel.eval()"),
     ],
 )

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ladimo.model.inputs import PrefillSegment, StepInputs
-from server.engine.logit_adjuster import adjusts
 from server.engine.request import Sequence
-from server.engine.sampler import cuts
+from server.engine.sampling.logit_adjuster import adjusts
+from server.engine.sampling.sampler import cuts
 from server.engine.transfers import to_device
 
 

@@ -11,9 +11,8 @@ from typing import Protocol
 from ladimo.checkpoint import load_to_serve, read_json
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, samples
-from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig, EngineLimits
-from server.engine.cuda_graphs import CudaGraphs, DecodeGraphs, GraphCapturer, bucket_sizes
+from server.engine.graphs.cuda_graphs import CudaGraphs, DecodeGraphs, GraphCapturer, bucket_sizes
 from server.engine.messages import (
     Abort,
     Activate,
@@ -33,8 +32,9 @@ from server.engine.messages import (
 from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks
 from server.engine.policy_table import NONE_ROW, PolicyTable
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
-from server.engine.row_queue import RowQueue
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.row_queue import RowQueue
+from server.engine.scheduling.scheduler import Scheduler
 
 
 class Runner(Protocol):

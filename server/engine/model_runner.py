@@ -12,11 +12,11 @@ from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
-from server.engine.cuda_graphs import DecodeGraphs
-from server.engine.logit_adjuster import LogitAdjuster, adjusts
-from server.engine.logprobs import token_logprobs
+from server.engine.graphs.cuda_graphs import DecodeGraphs
 from server.engine.request import Sequence, TokenExperts, TokenLogprobs
-from server.engine.sampler import make_sampling_inputs, sample
+from server.engine.sampling.logit_adjuster import LogitAdjuster, adjusts
+from server.engine.sampling.logprobs import token_logprobs
+from server.engine.sampling.sampler import make_sampling_inputs, sample
 from server.engine.transfers import to_device, to_host
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests.deploy.queries import PROMETHEUS, Query, dashboard_queries, rule_queries
 from tests.factories import make_moe
-from tests.server.test_launch import running_server
+from tests.server.process.test_launch import running_server
 
 pytestmark = [
     pytest.mark.slow,

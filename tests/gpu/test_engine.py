@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, load_to_serve, read_config, read_policies
 from ladimo.model.transformer import MoeTransformer
-from loadtests.models import partitioned_config, random_model, top_k_policy
+from loadtests.common.models import partitioned_config, random_model, top_k_policy
 from server.engine.batch import Batch
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import bucket_sizes
+from server.engine.graphs.cuda_graphs import bucket_sizes
 from server.engine.messages import Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from loadtests import peers
+from loadtests.common import peers
+from loadtests.common.models import SHAPES
+from loadtests.common.runs import random_prompts
 from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main
 from loadtests.engine_plot import main as draw
-from loadtests.models import SHAPES
-from loadtests.runs import random_prompts
 
 SIZES = ["--device", "cpu", "--prompt", "8", "--tokens", "5", "--prefill", "20", "--rounds", "1", "--batch", "1,3"]
 

@@ -9,13 +9,13 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.families import read_model_config
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.batch import Batch, samples
-from server.engine.block_manager import BlockManager
 from server.engine.config import EngineLimits
 from server.engine.core import EngineCore
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
 from server.engine.request import Sequence, TokenExperts, TokenLogprobs
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.scheduler import Scheduler
 
 FAKE_VOCAB = 300
 FAKE_CONFIG = read_model_config(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import uvicorn
 
-from server.api.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
+from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.app import Access, create_app
 from server.engine.async_engine import EngineState
 from server.launch import build_services

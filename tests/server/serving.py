@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
-from server.api.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
+from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.api.services import Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState

@@ -29,7 +29,7 @@ Step = Callable[[StepInputs, KVCache | None, RoutingTables], StepOutput]
 
 
 class Draw(Protocol):
-    """Draws token ids [R] from logits [R, V], as `server.engine.sampler` describes."""
+    """Draws token ids [R] from logits [R, V], as `server.engine.sampling.sampler` describes."""
 
     def likeliest(self, logits: Tensor) -> Tensor: ...
 

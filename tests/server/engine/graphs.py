@@ -10,7 +10,7 @@ from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import GraphCapturer, Rerun
+from server.engine.graphs.cuda_graphs import GraphCapturer, Rerun
 from server.engine.messages import Command, Report, StepStats, Submit, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
 

@@ -15,7 +15,7 @@ from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
-from server.engine.cuda_graphs import DecodeGraphs, Rerun, bucket_sizes
+from server.engine.graphs.cuda_graphs import DecodeGraphs, Rerun, bucket_sizes
 from server.engine.messages import Abort, Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import BatchOutput, ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams

@@ -6,10 +6,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.block_manager import BlockManager
-from server.engine.fair_share import OUTPUT_COST, FairShare
 from server.engine.request import GenerationRequest, SamplingParams, Sequence
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.fair_share import OUTPUT_COST, FairShare
+from server.engine.scheduling.scheduler import Scheduler
 from tests.server.fakes import fake_policy
 
 POLICY = fake_policy("p")

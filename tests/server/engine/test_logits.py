@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import read_config, read_policies
-from server.engine.logit_adjuster import LogitAdjuster, adjusts
 from server.engine.request import GenerationRequest, SamplingParams, Sequence
+from server.engine.sampling.logit_adjuster import LogitAdjuster, adjusts
 from tests.server.engine.graphs import random_prompts
 from tests.server.engine.test_generation import CONFIG, events, ids, request, running
 from tests.server.fakes import fake_policy

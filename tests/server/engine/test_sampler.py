@@ -19,9 +19,9 @@ from ladimo.model.cpu import build
 from ladimo.model.cpu.cache import cache_directories
 from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.pool import Pool
-from server.engine.sampler import SamplingInputs, sample, uniform
-from tests.ladimo.test_capture import DEVICE, NoHostCopies, NoHostValues, fake
-from tests.ladimo.test_cpu import WIDTHS
+from server.engine.sampling.sampler import SamplingInputs, sample, uniform
+from tests.ladimo.model.test_capture import DEVICE, NoHostCopies, NoHostValues, fake
+from tests.ladimo.model.test_cpu import WIDTHS
 
 Sample = Callable[[Tensor, SamplingInputs | None], Tensor]
 LARGEST_UNIFORM = 1 - 2.0**-53

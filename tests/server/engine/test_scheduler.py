@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladimo.policy import RoutingPolicy
-from server.engine.block_manager import BlockManager
 from server.engine.request import FinishReason, GenerationRequest, SamplingParams, Sequence
-from server.engine.scheduler import Scheduler
+from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.scheduler import Scheduler
 from tests.server.fakes import fake_policy
 
 POLICY = fake_policy("p")

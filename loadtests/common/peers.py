@@ -1,0 +1,112 @@
+"""Other engines on the dense model, for the same work in the same run. One that cannot run here says why."""
+
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+from ladimo.export.gguf import write_gguf
+from ladimo.model.families import read_model_config
+
+if TYPE_CHECKING:
+    from loadtests.common.llama_cpp_peer import LlamaCpp
+
+# Prompts and tokens to generate for each -> seconds from the first token on.
+Peer = Callable[[Sequence[Sequence[int]], int], float]
+
+
+class Unavailable(Exception):
+    """Why a peer cannot be measured here."""
+
+
+def dense_llama(fields: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' LLaMA of a shape, with random weights made on the device."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def generate(model: Any, **options: Any) -> Peer:
+    """`generate`: the time for all tokens less the time for one. `options` are generate's own."""
+
+    @torch.inference_mode()
+    def run(prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        ids = torch.tensor(prompts, device=model.device)
+
+        def seconds(count: int) -> float:
+            started = time.perf_counter()
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                **options,
+            )
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        return seconds(tokens) - seconds(1)
+
+    return run
+
+
+@torch.inference_mode()
+def forward_seconds(model: Any, prompts: Sequence[Sequence[int]]) -> float:
+    """Until the first token of the prompts is known."""
+    ids = torch.tensor(prompts, device=model.device)
+    started = time.perf_counter()
+    model(ids, logits_to_keep=1).logits.argmax(dim=-1).tolist()
+    return time.perf_counter() - started
+
+
+def static_cache(model: Any) -> Peer:
+    """`generate` with a cache of fixed size; on a CUDA device transformers compiles the forward pass by itself."""
+    return generate(model, cache_implementation="static")
+
+
+def continuous_batching(model: Any) -> Peer:
+    """`generate_batch`, timed by its own time stamps of the tokens, so that its start does not count. Raises Unavailable."""
+    if model.device.type != "cuda":
+        raise Unavailable("continuous batching of transformers is measured on CUDA devices only")
+    method = getattr(model, "generate_batch", None)
+    if method is None:
+        raise Unavailable("this transformers has no generate_batch")
+    known = inspect.signature(method).parameters
+    if "record_timestamps" not in known:
+        raise Unavailable("generate_batch of this transformers keeps no time stamps")
+    options = {"record_timestamps": True, "persistent_manager": True, "progress_bar": False}
+    kept = {name: value for name, value in options.items() if name in known}
+
+    def run(prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        done = method(inputs=[list(prompt) for prompt in prompts], generation_config=config, **kept)
+        stamps = sorted(stamp for output in done.values() for stamp in output.timestamps or ())
+        if len(stamps) != len(prompts) * tokens:
+            raise Unavailable(f"generate_batch gave {len(stamps)} tokens instead of {len(prompts) * tokens}")
+        seconds: float = stamps[-1] - stamps[0]
+        return seconds
+
+    return run
+
+
+def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: int) -> "LlamaCpp":
+    """llama.cpp on the same dense weights, its matrices kept as `weights` (F32, BF16, Q8_0, Q4_0), for `sequences` sequences of
+    `context` tokens. Raises Unavailable."""
+    if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
+        raise Unavailable(f"{missing[0]} is not installed (pip install '.[bench]')")
+    from loadtests.common.llama_cpp_peer import LlamaCpp
+
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "dense.gguf"
+        write_gguf(file, read_model_config(model.config.to_dict()), model.state_dict().items(), weights)
+        return LlamaCpp(file, threads, sequences, context)  # mapped: it stays readable without its name

@@ -1,0 +1,1 @@
+"""From the tokens of the engine to what a client reads."""

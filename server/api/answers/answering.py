@@ -1,0 +1,88 @@
+"""A generation's answer, whole or as a stream of events, in an endpoint's dialect."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.answers.dialects import Dialect
+from server.api.answers.generation import Delta, Generation
+from server.api.answers.routing_trace import joined
+from server.api.fields.completions import GenerationFields
+from server.api.http.failures import to_service_error
+from server.api.http.streaming import EventStream, started, until_disconnect
+from server.api.services import Services
+from server.errors import InternalError
+from server.text.answer_text import join_calls
+
+logger = logging.getLogger(__name__)
+
+# Whole as JSON, or with `stream` as server-sent events: the page of the API names both.
+ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {EventStream.media_type: {}}}}
+
+
+async def answer(
+    generation: Generation, dialect: Dialect, body: GenerationFields, request: Request, services: Services
+) -> Response:
+    telemetry = services.telemetry
+    if telemetry is None:
+        deltas = generation.deltas()
+    else:
+        deltas = telemetry.follow(generation, dialect.operation, body, request.headers)
+    if not body.stream:
+        wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
+        return JSONResponse(dialect.answer(wholes, generation))
+    # The first token is awaited for a while before the response begins: what fails until then has its own HTTP status.
+    first = await started(request, anext(deltas), services.comment_seconds)
+    return EventStream(_events(first, deltas, generation, dialect, services), deltas, first, services.comment_seconds)
+
+
+async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[Delta]:
+    """Each choice's deltas joined into one."""
+    parts: list[list[Delta]] = [[] for _ in range(choices)]
+    async with aclosing(deltas):
+        async for delta in deltas:
+            parts[delta.index].append(delta)
+    return [
+        Delta(
+            index=index,
+            text="".join(part.text for part in choice),
+            finish_reason=choice[-1].finish_reason,
+            first=True,
+            tokens=tuple(token for part in choice for token in part.tokens),
+            calls=join_calls(call for part in choice for call in part.calls),
+            trace=joined(traces) if (traces := [part.trace for part in choice if part.trace is not None]) else None,
+        )
+        for index, choice in enumerate(parts)
+    ]
+
+
+async def _events(
+    first: "asyncio.Future[Delta]",
+    deltas: AsyncGenerator[Delta, None],
+    generation: Generation,
+    dialect: Dialect,
+    services: Services,
+) -> AsyncGenerator[bytes, None]:
+    """An error takes the place of what is left."""
+    try:
+        for event in dialect.begin():
+            yield event
+        delta: Delta | None = await first
+        while delta is not None:
+            for event in dialect.events(delta, generation):
+                yield event
+            delta = await anext(deltas, None)
+        for event in dialect.end(generation):
+            yield event
+    except Exception as error:
+        failure = to_service_error(error)
+        if isinstance(failure, InternalError):
+            logger.exception("a stream failed")
+        services.metrics.request_failures.labels(failure.code).inc()
+        for event in dialect.fail(failure):
+            yield event

@@ -1,0 +1,311 @@
+"""One HTTP request as the engine's sequences: checked, admitted, followed to their ends, accounted for.
+
+make_generation -> Generation -> deltas() -> a dialect writes them, streamed or whole
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from server.api.answers.logprobs import ScoredToken
+from server.api.answers.routing_trace import without_answer
+from server.api.fields.completions import GenerationFields
+from server.api.requests.sampling import check_ids, check_length, choice_seed, make_sampling
+from server.api.services import Services
+from server.engine.messages import RoutingTrace, TokenEvent
+from server.engine.request import FinishReason, GenerationRequest, Trace
+from server.errors import BadRequest, DeadlineExceeded
+from server.policies.store import Route
+from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
+from server.text.detokenizer import Detokenizer, TokenDecoder
+from server.text.grammar import Grammar, GrammarState
+from server.text.tool_parsers import ToolParser
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never).
+    `flow`: whose turn it takes when requests wait. `service_tier`: the one that serves it. `priority`: lower runs earlier.
+    `received`: when it came, in nanoseconds of Unix time."""
+
+    route: Route
+    deadline: float | None
+    flow: str
+    service_tier: str
+    priority: int
+    received: int = field(default_factory=time.time_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as the beginning of the answer: its text, and where in it each token begins."""
+
+    text: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`param` names it in errors."""
+
+    ids: Sequence[int]
+    param: str
+    echo: Echo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one generated token added to the choice `index`; the last one has a finish reason. `tokens` are there when
+    log-probabilities were asked for, those of an echoed prompt in the first delta; `trace` when a routing trace was; `calls`
+    what is added to calls of tools."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    first: bool
+    tokens: tuple[ScoredToken, ...] = ()
+    trace: RoutingTrace | None = None
+    calls: tuple[CallDelta, ...] = ()
+
+
+class Choice:
+    """One sequence and its text so far; `completion_tokens` are those handed out.
+
+    `answer` False: the prompt alone was asked for (max_tokens 0); the engine draws a token all the same, which is not shown.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        text: AnswerText,
+        services: Services,
+        echo: Echo | None = None,
+        answer: bool = True,
+    ) -> None:
+        self.index, self.request = index, request
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.experts_per_token: tuple[float | None, ...] = ()
+        self.finish_reason: str | None = None
+        self.answer = answer
+        self._engine, self._echo = services.engine, echo
+        self._detokenizer = Detokenizer(services.tokenizer, request.prompt_ids)
+        self._text = text
+        self._offset = 0 if echo is None else len(echo.text)
+        self._num_generated = 0
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        first = True
+        async with aclosing(self._engine.generate(self.request)) as events:
+            async for event in events:
+                self.experts_per_token, self.cached_tokens = event.experts_per_token, event.cached_tokens
+                delta = self._prompt_delta(event) if first else Delta(self.index, "", None, first=False)
+                if self.answer:
+                    delta = self._extended(delta, event)
+                else:
+                    self.finish_reason = FinishReason.LENGTH.value
+                    trace = None if event.trace is None else without_answer(event.trace)
+                    delta = replace(delta, finish_reason=self.finish_reason, trace=trace)
+                first = False
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+
+    def _prompt_delta(self, event: TokenEvent) -> Delta:
+        """The first delta without the generated token: the echoed prompt, if any."""
+        if self._echo is None:
+            return Delta(self.index, "", None, first=True)
+        places = zip(self.request.prompt_ids, self._echo.offsets, event.prompt_logprobs or (), strict=False)
+        tokens = tuple(ScoredToken(token_id, offset, logprobs) for token_id, offset, logprobs in places)
+        return Delta(self.index, self._echo.text, None, first=True, tokens=tokens)
+
+    def _extended(self, delta: Delta, event: TokenEvent) -> Delta:
+        """The delta with the event's token."""
+        assert event.token_id is not None
+        constraint = self.request.sampling.constraint
+        if event.finished is not None and isinstance(constraint, GrammarState) and constraint.problem is not None:
+            raise BadRequest(f"the constraint became too complex to follow after {self.completion_tokens} tokens")
+        tokens = delta.tokens
+        if event.logprobs is not None:
+            # The place of the token itself, however much of its text a stop string holds back or cuts off.
+            tokens = (*tokens, ScoredToken(event.token_id, self._offset, event.logprobs))
+        piece = self._detokenizer.push(event.token_id)
+        self._offset += len(piece)
+        self._num_generated += 1
+        shown = self._text.push(piece, early=self._num_generated <= self.request.sampling.min_tokens)
+        text, calls = delta.text + shown.text, shown.calls
+        if shown.ended:
+            self._engine.finish(self.request.request_id)
+            self.finish_reason = self._stopped
+        elif event.finished is not None:
+            rest = self._text.flush()
+            text, calls = text + rest.text, calls + rest.calls
+            reason = event.finished.finish_reason
+            self.finish_reason = self._stopped if reason is FinishReason.STOP else reason.value
+        return replace(delta, text=text, finish_reason=self.finish_reason, tokens=tokens, trace=event.trace, calls=calls)
+
+    @property
+    def _stopped(self) -> str:
+        return TOOL_CALLS if self._text.called else FinishReason.STOP.value
+
+
+class Generation:
+    """The choices of one HTTP request, `n` for each prompt. `deltas` may be run once."""
+
+    def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, services: Services) -> None:
+        self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
+        self.service_tier = terms.service_tier
+        self.received = terms.received
+        self._deadline, self._services = terms.deadline, services
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The choices' deltas as they come. Holds the permit; closing the generator early aborts what still runs.
+
+        Raises what admission and the engine raise, and DeadlineExceeded.
+        """
+        metrics, policy = self._services.metrics, self.route.policy.name
+        queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        prompt_tokens = sum(len(choice.request.prompt_ids) for choice in self.choices)
+        with self._services.admission.permit(len(self.choices), prompt_tokens, self._deadline) as permit:
+            metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
+            tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
+            alarm = self._set_alarm(queue)
+            try:
+                running = len(tasks)
+                while running:
+                    item = await queue.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    choice = self.choices[item.index]
+                    choice.completion_tokens += choice.answer
+                    if item.first:
+                        permit.started(len(choice.request.prompt_ids))
+                    if item.finish_reason is not None:
+                        running -= 1
+                        metrics.request_success.labels(item.finish_reason, policy).inc()
+                    yield item
+            except (GeneratorExit, asyncio.CancelledError):
+                logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
+                aborted = sum(choice.finish_reason is None for choice in self.choices)
+                metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
+                raise
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)  # their errors came through the queue
+
+    def _set_alarm(self, queue: "asyncio.Queue[Delta | Exception]") -> asyncio.TimerHandle | None:
+        if self._deadline is None:
+            return None
+        late = DeadlineExceeded("the answer was not finished before the request's deadline")
+        return asyncio.get_running_loop().call_at(self._deadline, queue.put_nowait, late)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. A prompt counts once, however many choices it has."""
+        firsts = self.choices[:: self.n]
+        prompt = sum(len(choice.request.prompt_ids) for choice in firsts)
+        completion = sum(choice.completion_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in firsts)},
+        }
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """The answer's `routing` object. Experts per token and active parameters are measured, over all choices."""
+        config = self._services.config
+        weights = [len(choice.request.prompt_ids) + choice.completion_tokens for choice in self.choices]
+        measured = tuple(
+            None
+            if config.layers[layer] is None
+            else _mean([choice.experts_per_token[layer] for choice in self.choices], weights)
+            for layer in range(config.num_hidden_layers)
+        )
+        layers = [experts for experts in measured if experts is not None]
+        return {
+            "policy": self.route.policy.name,
+            "version": self.route.policy.version,
+            "accuracy": self.route.accuracy,
+            "active_parameters_ratio": config.active_parameters_ratio(measured),
+            "experts_per_token": sum(layers) / len(layers) if layers else None,
+            "reason": self.route.reason,
+        }
+
+
+def make_generation(
+    completion_id: str,
+    prompts: Sequence[Prompt],
+    fields: GenerationFields,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    terms: Terms,
+    grammar: Grammar | None,
+    services: Services,
+    tool_parser: Callable[[], ToolParser] | None = None,
+) -> Generation:
+    """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
+    the rest of the context. `tool_parser` makes the reader of one choice's calls. Raises BadRequest, ContextLengthExceeded."""
+    limits = services.engine.limits
+    asked = fields.routing_trace
+    trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
+    choices: list[Choice] = []
+    for prompt in prompts:
+        room = check_length(prompt.ids, max_tokens, limits.max_model_len, prompt.param)
+        check_ids(prompt.ids, limits.vocab_size, prompt.param)
+        tokens = min(default_max_tokens or room, room) if max_tokens is None else max(max_tokens, 1)
+        prompt_logprobs = None if prompt.echo is None else fields.num_logprobs
+        sampling = make_sampling(fields, tokens, prompt_logprobs, limits.vocab_size)
+        for choice in range(fields.n):
+            index = len(choices)
+            request = GenerationRequest(
+                request_id=f"{completion_id}-{index}",
+                prompt_ids=tuple(prompt.ids),
+                sampling=replace(
+                    sampling,
+                    seed=choice_seed(sampling.seed, choice),
+                    constraint=None if grammar is None else grammar.start(),
+                ),
+                policy=terms.route.policy,
+                priority=terms.priority,
+                cache_salt=fields.cache_salt,
+                flow=terms.flow,
+                trace=trace,
+            )
+            text = AnswerText(fields.stop, None if tool_parser is None else tool_parser())
+            choices.append(Choice(index, request, text, services, prompt.echo, answer=max_tokens != 0))
+    return Generation(completion_id, terms, choices, fields.n, services)
+
+
+def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:
+    """A last character that the prompt only begins is left to the answer."""
+    detokenizer = Detokenizer(decoder)
+    text, offsets = "", []
+    for token_id in prompt_ids:
+        offsets.append(len(text))
+        text += detokenizer.push(token_id)
+    return Echo(text, tuple(offsets))
+
+
+async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> None:
+    try:
+        async with aclosing(choice.deltas()) as deltas:
+            async for delta in deltas:
+                queue.put_nowait(delta)
+    except Exception as error:  # raised again by whoever reads the queue
+        queue.put_nowait(error)
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float:
+    return sum((value or 0.0) * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

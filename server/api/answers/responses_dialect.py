@@ -1,0 +1,179 @@
+"""How /v1/responses writes an answer: as one object, or as events that build it up."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.api.answers.dialects import Dialect
+from server.api.answers.generation import Delta, Generation
+from server.api.answers.logprobs import chat_logprobs
+from server.api.answers.routing_trace import TraceWriter, joined
+from server.api.fields.responses import ResponsesRequest
+from server.api.http.streaming import sse
+from server.api.services import Services
+from server.engine.messages import RoutingTrace
+from server.engine.request import FinishReason
+from server.errors import BadRequest, QueueFull, ServiceError
+
+IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomplete", "failed"
+
+
+class ResponsesDialect(Dialect):
+    """`_output` holds the items so far as they will stand in the response. The last one may be open, which means that more is
+    coming; a whole answer is built in the same way, of one delta."""
+
+    operation = "chat"
+
+    def __init__(self, body: ResponsesRequest, service_tier: str, services: Services, traces: TraceWriter) -> None:
+        self.id = f"resp_{uuid.uuid4().hex}"
+        self._body, self._tokenizer, self._service_tier = body, services.tokenizer, service_tier
+        self._created, self._model = int(time.time()), body.model or services.model_name
+        self._trace_writer, self._traces = traces, list[RoutingTrace]()
+        self._output: list[dict[str, Any]] = []
+        self._open = False
+        self._sequence = 0
+        self._finish_reason: str | None = None
+
+    def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
+        (whole,) = wholes
+        self.events(whole, generation)
+        self._close()
+        return self._ended(generation)
+
+    def begin(self) -> list[bytes]:
+        response = self._response(IN_PROGRESS)
+        return [self._event(name, response=response) for name in ("response.created", "response.in_progress")]
+
+    def events(self, delta: Delta, generation: Generation) -> list[bytes]:
+        self._finish_reason = delta.finish_reason
+        if delta.trace is not None:
+            self._traces.append(delta.trace)
+        return self._say(delta) if delta.text or delta.tokens else []
+
+    def end(self, generation: Generation) -> list[bytes]:
+        events = self._close()
+        response = self._ended(generation)
+        return [*events, self._event(f"response.{response['status']}", response=response)]
+
+    def fail(self, error: ServiceError) -> list[bytes]:
+        """The response as far as it came, then the error in this server's own form, at which official clients raise."""
+        for item in self._output[-1:] if self._open else ():
+            item["status"] = INCOMPLETE
+        kind = "invalid_prompt" if isinstance(error, BadRequest) else "server_error"
+        kind = "rate_limit_exceeded" if isinstance(error, QueueFull) else kind
+        described = error.to_dict()
+        response = self._response(FAILED) | {"error": {"code": kind, "message": described["error"]["message"]}}
+        flat = {name: described["error"][name] for name in ("message", "code", "param")}
+        return [self._event("response.failed", response=response), self._event("error", **flat, **described)]
+
+    # Items
+
+    def _say(self, delta: Delta) -> list[bytes]:
+        """More of the message that is open, which is begun where there is none."""
+        events = [] if self._open else self._begin_message()
+        item = self._output[-1]
+        (part,) = item["content"]
+        logprobs = chat_logprobs(delta.tokens, self._tokenizer)["content"]
+        part["text"] += delta.text
+        part["logprobs"] += logprobs
+        place = self._part_place()
+        return [*events, self._event("response.output_text.delta", **place, delta=delta.text, logprobs=logprobs)]
+
+    def _begin_message(self) -> list[bytes]:
+        part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "status": IN_PROGRESS}
+        self._output.append(item | {"content": [part]})
+        self._open = True
+        return [
+            self._event("response.output_item.added", **self._item_place(), item=item | {"content": []}),
+            self._event("response.content_part.added", **self._part_place(), part=part),
+        ]
+
+    def _close(self) -> list[bytes]:
+        """End the item that is open. A response has at least one."""
+        events = [] if self._output else self._begin_message()
+        if not self._open:
+            return events
+        self._open = False
+        item = self._output[-1]
+        item["status"] = INCOMPLETE if self._cut else COMPLETED
+        (part,) = item["content"]
+        place = self._part_place()
+        return [
+            *events,
+            self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"]),
+            self._event("response.content_part.done", **place, part=part),
+            self._event("response.output_item.done", **self._item_place(), item=item),
+        ]
+
+    # Parts of events
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        event = sse({"type": name, **fields, "sequence_number": self._sequence}, name)
+        self._sequence += 1
+        return event
+
+    def _item_place(self) -> dict[str, Any]:
+        return {"output_index": len(self._output) - 1}
+
+    def _part_place(self) -> dict[str, Any]:
+        return {"item_id": self._output[-1]["id"], **self._item_place(), "content_index": 0}
+
+    @property
+    def _cut(self) -> bool:
+        return self._finish_reason == FinishReason.LENGTH.value
+
+    def _ended(self, generation: Generation) -> dict[str, Any]:
+        trace = {}
+        if self._traces:
+            trace = {"routing_trace": self._trace_writer.write(joined(self._traces), first=True, last=True)}
+        response = self._response(INCOMPLETE if self._cut else COMPLETED)
+        return response | {"usage": _usage(generation.usage), "routing": generation.routing, **trace}
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body = self._body
+        form = None if body.text is None else body.text.format
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "completed_at": int(time.time()) if status == COMPLETED else None,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
+            "model": self._model,
+            "output": self._output,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": None,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": None, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": self._service_tier,
+            "background": False,
+            "store": False,
+            "temperature": body.temperature,
+            "text": {"format": {"type": "text"} if form is None else form.to_dict(), "verbosity": "medium"},
+            "tool_choice": body.tool_choice,
+            "tools": body.tools,
+            "top_logprobs": body.top_logprobs,
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": body.user,
+            "metadata": body.metadata,
+        }
+
+
+def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """In this endpoint's words. Nothing is written to a cache on purpose, and nothing is reasoned apart."""
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+    }

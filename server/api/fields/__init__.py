@@ -1,0 +1,1 @@
+"""The wire: what request bodies look like."""

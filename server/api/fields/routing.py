@@ -1,0 +1,113 @@
+"""What operators send and read: policies and defaults, as the OpenAPI page describes them.
+
+A policy's rule is described from `RuleNumber`, its only definition. The policy store checks what was sent and names the first
+wrong field with the code `invalid_policy`; the models here are its description, and tests hold the two together.
+"""
+
+import math
+from dataclasses import MISSING
+from typing import Annotated, Any
+
+from fastapi import Body
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, create_model
+from pydantic_core import CoreSchema
+
+from ladimo.model.rule import RuleNumber
+from ladimo.policy import NAME_PATTERN, RULE_FIELDS
+from server.api.fields.wire import Share
+from server.policies.store import MAX_DESCRIPTION
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def _number(number: RuleNumber) -> Any:
+    spec, default = number.spec, RULE_FIELDS[number.field].default
+    limits: dict[str, Any] = {}
+    if spec.kind is not bool:
+        limits = {"ge": spec.lowest, "allow_inf_nan": None if spec.kind is int else False}
+        if spec.highest < math.inf:
+            limits["le"] = spec.highest
+    kind: Any = spec.kind | None if spec.nullable else spec.kind
+    return kind, Field(... if default is MISSING else default, **limits)
+
+
+LayerRuleBody: type[BaseModel] = create_model(
+    "LayerRule",
+    __base__=Strict,
+    __doc__="Which of a token's experts run in one layer.",
+    **{number.field: _number(number) for number in RuleNumber},
+    experts=(
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None,
+        Field(None, description="The experts that may be chosen; all if null."),
+    ),
+)
+
+
+def _read_only() -> Any:
+    return Field(None, description="Ignored in a request.", json_schema_extra={"readOnly": True})
+
+
+class PolicyBody(Strict):
+    """A routing policy: one rule per layer, null where the layer is dense. What GET answers can be PUT again as it is."""
+
+    name: str | None = Field(None, pattern=f"^{NAME_PATTERN.pattern}$", description="As in the path, if given.")
+    description: str = Field("", max_length=MAX_DESCRIPTION, description="One line, without control characters.")
+    layers: list[LayerRuleBody | None]  # type: ignore[valid-type]
+    version: str | None = _read_only()
+    source: str | None = _read_only()
+    accuracy: float | None = _read_only()
+    figures: dict[str, Any] | None = _read_only()
+
+
+class NamedDefault(Strict):
+    """The policy of this name."""
+
+    policy: str
+
+
+class AccuracyDefault(Strict):
+    """A position of the knob: 1 is most accurate, 0 cheapest."""
+
+    accuracy: Share
+
+
+Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
+
+
+class ObjectiveBody(Strict):
+    """Latencies to hold, 90th percentile; at least one. The accuracy does not go under `min_accuracy`."""
+
+    itl_ms: Milliseconds | None = None
+    ttft_ms: Milliseconds | None = None
+    min_accuracy: Share = 0.0
+
+
+class AutomaticDefault(Strict):
+    """Automatic control moves the knob."""
+
+    auto: ObjectiveBody
+
+
+class RollbackBody(Strict):
+    restore_policy: bool = Field(
+        False, description="Put back the policy version that the old default named, even over a newer one of that name."
+    )
+
+
+class _DescribedAs:
+    """Marks a JSON object that is taken as it came: the OpenAPI page describes it by another type."""
+
+    def __init__(self, described: Any) -> None:
+        self._schema = TypeAdapter(described).core_schema
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return handler(self._schema)
+
+
+PolicyJson = Annotated[dict[str, Any], Body(), _DescribedAs(PolicyBody)]
+DefaultJson = Annotated[dict[str, Any], Body(), _DescribedAs(NamedDefault | AccuracyDefault | AutomaticDefault)]

@@ -1,0 +1,1 @@
+"""Connections, headers, bodies and errors: what every route shares."""

@@ -1,0 +1,1 @@
+"""From the fields of a request to what the engine is asked."""

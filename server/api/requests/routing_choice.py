@@ -1,0 +1,50 @@
+"""What a request asks of the router, from its body, headers and model name, in that order of precedence."""
+
+from fastapi import Request
+
+from server.api.fields.completions import RoutingField
+from server.api.http.headers import number_header, single_header
+from server.errors import BadRequest, UnknownModel
+from server.policies.store import PolicyStore
+from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, Named, Target
+
+POLICY_HEADER, ACCURACY_HEADER = "X-Routing-Policy", "X-Routing-Accuracy"
+
+
+def routing_choice(
+    body: RoutingField | None, request: Request, model: str | None, model_name: str, store: PolicyStore
+) -> Ask | None:
+    """None when the request leaves it to the server. Raises BadRequest, UnknownModel, UnknownPolicy."""
+    suffix = split_model(model, model_name)
+    if suffix is not None and suffix != AUTO:
+        store.get(suffix, param="model")
+    if body is not None:
+        target: Target = AtAccuracy(body.accuracy) if body.accuracy is not None else _named(body.policy or "")
+        return Ask(target, "body", "routing", body.min_accuracy)
+    return _from_headers(request) or (None if suffix is None else Ask(_named(suffix), "model", "model"))
+
+
+def split_model(model: str | None, model_name: str) -> str | None:
+    """The policy in MODEL:POLICY, None where the name is the model's alone. Raises UnknownModel."""
+    if model is None or model == model_name:
+        return None
+    if not model.startswith(f"{model_name}:"):
+        raise UnknownModel(f"the model {model!r} is not served here; this is {model_name!r}", param="model")
+    return model.removeprefix(f"{model_name}:")
+
+
+def _from_headers(request: Request) -> Ask | None:
+    policy, accuracy = single_header(request, POLICY_HEADER), number_header(request, ACCURACY_HEADER)
+    if policy is not None and accuracy is not None:
+        raise BadRequest(f"send either {POLICY_HEADER} or {ACCURACY_HEADER}", param=ACCURACY_HEADER)
+    if policy is not None:
+        return Ask(_named(policy), "header", POLICY_HEADER)
+    if accuracy is not None:
+        if not 0 <= accuracy <= 1:  # nor is what is no number
+            raise BadRequest(f"{ACCURACY_HEADER}: must be a number between 0 and 1", param=ACCURACY_HEADER)
+        return Ask(AtAccuracy(accuracy), "header", ACCURACY_HEADER)
+    return None
+
+
+def _named(name: str) -> Target:
+    return Automatic() if name == AUTO else Named(name)

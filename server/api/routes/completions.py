@@ -1,0 +1,51 @@
+"""POST /v1/completions and POST /v1/chat/completions, streamed or whole."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.answers.answering import ANSWERS, answer
+from server.api.answers.dialects import ChatDialect, TextDialect
+from server.api.answers.generation import Generation, make_generation
+from server.api.answers.routing_trace import TraceWriter
+from server.api.fields.completions import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
+from server.api.http.bodies import JsonRoute
+from server.api.http.streaming import until_disconnect
+from server.api.requests.chat import chat_generation
+from server.api.requests.constraints import make_grammar
+from server.api.requests.prompts import text_prompt
+from server.api.requests.terms import make_terms
+from server.api.services import ServicesDep
+from server.errors import BadRequest, UnsupportedParameter
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/completions", responses=ANSWERS)
+async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
+    terms = make_terms(body, len(body.prompt), request, services)
+    if body.best_of not in (None, body.n):
+        raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
+    dialect = TextDialect(body.model or services.model_name, terms.service_tier, body.stream_options, services, traces)
+
+    async def generation() -> Generation:
+        prompts = [await text_prompt(body, place, services) for place in range(len(body.prompt))]
+        grammar = await make_grammar(body, services)
+        default = DEFAULT_COMPLETION_TOKENS
+        return make_generation(dialect.id, prompts, body, body.max_tokens, default, terms, grammar, services)
+
+    return await answer(await until_disconnect(request, generation()), dialect, body, request, services)
+
+
+@router.post("/v1/chat/completions", responses=ANSWERS)
+async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
+    terms = make_terms(body, 1, request, services)
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
+    dialect = ChatDialect(
+        body.model or services.model_name, terms.service_tier, body.stream_options, services, traces, tools=bool(body.tools)
+    )
+
+    generation = chat_generation(body, dialect.id, terms, services)
+    return await answer(await until_disconnect(request, generation), dialect, body, request, services)

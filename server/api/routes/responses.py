@@ -1,0 +1,32 @@
+"""POST /v1/responses: OpenAI's Responses API as far as it needs no memory, on the chat endpoint's path."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.answers.answering import ANSWERS, answer
+from server.api.answers.responses_dialect import ResponsesDialect
+from server.api.answers.routing_trace import TraceWriter
+from server.api.fields.responses import ResponsesRequest, in_own_words
+from server.api.http.bodies import JsonRoute
+from server.api.http.streaming import until_disconnect
+from server.api.requests.chat import chat_generation
+from server.api.requests.terms import make_terms, refuse_unknown
+from server.api.services import ServicesDep
+from server.errors import BadRequest
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/responses", responses=ANSWERS)
+async def responses(body: ResponsesRequest, request: Request, services: ServicesDep) -> Response:
+    """Nothing is stored: `store` is false in every answer, and what would read from the store is refused."""
+    refuse_unknown(body, services)
+    chat = body.chat()
+    try:
+        terms = make_terms(chat, 1, request, services)
+        traces = TraceWriter.of(chat.routing_trace, terms.route.policy, services.config)
+        dialect = ResponsesDialect(body, terms.service_tier, services, traces)
+        generation = await until_disconnect(request, chat_generation(chat, dialect.id, terms, services))
+    except BadRequest as error:
+        raise in_own_words(error) from error
+    return await answer(generation, dialect, chat, request, services)

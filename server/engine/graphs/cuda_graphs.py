@@ -1,0 +1,138 @@
+"""Decode steps as CUDA graphs: one per batch size of a fixed list, captured at start, replayed with whatever the buffers hold.
+
+Everything that differs between two steps (tokens, policies, masks, block tables, sampling parameters) is content of memory that
+never moves, so a new request, policy or default replays the same graph.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from ladimo.model.inputs import RoutingTables
+from ladimo.model.kv_cache import KVCache
+from ladimo.model.transformer import MoeTransformer
+from server.engine.batch import Batch
+from server.engine.graphs.step_buffers import Staging, StepBuffers
+from server.engine.sampling.sampler import sample
+
+# A larger step is busy enough on the device that launching it one kernel at a time costs little.
+LARGEST_BUCKET = 512
+
+Replay = Callable[[], None]
+
+
+class GraphCapturer(Protocol):
+    """How a step becomes something that can be run again. Called with the largest step first."""
+
+    def capture(self, step: Callable[[], None]) -> Replay: ...
+
+
+class Rerun:
+    """Runs the captured step again instead of replaying a graph. For machines without a CUDA device: a step that kept anything
+    of the moment of its capture would show here, too."""
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        step()
+        return step
+
+
+class CudaGraphs:
+    """Graphs of one device, which share one memory pool because they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        """Runs `step` twice before: libraries and kernels set themselves up on first use, which must not be captured."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            step()
+            step()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on the device meanwhile does not break the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+
+def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, then by 8 to 256 and by 16 to 512, none above `max_num_seqs`, which is one itself if it is no larger."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_BUCKET + 1, 16)]
+    largest = min(max_num_seqs, LARGEST_BUCKET)
+    return tuple(sorted({size for size in sizes if size < largest} | {largest}))
+
+
+class DecodeGraphs:
+    """Three graphs per bucket: the step, which ends with the likeliest token of every row, and two draws of other tokens, which
+    steps without random sampling skip. Only one of these knows top-k, top-p and min-p, which need the vocabulary sorted.
+
+    `captures` counts graphs; it stays what it is after construction.
+    """
+
+    def __init__(
+        self,
+        model: MoeTransformer,
+        kv_cache: KVCache,
+        tables: RoutingTables,
+        blocks_per_row: int,
+        buckets: tuple[int, ...],
+        capturer: GraphCapturer,
+    ) -> None:
+        assert buckets and list(buckets) == sorted(set(buckets))
+        self._model, self._kv_cache, self._tables = model, kv_cache, tables
+        self.buckets = buckets
+        self.buffers = StepBuffers.allocate(model.config, buckets[-1], blocks_per_row, kv_cache.k.dtype, kv_cache.k.device)
+        self._staging = Staging(self.buffers, kv_cache.k.shape[2])
+        self._steps: dict[int, Replay] = {}
+        self._draws: dict[tuple[int, bool], Replay] = {}
+        self.captures = 0
+        with torch.inference_mode():
+            self._capture_all(capturer)
+
+    def bucket(self, batch: Batch) -> int | None:
+        """The smallest bucket that holds the batch; None for one with prompts in it, or too large."""
+        place = bisect_left(self.buckets, len(batch.decode))
+        return None if batch.prefill or place == len(self.buckets) else self.buckets[place]
+
+    def fill(self, batch: Batch, bucket: int) -> None:
+        self._staging.fill(batch, bucket)
+
+    def replay_step(self, bucket: int) -> None:
+        """Compute the rows: `logits`, `results` and `expert_ids` of the buffers, the cache, the counters."""
+        self._steps[bucket]()
+
+    def replay_draw(self, bucket: int, cuts: bool) -> None:
+        """Draw from the logits under the rows' sampling parameters: the tokens of `results`. `cuts`: see `SamplingInputs`."""
+        self._draws[bucket, cuts]()
+
+    def _capture_all(self, capturer: GraphCapturer) -> None:
+        counters = (self._tables.expert_tokens, self._tables.distinct_experts)
+        before = [counter.clone() for counter in counters]
+        for rows in reversed(self.buckets):
+            self._steps[rows] = capturer.capture(lambda rows=rows: self._step(rows))  # type: ignore[misc]
+            for cuts in (True, False):
+                self._draws[rows, cuts] = capturer.capture(lambda rows=rows, cuts=cuts: self._draw(rows, cuts))  # type: ignore[misc]
+            self.captures += 3
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)  # the steps run for the capture are nobody's
+
+    def _step(self, rows: int) -> None:
+        buffers = self.buffers
+        inputs = buffers.step_inputs(rows)
+        logits, expert_ids = self._model.step(inputs, self._kv_cache, self._tables)
+        buffers.logits[:rows].copy_(logits)
+        buffers.results[:rows, 0].copy_(logits.argmax(dim=-1))
+        if expert_ids is not None:
+            self._model.backend.record(self._tables, expert_ids, inputs.policy_ids)
+            buffers.expert_ids[:, :rows].copy_(expert_ids)
+            buffers.results[:rows, 1:].copy_((expert_ids >= 0).sum(dim=-1).t())
+
+    def _draw(self, rows: int, cuts: bool) -> None:
+        drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))
+        self.buffers.results[:rows, 0].copy_(drawn)

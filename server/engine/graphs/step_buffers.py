@@ -1,0 +1,153 @@
+"""The memory of a captured decode step: allocated once, filled before each replay, read after it.
+
+Legend: R rows (the most a captured step has), N blocks per row, V vocabulary, L layers, E experts (the most any layer has).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ladimo.model.config import ModelConfig
+from ladimo.model.inputs import StepInputs
+from server.engine.batch import Batch
+from server.engine.sampling.sampler import SamplingInputs, uniform
+
+# Rows of `integers` and `floats`.
+INPUT_IDS, PREVIOUS, POSITIONS, POLICY_IDS, SLOT_MAPPING, CONTEXT_LENS, TOP_K = range(7)
+TEMPERATURE, TOP_P, MIN_P, UNIFORM = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """What a captured step reads and writes besides weights, cache and routing tables, at fixed addresses.
+
+    The inputs lie together, so that three copies fill them. Padding rows are zeros with a context of 1: they write to and read
+    the null block under the policy row "none". `previous` is one plus the row of the step before whose token this row continues
+    with, 0 where the host knows the token.
+
+    Example, two rows in a bucket of 4 that continue with the tokens which rows 0 and 2 of the step before drew:
+    input_ids [0, 0, 0, 0]  previous [1, 3, 0, 0]  positions [9, 5, 0, 0]  policy_ids [3, 1, 0, 0]  context_lens [10, 6, 1, 1]
+    """
+
+    integers: Tensor  # [7, R] int64: input_ids, previous, positions, policy_ids, slot_mapping, context_lens, top_k
+    floats: Tensor  # [4, R] float64: temperature, top_p, min_p, uniform
+    block_table: Tensor  # [R, N] int64
+    logits: Tensor  # [R, V]
+    results: Tensor  # [R, 1 + L] int64: the token drawn, then by layer how many experts ran
+    expert_ids: Tensor  # [L, R, E] int64, -1 where no expert ran
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, rows: int, blocks_per_row: int, dtype: torch.dtype, device: torch.device
+    ) -> "StepBuffers":
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        num_layers = config.num_hidden_layers
+        integers = zeros(7, rows)
+        integers[CONTEXT_LENS] = 1  # attention over nothing would not be a number, and the null block would keep it
+        return cls(
+            integers=integers,
+            floats=zeros(4, rows, dtype=torch.float64),
+            block_table=zeros(rows, blocks_per_row),
+            logits=zeros(rows, config.vocab_size, dtype=dtype),
+            results=zeros(rows, 1 + num_layers),
+            expert_ids=zeros(num_layers, rows, config.max_num_experts) - 1,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.block_table.shape[0]
+
+    def step_inputs(self, rows: int) -> StepInputs:
+        """The first `rows` rows as a decode step. Reads the tokens that the step before left in `results`."""
+        previous = self.integers[PREVIOUS, :rows]
+        drawn = self.results[:, 0][(previous - 1).clamp(min=0)]
+        return StepInputs(
+            input_ids=torch.where(previous > 0, drawn, self.integers[INPUT_IDS, :rows]),
+            positions=self.integers[POSITIONS, :rows],
+            policy_ids=self.integers[POLICY_IDS, :rows],
+            slot_mapping=self.integers[SLOT_MAPPING, :rows],
+            block_table=self.block_table[:rows],
+            context_lens=self.integers[CONTEXT_LENS, :rows],
+            num_decode=rows,
+        )
+
+    def sampling_inputs(self, rows: int, cuts: bool) -> SamplingInputs:
+        return SamplingInputs(
+            temperature=self.floats[TEMPERATURE, :rows],
+            top_p=self.floats[TOP_P, :rows],
+            top_k=self.integers[TOP_K, :rows],
+            min_p=self.floats[MIN_P, :rows],
+            uniform=self.floats[UNIFORM, :rows],
+            cuts=cuts,
+        )
+
+
+class Staging:
+    """The host's side of the inputs: pinned where there is a device, so that the copies wait for nothing."""
+
+    def __init__(self, buffers: StepBuffers, block_size: int) -> None:
+        self._buffers, self._block_size = buffers, block_size
+        self._on_device = buffers.integers.device.type == "cuda"
+        self._host = [
+            torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=self._on_device)
+            for tensor in (buffers.integers, buffers.floats, buffers.block_table)
+        ]
+        self._integers, self._floats, self._block_table = (tensor.numpy() for tensor in self._host)
+        self._tables: list[list[int]] = [[] for _ in range(buffers.num_rows)]  # what the host's block table holds
+        self._copied = torch.cuda.Event() if self._on_device else None
+
+    def fill(self, batch: Batch, rows: int) -> None:
+        """Lay out a batch of decoding sequences, padded to `rows`, and start the copies to the device."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the copies of the step before: long done, unless the host runs ahead
+        sequences, count = batch.decode, len(batch.decode)
+        ahead = int(batch.previous is not None)
+        positions = [sequence.num_computed + ahead for sequence in sequences]
+        size = self._block_size
+        integers = self._integers
+        integers[:, count:] = 0
+        integers[CONTEXT_LENS, count:] = 1
+        if batch.previous is None:
+            integers[INPUT_IDS, :count] = [s.token_ids(p, p + 1)[0] for s, p in zip(sequences, positions, strict=True)]
+            integers[PREVIOUS, :count] = 0
+        else:
+            integers[PREVIOUS, :count] = [row + 1 for row in batch.previous]
+        integers[POSITIONS, :count] = positions
+        integers[POLICY_IDS, :count] = [s.policy_row for s in sequences]
+        integers[SLOT_MAPPING, :count] = [
+            s.block_table[position // size] * size + position % size for s, position in zip(sequences, positions, strict=True)
+        ]
+        integers[CONTEXT_LENS, :count] = [position + 1 for position in positions]
+        for row in range(rows):
+            self._write_table(row, sequences[row].block_table if row < count else [])
+        self._fill_sampling(batch, ahead)
+        for target, source in zip(
+            (self._buffers.integers, self._buffers.floats, self._buffers.block_table[:rows]),
+            (self._host[0], self._host[1], self._host[2][:rows]),
+            strict=True,
+        ):
+            target.copy_(source, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _write_table(self, row: int, table: list[int]) -> None:
+        if self._tables[row] != table:
+            self._block_table[row, : len(table)] = table
+            self._block_table[row, len(table) :] = 0
+            self._tables[row] = table.copy()
+
+    def _fill_sampling(self, batch: Batch, ahead: int) -> None:
+        count, params = len(batch.decode), [s.request.sampling for s in batch.decode]
+        if batch.greedy:
+            return  # nobody reads them
+        self._integers[TOP_K, :count] = [p.top_k for p in params]
+        self._floats[:, :count] = [
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [uniform(s.seed, s.num_tokens + ahead) if s.request.sampling.temperature else 0.0 for s in batch.decode],
+        ]
+        self._floats[:, count:] = 0
