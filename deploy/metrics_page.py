@@ -6,22 +6,23 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from server.metrics import Declaration, Metrics
+from server.exposition import Declaration
+from server.metrics import Metrics
 
 PAGE = Path(__file__).parent / "METRICS.md"
 HEAD = """# Metrics
 
 Made from the code by `python -m deploy.metrics_page`; do not edit.
 
-`GET /metrics` serves these and prometheus_client's `process_*` and `python_*` metrics. Units are seconds, tokens, and shares
-from 0 to 1. Counters count from the start of the process. `policy` is the policy a request ran under. Layers and experts count
-from 0, and only layers with experts are exported. "As of the last step" means that a figure stands still while the engine does.
+`GET /metrics` serves these metrics, and the `process_*` and `python_*` metrics of prometheus_client. Times are in seconds,
+shares from 0 to 1. Counters count from the start of the process. `policy` is the policy that a request ran under. Layers and
+experts are numbered from 0, and only layers with experts are exported. "At the last step" means that the figure does not change
+while the engine does no steps.
 
-`ladimo_expert_tokens_total` has one series for each policy, layer, and expert that a version of the policy may choose there: of
-those that its rule names in `experts`, all, or the first `top_k` in a layer without a router. What a policy leaves out on
-purpose has no series and counts neither as unused nor as uneven. In a large model these are many series. By default
-(`--expert-metrics auto`) they are exported if the experts of all layers times the policies at the start are at most 5000;
-`full` always exports them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are always exported.
+`ladimo_expert_tokens_total` has one series for each policy, layer, and expert that the policy may choose there. An expert that
+a policy leaves out has no series, and counts neither as unused nor as uneven. A large model has many of these series.
+`--expert-metrics auto`, the default, exports them if experts times policies are at most 5000 at the start. `full` always
+exports them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are always exported.
 """
 
 

@@ -4,10 +4,26 @@ has changed. The bytes are those that prometheus_client writes, at a fraction of
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
+from typing import Literal
 
 from prometheus_client.utils import floatToGoString
+
+PREFIX = "ladimo_"
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A metric as it is exported. `name` is without the suffixes _bucket, _sum and _count; `buckets` are upper bounds, empty
+    where they depend on the model."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
 
 
 class Row:

@@ -83,7 +83,15 @@ TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ("server.policies", None, ("torch", "server.api", "server.app", *WEB)),
     ("server.text", None, ("torch", "server.api", "server.app", "server.engine", *WEB)),
     ("server.api", None, ("torch", "server.app", "server.settings")),
-    ("server.metrics", ("prometheus_client", "server.engine.messages", "server.engine.request", "server.exposition"), ()),
+    (
+        "server.metrics",
+        (
+            *("prometheus_client", "server.engine.messages", "server.engine.request"),
+            *("server.exposition", "server.expert_metrics"),
+        ),
+        (),
+    ),
+    ("server.expert_metrics", ("server.engine.messages", "server.exposition"), ()),
     ("server.exposition", ("prometheus_client",), ()),
 ]
 SEEN_FROM_API = (

@@ -115,7 +115,7 @@ def service() -> dashboard.Dashboard:
                         (f"sum ({gauge('ladimo_requests_waiting')})", "waiting"),
                         (f"sum ({gauge('ladimo_requests_in_flight')})", "in flight"),
                     ],
-                    text="Running and waiting are as of the last step; in flight is counted at the door.",
+                    text="Running and waiting: at the last step. In flight: counted by the HTTP layer.",
                 ),
                 graph("KV cache used", [(gauge("ladimo_kv_cache_usage_ratio"), "{{instance}}")], "percentunit"),
                 graph("Preemptions", [(rate("ladimo_preemptions_total", "instance"), "{{instance}}")], "cps"),

@@ -67,15 +67,16 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("snippet", runnable("bash"), ids=ids)
 def test_shell(snippet: Snippet, place: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    for command in snippet.commands:
-        program, *arguments = shlex.split(command)
+    commands = [shlex.split(command) for command in snippet.commands]
+    if not any(command[0].startswith("ladimo") for command in commands):
+        run_shell(snippet.code.replace(ADDRESS, address))
+        return
+    for program, *arguments in commands:
         if program == "ladimo":
             run_ladimo(arguments)
-        elif program == "ladimo-server":
-            settings = read_settings(arguments)
-            assert Path(settings.model or "").is_dir()
         else:
-            run_shell(command.replace(ADDRESS, address))
+            assert program == "ladimo-server"
+            assert Path(read_settings(arguments).model or "").is_dir()
 
 
 def run_ladimo(arguments: list[str]) -> None:
@@ -95,13 +96,13 @@ def quick(arguments: list[str]) -> list[str]:
     return [*arguments, "--recipe", str(recipe), "--tokens", QUICK_TOKENS]
 
 
-def run_shell(command: str) -> None:
-    """Raises AssertionError with what was printed when the command, or an HTTP request of it, fails."""
+def run_shell(commands: str) -> None:
+    """Raises AssertionError with what was printed when a command, or an HTTP request of one, fails."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    script = f'set -euo pipefail; curl() {{ command curl -sS --fail-with-body "$@"; }}; {command}'
+    script = f'set -euo pipefail; curl() {{ command curl -sS --fail-with-body "$@"; }}\n{commands}'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("snippet", runnable("python"), ids=ids)
