@@ -13,11 +13,12 @@ from tqdm import tqdm
 import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_json, read_policies, resolve_directory
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
-from ladimo.convert.methods import METHODS
+from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
+from ladimo.convert.progress import reporting
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
-from ladimo.convert.report.files import REPORT, render_report
-from ladimo.convert.report_figures import read_comparison, read_throughput
+from ladimo.convert.report.outside import read_comparison, read_throughput
+from ladimo.convert.report_files import REPORT, render_report
 from ladimo.convert.reprofile import reprofile
 from ladimo.export import export, targets
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("ladimo")
 
 
 class ProgressHandler(logging.Handler):
-    """Lines on stderr that do not tear a progress bar."""
+    """Lines on stderr that leave progress bars whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        options.run(options)
+        with reporting():
+            options.run(options)
     except KeyboardInterrupt:
         print("ladimo: interrupted; the same command resumes a conversion", file=sys.stderr)
         return 1
@@ -62,13 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     on_device = argparse.ArgumentParser(add_help=False)
-    on_device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, CUDA where there is one)")
+    on_device.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, which is CUDA if there is a GPU)"
+    )
     with_dense = argparse.ArgumentParser(add_help=False)
-    with_dense.add_argument("--dense", type=Path, metavar="DIR", help="where the dense source is now, if it was moved")
+    with_dense.add_argument("--dense", type=Path, metavar="DIR", help="the dense source, if it was moved since the conversion")
 
     parser = argparse.ArgumentParser(
         prog="ladimo",
-        description="Turn a dense LLaMA into a Mixture-of-Experts by layer-wise distillation, and measure what it costs.",
+        description="Turn a dense LLaMA into a Mixture-of-Experts, and measure what that costs.",
         epilog="`ladimo COMMAND --help` explains a command. Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
     parser.add_argument("--version", action="version", version=f"ladimo {ladimo.__version__}")
@@ -78,39 +82,44 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         parents=[on_device, common],
         help="make a MoE checkpoint from a dense LLaMA",
-        description="Make the MoE checkpoint OUT from DENSE. Interrupted, the same command resumes. Flags override the recipe.",
+        description="Make the MoE checkpoint OUT from DENSE. After an interruption the same command resumes. Flags override "
+        "the recipe. Progress is a bar on a terminal, otherwise a line at least every 30 seconds.",
     )
     command.add_argument("source", metavar="DENSE", help="LLaMA directory in Hugging Face layout, or a hub id")
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears whole or not at all")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears complete or not at all")
     command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: elastic)")
     command.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="calibration text, UTF-8 (default: Python's standard library)"
     )
     command.add_argument("--tokens", type=int, metavar="N", help="calibration tokens (default: 100000)")
     command.add_argument("--experts", type=int, metavar="E", help="experts per converted layer (default: 8)")
-    command.add_argument("--top-k", type=int, metavar="K", help="experts per token that layers are trained for (default: 2)")
+    command.add_argument("--top-k", type=int, metavar="K", help="experts per token in methods that train a router (default: 2)")
     command.add_argument("--layers", type=layers_flag, metavar="auto|all|0,3,5-9", help="layers to convert (default: auto)")
     command.add_argument(
-        "--target-active", type=float, metavar="R", help="active / dense parameters that auto goes down to (default: 0.8)"
+        "--target-active", type=float, metavar="R", help="share of the dense model's active parameters to reach (default: 0.8)"
     )
     command.add_argument(
         "--max-perplexity-ratio",
         type=float,
         metavar="R",
-        help="add the cheapest policy whose perplexity is at most R times the dense one",
+        help="add the cheapest policy whose perplexity is at most R times that of the dense model",
     )
-    command.add_argument("--recipe", type=Path, metavar="FILE.toml", help="values for all of these and the training")
-    command.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    command.add_argument("--recipe", type=Path, metavar="FILE.toml", help="values for all of these flags, and for the training")
+    command.add_argument("--seed", type=int, help="random seed (default: 0)")
     command.add_argument(
-        "--jobs", type=positive_flag, default=1, metavar="N", help="layers trained side by side, the same result (default: 1)"
+        "--jobs",
+        type=positive_flag,
+        default=1,
+        metavar="N",
+        help="layers to train side by side; the result is the same (default: 1)",
     )
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
         "evaluate",
         parents=[with_dense, on_device, common],
-        help="perplexity and cost of policies on a text",
-        description="Perplexity, cost and agreement with the dense source of a model's policies. Works on dense models too.",
+        help="measure perplexity and cost of policies on a text",
+        description="Measure a model's policies: perplexity, cost and agreement with the dense source. Dense models work, too.",
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory, or a hub id")
     command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to score, UTF-8")
@@ -124,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="FILE",
-        help="BLiMP, ARC, PIQA, OpenBookQA, MMLU, WinoGrande or LAMBADA files, or directories of such",
+        help="files of BLiMP, ARC, PIQA, OpenBookQA, MMLU, WinoGrande or LAMBADA, or directories of such files",
     )
     command.add_argument("--items", type=positive_flag, metavar="N", help="the first N items of each task (default: all)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -133,11 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "profile",
         parents=[with_dense, on_device, common],
-        help="re-profile routing weights and rebuild policies and frontier, without training",
-        description="Profile the routing weights on another text and rebuild policies, frontier and report in place.",
+        help="choose policies and frontier anew for another text, without training",
+        description="Profile the routing weights on another text, and rebuild policies, frontier and report in place.",
     )
     command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
-    command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text like that which will be served, UTF-8")
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", required=True, help="text of the kind that the model will serve, UTF-8"
+    )
     command.set_defaults(run=run_profile)
 
     command = commands.add_parser("policies", parents=[common], help="list a model's policies with versions and figures")
@@ -158,10 +169,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--target", choices=list(targets()), default="dense", help="default: dense")
     command.set_defaults(run=run_export)
 
-    command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json")
+    command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json again")
     command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
-    command.add_argument("--comparison", type=Path, metavar="FILE", help="JSON of conversion_bench: methods at equal budgets")
-    command.add_argument("--throughput", type=Path, metavar="FILE", help="JSON of engine_bench: decoding speed by policy")
+    command.add_argument(
+        "--comparison", type=Path, metavar="FILE", help="JSON of loadtests.conversion_bench: methods at equal budgets"
+    )
+    command.add_argument(
+        "--throughput", type=Path, metavar="FILE", help="JSON of loadtests.engine_bench: decoding speed by policy"
+    )
     command.set_defaults(run=run_report)
     return parser
 
@@ -234,7 +249,7 @@ def run_policies(options: argparse.Namespace) -> None:
         {
             **policy.to_dict(),
             "version": policy.version,
-            # Figures hold for the rules they were measured with, not for a policy edited since.
+            # Figures belong to the rules that were measured, not to a policy that was edited since.
             "figures": figures if (figures := measured.get(name)) and figures["version"] == policy.version else None,
         }
         for name, policy in policies.items()

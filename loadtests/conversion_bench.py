@@ -26,12 +26,12 @@ from ladimo.checkpoint import choose_device, read_config, read_json, read_polici
 from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_blocks
 from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import Rules
-from ladimo.convert.methods.elastic.substitutes import MAX_STEPS
+from ladimo.convert.methods.elastic.recipe import MAX_STEPS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.report.charts import comparison_chart
-from ladimo.convert.report.files import REPORT
-from ladimo.convert.streamed_model import StreamedModel, experts_of
+from ladimo.convert.report.outside import comparison_chart
+from ladimo.convert.report_files import REPORT
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.policy import LayerRule
 from loadtests.common.conditions import conditions
@@ -184,7 +184,7 @@ def run_variant(
             seconds = time.monotonic() - started
             own = StreamedModel(out, dense.device)
             points = variant.points(out, own.config, budget)
-            measured = measure(dense, experts_of(own), blocks, [reference, *points.values()], reference)
+            measured = measure(dense, own.experts, blocks, [reference, *points.values()], reference)
             stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             for target, rules in points.items():
                 found = measured[rules]

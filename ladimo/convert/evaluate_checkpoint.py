@@ -1,4 +1,4 @@
-"""Work on a finished checkpoint: evaluate its policies, profile it again. Neither trains anything."""
+"""`ladimo evaluate`: perplexity, cost and task scores of a checkpoint's policies. Trains nothing."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ladimo.convert.evaluation.measure import figures, measure, num_scored
 from ladimo.convert.evaluation.tasks import PROTOCOL, EncodedTask, encode_task, read_task, score_task, task_files
 from ladimo.convert.evaluation.variants import Rules
 from ladimo.convert.provenance import find_dense_source
-from ladimo.convert.streamed_model import ExpertSource, StreamedModel, experts_of
+from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.policy import RoutingPolicy
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def evaluate_checkpoint(
     model, experts = own, None
     source = find_dense_source(directory, dense) if own.config.moe_layer_indices else None
     if source is not None:
-        model, experts = StreamedModel(source, own.device), experts_of(own)
+        model, experts = StreamedModel(source, own.device), own.experts
     variants = [entry.layers for entry in chosen]
     reference: Rules | None = None
     if model.config.moe_layer_indices:

@@ -1,7 +1,7 @@
-"""One function over many items in local processes: layers of a conversion on the cores or the device of one machine.
+"""One function for many items, in processes on this machine.
 
-Workers are spawned, never forked (CUDA and thread pools do not survive a fork), and each runs torch on the same number of CPU
-threads whatever the number of jobs, since sums taken by another number of threads differ in their last bits.
+Workers are spawned, never forked: CUDA and thread pools do not survive a fork. All run torch on the same number of CPU threads,
+because sums taken by another number of threads differ in their last bits.
 """
 
 import io
@@ -28,15 +28,15 @@ LOGGER = "ladimo"  # the logger whose lines workers hand over
 def run_jobs(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int, threads: int = 1
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) as the results come, in no certain order, from `jobs` processes of `threads` CPU threads each.
+    """(item, function(item)) in the order in which results come, from `jobs` processes with `threads` CPU threads each.
 
-    With one job the work is done here, on as many threads. `function` is importable by name, and it, the items and the results
-    can be pickled; large tensors belong in files, which the caller names in the items. An item is taken from `items` when a
-    process is free for it, so that at most `jobs` are out at once. Log lines of the workers appear in this process.
+    With one job the work is done in this process, on as many threads. `function`, the items and the results must be
+    picklable. Large tensors belong in files whose names the items hold. An item is taken from `items` only when a process is
+    free for it, so at most `jobs` items are out at once. Log lines of the workers appear in this process.
 
-    Raises the first exception that a worker met (ValueError, OSError and MemoryError as such, others as RuntimeError), and
-    ChildProcessError when one was killed. The other workers are ended at once, as they are when the iterator is closed or the
-    program interrupted: work done in files must be finished by an atomic step.
+    Raises the first exception that a worker met: ValueError, OSError and MemoryError as such, others as RuntimeError. Raises
+    ChildProcessError when a worker was killed. The other workers are then ended at once, and so they are when the iterator is
+    closed or the program interrupted. Work in files must therefore end in an atomic step.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -75,7 +75,7 @@ def run_jobs(
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """torch on this many CPU threads in the calling process, for a while."""
+    """Inside, torch uses this many CPU threads in the calling process."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -90,7 +90,7 @@ def _start(workers: dict[Connection, BaseProcess], function: Callable[[Item], Re
     level = logging.getLogger(LOGGER).getEffectiveLevel()
     process = context.Process(target=_work, args=(there, function, threads, level), daemon=True)
     process.start()
-    there.close()  # with our copy closed, its end is the end of the worker
+    there.close()  # then the pipe ends when the worker ends
     workers[here] = process
     here.send(item)
     return here
@@ -127,7 +127,7 @@ class _Send(logging.Handler):
 
 
 class _Lines(io.TextIOWrapper):
-    """A stream that says it is no terminal, so that progress bars of several workers do not write over each other."""
+    """A stream that denies being a terminal, so that workers draw no progress bars over each other."""
 
     def isatty(self) -> bool:
         return False
@@ -159,7 +159,7 @@ def _work(connection: Connection, function: Callable[[Any], Any], threads: int, 
 
 
 def _end_with_parent() -> None:
-    """A killed parent must not leave workers that write into files which the next run writes too."""
+    """End this worker when its parent is killed: the next run will write the same files."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -167,7 +167,7 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that can be pickled whatever the worker met, with the message; where it arose goes along as a note."""
+    """The error as one that can be pickled, with its message. A note holds the traceback."""
     kind = next((kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind)), None)
     portable = RuntimeError(f"{type(error).__name__}: {error}") if kind is None else kind(str(error))
     portable.add_note("".join(traceback.format_exception(error)))

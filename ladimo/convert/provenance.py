@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: what is stored in provenance.json, and how the dense source is found again."""
+"""provenance.json: where a checkpoint comes from. It also tells where the dense source is."""
 
 import hashlib
 import platform
@@ -20,7 +20,7 @@ PROVENANCE = "provenance.json"
 def conversion_arguments(
     source: str, directory: Path, recipe: Recipe, text: Sequence[Path] | None, device: str
 ) -> dict[str, Any]:
-    """What must be equal for an interrupted conversion to resume."""
+    """What must be the same for an interrupted conversion to resume."""
     files = [{"path": str(file.resolve()), "sha256": file_hash(file)} for file in text or ()]
     return {
         "source": {"name": source, "path": str(directory.resolve()), "sha256": content_hash(directory)},
@@ -49,9 +49,9 @@ def provenance(arguments: Mapping[str, Any], device: torch.device) -> dict[str, 
 
 
 def find_dense_source(model: Path, dense: Path | None) -> Path | None:
-    """The dense checkpoint a converted one was made from, when it is still there and unchanged.
+    """The dense checkpoint that a converted one was made from, None when it is gone or has changed.
 
-    dense: where it is now, if not where provenance.json says. Raises ValueError when that is another model.
+    dense: where it is now, if it was moved. Raises ValueError when there is another model.
     """
     if not (model / PROVENANCE).exists():
         if dense is not None:

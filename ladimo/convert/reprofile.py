@@ -1,4 +1,5 @@
-"""`ladimo profile`: measure a converted checkpoint's routing on another text and rebuild policies, frontier and report."""
+"""`ladimo profile`: measure a converted checkpoint on another text and rebuild its policies, frontier and report. Trains
+nothing."""
 
 import logging
 from pathlib import Path
@@ -17,26 +18,24 @@ from ladimo.checkpoint import (
     write_policy,
 )
 from ladimo.convert.data.calibration import Encoder, calibrate
-from ladimo.convert.evaluate_checkpoint import _named
 from ladimo.convert.evaluation.measure import num_scored
-from ladimo.convert.pipeline import recipe_taus
-from ladimo.convert.policies.candidates import budget_candidates, routed_candidates
-from ladimo.convert.policies.choose import NAMED
+from ladimo.convert.methods.registry import get_method
+from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.policies.frontier import measure_frontier
-from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.provenance import PROVENANCE, device_name, file_hash, find_dense_source
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.report.files import REPORT, policy_entries, write_report
-from ladimo.convert.streamed_model import StreamedModel, experts_of
+from ladimo.convert.report_files import REPORT, policy_entries, write_report
+from ladimo.convert.streamed_model import StreamedModel
 
 logger = logging.getLogger(__name__)
 
 
 def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "auto") -> dict[str, Any]:
-    """Profile the routing weights on another text, rebuild policies, frontier and report in place; returns the report.
+    """Rebuild policies, frontier and report in place, and return the report.
 
     The text is cut as in a conversion: a fifth of the recipe's tokens to evaluate, as many others to profile. Policies that
-    a user added stay. Raises ValueError when the model is dense or its dense source is not at hand.
+    a user added stay. dense: where the dense source is, if not where provenance.json says. Raises ValueError when the model is
+    dense or its dense source is not at hand.
     """
     directory = resolve_directory(name)
     own = StreamedModel(directory, choose_device(device))
@@ -47,27 +46,14 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
         raise ValueError(f"{directory}: its dense source is needed and not where {PROVENANCE} says; give --dense DIR")
     report: dict[str, Any] = read_json(directory / REPORT)
     recipe = Recipe.from_dict(report["recipe"])
-    encoder = Encoder(directory, own.config)
-    calibration = calibrate(encoder, recipe.tokens, recipe.seed, [text])
+    calibration = calibrate(Encoder(directory, own.config), recipe.tokens, recipe.seed, [text])
     if calibration.note:
         logger.warning("%s", calibration.note)
-    model, experts = StreamedModel(source, own.device), experts_of(own)
     profiled = torch.cat((calibration.fit, calibration.holdout))[-max(1, len(calibration.evaluation)) :]
-    profiles: dict[int, LayerProfile] = {}
-    if "elastic" in report:
-        stored = read_policies(directory, own.config)
-        names = [*NAMED, *(budget["policy"] for budget in report["elastic"]["budgets"])]
-        named = {name: _named(stored, name).layers for name in names}
-        candidates, guard = budget_candidates(model, experts, own.config, named, profiled, recipe)
-    else:
-        for index, _, inputs, targets in model.ffn_data(profiled, own.config.moe_layer_indices):
-            profiles[index] = profile_layer(experts(index), inputs, targets, recipe_taus(recipe.policies))
-            logger.info("layer %d: best expert's weight %.2f", index, profiles[index].mean_best_weight)
-        candidates, guard = routed_candidates(model, experts, own.config, profiles, profiled, recipe)
-    points = measure_frontier(model, experts, own.config, candidates, calibration.evaluation, guard)
-    for layer in report["layers"]:
-        if layer["layer"] in profiles:
-            layer["profile"] = profiles[layer["layer"]].to_dict()
+    model = ConvertedModel(StreamedModel(source, own.device), own.experts, own.config)
+    stored = read_policies(directory, own.config)
+    candidates = get_method(recipe.method).reprofile(recipe, model, stored, profiled, report)
+    points = measure_frontier(model, candidates, calibration.evaluation)
     report["source"]["perplexity"] = points.dense_perplexity
     report["conditions"]["profiled"] = {
         "text": {"path": str(text.resolve()), "sha256": file_hash(text)},

@@ -1,5 +1,4 @@
-"""The dense checkpoint that a conversion starts from, checked before any work: a wrong input is refused at once, by file and
-field."""
+"""Checks of the dense checkpoint before any work. A wrong one is refused at once, naming the file and the field."""
 
 import math
 from collections.abc import Iterator
@@ -13,12 +12,12 @@ from ladimo.convert.data.calibration import Encoder
 from ladimo.model.config import ModelConfig
 from ladimo.model.transformer import MoeTransformer
 
-COMPUTED = "rotary_emb.inv_freq"  # older releases of transformers stored it; it follows from config.json
+COMPUTED = "rotary_emb.inv_freq"  # stored by older releases of transformers, but computed from config.json
 
 
 def check_source(directory: Path) -> ModelConfig:
-    """Raises ValueError unless this is a whole dense model with its own tokenizer: every tensor that the configuration asks
-    for is there, of its shape and finite, and no layer has any other. Reads every weight once, one tensor at a time."""
+    """Raises ValueError unless this is a whole dense model with its own tokenizer: it has every tensor that the configuration
+    asks for, in the right shape and finite, and its layers have no others. Reads every weight once, one tensor at a time."""
     config = read_config(directory)
     if config.moe_layer_indices:
         raise ValueError(f"{directory}: is converted already; give the dense model")

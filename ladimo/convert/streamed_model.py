@@ -1,4 +1,6 @@
-"""A checkpoint read one layer at a time, its hidden states kept on the host. The weights of one layer are in memory at once.
+"""A checkpoint that is run one layer at a time, its hidden states kept on the host.
+
+Layers that fit in a fixed amount of memory stay loaded; of the others, one is in memory at a time.
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
 """
@@ -7,31 +9,53 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ladimo.checkpoint import TensorReader, choose_dtype, load_layer, load_without_layers, read_config
+from ladimo.checkpoint import TensorReader, choose_dtype, load_layer, load_without_layers, read_config, stored_dtype
+from ladimo.convert.kept import Kept
+from ladimo.convert.progress import track
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
-ExpertSource = Callable[[int], ExpertLayer]  # an expert layer on the model's device by its layer's number
+ExpertSource = Callable[[int], ExpertLayer]  # a layer's number -> its expert layer, on the model's device and in its dtype
+
 CHUNK_TOKENS = 8192  # tokens that pass through a layer at once
+KEPT_BYTES = 2**30  # of layers that stay loaded
 
 
 class StreamedModel:
-    """Raises ValueError naming the file when the checkpoint is no LLaMA or not whole."""
+    """dtype: of the weights in memory; "auto" as `choose_dtype`. stored_dtype: of the weights in the files.
 
-    def __init__(self, directory: Path, device: torch.device, dtype: str = "auto") -> None:
+    Raises ValueError naming the file when the checkpoint is no LLaMA or not whole.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, dtype: str = "auto", kept_bytes: int = KEPT_BYTES) -> None:
         self.directory, self.device = directory, device
         self.config = read_config(directory)
         self.reader = TensorReader(directory)
         self.dtype = choose_dtype(dtype, directory, device)
+        self.stored_dtype = stored_dtype(directory)
         self.ends = load_without_layers(self.reader, self.config, self.dtype, device)
+        self._layers: Kept[DecoderLayer] = Kept(kept_bytes, num_bytes)
 
     def layer(self, index: int) -> DecoderLayer:
-        return load_layer(self.reader, self.config, index, self.dtype, self.device)
+        """Shared by all who ask for it: never change it."""
+        return self._layers.get(index, lambda: load_layer(self.reader, self.config, index, self.dtype, self.device))
+
+    def mlp(self, index: int) -> GatedMLP:
+        """The dense FFN of a layer, which must have one."""
+        mlp = self.layer(index).mlp
+        assert isinstance(mlp, GatedMLP)
+        return mlp
+
+    def experts(self, index: int) -> ExpertLayer:
+        """The expert layer of a layer, which must have one."""
+        mlp = self.layer(index).mlp
+        assert isinstance(mlp, ExpertLayer)
+        return mlp
 
     def embed(self, blocks: Tensor) -> Tensor:
         """Token blocks [B, S] -> hidden states [B, S, D] on the host."""
@@ -49,42 +73,37 @@ class StreamedModel:
             yield rows, attended, layer.post_attention_layernorm(attended)
 
     def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, GatedMLP, Tensor, Tensor]]:
-        """Run the dense model; for each wanted layer yield its number, its FFN, and the FFN's inputs and outputs [T, D]
-        on the host. Layers after the last wanted one are not read."""
+        """Run the dense model. For each wanted layer yield its number, its FFN, and the FFN's inputs and outputs [T, D] on the
+        host. Layers after the last wanted one are not read."""
         hidden_states = self.embed(blocks)
-        for index in range(max(wanted, default=-1) + 1):
-            layer = self.layer(index)
-            assert isinstance(layer.mlp, GatedMLP)
+        for index in track(range(max(wanted, default=-1) + 1), "layers"):
+            mlp = self.mlp(index)
             kept: list[tuple[Tensor, Tensor]] = []
-            for rows, attended, ffn_inputs in self.attend(layer, hidden_states):
-                outputs = layer.mlp(ffn_inputs)
+            for rows, attended, ffn_inputs in self.attend(self.layer(index), hidden_states):
+                outputs = mlp(ffn_inputs)
                 hidden_states[rows] = (attended + outputs).view(hidden_states[rows].shape).cpu()
                 if index in wanted:
                     kept.append((ffn_inputs.cpu(), outputs.cpu()))
             if kept:
                 inputs, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
-                yield index, layer.mlp, inputs, targets
+                yield index, mlp, inputs, targets
 
 
-def chunks(sequences: Tensor) -> Iterator[slice]:
-    """Slices over the first dimension of [B, S, ...], each of about CHUNK_TOKENS tokens."""
-    size = max(1, CHUNK_TOKENS // sequences.shape[1])
+def chunks(sequences: Tensor, tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+    """Slices over the first dimension of [B, S, ...], each of about `tokens` tokens."""
+    size = max(1, tokens // sequences.shape[1])
     for start in range(0, len(sequences), size):
         yield slice(start, start + size)
 
 
-def load_experts(reader: TensorReader, prefix: str, layer: MoeLayerConfig, model: StreamedModel) -> ExpertLayer:
-    """One expert layer on the model's device and in its dtype."""
+def load_experts(reader: TensorReader, layer: MoeLayerConfig, model: StreamedModel) -> ExpertLayer:
+    """The expert layer that a reader holds, on the model's device and in its dtype."""
     with torch.device("meta"):
         experts = ExpertLayer(model.config.hidden_size, layer)
-    reader.load(experts, prefix, model.dtype, model.device)
+    reader.load(experts, "", model.dtype, model.device)
     return experts
 
 
-def experts_of(own: StreamedModel) -> ExpertSource:
-    def experts(index: int) -> ExpertLayer:
-        layer = own.config.layers[index]
-        assert layer is not None
-        return load_experts(own.reader, f"model.layers.{index}.mlp.", layer, own)
-
-    return experts
+def num_bytes(module: nn.Module) -> int:
+    """Of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

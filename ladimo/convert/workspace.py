@@ -1,6 +1,6 @@
 """The work directory of a conversion, OUT.partial: finished stages and layers, so that a killed run resumes.
 
-Every stage writes its tensors first and its JSON marker last, each atomically; what has no marker is made again.
+Every stage writes its tensors first and its JSON record last, each in one atomic step. A stage without a record is made again.
 """
 
 import shutil
@@ -22,9 +22,9 @@ ARGUMENTS = "arguments.json"
 
 
 class Workspace:
-    """Nothing is written before there is something to keep, so that refused input leaves no trace.
+    """The directory is made with the first file that is worth keeping, so that refused input leaves no trace.
 
-    Raises ValueError when the directory belongs to a conversion with other arguments, naming the difference.
+    Raises ValueError, naming the difference, when the directory belongs to a conversion with other arguments.
     """
 
     def __init__(self, out: Path, arguments: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Workspace:
             raise ValueError(f"{self.directory}: exists and is not the work directory of a conversion")
 
     def stage(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stage's JSON record, made if it is not there yet."""
+        """The JSON record of a stage. `make` is called if there is none yet."""
         if not (self.directory / f"{name}.json").exists():
             write_json(self.directory / f"{name}.json", make())
         return self.record(name)
@@ -67,7 +67,7 @@ class Workspace:
         return tensors
 
     def save_layer(self, index: int, layer: ExpertLayer, dtype: torch.dtype) -> None:
-        """Weights in the source's dtype, which is what every figure is measured with."""
+        """In the source's dtype, so that every figure is measured with the weights as they are stored."""
         weights = {name: tensor.detach().to(weight_dtype(name, dtype)) for name, tensor in layer.state_dict().items()}
         self.save_tensors(f"layers/{index}/model.safetensors", weights)
 
@@ -80,8 +80,14 @@ class Workspace:
         record: dict[str, Any] | None = read_json(marker) if marker.exists() else None
         return record
 
+    def finished_record(self, index: int) -> dict[str, Any]:
+        """The record of a layer that is finished."""
+        record = self.layer_record(index)
+        assert record is not None
+        return record
+
     def layer_config(self, index: int) -> MoeLayerConfig:
-        return MoeLayerConfig(**read_json(self.directory / f"layers/{index}/done.json")["config"])
+        return MoeLayerConfig(**self.finished_record(index)["config"])
 
     def layer_reader(self, index: int) -> TensorReader:
         return TensorReader(self.directory / f"layers/{index}")

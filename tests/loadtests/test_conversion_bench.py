@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ladimo.checkpoint import read_config
-from ladimo.convert.report_figures import read_comparison
+from ladimo.convert.report.outside import read_comparison
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from loadtests import conversion_bench
 from loadtests.conversion_bench import BUDGETS, by_top_k, cost, main, table

@@ -1,8 +1,8 @@
 """Text to token blocks: the fit, holdout and evaluation splits of a conversion, and the blocks of an evaluation.
 
-Perplexity protocol, everywhere in the project: the text is one token stream without special tokens, cut into windows; each
-window is prefixed with BOS where the tokenizer has one, and each of its tokens is scored given BOS and the window's tokens
-before it. An incomplete last window is dropped.
+Perplexity is measured in one way everywhere in the project. The text is one stream of tokens without special tokens, cut into
+windows. Each window is prefixed with BOS where the tokenizer has one. Each of its tokens is scored given BOS and the tokens
+before it in the window. An incomplete last window is dropped.
 """
 
 import math
@@ -20,7 +20,7 @@ from ladimo.demo.corpus import is_held_out, library_sources
 from ladimo.model.config import ModelConfig
 
 MAX_BLOCK = 2048
-PIECE_CHARACTERS = 1 << 16  # long files are cut here, so that a small sample of them is spread over the whole text
+PIECE_CHARACTERS = 1 << 16  # long files are cut into pieces, so that a small sample comes from all over them
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROTOCOL = (
     "One token stream without special tokens, cut into windows of {window} tokens, each prefixed with BOS where the "
@@ -39,17 +39,17 @@ class Calibration:
 
 
 class Encoder:
-    """A checkpoint's tokenizer and the shape of its blocks. Raises ValueError where there is no usable tokenizer."""
+    """A checkpoint's tokenizer, and the shape of token blocks for it. Raises ValueError when there is no usable tokenizer."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
-        if not any((directory / name).exists() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+        if not any((directory / name).exists() for name in VOCABULARY_FILES):  # transformers would make an empty one
             raise ValueError(f"{directory}: has no tokenizer; one of {', '.join(VOCABULARY_FILES)} is needed")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many unrelated types here
             first_line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{directory}: cannot read the tokenizer ({type(error).__name__}: {first_line})") from error
-        # Embeddings are often padded, and a token added for padding text may lie beyond them; more than that is a mix-up.
+        # Embeddings are often padded, and a token that was added for padding may lie beyond them. Anything else is a mix-up.
         if self.tokenizer.vocab_size > config.vocab_size or 2 * len(self.tokenizer) < config.vocab_size:
             raise ValueError(
                 f"{directory}: the tokenizer has {len(self.tokenizer)} tokens, the model's vocab_size is {config.vocab_size}: "
@@ -72,7 +72,7 @@ class Encoder:
         return PROTOCOL.format(window=self.window)
 
     def encode(self, texts: Iterable[str], limit: float = math.inf) -> Tensor:
-        """One stream of ids from the texts in order, ending with the first text that brings it to `limit` tokens."""
+        """One stream of ids from the texts in order. It ends with the text that brings it to `limit` tokens."""
         ids: list[int] = []
         for text in texts:
             ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -95,10 +95,10 @@ class Encoder:
 
 
 def calibrate(encoder: Encoder, tokens: int, seed: int, files: Sequence[Path] | None) -> Calibration:
-    """About 0.9 * tokens to fit, 0.1 * tokens held out, 0.2 * tokens to evaluate; less, in proportion, where the text is short.
+    """About 0.9 * tokens to fit, 0.1 * tokens held out and 0.2 * tokens to evaluate. A short text gives less of all three.
 
-    Without files the text is Python's standard library, whose held-out modules (unseen by the demo model) are for evaluation.
-    Raises ValueError when the text does not fill one block per split.
+    Without files the text is Python's standard library. Its held-out modules, which the demo model has not seen, are for
+    evaluation. Raises ValueError when the text does not fill one block per split.
     """
     order = random.Random(seed)
     if files is None:

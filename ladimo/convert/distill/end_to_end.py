@@ -1,10 +1,10 @@
-"""End-to-end distillation of narrow and of routed FFNs on the dense model's next-token distribution and hidden states, for
-models that fit in memory whole.
+"""End-to-end distillation: FFNs of a student are trained on the dense model's next-token distribution and hidden states.
+
+The FFNs are narrow or routed. The whole model is in memory.
 
 Legend: B sequences, S positions, D hidden_size, L layers.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,35 +12,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ladimo.convert.distill.layerwise import CURVE_POINTS
 from ladimo.convert.distill.muon import Muon
 from ladimo.convert.ffn.expert_layer import full_rule, route, run_experts
-from ladimo.convert.recipe import ElasticRecipe
+from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.inputs import StepInputs
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
-logger = logging.getLogger(__name__)
-
 WARMUP = 0.1
-FULL_RATE_KL = 1.0  # nats; a student that is at least so far from its teacher is trained at the full learning rate
-RATE_POWER = 0.3  # a nearer one at one that falls with this power of the distance
+FULL_RATE_KL = 1.0  # nats; a student this far from its teacher, or further, starts at the full learning rate
+RATE_POWER = 0.3  # a closer student starts at the full rate times (its KL / FULL_RATE_KL) to this power
 
 Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer, None where the dense one stays
 
 
 @dataclass(frozen=True, slots=True)
 class KlPoint:
-    """KL divergence from the dense model in nats per token after `step` steps. kl: mean since the last point; holdout: on held
-    out text, where it was measured."""
+    """KL divergence from the dense model after `step` steps, in nats per token. kl: on the training batches, mean since the
+    last point. holdout: on the holdout, where it was measured."""
 
     step: int
     kl: float
     holdout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEndOptions:
+    """steps: of each student. batch_tokens: per step, at least one block. lr: Muon's. hidden: weight of the hidden states'
+    relative squared error beside the divergence of the next-token distributions."""
+
+    steps: int
+    batch_tokens: int
+    lr: float
+    hidden: float
 
 
 def distill_end_to_end(
@@ -48,28 +56,29 @@ def distill_end_to_end(
     students: Sequence[Student],
     fit: Tensor,
     holdout: Tensor,
-    recipe: ElasticRecipe,
+    options: EndToEndOptions,
     generator: torch.Generator,
 ) -> list[list[KlPoint]]:
-    """Train the students' FFNs in place on token blocks fit [B, S], each student as often, on the same batches; one curve each.
+    """Train the FFNs of every student in place, on the same batches of token blocks fit [B, S]. Returns one curve per
+    student.
 
-    The loss is the forward KL plus recipe.hidden times the hidden states' relative squared error, mean over layers (hidden
-    states as in TinyBERT, arXiv 1909.10351, equation 8): from little text, D values per token and layer teach more than its
-    next tokens alone. Muon, warm-up, cosine decay to zero. A student whose holdout KL this does not lower gets its weights
-    back. `dense` holds fp32 weights. Raises ValueError when the loss diverges.
+    The loss is the forward KL plus options.hidden times the relative squared error of the hidden states, mean over layers (as
+    in TinyBERT, arXiv 1909.10351, equation 8). With little text, D values per token and layer teach more than next tokens
+    alone. The optimizer is Muon with a warm-up and a cosine decay to zero. A student whose KL on the holdout does not fall
+    gets its old weights back. `dense` has fp32 weights. Raises ValueError when the loss diverges.
     """
     network = Network(dense)
-    sequences = max(1, recipe.batch_tokens // fit.shape[1])
+    sequences = max(1, options.batch_tokens // fit.shape[1])
     trained = [[mlp for mlp in student if mlp is not None] for student in students]
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
-    optimizers = [Muon([w for mlp in mlps for w in mlp.requires_grad_().parameters()], recipe.lr) for mlps in trained]
-    initial = [network.holdout_kl(student, holdout) for student in students]
-    # Muon's steps have the size of the learning rate whatever the gradient: a student near its teacher needs smaller ones.
-    rates = [recipe.lr * min(1.0, (value / FULL_RATE_KL) ** RATE_POWER) for value in initial]
+    optimizers = [Muon([w for mlp in mlps for w in mlp.requires_grad_().parameters()], options.lr) for mlps in trained]
+    initial = network.holdout_kls(students, holdout)
+    # The size of Muon's steps does not shrink with the gradient, so a student close to its teacher needs a smaller rate.
+    rates = [options.lr * min(1.0, (value / FULL_RATE_KL) ** RATE_POWER) for value in initial]
     curves = [[KlPoint(0, value, value)] for value in initial]
     running: list[list[float]] = [[] for _ in students]
     order = torch.empty(0, dtype=torch.int64)
-    for step in tqdm(range(1, recipe.steps + 1), desc="  end to end", leave=False, disable=None):
+    for step in track(range(1, options.steps + 1), "end-to-end steps"):
         if len(order) < min(sequences, len(fit)):
             order = torch.randperm(len(fit), generator=generator)
         blocks, order = fit[order[:sequences]], order[sequences:]
@@ -78,23 +87,23 @@ def distill_end_to_end(
         for student, optimizer, losses, rate in zip(students, optimizers, running, rates, strict=True):
             found = network.run(blocks, student)
             kl = F.kl_div(found.log_probs, target.log_probs, reduction="sum", log_target=True) / len(target.log_probs)
-            (kl + recipe.hidden * hidden_error(found, target)).backward()
+            (kl + options.hidden * hidden_error(found, target)).backward()
             for group in optimizer.param_groups:
-                group["lr"] = rate * _factor(step, recipe.steps)
+                group["lr"] = rate * _factor(step, options.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(kl.item())
         if not all(math.isfinite(losses[-1]) for losses in running):
-            raise ValueError(f"end-to-end distillation diverged at step {step}; lower elastic.lr")
-        if step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS - 1)}:
+            raise ValueError(f"end-to-end distillation diverged at step {step}; lower its learning rate (elastic.lr)")
+        if step in {round(options.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS - 1)}:
             for curve, losses in zip(curves, running, strict=True):
                 curve.append(KlPoint(step, sum(losses) / len(losses), None))
                 losses.clear()
-    for student, mlps, saved, curve, losses in zip(students, trained, before, curves, running, strict=True):
+    reached = network.holdout_kls(students, holdout)
+    for mlps, saved, curve, losses, final in zip(trained, before, curves, running, reached, strict=True):
         for mlp in mlps:
             mlp.requires_grad_(False)
-        final = network.holdout_kl(student, holdout)
-        curve.append(KlPoint(recipe.steps, sum(losses) / max(1, len(losses)), final))
+        curve.append(KlPoint(options.steps, sum(losses) / max(1, len(losses)), final))
         if final >= (curve[0].holdout or 0.0):
             for mlp, weights_before in zip(mlps, saved, strict=True):
                 mlp.load_state_dict(weights_before)
@@ -110,7 +119,7 @@ class Pass:
 
 
 class Network:
-    """The dense model whole in memory, run with other FFNs in place of its own."""
+    """The whole dense model, run with other FFNs in place of its own."""
 
     def __init__(self, dense: StreamedModel) -> None:
         self.dense = dense
@@ -129,12 +138,15 @@ class Network:
         return Pass(self.dense.ends.logits(states[-1]).float().log_softmax(dim=-1), states[1:])
 
     @torch.no_grad()
-    def holdout_kl(self, student: Student, blocks: Tensor) -> float:
-        total = sum(
-            F.kl_div(self.run(row, student).log_probs, self.run(row, None).log_probs, reduction="sum", log_target=True).item()
-            for row in blocks.split(1)
-        )
-        return total / blocks.numel()
+    def holdout_kls(self, students: Sequence[Student], blocks: Tensor) -> list[float]:
+        """KL divergence from the dense model on token blocks [B, S], one per student, in nats per token."""
+        totals = [0.0] * len(students)
+        for row in blocks.split(1):
+            target = self.run(row, None).log_probs
+            for number, student in enumerate(students):
+                found = self.run(row, student).log_probs
+                totals[number] += F.kl_div(found, target, reduction="sum", log_target=True).item()
+        return [total / blocks.numel() for total in totals]
 
 
 def hidden_error(found: Pass, target: Pass) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ladimo.convert.ffn.expert_layer import full_rule, layer_error, route, run_experts
 from ladimo.convert.ffn.layer_data import LayerData, target_variance
+from ladimo.convert.progress import track
 from ladimo.convert.recipe import TrainRecipe
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
@@ -23,7 +23,8 @@ CURVE_POINTS = 10
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Squared error over the target's variance after `step` steps: mean over the steps since the last point, and held out."""
+    """Squared error over the targets' variance after `step` steps. fit: on the batches, mean since the last point. holdout:
+    on the holdout."""
 
     step: int
     fit: float
@@ -37,12 +38,12 @@ def distill_layer(
     generator: torch.Generator,
     rules: Sequence[LayerRule] = (),
 ) -> list[CurvePoint]:
-    """Train the layer in place, in fp32, computing only the chosen experts.
+    """Train the layer in place, in fp32. Only the chosen experts are computed.
 
-    Every step runs under one of `rules`, drawn evenly; without any, under `full`. The loss is the squared error over the
-    variance of the targets (so that one `balance` fits every layer). Where experts count with their scores the router learns
-    with them, under balance * `balance_loss` besides; where they count with one it gets no gradient and stays as it is. Raises
-    ValueError when the loss diverges.
+    Every step runs under one of `rules`, drawn evenly, or under `full` if there are none. The loss is the squared error over
+    the variance of the targets, so that one value of `balance` suits every layer. Where experts are weighted by their scores,
+    the router is trained with them, and balance * `balance_loss` is added. Where they have weight one, the router gets no
+    gradient and stays as it is. Raises ValueError when the loss diverges.
     """
     device = layer.experts.down_proj.device
     rules = rules or (full_rule(layer),)
@@ -77,9 +78,9 @@ def distill_layer(
 
 
 def batches(num_tokens: int, recipe: TrainRecipe, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Steps 1 .. recipe.steps, each with the numbers of its tokens; every token once per epoch, the last few left out."""
+    """Steps 1 .. recipe.steps, each with the numbers of its tokens. Every token comes once per epoch, but for the last few."""
     order = torch.empty(0, dtype=torch.int64)
-    for step in tqdm(range(1, recipe.steps + 1), desc="  steps", leave=False, disable=None):
+    for step in track(range(1, recipe.steps + 1), "steps"):
         if len(order) < min(recipe.batch_tokens, num_tokens):
             order = torch.randperm(num_tokens, generator=generator)
         batch, order = order[: recipe.batch_tokens], order[recipe.batch_tokens :]
@@ -87,7 +88,7 @@ def batches(num_tokens: int, recipe: TrainRecipe, generator: torch.Generator) ->
 
 
 def is_report(step: int, recipe: TrainRecipe) -> bool:
-    """Whether the loss curve has a point after this step: CURVE_POINTS of them, evenly spread, the last at the end."""
+    """Whether the loss curve has a point after this step. There are CURVE_POINTS, evenly spread, the last at the end."""
     return step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
 
 
@@ -100,9 +101,9 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
 
 
 def balance_loss(router_logits: Tensor, topk_ids: Tensor) -> Tensor:
-    """E * sum_i f_i P_i over router_logits [T, E] and topk_ids [T, K] (-1 = no expert); f_i: share of tokens that chose expert
-    i, P_i: its mean softmax score. K when the load is even. Switch Transformers (arXiv 2101.03961), equation 4, for K experts
-    per token.
+    """E * sum_i f_i P_i over router_logits [T, E] and topk_ids [T, K] (-1 = no expert). f_i is the share of tokens that chose
+    expert i, P_i its mean softmax score. The loss is K when the load is even. Switch Transformers (arXiv 2101.03961),
+    equation 4, for K experts per token.
     """
     num_tokens, num_experts = router_logits.shape
     share = torch.bincount(topk_ids.flatten() + 1, minlength=num_experts + 1)[1:] / num_tokens

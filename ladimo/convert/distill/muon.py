@@ -1,6 +1,6 @@
 """Muon: an optimizer whose steps are orthogonal matrices (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon).
 
-torch.optim.Muon takes single matrices, no stacks of experts, and computes in bf16, which most CPUs emulate.
+torch.optim.Muon does not take stacks of experts, and it computes in bf16, which most CPUs emulate.
 """
 
 import math
@@ -16,10 +16,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic that lifts small singula
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters [..., R, C], the last two dimensions a matrix each: Nesterov momentum, orthogonalised.
+    """Steps are orthogonalised Nesterov momentum, for parameters [..., R, C] of which the last two dimensions are a matrix
+    each.
 
-    lr: spectral norm of a step for C >= R, sqrt(R / C) times that for tall matrices, so that it suits any width (Yang, Simon
-    and Bernstein, arXiv 2310.17813).
+    lr: the spectral norm of a step where C >= R. For tall matrices it is multiplied by sqrt(R / C), so that one value suits
+    any width (Yang, Simon and Bernstein, arXiv 2310.17813).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -41,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """[..., R, C] with all but small singular values brought to about one, 0.7 to 1.2: Newton-Schulz iterations."""
+    """Matrices [..., R, C] whose singular values, but for small ones, are brought to between 0.7 and 1.2 (Newton-Schulz)."""
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
     a, b, c = COEFFICIENTS

@@ -1,4 +1,4 @@
-"""Training a router on what its experts really do, the experts left alone.
+"""Training a router to predict how strongly each expert is activated. The experts stay as they are.
 
 Legend: T tokens, D hidden_size, E experts.
 """
@@ -32,8 +32,8 @@ def activation_mass(layer: ExpertLayer, inputs: Tensor) -> Tensor:
 def fit_router(
     layer: ExpertLayer, data: LayerData, masses: Tensor, recipe: TrainRecipe, generator: torch.Generator
 ) -> list[CurvePoint]:
-    """Adam on binary cross-entropy between the sigmoid of each logit and masses [T, E] of the fit tokens divided by the batch's
-    largest (MoEfication's released code). Points of the curve are errors of the layer, not this loss."""
+    """Adam on the binary cross-entropy between the sigmoid of each logit and the masses [T, E] of the fit tokens, divided by
+    the largest of the batch (as in MoEfication's released code). The curve shows errors of the layer, not this loss."""
     device = layer.experts.down_proj.device
     layer.experts.requires_grad_(False)
     optimizer = torch.optim.Adam(layer.gate.parameters(), lr=recipe.gate_lr, fused=True)

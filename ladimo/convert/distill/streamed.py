@@ -1,4 +1,5 @@
-"""Students of the dense model run beside it, one layer in memory at a time: for models too large to be trained whole.
+"""Streamed distillation: students run beside the dense model, one layer in memory at a time. For models too large to be trained
+whole.
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
 """
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import CHUNK_TOKENS, StreamedModel
 from ladimo.model.transformer import DecoderLayer
 
@@ -15,19 +17,20 @@ Substitute = Callable[[int, int, Tensor, Tensor], nn.Module | None]
 
 
 def run_students(dense: StreamedModel, blocks: Tensor, num_students: int, substitute: Substitute) -> None:
-    """Token blocks [B, S] through the dense model and its students, layer after layer.
+    """Run token blocks [B, S] through the dense model and its students, layer after layer.
 
-    substitute(layer, student, inputs, targets) gives the fp32 FFN that a student has in a layer, None for the dense one.
-    inputs [T, D]: what the student's own FFNs before it make of the text. targets [T, D], fp32: what the FFN has to add for the
-    student's hidden states to be the dense model's. Both are on the host, as is one hidden state per token and student.
+    substitute(layer, student, inputs, targets) returns the fp32 FFN that a student has in a layer, None for the dense one.
+    inputs [T, D]: the FFN's inputs in the student, whose earlier layers have changed the hidden states. targets [T, D], fp32:
+    what the FFN must add to make the student's hidden states those of the dense model. Both are on the host, and so is one
+    hidden state per token and student.
     """
     wanted = dense.embed(blocks)
     own = [wanted] * num_students
-    for index in range(dense.config.num_hidden_layers):
+    for index in track(range(dense.config.num_hidden_layers), "layers"):
         layer = dense.layer(index)
         attended, inputs = _attend(dense, layer, wanted)
         wanted = _add(dense, attended, inputs, layer.mlp, dense.dtype).view_as(wanted)
-        for student in range(num_students):
+        for student in track(range(num_students), "students"):
             attended, inputs = _attend(dense, layer, own[student])
             targets = wanted.view_as(attended).float() - attended.float()
             mlp = substitute(index, student, inputs, targets)

@@ -9,12 +9,12 @@ from torch import Tensor
 from ladimo.convert.evaluation.variants import PASS_BYTES, Rules, run_variants
 from ladimo.convert.streamed_model import CHUNK_TOKENS, ExpertSource, StreamedModel
 
-LOGIT_ROWS = 1024  # rows of logits [., V] held at once
+LOGIT_ROWS = 1024  # rows of logits [., V] in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Token ids of which those from place `start` on are scored, each given all before it; `start` is at least 1."""
+    """Token ids. Those from place `start` on are scored, each given all before it. `start` is at least 1."""
 
     ids: tuple[int, ...]
     start: int
@@ -22,19 +22,26 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """log_prob: of the whole continuation, in nats. greedy: whether each of its tokens is the most likely one."""
+    """log_prob: of the whole continuation, in nats. greedy: whether each of its tokens is the most likely one at its place."""
 
     log_prob: float
     greedy: bool
 
 
 def likelihoods(
-    model: StreamedModel, experts: ExpertSource | None, continuations: Sequence[Continuation], variants: Iterable[Rules]
+    model: StreamedModel,
+    experts: ExpertSource | None,
+    continuations: Sequence[Continuation],
+    variants: Iterable[Rules],
+    chunk_tokens: int = CHUNK_TOKENS,
+    pass_bytes: int = PASS_BYTES,
+    logit_rows: int = LOGIT_ROWS,
 ) -> dict[Rules, list[Likelihood]]:
-    """Per variant the likelihood of every continuation, in their order; `experts` as in `measure`.
+    """Per variant the likelihood of every continuation, in their order. `experts` is as in `measure`.
 
-    Sequences of like length share a batch, padded on the right, where causal attention does not look. Equal inputs (one-token
-    answers to one question) are run once.
+    Sequences of similar length share a batch of about `chunk_tokens`. They are padded on the right, where causal attention does
+    not look. Equal inputs (one-token answers to one question) are run once. The hidden states of one pass over the layers take
+    about `pass_bytes`, and `logit_rows` rows of logits are in memory at once. The result does not depend on these three.
     """
     wanted = list(dict.fromkeys(variants))
     asked: dict[tuple[int, ...], list[int]] = {}
@@ -43,24 +50,26 @@ def likelihoods(
         asked.setdefault(continuation.ids[:-1], []).append(number)
     bytes_per_token = len(wanted) * model.config.hidden_size * model.dtype.itemsize
     found: dict[Rules, dict[int, Likelihood]] = {variant: {} for variant in wanted}
-    for batches in _passes(sorted(asked, key=len), PASS_BYTES // bytes_per_token):
+    for batches in _passes(sorted(asked, key=len), pass_bytes // bytes_per_token, chunk_tokens):
         padded = [_pad(batch) for batch in batches]
         states, _ = run_variants(model, experts, padded, wanted)
         for variant in wanted:
             for batch, hidden_states in zip(batches, states.pop(variant), strict=True):
                 places = [(row, number) for row, ids in enumerate(batch) for number in asked[ids]]
-                scored = _score_rows(model, hidden_states, [(row, continuations[number]) for row, number in places])
+                own = [(row, continuations[number]) for row, number in places]
+                scored = _score_rows(model, hidden_states, own, logit_rows)
                 found[variant] |= {number: value for (_, number), value in zip(places, scored, strict=True)}
     return {variant: [values[number] for number in range(len(continuations))] for variant, values in found.items()}
 
 
-def _passes(inputs: Sequence[tuple[int, ...]], max_tokens: int) -> Iterator[list[list[tuple[int, ...]]]]:
-    """Sequences sorted by length, cut into batches of about CHUNK_TOKENS padded tokens and these into passes of max_tokens."""
+def _passes(inputs: Sequence[tuple[int, ...]], max_tokens: int, chunk_tokens: int) -> Iterator[list[list[tuple[int, ...]]]]:
+    """Sequences sorted by length, cut into batches of about chunk_tokens padded tokens, and these into passes of about
+    max_tokens."""
     batches: list[list[tuple[int, ...]]] = []
     batch: list[tuple[int, ...]] = []
     tokens = 0
     for ids in inputs:
-        if batch and (len(batch) + 1) * len(ids) > CHUNK_TOKENS:
+        if batch and (len(batch) + 1) * len(ids) > chunk_tokens:
             batches.append(batch)
             tokens += len(batch) * len(batch[-1])
             batch = []
@@ -79,13 +88,13 @@ def _pad(batch: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def _score_rows(
-    model: StreamedModel, hidden_states: Tensor, places: Sequence[tuple[int, Continuation]]
+    model: StreamedModel, hidden_states: Tensor, places: Sequence[tuple[int, Continuation]], logit_rows: int
 ) -> Iterator[Likelihood]:
     """Hidden states [B, S, D] of the inputs, and which row of them each continuation is read from."""
     rows = [hidden_states[row, one.start - 1 : len(one.ids) - 1] for row, one in places]
     targets = torch.tensor([token for _, one in places for token in one.ids[one.start :]])
     log_probs, greedy = [], []
-    for part, target in zip(torch.cat(rows).split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+    for part, target in zip(torch.cat(rows).split(logit_rows), targets.split(logit_rows), strict=True):
         logp = model.ends.logits(part.to(model.device)).float().log_softmax(dim=-1).cpu()
         log_probs.append(logp.gather(1, target[:, None])[:, 0])
         greedy.append(logp.argmax(dim=-1) == target)

@@ -13,14 +13,15 @@ from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import RoutingPolicy
 
-MAX_LOSS = 700.0  # nats; a perplexity above e^700 is no number any more
+MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can hold
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """experts_per_token: mean per layer, None where dense; distinct_experts: different ones that a batch of 32 tokens drawn at
-    random runs, likewise. next_token_agreement: share of tokens whose most likely next token
-    is the reference's. kl: mean KL divergence from the reference's next-token distribution, in nats; both None without one."""
+    """experts_per_token: mean per layer, None where dense. distinct_experts: mean number of different experts that a batch of
+    32 tokens drawn at random runs, per layer. next_token_agreement: share of tokens whose most likely next token is the
+    reference's. kl: mean KL divergence from the reference's next-token distribution, in nats. Both are None without a
+    reference."""
 
     perplexity: float
     experts_per_token: tuple[float | None, ...]
@@ -36,8 +37,8 @@ def measure(
     variants: Iterable[Rules],
     reference: Rules | None = None,
 ) -> dict[Rules, Measurement]:
-    """Run token blocks [B, S] through every variant. `experts(i)` gives layer i's expert layer on the model's device; without
-    it they are the model's own. `reference` must be one of the variants."""
+    """Run token blocks [B, S] through every variant. `experts(i)` gives layer i's expert layer on the model's device. Without
+    it the model's own are used. `reference` must be one of the variants. Raises ValueError when a loss is not finite."""
     wanted = list(dict.fromkeys(variants))
     assert reference is None or reference in wanted
     states, ran = run_variants(model, experts, [blocks], wanted)
@@ -55,7 +56,7 @@ def measure(
 
 
 def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig, dense: float | None) -> dict[str, object]:
-    """One policy's entry in the JSON of `ladimo evaluate` and in report.json; dense: the dense source's perplexity."""
+    """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the dense source's perplexity."""
     return {
         "policy": policy.name,
         "version": policy.version,
@@ -69,7 +70,7 @@ def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig
 
 
 def num_scored(blocks: Tensor) -> int:
-    """Tokens that a perplexity over these blocks is the mean of."""
+    """Number of tokens that are scored in these blocks."""
     return blocks[:, 1:].numel()
 
 

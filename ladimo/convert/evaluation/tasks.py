@@ -1,6 +1,6 @@
 """Multiple-choice and minimal-pair sets as plain files, read into one form and scored by log-probability.
 
-An item is a few (context, continuation) pairs of which one is right; the model's choice is the continuation with the highest
+An item is a few pairs of context and continuation, of which one is right. The model chooses the continuation with the highest
 log-probability after its context. Prompts are those of lm-evaluation-harness, without examples.
 """
 
@@ -19,7 +19,7 @@ from ladimo.convert.evaluation.likelihoods import Continuation, Likelihood
 
 
 class PlainTabs(csv.Dialect):
-    """Fields between tabs, quotation marks being text like any other."""
+    """Fields are separated by tabs. Quotation marks are text like any other."""
 
     delimiter = "\t"
     quoting = csv.QUOTE_NONE
@@ -30,7 +30,7 @@ SUFFIXES: dict[str, type[csv.Dialect] | None] = {
     ".jsonl": None,
     ".csv": csv.excel,
     ".tsv": PlainTabs,
-}  # tables: how to read them
+}  # how to read a table, None for JSON lines
 PROTOCOL = (
     "Sum of the log-probabilities of the continuation's tokens after its context, BOS in front where the tokenizer has one "
     "(EOS where it has not and the context is empty); acc_norm divides by the continuation's characters; long contexts lose "
@@ -40,8 +40,8 @@ PROTOCOL = (
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """One item: (context, continuation) pairs, and the number of the right one. With a single pair the question is whether the
-    model would write the continuation."""
+    """One item: pairs of context and continuation, and the number of the right one. With a single pair the question is
+    whether the model would write the continuation."""
 
     options: tuple[tuple[str, str], ...]
     gold: int
@@ -57,8 +57,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTask:
-    """A task as one model sees it. items: those that fit the context; continuations: their options in order; truncated: how
-    many of the continuations have a shortened context."""
+    """A task in one model's tokens. items: those that fit the model's context. continuations: their options, in order.
+    truncated: number of continuations whose context was shortened."""
 
     task: Task
     items: tuple[Choices, ...]
@@ -68,7 +68,7 @@ class EncodedTask:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A kind of file, known by the fields that its records have. read: a record and the task's name -> its item."""
+    """A kind of file, recognised by the fields of its records. read: a record and the task's name -> its item."""
 
     name: str
     fields: tuple[str, ...]
@@ -130,7 +130,7 @@ FORMS = (
 
 
 def task_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, with a directory standing for the task files in it. Raises ValueError when there is none."""
+    """The files; a directory stands for the task files in it. Raises ValueError when a directory has none."""
     files: list[Path] = []
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
@@ -141,8 +141,8 @@ def task_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_task(file: Path, limit: int | None = None) -> Task:
-    """The first `limit` items of a file (None = all), its form known by the fields of its first record. A .jsonl file's labels
-    may stand beside it, one number per line, in NAME-labels.lst (PIQA).
+    """The first `limit` items of a file (None = all). Its form is recognised by the fields of its first record. The labels of a
+    .jsonl file may be in a file beside it, NAME-labels.lst, one number per line (PIQA).
 
     Raises ValueError naming the file, and the line and field where there is one.
     """
@@ -183,8 +183,9 @@ def encode_task(task: Task, encoder: Encoder) -> EncodedTask:
 
 
 def score_task(items: Sequence[Choices], likelihoods: Sequence[Likelihood]) -> dict[str, float | None]:
-    """accuracy: share of items whose right option is the likeliest (of single options: is what greedy decoding writes), and
-    acc_norm the same per character, each with the standard error of its mean; perplexity: of single options, per option."""
+    """accuracy: share of items whose right option is the most likely; of single options, share that greedy decoding would
+    write. acc_norm: the same with log-probabilities per character. Each has its standard error. perplexity: of single
+    options, per option."""
     right, right_norm, losses = [], [], []
     place = 0
     for item in items:
@@ -219,9 +220,9 @@ def _mean(hits: Sequence[bool]) -> tuple[float | None, float | None]:
 
 
 def _continuation(encoder: Encoder, context: str, text: str) -> tuple[Continuation | None, bool]:
-    """The pair in tokens and whether its context was shortened; None when the continuation alone is too long.
+    """The pair in tokens, and whether its context was shortened. None when the continuation alone is too long.
 
-    Both are encoded together, so that a token at their border is the one that running text has; spaces at the context's end
+    Both are encoded together, so that tokens at their border are those of running text. Spaces at the end of the context
     belong to the continuation.
     """
     kept = context.rstrip()
@@ -247,7 +248,7 @@ def _form(record: Mapping[str, Any]) -> Form:
 
 
 def _records(file: Path, table: type[csv.Dialect] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The records of a file with the number of the line that each ends on."""
+    """The records of a file, each with the number of its last line."""
     text = read_text(file)
     if table is not None:
         reader = csv.DictReader(io.StringIO(text, newline=""), dialect=table, strict=True)

@@ -1,8 +1,7 @@
-"""Perplexity, cost, agreement with the dense model and likelihoods of given texts, for many variants of one model in one
-streaming pass over its layers.
+"""Many variants of one model in one pass over its layers.
 
-A variant is one choice per layer: None for the dense FFN, a rule for the expert layer under that rule. Variants that agree up
-to a layer share their hidden states up to it. Legend: B sequences, S positions, D hidden_size, V vocabulary.
+A variant is one choice per layer: None for the dense FFN, or the rule that the expert layer runs under. Variants that agree up
+to a layer share their hidden states up to there. Legend: B sequences, S positions, D hidden_size.
 """
 
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ladimo.convert.ffn.expert_layer import route, run_experts
+from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
@@ -20,12 +19,12 @@ from ladimo.policy import LayerRule
 
 PASS_BYTES = 2**31  # hidden states on the host in one pass over the layers, all variants together
 Rules = tuple[LayerRule | None, ...]  # one per layer, None where dense
-DISTINCT_BATCH = 32
+DISTINCT_BATCH = 32  # tokens of a batch whose different experts are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """Of one expert layer: experts per token, and different ones per batch of 32 tokens, both means."""
+    """What ran in one expert layer, means: experts per token, and different experts per batch of 32 tokens."""
 
     per_token: float
     distinct: float
@@ -34,15 +33,15 @@ class Ran:
 def run_variants(
     model: StreamedModel, experts: ExpertSource | None, batches: Sequence[Tensor], wanted: Sequence[Rules]
 ) -> tuple[dict[Rules, list[Tensor]], dict[Rules, tuple["Ran | None", ...]]]:
-    """Batches of token ids [B, S] through all layers, one of which is in memory at a time: per variant the hidden states
-    [B, S, D] of every batch, and what ran in every layer, None where dense."""
+    """Run batches of token ids [B, S] through all layers. Returns per variant the hidden states [B, S, D] of every batch, and
+    what ran in every layer, None where dense."""
     states: dict[Rules, list[Tensor]] = {(): [model.embed(batch) for batch in batches]}
     per_layer: dict[Rules, Ran | None] = {}
-    for index in tqdm(range(model.config.num_hidden_layers), desc="  layers", leave=False, disable=None):
+    for index in track(range(model.config.num_hidden_layers), "layers"):
         layer = model.layer(index)
         expert_layer: ExpertLayer | None = None
         if any(variant[index] is not None for variant in wanted):
-            expert_layer = experts(index) if experts is not None else _own_experts(layer)
+            expert_layer = (experts or model.experts)(index)
         advanced: dict[Rules, list[Tensor]] = {}
         for prefix in list(states):
             branches = list(dict.fromkeys(variant[: index + 1] for variant in wanted if variant[:index] == prefix))
@@ -53,11 +52,6 @@ def run_variants(
     return states, {variant: tuple(per_layer[variant[: index + 1]] for index in range(len(variant))) for variant in wanted}
 
 
-def _own_experts(layer: DecoderLayer) -> ExpertLayer:
-    assert isinstance(layer.mlp, ExpertLayer)
-    return layer.mlp
-
-
 def _advance(
     model: StreamedModel,
     layer: DecoderLayer,
@@ -65,7 +59,7 @@ def _advance(
     batches: Sequence[Tensor],
     branches: list[Rules],
 ) -> tuple[dict[Rules, list[Tensor]], dict[Rules, Ran | None]]:
-    """Hidden states [B, S, D] of every batch through one layer, once per branch: the states after it and what ran."""
+    """Run the hidden states [B, S, D] of every batch through one layer, once per branch. Returns the states and what ran."""
     states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
     ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
     for number, hidden_states in enumerate(batches):
@@ -94,7 +88,7 @@ def _advance(
 
 def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:
     """Mean number of different experts in a batch of DISTINCT_BATCH tokens drawn at random, when token t runs the first
-    needed[t] of ids[t]; ids [T, K], needed [T]. With fewer tokens they are one batch."""
+    needed[t] of ids[t]. ids: [T, K], needed: [T]. Fewer tokens than that are one batch."""
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     order = order[: max(1, len(ids) // DISTINCT_BATCH) * DISTINCT_BATCH]
     hit = torch.zeros(len(ids), num_experts + 1)

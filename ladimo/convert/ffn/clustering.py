@@ -1,4 +1,4 @@
-"""Which neurons belong together: what hidden channels do on calibration inputs, and balanced clusters of them.
+"""Balanced clusters of neurons: every cluster has the same size.
 
 Legend: T tokens, D hidden_size, N neurons (intermediate_size), E experts, X features.
 """
@@ -12,12 +12,12 @@ MAX_ROUNDS = 20
 
 
 def expert_sizes(num_neurons: int, num_experts: int) -> Tensor:
-    """As even as can be: [E] int64, the first ones one larger where the division leaves a rest."""
+    """Sizes [E] int64 that differ by at most one, the larger ones first."""
     return torch.tensor([(num_neurons - expert - 1) // num_experts + 1 for expert in range(num_experts)])
 
 
 def as_partition(labels: Tensor, num_experts: int) -> Tensor:
-    """Labels [N] in 0 .. E - 1 -> neuron numbers [E, largest expert], rising in each row, -1 where one is shorter."""
+    """Labels [N] in 0 .. E - 1 -> neuron numbers [E, largest expert], rising in each row. Shorter rows end in -1."""
     counts = torch.bincount(labels, minlength=num_experts)
     width = int(counts.max())
     order = labels.argsort(stable=True)
@@ -28,10 +28,10 @@ def as_partition(labels: Tensor, num_experts: int) -> Tensor:
 
 
 def balanced_kmeans(features: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Labels [N] of clusters of even size (`expert_sizes`) with small squared distance to their means; features [N, X].
+    """Labels [N] of clusters of even size (`expert_sizes`) with small squared distances to their means. features: [N, X].
 
-    k-means++ seeds, then Lloyd's rounds whose assignment step is the exact `balanced_assignment`, so that the total never
-    rises; until nothing moves.
+    The seeds are those of k-means++. Then Lloyd's rounds follow until nothing moves. Their assignment step is the exact
+    `balanced_assignment`, so that the total distance never rises.
     """
     sizes = expert_sizes(len(features), num_experts)
     centres = features[_spread_seeds(features, num_experts, generator)]
@@ -47,11 +47,12 @@ def balanced_kmeans(features: Tensor, num_experts: int, generator: torch.Generat
 
 
 def balanced_assignment(cost: Tensor, sizes: Tensor) -> Tensor:
-    """Labels [N] that minimise the sum of cost[n, label] (cost [N, E]) when expert e takes exactly sizes[e] neurons; exact.
+    """Labels [N] with the least sum of cost[n, label] when expert e takes exactly sizes[e] neurons. cost: [N, E]. Exact.
 
-    Prices per expert from entropic optimal transport (Sinkhorn's iteration) make the cheapest choice of each neuron nearly
-    balanced. That choice is optimal for the sizes it has, and stays optimal when the rest is moved along shortest paths of
-    exchanges from experts with too many to experts with too few (successive shortest paths for the transport problem).
+    First every expert gets a price, by entropic optimal transport (Sinkhorn's iteration), such that the cheapest choices of the
+    neurons are nearly balanced. These choices are optimal for the sizes that they happen to have. They stay optimal when the
+    surplus is moved along shortest paths of exchanges, from experts with too many neurons to experts with too few (successive
+    shortest paths for the transport problem).
     """
     cost = cost.detach().to("cpu", torch.float64)
     labels = (cost + _prices(cost, sizes)).argmin(dim=1)
@@ -78,7 +79,7 @@ def balanced_assignment(cost: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _prices(cost: Tensor, sizes: Tensor) -> Tensor:
-    """What to add to each expert's cost, [E], so that free choice nearly fills the sizes."""
+    """Prices [E] to add to the experts' costs, so that the neurons' cheapest choices nearly have the wanted sizes."""
     temperature = 0.02 * cost.std(dim=1, correction=0).mean().clamp(min=1e-30)
     scaled, prices = -cost / temperature, torch.zeros(len(sizes), dtype=cost.dtype)
     for _ in range(PRICE_ROUNDS):

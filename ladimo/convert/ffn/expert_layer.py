@@ -21,12 +21,12 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
 
 
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-    """[T, D] -> [T, D]; grouped by expert on every device: many tokens, gradients, and no graph to capture."""
+    """[T, D] -> [T, D]. Grouped by expert on every device: there are many tokens, gradients, and no graph to capture."""
     return apply_experts_grouped(inputs, topk_weights, topk_ids, layer.experts.gate_up_proj, layer.experts.down_proj)
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:
-    """The layer's rule in policy `full`, which is what it is trained under."""
+    """The layer's rule in policy `full`, under which it is trained."""
     return LayerRule.full(layer.config)
 
 

@@ -24,23 +24,25 @@ class NeuronStatistics:
     importance: Tensor  # E[h^2] * |down column|^2: the mean square of what the channel adds to the output
 
 
-def hidden_channels(mlp: GatedMLP, inputs: Tensor, normalize: bool = False) -> Iterator[Tensor]:
-    """h of inputs [T, D], chunk by chunk [t, N] in fp32 on the FFN's device. normalize: with inputs and weight rows of length
-    one, which makes channels comparable (CMoE's released code)."""
+def hidden_channels(
+    mlp: GatedMLP, inputs: Tensor, normalize: bool = False, chunk_tokens: int = CHUNK_TOKENS
+) -> Iterator[Tensor]:
+    """h of inputs [T, D], in chunks [t, N] of at most `chunk_tokens` tokens, in fp32 on the FFN's device. normalize: scale
+    inputs and weight rows to length one, which makes channels comparable (as CMoE's released code does)."""
     weights = [projection.weight.float() for projection in (mlp.gate_proj, mlp.up_proj)]
     if normalize:
         weights = [F.normalize(weight, dim=1) for weight in weights]
-    for chunk in inputs.split(CHUNK_TOKENS):
+    for chunk in inputs.split(chunk_tokens):
         x = chunk.to(weights[0].device, torch.float32)
         gate, up = (F.linear(F.normalize(x, dim=1) if normalize else x, weight) for weight in weights)
         yield F.silu(gate) * up
 
 
 @torch.no_grad()
-def neuron_statistics(mlp: GatedMLP, inputs: Tensor) -> NeuronStatistics:
-    """From the FFN's inputs [T, D], streamed."""
+def neuron_statistics(mlp: GatedMLP, inputs: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> NeuronStatistics:
+    """Statistics over the FFN's inputs [T, D], chunk by chunk."""
     sums = torch.zeros(3, mlp.gate_proj.out_features, dtype=torch.float64, device=mlp.gate_proj.weight.device)
-    for hidden in hidden_channels(mlp, inputs):
+    for hidden in hidden_channels(mlp, inputs, chunk_tokens=chunk_tokens):
         sums += torch.stack((hidden.sum(dim=0), hidden.abs().sum(dim=0), hidden.pow(2).sum(dim=0)))
     mean, magnitude, square = (sums / len(inputs)).float()
     return NeuronStatistics(mean, magnitude, square * mlp.down_proj.weight.float().pow(2).sum(dim=0))
@@ -48,9 +50,9 @@ def neuron_statistics(mlp: GatedMLP, inputs: Tensor) -> NeuronStatistics:
 
 @torch.no_grad()
 def coactivation(mlp: GatedMLP, inputs: Tensor, top: int) -> Tensor:
-    """How often two channels are both among a token's `top` largest by normalised magnitude: [N, N] fp32 counts, the diagonal
-    how often each is. The 0/1 columns that CMoE clusters (arXiv 2502.04416, K_a = `top`) enter its L1 distances through these
-    products alone."""
+    """How often two channels are both among the `top` largest of a token by normalised magnitude: counts [N, N] in fp32. The
+    diagonal has how often each channel is among them. CMoE clusters 0/1 columns (arXiv 2502.04416, K_a = `top`), and their L1
+    distances follow from these counts alone."""
     num_neurons = mlp.gate_proj.out_features
     counts = torch.zeros(num_neurons, num_neurons, device=mlp.gate_proj.weight.device)
     for hidden in hidden_channels(mlp, inputs, normalize=True):

@@ -1,4 +1,4 @@
-"""What one FFN does in the dense model, and the unit of every layer error. Legend: T tokens, D hidden_size."""
+"""What one FFN does in the dense model, and the unit of layer errors. Legend: T tokens, D hidden_size."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,12 @@ class LayerData:
     holdout_inputs: Tensor
     holdout_targets: Tensor
 
+    @classmethod
+    def cut(cls, inputs: Tensor, targets: Tensor, num_fit: int) -> "LayerData":
+        """From inputs and outputs [T, D] of which the first `num_fit` tokens are to fit."""
+        return cls(inputs[:num_fit], targets[:num_fit], inputs[num_fit:], targets[num_fit:])
+
 
 def target_variance(targets: Tensor) -> float:
-    """Mean over channels of the variance over tokens [T, D] -> scalar; the unit of every layer error we report."""
+    """The variance of targets [T, D] over tokens, mean over channels. All layer errors are given in this unit."""
     return max(targets.float().var(dim=0, correction=0).mean().item(), 1e-20)

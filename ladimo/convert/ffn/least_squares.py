@@ -15,11 +15,11 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @torch.no_grad()
 def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tuple[Tensor, float]:
-    """Columns [D, K] for the neurons `kept` [K] that bring h[kept] nearest to the FFN's outputs on the fit tokens, in fp32 on
-    the FFN's device, and the ridge used.
+    """Columns [D, K] for the neurons `kept` [K] with which they come closest to the FFN's outputs on the fit tokens, in fp32
+    on the FFN's device, and the ridge that was used.
 
-    Least squares on the change against the original columns, with a penalty of ridge * (the channel's power) on each square: a
-    large ridge leaves the columns as they are. A ridge of 0 is replaced by the one of RIDGES with the least holdout error.
+    This is least squares on the change of the columns, with a penalty of ridge * (the channel's power) on its squares: a
+    large ridge leaves the columns as they are. A ridge of 0 stands for the one of RIDGES with the least error on the holdout.
     """
     kept = kept.to(mlp.down_proj.weight.device)
     original = mlp.down_proj.weight[:, kept].t().double()  # [K, D]
@@ -27,7 +27,7 @@ def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tu
     if ridge:
         return (original + _solve(power, missing, ridge)).t().float(), ridge
     changes = {candidate: _solve(power, missing, candidate) for candidate in RIDGES}
-    # |missing output - h change|^2 over the holdout, less what is the same for all
+    # |missing output - h change|^2 over the holdout, without the part that is the same for all ridges
     held_power, held_missing = _moments(mlp, kept, original, data.holdout_inputs, data.holdout_targets)
     errors = {
         candidate: ((held_power @ change - 2 * held_missing) * change).sum().item() for candidate, change in changes.items()

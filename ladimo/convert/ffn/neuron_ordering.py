@@ -1,9 +1,9 @@
-"""Nested widths of one FFN: its neurons in the order in which it can spare them, and the repair of what is left.
+"""The order in which one FFN needs its neurons, and the repair of the FFN when only the first of them are kept.
 
-Everything follows from one matrix, the second moments P = E[h h^T] of the hidden channels h = silu(gate x) * up x, since the
-FFN is linear in h: y = W h with W = down_proj. Keeping the channels K with columns V costs E|W h - V h_K|^2, which is least for
-V = W P[:, K] P[K, K]^-1; the optimal brain surgeon (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv 2302.04089)
-spares the channel whose loss, after that repair, is least: |W_c|^2 / (P^-1)_cc.
+The FFN is linear in its hidden channels h = silu(gate x) * up x: y = W h with W = down_proj. So everything follows from one
+matrix, their second moments P = E[h h^T]. Keeping the channels K with new columns V costs E|W h - V h_K|^2. The best columns
+are V = W P[:, K] P[K, K]^-1. The optimal brain surgeon (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv
+2302.04089) removes the channel whose loss after that repair is least: |W_c|^2 / (P^-1)_cc.
 
 Legend: T tokens, D hidden_size, N neurons, K kept neurons, E experts.
 """
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from ladimo.convert.ffn.hidden_channels import hidden_channels, second_moments
 from ladimo.convert.ffn.layer_data import LayerData, target_variance
+from ladimo.convert.progress import track
 from ladimo.model.layers import GatedMLP
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # in units of each channel's own power
-ROUNDS = 256  # neurons are spared in so many rounds: between them the inverse is brought up to date
+ROUNDS = 256  # neurons are removed in so many rounds; after each, the inverse is updated
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronOrdering:
-    """order: neurons [N], the most needed first. repairs[n]: down_proj's columns [D, K] of the first n experts' neurons, solved
-    again. errors[n]: holdout squared error of that, over the variance of the FFN's outputs. oracle_errors[n]: the same with n
-    unrepaired experts per token, those whose outputs are largest: what no router can beat."""
+    """order: neurons [N], the most needed first. repairs[n]: columns [D, K] of down_proj, solved again for the neurons of the
+    first n experts. errors[n]: squared error of these on the holdout, over the variance of the FFN's outputs.
+    oracle_errors[n]: the same for an oracle that runs, per token, the n experts with the largest outputs, without repair. No
+    router can do better."""
 
     order: Tensor
     repairs: dict[int, Tensor]
@@ -36,8 +38,9 @@ class NeuronOrdering:
 
 @torch.no_grad()
 def order_neurons(mlp: GatedMLP, data: LayerData, num_experts: int, ridge: float = 0.0) -> NeuronOrdering:
-    """Order and repairs for n = 1 .. num_experts - 1 experts of equal width (the last padded). A ridge of 0 is replaced by the
-    one of RIDGES with the least holdout error at half of the experts."""
+    """Order and repairs for n = 1 .. num_experts - 1 experts of equal width, the last padded. ridge: how strongly repairs are
+    pulled to the original columns, in units of each channel's own power; 0 for the one of RIDGES with the least error on the
+    holdout at half of the experts."""
     down = mlp.down_proj.weight.double()
     fit, held = second_moments(mlp, data.fit_inputs), second_moments(mlp, data.holdout_inputs)
     variance = target_variance(data.holdout_targets) * down.shape[0]  # of a whole output vector
@@ -63,20 +66,20 @@ def pruning_order(power: Tensor, down: Tensor, ridge: float) -> Tensor:
     inverse = torch.linalg.inv(_damped(power, ridge))
     columns = down.clone()
     alive = torch.ones(neurons, dtype=torch.bool, device=power.device)
-    spared: list[Tensor] = []
+    removed: list[Tensor] = []
     at_once = max(1, neurons // ROUNDS)
-    while left := int(alive.sum()):
+    for start in track(range(0, neurons, at_once), "pruning rounds"):
         losses = (columns.square().sum(dim=0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
-        gone = losses.topk(min(at_once, left), largest=False).indices  # least needed first
+        gone = losses.topk(min(at_once, neurons - start), largest=False).indices  # least needed first
         block = inverse[:, gone]
         change = torch.linalg.solve(block[gone], block.t())  # [gone, N]
         columns -= columns[:, gone] @ change
         inverse -= block @ change
-        inverse[gone], inverse[:, gone], columns[:, gone] = 0.0, 0.0, 0.0  # rid of rounding
+        inverse[gone], inverse[:, gone], columns[:, gone] = 0.0, 0.0, 0.0  # without rounding errors
         inverse[gone, gone] = 1.0
         alive[gone] = False
-        spared.append(gone)
-    return torch.cat(spared).flip(0)
+        removed.append(gone)
+    return torch.cat(removed).flip(0)
 
 
 def repair(power: Tensor, down: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -104,7 +107,8 @@ def expert_neurons(order: Tensor, num_experts: int) -> Tensor:
 
 def _damped(power: Tensor, ridge: float) -> Tensor:
     diagonal = power.diagonal()
-    return power + (ridge * diagonal + 1e-9 * diagonal.mean().clamp(min=1e-30)).diag()  # the second for dead channels
+    tiny = 1e-9 * diagonal.mean().clamp(min=1e-30)  # for channels that never fire
+    return power + (ridge * diagonal + tiny).diag()
 
 
 def _oracle_errors(mlp: GatedMLP, inputs: Tensor, order: Tensor, num_experts: int) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Cutting an FFN's neurons into experts. All experts with weight one are the FFN, whatever the partition.
+"""Cutting an FFN's neurons into experts. All experts with weight one add up to the FFN, however it is cut.
 
 Legend: D hidden_size, E experts, F moe_intermediate_size.
 """
@@ -21,17 +21,18 @@ def check_experts(num_experts: int, mlp: GatedMLP) -> None:
 
 
 def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
-    """Neuron numbers [E, ceil(size / E)]: equal runs of neighbours, -1 where the last ones are padded."""
+    """Neuron numbers [E, ceil(size / E)]: equal runs of neighbours. -1 pads the last ones."""
     size = -(-intermediate_size // num_experts)
     neurons = torch.arange(num_experts * size)
     return neurons.masked_fill(neurons >= intermediate_size, -1).view(num_experts, size)
 
 
 def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, router: Mapping[str, Tensor]) -> ExpertLayer:
-    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e]; router: its router's tensors by
-    name, on any device, {} for none.
+    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e]. router: tensors of the router
+    by name, on any device; {} for none.
 
-    A neuron of -1 has zero weights, so it adds exactly nothing and, both its factors being zero, stays zero in training.
+    -1 stands for a neuron with zero weights. It adds nothing, and because both of its factors are zero it stays zero in
+    training.
     """
     device = mlp.gate_proj.weight.device
     with torch.device(device):

@@ -1,8 +1,10 @@
-"""CMoE (arXiv 2502.04416): often activated neurons are always on, the rest is clustered by which tokens activate it, and one
-representative neuron per cluster is the router. Needs no training.
+"""CMoE (arXiv 2502.04416): neurons that are activated often are always on. The others are clustered by the tokens that activate
+them, and one representative neuron per cluster is its router. Needs no training.
 
 Legend: N neurons, E experts, S of them always on.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,27 +15,45 @@ from ladimo.convert.ffn.clustering import as_partition, balanced_assignment, exp
 from ladimo.convert.ffn.hidden_channels import coactivation
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.split import check_experts, split_ffn
-from ladimo.convert.recipe import Recipe
-from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.convert.methods.layerwise import LayerwiseMethod
+from ladimo.convert.methods.registry import register
+from ladimo.convert.recipe import Recipe, require
+from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.router import SELECTION_BIAS
 
 MAX_TOKENS = 16_384  # eight sequences of 2048, as in the paper
-ROUNDS = 10  # the paper makes one; columns as sparse as K_a = 10 leaves them do not move in the second
+ROUNDS = 10  # the paper makes one; with columns as sparse as those of K_a = 10 the second moves nothing
 ALWAYS = 2.0  # a selection bias above any difference of softmax scores
 
 
-class Cmoe:
-    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        return recipe
+@dataclass(frozen=True, slots=True)
+class CmoeRecipe:
+    """shared: share of the `split.top_k` running experts that are always on, rounded to a whole number of experts
+    (split.experts 8, split.top_k 6 and the default are the paper's S3A3E8). channels: K_a, how many of a token's hidden
+    channels count as activated.
+    """
+
+    shared: float = 0.5
+    channels: int = 10
+
+    def __post_init__(self) -> None:
+        require(0 <= self.shared <= 1, "cmoe.shared", "must be between 0 and 1", self.shared)
+        require(self.channels >= 1, "cmoe.channels", "must be at least 1", self.channels)
+
+
+@register
+class Cmoe(LayerwiseMethod):
+    name = "cmoe"
+    options = CmoeRecipe
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Raises ValueError when there are more experts than neurons."""
         check_experts(recipe.split.experts, mlp)
         num_experts, num_shared = recipe.split.experts, num_shared_experts(recipe)
         picked = torch.randperm(len(data.fit_inputs), generator=generator)[:MAX_TOKENS]
-        counts = coactivation(mlp, data.fit_inputs[picked], recipe.cmoe.channels).cpu()
+        counts = coactivation(mlp, data.fit_inputs[picked], recipe.section(CmoeRecipe).channels).cpu()
         labels, representatives = cluster(counts, num_experts, num_shared)
         partition = as_partition(labels, num_experts)
         layer = MoeLayerConfig(
@@ -48,7 +68,9 @@ class Cmoe:
         router[SELECTION_BIAS][:num_shared] = ALWAYS
         for name in ("gate_proj", "up_proj"):
             rows = F.normalize(mlp.get_submodule(name).get_parameter("weight").detach().float().cpu(), dim=1)
-            router[f"{name}.weight"] = F.pad(rows[representatives], (0, 0, num_shared, 0))  # always on needs no score
+            router[f"{name}.weight"] = F.pad(
+                rows[representatives], (0, 0, num_shared, 0)
+            )  # an expert that is always on needs no score
         return split_ffn(mlp, partition, layer, router)
 
     def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
@@ -56,6 +78,7 @@ class Cmoe:
 
     def describe(self, recipe: Recipe) -> str:
         split, train, shared = recipe.split, recipe.train, num_shared_experts(recipe)
+        channels = recipe.section(CmoeRecipe).channels
         name = f"S{shared}A{split.top_k - shared}E{split.experts}"
         tuned = (
             f"All weights of the experts are then distilled layer by layer with k = {split.top_k} ({train.steps} steps of "
@@ -65,7 +88,7 @@ class Cmoe:
             else "Training-free."
         )
         return (
-            f"CMoE (arXiv 2502.04416), {name}: the neurons most often among a token's {recipe.cmoe.channels} largest always "
+            f"CMoE (arXiv 2502.04416), {name}: the neurons most often among a token's {channels} largest always "
             f"run, the rest is split by balanced k-means on their 0/1 activation columns (L1, at most {ROUNDS} rounds), and "
             f"each routed expert is scored by its representative neuron, |silu(gate x) * (up x)|. Experts count with weight "
             f"one. {tuned}"
@@ -74,16 +97,16 @@ class Cmoe:
 
 def num_shared_experts(recipe: Recipe) -> int:
     """How many of the running experts are the same for every token."""
-    return round(recipe.cmoe.shared * recipe.split.top_k)
+    return round(recipe.section(CmoeRecipe).shared * recipe.split.top_k)
 
 
 def cluster(counts: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, Tensor]:
-    """Co-activation counts [N, N] -> labels [N], of which 0 .. S - 1 are always on, and the neuron nearest to the centre of
-    each routed expert, [E - S].
+    """Co-activation counts [N, N] -> labels [N], of which 0 .. S - 1 are always on, and for each routed expert the neuron
+    closest to its centre, [E - S].
 
-    Balanced k-means on the 0/1 activation columns under L1. The routed neurons that are activated most often are the first
-    centres, mean columns of clusters the later ones, against which representatives are measured too. The counts hold all there
-    is to know (`distances`).
+    This is balanced k-means on the 0/1 activation columns under L1. The first centres are the routed neurons that are
+    activated most often, later ones are the mean columns of clusters. Representatives are those closest to the last centres.
+    All distances follow from the counts (`distances`).
     """
     sizes = expert_sizes(len(counts), num_experts)
     often = counts.diagonal()

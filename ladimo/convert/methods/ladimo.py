@@ -1,7 +1,7 @@
-"""LaDiMo (arXiv 2408.04278): experts are slices of the FFN, router and experts are regressed on the FFN's outputs.
+"""LaDiMo (arXiv 2408.04278): experts are slices of the FFN. Router and experts are regressed on the FFN's outputs.
 
-Where the paper's details are not public this is our reading: equal contiguous slices, a bias-free softmax router, the k
-largest renormalised (Mixtral), squared error plus the Switch load-balance term.
+Some details of the paper are not public. Our reading: equal contiguous slices, a softmax router without bias, the k largest
+scores renormalised (as in Mixtral), squared error plus the load-balance term of Switch Transformers.
 """
 
 import torch
@@ -11,23 +11,25 @@ from ladimo.convert.distill.layerwise import CurvePoint, distill_layer
 from ladimo.convert.ffn.expert_layer import full_rule, route, run_experts
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.split import check_experts, contiguous_partition, split_ffn
+from ladimo.convert.methods.layerwise import LayerwiseMethod
+from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe
-from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 
-class Ladimo:
-    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        return recipe
+@register
+class Ladimo(LayerwiseMethod):
+    name = "ladimo"
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Raises ValueError when there are more experts than neurons."""
         split, hidden_size, intermediate_size = recipe.split, mlp.gate_proj.in_features, mlp.gate_proj.out_features
         check_experts(split.experts, mlp)
         partition = contiguous_partition(intermediate_size, split.experts)
-        # With scores divided by the sum of the k largest, a rule of mass tau that does not renormalise is DYN(tau) with the
-        # best expert keeping the weight it was trained with.
+        # Scores are divided by the sum of the k largest. A rule of mass tau that does not renormalise is then DYN(tau), and the
+        # best expert keeps the weight that it was trained with.
         layer = MoeLayerConfig(
             num_experts=split.experts,
             num_experts_per_tok=split.top_k,

@@ -1,6 +1,8 @@
-"""MoEfication (arXiv 2110.01786): neurons with similar weights become an expert, a small network learns which experts matter.
+"""MoEfication (arXiv 2110.01786): neurons with similar weights become an expert, and a small network learns which experts
+matter.
 
-Written for ReLU, where an expert's activation is the sum of its positive neurons; for SwiGLU we read it as the sum of |h|.
+The paper is written for ReLU, where an expert's activation is the sum of its positive neurons. For SwiGLU we take the sum of
+|h|.
 """
 
 import torch
@@ -11,18 +13,22 @@ from ladimo.convert.distill.router import activation_mass, fit_router
 from ladimo.convert.ffn.clustering import as_partition, balanced_kmeans
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.split import check_experts, split_ffn
+from ladimo.convert.methods.layerwise import LayerwiseMethod
+from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe
-from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 
-class Moefication:
-    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        return recipe
+@register
+class Moefication(LayerwiseMethod):
+    name = "moefication"
+    trains_experts = False
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """Clusters of `gate_proj` rows of length one; the router starts as the clusters' centres, as in the released code.
+        """Clusters of `gate_proj` rows, scaled to length one. The router starts as the clusters' centres, as in the released
+        code.
 
         Raises ValueError when there are more experts than neurons.
         """
@@ -42,7 +48,7 @@ class Moefication:
         )
         members = F.one_hot(labels, num_experts).to(rows)
         centres = (members.t() @ rows) / members.sum(dim=0).unsqueeze(1)
-        # The released code divides each input by its length; after RMSNorm lengths hardly differ, so the mean one will do.
+        # The released code divides each input by its length. After RMSNorm lengths hardly differ, so the mean length will do.
         length = data.fit_inputs.float().norm(dim=1).mean().to(rows.device)
         router = {"fc1.weight": centres / length, "fc2.weight": torch.eye(num_experts)}
         return split_ffn(mlp, partition, layer, router)

@@ -1,10 +1,11 @@
-"""The control: prune to the same budget by the same statistics and distil the same way, without routing.
+"""The control: pruning to the same budget, with the same statistics and the same distillation, but without routing.
 
-Every layer keeps its most important neurons as one expert that always runs. Where this ties with a routed method at equal cost,
-routing does not pay.
+Every layer keeps its most important neurons as one expert that always runs. Where a routed method is no better than this at
+equal cost, routing does not pay.
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
@@ -13,41 +14,63 @@ from ladimo.convert.ffn.hidden_channels import neuron_statistics
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.least_squares import solve_down
 from ladimo.convert.ffn.split import split_ffn
-from ladimo.convert.recipe import Recipe
+from ladimo.convert.methods.layerwise import LayerwiseMethod
+from ladimo.convert.methods.registry import register
+from ladimo.convert.recipe import Recipe, require
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 
-class Static:
+@dataclass(frozen=True, slots=True)
+class StaticRecipe:
+    """kept: share of each FFN's neurons that stay, 0 for what `target_active` leaves. resolve: solve `down_proj` again for
+    the neurons that stay. ridge: how strongly that solution is pulled to the original weights, in units of each channel's own
+    power; 0 for the best on the holdout.
+    """
+
+    kept: float = 0.0
+    resolve: bool = True
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.kept <= 1, "static.kept", "must be between 0 and 1", self.kept)
+        require(self.ridge >= 0, "static.ridge", "must be at least 0", self.ridge)
+
+
+@register
+class Static(LayerwiseMethod):
+    name = "static"
+    options = StaticRecipe
+
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        """With the share of neurons that `target_active` leaves, the same in every layer that may be converted.
+        """The recipe with the share of neurons that `target_active` leaves, the same in every layer that may be converted.
 
         Raises ValueError when the layers cannot get that small.
         """
-        if recipe.static.kept:
+        if recipe.section(StaticRecipe).kept:
             return recipe
         width = static_width(config, recipe)
         kept = width / config.intermediate_size
-        return dataclasses.replace(recipe, static=dataclasses.replace(recipe.static, kept=kept))
+        return recipe.with_section(dataclasses.replace(recipe.section(StaticRecipe), kept=kept))
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Needs a recipe whose static.kept is set (`resolve`)."""
-        assert recipe.static.kept > 0
-        width = max(1, round(recipe.static.kept * mlp.gate_proj.out_features))
+        assert recipe.section(StaticRecipe).kept > 0
+        width = max(1, round(recipe.section(StaticRecipe).kept * mlp.gate_proj.out_features))
         kept = neuron_statistics(mlp, data.fit_inputs).importance.topk(width).indices.sort().values.cpu()
         config = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
         layer = split_ffn(mlp, kept.unsqueeze(0), config, {})
-        if recipe.static.resolve:
+        if recipe.section(StaticRecipe).resolve:
             with torch.no_grad():
-                layer.experts.down_proj[0] = solve_down(mlp, kept, data, recipe.static.ridge)[0]
+                layer.experts.down_proj[0] = solve_down(mlp, kept, data, recipe.section(StaticRecipe).ridge)[0]
         return layer
 
     def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
         return distill_layer(layer, data, recipe.train, generator)
 
     def describe(self, recipe: Recipe) -> str:
-        static, train = recipe.static, recipe.train
+        static, train = recipe.section(StaticRecipe), recipe.train
         ridge = f"ridge {static.ridge:g}" if static.ridge else "ridge chosen on the holdout"
         solved = f" down_proj is solved again for them by least squares ({ridge})." if static.resolve else ""
         tuned = (

@@ -1,107 +1,150 @@
-"""Candidate policies of a converted model: the named ones and what the solver finds between them. Needs no training.
+"""Candidate policies of a converted model: the named ones, and what the solver finds between them. Needs no training.
 
-For layers trained with a router the options are the rules of its profile; for those of method elastic the rules that the named
-policies hold: the exact partition and each budget's substitutes, fixed or routed.
+For layers with a router of their own the options are the rules of the layer's profile. For layers that hold fixed or routed
+substitutes they are the rules that the named policies have.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules
-from ladimo.convert.policies.choose import Option, named_policies, spread
-from ladimo.convert.policies.frontier import Guard, policy_name, routed_options
-from ladimo.convert.policies.routing_profile import LayerProfile
+from ladimo.convert.policies.choose import Option, interpolate, named_policies, spread
+from ladimo.convert.policies.routing_profile import LayerProfile, RuleProfile
+from ladimo.convert.policies.sensitivity import rule_damages
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import LayerRule
 
-GUARD_POINTS = 64  # how finely the path is cut that a perplexity guard is looked for on
+GUARD_STEPS = 64  # solutions between the dearest and the cheapest, among which a perplexity guard is searched
 
-Candidates = tuple[dict[str, Rules], Guard | None]
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """A converted model as it is measured: its dense source, its expert layers and its configuration."""
+
+    dense: StreamedModel
+    experts: ExpertSource
+    config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Asks for the cheapest rules whose perplexity is at most `ratio` times the dense one. path: the rules to search, dearest
+    first, each cheaper and worse than the one before."""
+
+    ratio: float
+    path: Sequence[Rules]
+
+    @property
+    def name(self) -> str:
+        return f"ratio-{self.ratio:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """rules: by the policy's name, with at least full, quality, balanced and fast."""
+
+    rules: Mapping[str, Rules]
+    guard: Guard | None = None
 
 
 def routed_candidates(
-    dense: StreamedModel,
-    experts: ExpertSource,
-    config: ModelConfig,
-    profiles: Mapping[int, LayerProfile],
-    holdout: Tensor,
-    recipe: Recipe,
+    model: ConvertedModel, profiles: Mapping[int, LayerProfile], blocks: Tensor, recipe: Recipe
 ) -> Candidates:
-    """LaDiMo's named policies and the solver's, at batch 1 and at batch 32, from damage on holdout blocks [B, S]."""
-    named = named_policies(profiles, config, recipe.policies)
+    """LaDiMo's named policies and the solver's, for batch 1 and for batch 32. blocks: token blocks [B, S] for the damage."""
+    named = named_policies(profiles, model.config, recipe.policies)
     if not profiles or not recipe.policies.points:
-        return named, None
-    options = routed_options(dense, experts, config, profiles, holdout)
-    wide = routed_options(dense, experts, config, profiles, holdout, DISTINCT_BATCH)
-    extra = spread(options, config, recipe.policies.points) + spread(wide, config, recipe.policies.points // 2)
+        return Candidates(named)
+    options, wide = routed_options(model, profiles, blocks)
     costs = {index: {option.rule: option.experts for option in layer} for index, layer in options.items()}
-    return _with_extra(named, extra, config, costs), _guard(options, config, recipe)
+    return _solved(named, options, wide, model.config, costs, recipe)
 
 
-def budget_candidates(
-    dense: StreamedModel,
-    experts: ExpertSource,
-    config: ModelConfig,
-    named: Mapping[str, Rules],
-    holdout: Tensor,
-    recipe: Recipe,
-) -> Candidates:
-    """The named policies, and the solver's mixtures of their rules, at batch 1 and, where a rule routes, at batch 32, from the
-    damage of each rule alone on holdout blocks [B, S]."""
+def budget_candidates(model: ConvertedModel, named: Mapping[str, Rules], blocks: Tensor, recipe: Recipe) -> Candidates:
+    """The named policies and the solver's mixtures of their rules, for batch 1 and, where a rule routes, for batch 32. blocks:
+    token blocks [B, S] for the damage of each rule."""
+    config = model.config
     if not config.moe_layer_indices or not recipe.policies.points:
-        return dict(named), None
-    depth = config.num_hidden_layers
-    reference: Rules = (None,) * depth
+        return Candidates(dict(named))
     stored = {index: list(dict.fromkeys(_rule(rules, index) for rules in named.values())) for index in config.moe_layer_indices}
     full = {index: _rule(named["full"], index) for index in config.moe_layer_indices}
-
-    def alone(index: int, rule: LayerRule) -> Rules:
-        return tuple(rule if layer == index else None for layer in range(depth))
-
-    variants = [alone(index, rule) for index, rules in stored.items() for rule in rules if rule != full[index]]
-    measured = measure(dense, experts, holdout, [reference, *variants], reference)
+    changed = {index: [rule for rule in rules if rule != full[index]] for index, rules in stored.items()}
+    damages = rule_damages(model.dense, model.experts, changed, blocks)
 
     def option(index: int, rule: LayerRule, batch: int) -> Option:
         if rule == full[index]:
             return Option(rule, float(rule.top_k), 0.0)
-        found = measured[alone(index, rule)]
-        ran = float(rule.top_k) if batch == 1 else found.distinct_experts[index]
-        return Option(rule, ran or 0.0, found.kl or 0.0)
+        found = damages[index][rule]
+        return Option(rule, float(rule.top_k) if batch == 1 else found.distinct_experts, found.kl)
 
     options, wide = (
         {index: [option(index, rule, batch) for rule in rules] for index, rules in stored.items()}
         for batch in (1, DISTINCT_BATCH)
     )
+    costs = {index: {rule: float(rule.top_k) for rule in rules} for index, rules in stored.items()}
+    return _solved(named, options, wide, config, costs, recipe)
+
+
+def routed_options(
+    model: ConvertedModel, profiles: Mapping[int, LayerProfile], blocks: Tensor
+) -> tuple[dict[int, list[Option]], dict[int, list[Option]]]:
+    """What each routed layer may do, at the cost of batch 1 and of batch 32. The damage of its most accurate and of its
+    cheapest rule is found on token blocks [B, S]; for the others it is interpolated by layer error."""
+    known = {index: _distinct_rules(profile) for index, profile in profiles.items()}
+    ends = {
+        index: [min(rules, key=lambda entry: entry.error), min(rules, key=lambda entry: entry.experts_per_token)]
+        for index, rules in known.items()
+    }
+    wanted = {index: list(dict.fromkeys(entry.rule for entry in pair)) for index, pair in ends.items()}
+    damages = rule_damages(model.dense, model.experts, wanted, blocks)
+    narrow: dict[int, list[Option]] = {}
+    wide: dict[int, list[Option]] = {}
+    for index, rules in known.items():
+        errors = [entry.error for entry in ends[index]]
+        found = [damages[index][entry.rule].kl for entry in ends[index]]
+        lost = {entry.rule: interpolate(errors, found, entry.error) for entry in rules}
+        narrow[index] = [Option(entry.rule, entry.experts_per_token, lost[entry.rule]) for entry in rules]
+        wide[index] = [Option(entry.rule, entry.distinct_experts, lost[entry.rule]) for entry in rules]
+    return narrow, wide
+
+
+def policy_name(cost: float) -> str:
+    """Of a policy that the solver found: by its share of active parameters in percent."""
+    return f"active-{100 * cost:.1f}"
+
+
+def _solved(
+    named: Mapping[str, Rules],
+    options: Mapping[int, Sequence[Option]],
+    wide: Mapping[int, Sequence[Option]],
+    config: ModelConfig,
+    costs: Mapping[int, Mapping[LayerRule, float]],
+    recipe: Recipe,
+) -> Candidates:
+    """The named policies, the solver's solutions under the names of their predicted costs, and the guard."""
     extra = spread(options, config, recipe.policies.points)
     if wide != options:  # fixed experts cost the same in every batch
         extra += spread(wide, config, recipe.policies.points // 2)
-    costs = {index: {rule: float(rule.top_k) for rule in rules} for index, rules in stored.items()}
-    return _with_extra(named, extra, config, costs), _guard(options, config, recipe)
-
-
-def _with_extra(
-    named: Mapping[str, Rules],
-    extra: Sequence[Rules],
-    config: ModelConfig,
-    costs: Mapping[int, Mapping[LayerRule, float]],
-) -> dict[str, Rules]:
-    """Each new solution under the name of its predicted cost."""
     chosen = dict(named)
     for rules in dict.fromkeys(extra):
         if rules not in chosen.values():
             experts = tuple(None if rule is None else costs[index][rule] for index, rule in enumerate(rules))
             chosen.setdefault(policy_name(config.active_parameters_ratio(experts)), rules)
-    return chosen
+    ratio = recipe.max_perplexity_ratio
+    return Candidates(chosen, Guard(ratio, spread(options, config, GUARD_STEPS)) if ratio else None)
 
 
-def _guard(options: Mapping[int, Sequence[Option]], config: ModelConfig, recipe: Recipe) -> Guard | None:
-    if not recipe.max_perplexity_ratio:
-        return None
-    return Guard(recipe.max_perplexity_ratio, spread(options, config, GUARD_POINTS))
+def _distinct_rules(profile: LayerProfile) -> list[RuleProfile]:
+    """The profile's rules. Of those with equal cost at batch 1 and at batch 32, the one with the least error."""
+    best: dict[tuple[float, float], RuleProfile] = {}
+    for entry in profile.by_top_k + profile.by_tau:
+        key = (round(entry.experts_per_token, 2), round(entry.distinct_experts, 2))
+        if key not in best or entry.error < best[key].error:
+            best[key] = entry
+    return list(best.values())
 
 
 def _rule(rules: Rules, index: int) -> LayerRule:

@@ -1,4 +1,4 @@
-"""From profiles to policies and layers: pure functions of what was measured."""
+"""Choosing policies and layers: pure functions of what was measured."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ NAMED = ("full", "quality", "balanced", "fast")
 
 
 def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> LayerRule:
-    """LaDiMo's per-layer decision: TOP1 where nearly every token needs one expert to reach tau, all k where nearly none needs
-    fewer, DYN(tau) between. A tau of 0 is TOP1, of 1 all k."""
+    """LaDiMo's decision for one layer. TOP1 where nearly every token reaches tau with one expert, all k where nearly every
+    token needs all k, DYN(tau) otherwise. A tau of 0 gives TOP1, a tau of 1 all k."""
     top1, full = profile.by_top_k[0].rule, profile.by_top_k[-1].rule
     if tau <= 0 or tau >= 1:
         return top1 if tau <= 0 else full
@@ -30,8 +30,8 @@ def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> Laye
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What one layer may do. experts: those that run per token at batch 1, or that a batch of 32 tokens reads, mean. damage: KL
-    divergence from the dense model in nats when only this layer does so, measured or interpolated."""
+    """What one layer may do. experts: mean number that runs per token, or that a batch of 32 tokens reads. damage: KL
+    divergence from the dense model in nats when only this layer does so."""
 
     rule: LayerRule
     experts: float
@@ -39,8 +39,8 @@ class Option:
 
 
 def best_rules(options: Mapping[int, Sequence[Option]], config: ModelConfig, target: float) -> Rules:
-    """One option per converted layer with the least sum of damages at a cost of at most `target` (share of the dense model's
-    active parameters)."""
+    """One option per converted layer, with the least sum of damages at a cost of at most `target`, a share of the dense model's
+    active parameters."""
     layers = sorted(options)
     none = dict.fromkeys(layers, 0.0)
     fixed = _cost(none, config)
@@ -56,7 +56,7 @@ def best_rules(options: Mapping[int, Sequence[Option]], config: ModelConfig, tar
 
 
 def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points: int) -> list[Rules]:
-    """Solutions at `points` targets between the cheapest and the dearest choice, dearest first, without repetitions."""
+    """Solutions for `points` targets between the dearest and the cheapest choice, dearest first, without repetitions."""
     ends = []
     for pick in (max, min):
         experts = {index: pick(option.experts for option in layer) for index, layer in options.items()}
@@ -66,7 +66,7 @@ def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points:
 
 
 def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, recipe: PolicyRecipe) -> dict[str, Rules]:
-    """full, quality, balanced, fast by LaDiMo's rule. `config` has the converted layers, each of which has a profile."""
+    """full, quality, balanced and fast by LaDiMo's rule. Every converted layer of `config` has a profile."""
     taus = zip(NAMED, (1.0, recipe.quality, recipe.balanced, recipe.fast), strict=True)
     return {
         name: tuple(
@@ -77,8 +77,8 @@ def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, re
 
 
 def interpolate(errors: Sequence[float], damages: Sequence[float], error: float) -> float:
-    """Damage of an option whose layer error is `error`, between options whose damage was measured; on logarithmic scales, in
-    proportion to the error outside them."""
+    """The damage of an option whose layer error is `error`, from options whose damage is known: between them on logarithmic
+    scales, outside them in proportion to the error."""
     known = sorted((max(e, 1e-12), max(d, 1e-12)) for e, d in zip(errors, damages, strict=True))
     error = max(error, 1e-12)
     if error <= known[0][0] or len(known) == 1:
@@ -92,9 +92,9 @@ def interpolate(errors: Sequence[float], damages: Sequence[float], error: float)
 
 
 def choose_layers(perplexity: Mapping[int, float], savings: Mapping[int, float], target_active: float) -> tuple[int, ...]:
-    """Layers to convert: least damaging first, at least one, until the model's cost is at most the target.
+    """Layers to convert: the least damaging first, at least one, until the model's cost is at most the target.
 
-    perplexity: with only that layer converted. savings: the share of active parameters that converting it saves.
+    perplexity: by layer, with only that layer converted. savings: by layer, the share of active parameters that it saves.
     """
     chosen: list[int] = []
     for layer in sorted(perplexity, key=lambda layer: (perplexity[layer], layer)):

@@ -1,4 +1,4 @@
-"""Measured policies and the frontier: what `convert` and `profile` do alike, whatever made the candidates."""
+"""Policies measured end to end, and the frontier of those that nothing cheaper beats."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ladimo.convert.evaluation.measure import Measurement, figures, measure
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules
-from ladimo.convert.policies.choose import NAMED, Option, interpolate
-from ladimo.convert.policies.routing_profile import LayerProfile, RuleProfile
-from ladimo.convert.streamed_model import ExpertSource, StreamedModel
+from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
+from ladimo.convert.policies.choose import NAMED
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy, pareto
 
@@ -20,21 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
-    """Find the cheapest rules whose perplexity is at most `ratio` times the dense one, along `path`: dearest first, each
-    cheaper and worse than the one before."""
-
-    ratio: float
-    path: Sequence[Rules]
-
-    @property
-    def name(self) -> str:
-        return f"ratio-{self.ratio:g}"
-
-
-@dataclass(frozen=True, slots=True)
 class MeasuredPolicies:
-    """Policies with their figures on the evaluation text, in the order full, quality, balanced, fast, others."""
+    """Policies with their figures on the evaluation text: full, quality, balanced, fast, then others."""
 
     policies: list[RoutingPolicy]
     figures: list[dict[str, Any]]
@@ -59,27 +45,21 @@ class MeasuredPolicies:
         )
 
 
-def measure_frontier(
-    dense: StreamedModel,
-    experts: ExpertSource,
-    config: ModelConfig,
-    candidates: Mapping[str, Rules],
-    blocks: Tensor,
-    guard: Guard | None = None,
-) -> MeasuredPolicies:
-    """Measure each candidate end to end on token blocks [B, S]; `candidates` has at least the named policies, and `config` the
-    layers they are for. Two frontiers: of points chosen by what one token reads and by what a batch of 32 reads."""
-    chosen = dict(candidates)
+def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tensor) -> MeasuredPolicies:
+    """Measure each candidate on token blocks [B, S]. There are two frontiers: of points chosen by what one token reads, and by
+    what a batch of 32 tokens reads."""
+    chosen, config = dict(candidates.rules), model.config
     reference: Rules = (None,) * config.num_hidden_layers
-    measured = measure(dense, experts, blocks, [reference, *chosen.values()], reference)
+    measured = measure(model.dense, model.experts, blocks, [reference, *chosen.values()], reference)
     perplexity = measured[reference].perplexity
-    if guard is not None:
-        found = _cheapest_within(dense, experts, blocks, guard, measured, perplexity)
+    if candidates.guard is not None:
+        found = _cheapest_within(model, blocks, candidates.guard, measured, perplexity)
         if found is None:
-            logger.warning("no policy keeps the perplexity within %g times the dense one", guard.ratio)
+            logger.warning("no policy keeps the perplexity within %g times the dense one", candidates.guard.ratio)
         else:
-            chosen[guard.name] = found
-    for better, cheaper in pairwise(NAMED):  # predictions have this order; a measurement on other text may not keep it
+            chosen[candidates.guard.name] = found
+    # The named policies were predicted to get cheaper in this order. A measurement on other text may disagree.
+    for better, cheaper in pairwise(NAMED):
         costs = [config.active_parameters_ratio(measured[chosen[name]].experts_per_token) for name in (better, cheaper)]
         if costs[1] > costs[0]:
             chosen[cheaper] = chosen[better]
@@ -87,49 +67,6 @@ def measure_frontier(
     entries = [figures(policy, measured[policy.layers], config, perplexity) for policy in policies]
     points = tuple(point for batch in (1, DISTINCT_BATCH) for point in _frontier(policies, measured, config, perplexity, batch))
     return MeasuredPolicies(policies, entries, Frontier(points), perplexity)
-
-
-def routed_options(
-    dense: StreamedModel,
-    experts: ExpertSource,
-    config: ModelConfig,
-    profiles: Mapping[int, LayerProfile],
-    blocks: Tensor,
-    batch: int = 1,
-) -> dict[int, list[Option]]:
-    """What each routed layer may do, with the damage on token blocks [B, S]: the rule with the least error and the cheapest are
-    measured alone in an otherwise dense model, the rest is interpolated by layer error."""
-    depth = config.num_hidden_layers
-    reference: Rules = (None,) * depth
-    known = {index: _distinct_rules(profile) for index, profile in profiles.items()}
-
-    def alone(index: int, rule: LayerRule) -> Rules:
-        return tuple(rule if layer == index else None for layer in range(depth))
-
-    ends = {
-        index: [min(rules, key=lambda entry: entry.error), min(rules, key=lambda entry: entry.experts_per_token)]
-        for index, rules in known.items()
-    }
-    variants = [alone(index, entry.rule) for index, pair in ends.items() for entry in pair]
-    measured = measure(dense, experts, blocks, [reference, *variants], reference)
-    options: dict[int, list[Option]] = {}
-    for index, rules in known.items():
-        errors = [entry.error for entry in ends[index]]
-        damages = [measured[alone(index, entry.rule)].kl or 0.0 for entry in ends[index]]
-        options[index] = [
-            Option(
-                rule=entry.rule,
-                experts=entry.experts_per_token if batch == 1 else entry.distinct_experts,
-                damage=interpolate(errors, damages, entry.error),
-            )
-            for entry in rules
-        ]
-    return options
-
-
-def policy_name(cost: float) -> str:
-    """Of a policy that the solver found: by its share of active parameters in percent."""
-    return f"active-{100 * cost:.1f}"
 
 
 def rule_name(rule: LayerRule | None) -> str:
@@ -149,31 +86,17 @@ def describe_rules(rules: Rules) -> str:
     return ", ".join(counts)
 
 
-def _distinct_rules(profile: LayerProfile) -> list[RuleProfile]:
-    """The profile's rules, of those with equal cost at batch 1 and 32 the one with the least error."""
-    best: dict[tuple[float, float], RuleProfile] = {}
-    for entry in profile.by_top_k + profile.by_tau:
-        key = (round(entry.experts_per_token, 2), round(entry.distinct_experts, 2))
-        if key not in best or entry.error < best[key].error:
-            best[key] = entry
-    return list(best.values())
-
-
 def _cheapest_within(
-    dense: StreamedModel,
-    experts: ExpertSource,
-    blocks: Tensor,
-    guard: Guard,
-    measured: dict[Rules, Measurement],
-    perplexity: float,
+    model: ConvertedModel, blocks: Tensor, guard: Guard, measured: dict[Rules, Measurement], perplexity: float
 ) -> Rules | None:
-    """By bisection over the path; what it measures is added to `measured`."""
+    """By bisection over the guard's path. What it measures is added to `measured`."""
     low, high = -1, len(guard.path)  # path[low] is within, path[high] is not
     while high - low > 1:
         middle = (low + high) // 2
         rules = guard.path[middle]
         if rules not in measured:
-            measured |= measure(dense, experts, blocks, [rules, (None,) * len(rules)], (None,) * len(rules))
+            reference: Rules = (None,) * len(rules)
+            measured |= measure(model.dense, model.experts, blocks, [rules, reference], reference)
         if measured[rules].perplexity <= guard.ratio * perplexity:
             low = middle
         else:
@@ -188,8 +111,8 @@ def _frontier(
     perplexity: float,
     batch: int,
 ) -> tuple[FrontierPoint, ...]:
-    """Policies that nothing cheaper beats at this batch size. Equal rules under two names are one point; the name that comes
-    first keeps it."""
+    """Policies that nothing cheaper beats at this batch size. Equal rules under two names are one point, under the first
+    name."""
     points = {
         policy.layers: FrontierPoint(
             batch=batch,

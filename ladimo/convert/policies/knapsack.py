@@ -1,16 +1,16 @@
-"""The best choice per layer within a budget: a multiple-choice knapsack over what was measured. Plain numbers."""
+"""The best choice per layer within a budget: a multiple-choice knapsack, in plain numbers."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-BINS = 4000  # the budget is counted in so many units; costs are rounded up to whole ones
+BINS = 4000  # units of the budget; costs are rounded up to whole units
 
 
 def solve_knapsack(costs: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
-    """One option number per layer with the least sum of damages among those whose costs sum to at most `budget`.
+    """One option number per layer, such that the damages sum to the least and the costs to at most `budget`.
 
-    costs[layer][option] and damages[layer][option]. Where even the cheapest options cost more, these. Dynamic
+    costs[layer][option] and damages[layer][option]. If even the cheapest options cost more, these are chosen. Dynamic
     programming, exact up to the rounding of costs.
     """
     least = [min(layer) for layer in costs]

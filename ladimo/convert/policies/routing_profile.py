@@ -1,4 +1,4 @@
-"""What a layer's router does on held-out tokens, and what each candidate rule would cost and lose. Needs no training.
+"""What a layer's router does on held-out tokens, and what each rule would cost and lose there. Nothing is trained.
 
 Legend: T tokens, D hidden_size, E experts, k experts the layer was trained for.
 """
@@ -22,9 +22,9 @@ TAUS = tuple(round(0.02 * step, 2) for step in range(1, 50))
 
 @dataclass(frozen=True, slots=True)
 class RuleProfile:
-    """One candidate rule, with the better of its two weightings. experts_per_token: mean on the holdout. one_share, full_share:
-    share of tokens that run one expert and all k. distinct_experts: different ones that a batch of DISTINCT_BATCH tokens runs,
-    mean. error: squared error over the variance of the FFN's outputs."""
+    """A rule, with weights renormalised or not, whichever has the smaller error. experts_per_token: mean on the holdout.
+    one_share, full_share: shares of tokens that run one expert, and all k. distinct_experts: mean number of different experts
+    that a batch of DISTINCT_BATCH tokens runs. error: squared error over the variance of the FFN's outputs."""
 
     rule: LayerRule
     experts_per_token: float
@@ -36,9 +36,9 @@ class RuleProfile:
 
 @dataclass(frozen=True, slots=True)
 class LayerProfile:
-    """histogram: tokens by the score of their best expert, HISTOGRAM_BINS equal bins of [0, 1]. load: share of the chosen
-    places that each expert gets under `full`. by_top_k: rules of 1 to k experts. by_tau: DYN(tau), tau rising. kept_error,
-    one_error: error of TOP1 with the best expert's original weight, and with weight one."""
+    """histogram: tokens by the score of their best expert, in HISTOGRAM_BINS equal bins of [0, 1]. load: each expert's share
+    of the choices under `full`. by_top_k: rules of 1 to k experts. by_tau: DYN(tau), tau rising. kept_error, one_error: error
+    of TOP1 with the best expert's own weight, and with weight one."""
 
     histogram: list[int]
     mean_best_weight: float
@@ -90,7 +90,7 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
 
     def candidate(needed: Tensor, top_k: int, mass: float | None) -> RuleProfile:
         by_weighting = errors.gather(1, (needed - 1).expand(2, 1, -1)).mean(dim=(1, 2))
-        # Where the weights sum to one either way, say so rather than let rounding decide.
+        # With all k experts the weights sum to one either way; then rounding must not decide.
         whole = top_k == k and mass is None
         renormalize = full.renormalize if whole else bool(by_weighting[1] < by_weighting[0])
         return RuleProfile(

@@ -1,13 +1,13 @@
 """Small SVG charts: numbers in, elements out, nothing loaded from anywhere.
 
-Text, axes and grid take the page's colour (`currentColor`) and the palette has contrast on white and on near-black, so that
-a chart needs no theme of its own. Every mark says its numbers when it is pointed at. `standalone` makes a file of charts.
+Text, axes and grid have the page's colour (`currentColor`), and the palette has enough contrast on white and on near-black.
+So a chart needs no theme of its own. Every mark shows its numbers when the pointer is over it. `standalone` makes a file of
+charts.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from xml.etree.ElementTree import Element
 
 from ladimo.convert.report.markup import element, to_xml
@@ -23,8 +23,8 @@ SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "M-3.6 -3.6h7.2v7.2h-7.2z", "M0 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """log: points at or below zero are left out. unit: written behind each tick. low, high: what the axis covers at least.
-    whole: ticks at whole numbers only."""
+    """log: a logarithmic axis, without points at or below zero. unit: written behind each tick. low, high: a range that the
+    axis must include. whole: ticks at whole numbers only."""
 
     label: str
     log: bool = False
@@ -36,8 +36,8 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """hint: shown when pointed at, for the numbers. label: written beside it where there is room. spread: half the length of
-    an error bar."""
+    """hint: shown when the pointer is over it, in place of the numbers. label: written beside it where there is room. spread:
+    half the length of an error bar."""
 
     x: float
     y: float
@@ -96,7 +96,7 @@ def line_chart(
     ordinal: bool = False,
     guides: Sequence[tuple[float, str]] = (),
 ) -> Element:
-    """Lines with markers. ordinal: the series have an order, which their colours follow. guides: dashed horizontal lines."""
+    """Lines with markers. ordinal: the series have an order, and their colours follow it. guides: dashed horizontal lines."""
     shown = [
         Series(s.name, [p for p in s.points if not (x_axis.log and p.x <= 0 or y_axis.log and p.y <= 0)], s.colour, s.line)
         for s in series
@@ -143,8 +143,8 @@ def bar_chart(
     x_ticks: Sequence[tuple[float, str]] = (),
     marks: Iterable[tuple[float, str]] = (),
 ) -> Element:
-    """Equal bars from zero. x_ticks, marks (dashed vertical lines): places in bars from the left, with their texts; without
-    ticks the bars are numbered."""
+    """Bars of equal width that start at zero. x_ticks, marks: places, counted in bars from the left, and their texts. Marks
+    are dashed vertical lines. Without ticks the bars are numbered."""
     top, step = 34.0, (WIDTH - LEFT - RIGHT) / max(1, len(bars))
     y_scale = _scale([0.0, *(bar.value for bar in bars)], y_axis, top + PLOT_HEIGHT, top)
     every = math.ceil(len(bars) * 22 / (WIDTH - LEFT - RIGHT))
@@ -206,33 +206,6 @@ def heatmap(
     return _svg(title, width, top + len(rows) * height + 8, parts)
 
 
-def comparison_panels(entries: Sequence[Mapping[str, Any]]) -> list[Element]:
-    """Perplexity ratio against active parameters, a line per method with its seeds' spread, a chart per number of tokens.
-
-    entries: dicts of method, tokens, target, active_parameters_ratio, perplexity_ratio, spread and seeds
-    (`ladimo.convert.report_figures.read_comparison`). All panels have the same axes and colours.
-    """
-    methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    ratios = [entry["perplexity_ratio"] + sign * entry["spread"] for entry in entries for sign in (-1, 1)]
-    x_values = [100 * entry["active_parameters_ratio"] for entry in entries]
-    x_axis = Axis("active parameters", unit="%", low=min(x_values), high=max(x_values))
-    y_axis = Axis("perplexity / dense", log=max(ratios) > 2 * min(ratios), low=min(1.0, *ratios), high=max(ratios))
-    panels = []
-    for tokens in sorted({entry["tokens"] for entry in entries}):
-        series = []
-        for number, method in enumerate(methods):
-            own = [entry for entry in entries if entry["method"] == method and entry["tokens"] == tokens]
-            points = [_comparison_point(entry) for entry in sorted(own, key=lambda entry: entry["active_parameters_ratio"])]
-            series.append(Series(method, points, PALETTE[number % len(PALETTE)]))
-        panels.append(line_chart(f"Converted with {tokens:,} tokens", series, x_axis, y_axis, guides=[(1.0, "dense")]))
-    return panels
-
-
-def comparison_chart(title: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG file of `comparison_panels`."""
-    return standalone(title, comparison_panels(entries))
-
-
 def standalone(title: str, charts: Sequence[Element]) -> str:
     """An SVG file with charts side by side under a title, light or dark as its reader wishes."""
     style = "svg{color:#1c1e21;background:#fff}@media (prefers-color-scheme:dark){svg{color:#e6e8eb;background:#14161a}}"
@@ -249,7 +222,7 @@ def standalone(title: str, charts: Sequence[Element]) -> str:
 
 
 def ramp(share: float) -> str:
-    """The colour of what stands at `share` in [0, 1] of an order."""
+    """The colour at place `share` in [0, 1] of an order."""
     place = share * (len(RAMP) - 1)
     first = min(int(place), len(RAMP) - 2)
     mixed = (a + (b - a) * (place - first) for a, b in zip(RAMP[first], RAMP[first + 1], strict=True))
@@ -273,17 +246,11 @@ def ticks(low: float, high: float, log: bool = False, whole: bool = False) -> li
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _comparison_point(entry: Mapping[str, Any]) -> Point:
-    x, y, spread, seeds = 100 * entry["active_parameters_ratio"], entry["perplexity_ratio"], entry["spread"], entry["seeds"]
-    hint = f"{x:.1f}% active: {y:.4f} ± {spread:.4f} over {seeds} seed{'s' * (seeds != 1)}"
-    return Point(x, y, hint, spread=spread)
-
-
 def _scale(values: Sequence[float], axis: Axis, start: float, end: float) -> Scale:
-    """A scale that holds all values and the axis' own range, with a margin, except below zero when that is the lowest."""
+    """A scale for all values and the axis' own range, with a margin. There is none below when the lowest value is zero."""
     held = [value for value in (*values, axis.low, axis.high) if math.isfinite(value)] or [1.0]
     low, high = min(held), max(held)
-    apart = high - low > 1e-9 * max(abs(low), abs(high))  # nearer ones are one value, and have no scale of their own
+    apart = high - low > 1e-9 * max(abs(low), abs(high))  # closer values count as one, and get a scale around it
     if axis.log:
         factor = (high / low) ** 0.05 if apart else 2.0
         return Scale(low / factor, high * factor, start, end, log=True)
@@ -341,8 +308,8 @@ def _marker(x: float, y: float, colour: str, shape: int, hint: str = "", size: f
 
 
 def _label(x: float, y: float, text: str, taken: list[tuple[float, float, float, float]]) -> list[Element]:
-    """The text at the first of four places beside a point that nothing in `taken` (x, y, width, height) covers; none if none
-    is free."""
+    """The text at the first of four places beside a point that no box of `taken` (x, y, width, height) covers. Nothing if
+    none is free."""
     width = len(text) * LETTER
     for left, base, anchor in (
         (x + 8, y - 6, "start"),

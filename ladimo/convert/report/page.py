@@ -1,66 +1,18 @@
-"""How a report is printed: a document of sections with tables and charts, as one HTML page and as Markdown.
+"""A report as one HTML page that stands alone.
 
-The page is whole in itself: its own style, a few lines of script that only add comfort, and a content security policy under
-which it can ask for nothing. Charts carry their numbers in tables, so that Markdown loses nothing but the picture.
+It has its own style, a few lines of script that only add comfort, and a content security policy under which it can load
+nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from xml.etree.ElementTree import Element
 
 from ladimo.convert.report.charts import WIDTH
+from ladimo.convert.report.document import Document, Figure, Fold, Section, Table, Tile
 from ladimo.convert.report.markup import element, to_html
 
-PROSE = 24  # letters from which on a cell is a text that needs room
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """caption: how to read the chart. numbers: what it draws, None when a table of the same section has it. small: one of many
-    alike."""
-
-    chart: Element
-    caption: str = ""
-    numbers: Table | None = None
-    small: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """What is there for those who look for it."""
-
-    summary: str
-    blocks: Sequence[Table | Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    title: str
-    text: Sequence[str] = ()
-    blocks: Sequence[Table | Figure | Fold] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    label: str
-    value: str
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    title: str
-    lead: Sequence[str]
-    tiles: Sequence[Tile] = ()
-    sections: Sequence[Section] = ()
+PROSE = 24  # a column with a longer cell is text: it is set left and may wrap
 
 
 STYLE = """
@@ -164,29 +116,6 @@ def to_page(document: Document) -> str:
     return to_html(element("html", head, element("body", header, main, element("script", SCRIPT)), lang="en"))
 
 
-def to_markdown(document: Document) -> str:
-    parts = [f"# {document.title}", *document.lead]
-    for section in document.sections:
-        parts += [f"## {section.title}", *section.text]
-        for block in section.blocks:
-            parts += _markdown_block(block)
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_block(block: Table | Figure | Fold) -> Iterator[str]:
-    if isinstance(block, Table):
-        if block.caption:
-            yield block.caption
-        lines = [block.header, ["---", *["---:"] * (len(block.header) - 1)], *block.rows]
-        yield "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    elif isinstance(block, Fold):
-        for inner in block.blocks:
-            yield from _markdown_block(inner)
-    elif block.numbers is not None:
-        yield f"**{block.chart.get('aria-label')}.** {block.caption}".strip()
-        yield from _markdown_block(block.numbers)
-
-
 def _section(section: Section, name: str) -> Element:
     made = element("section", element("h2", section.title, id=f"{name}-title"), id=name, aria_labelledby=f"{name}-title")
     made.extend([*_paragraphs(section.text), *_blocks(section.blocks)])
@@ -194,7 +123,7 @@ def _section(section: Section, name: str) -> Element:
 
 
 def _blocks(blocks: Sequence[Table | Figure | Fold]) -> Iterator[Element]:
-    """Figures that follow each other share rows."""
+    """Neighbouring figures share rows."""
     for is_figure, group in groupby(blocks, lambda block: isinstance(block, Figure)):
         elements = [_block(block) for block in group]
         yield from [element("div", *elements, class_="figures")] if is_figure else elements
@@ -216,7 +145,7 @@ def _tile(tile: Tile) -> Element:
 
 
 def _figure(figure: Figure) -> Element:
-    fluid = float(figure.chart.get("width", 0)) == WIDTH  # others keep their size, and scroll where it is too much
+    fluid = float(figure.chart.get("width", 0)) == WIDTH  # others keep their size and scroll where the page is narrow
     made = element("figure", element("div", figure.chart, class_="chart", tabindex=None if fluid else 0))
     if fluid:
         made.set("class", "fluid small" if figure.small else "fluid")

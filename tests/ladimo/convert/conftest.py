@@ -1,7 +1,11 @@
 """One small conversion that many tests read: dense source, text, recipe, result."""
 
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,13 +24,13 @@ def make_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
 
 
 def small_recipe(**flags: object) -> Recipe:
-    """A conversion of about a second: 4 experts, 2 per token, all layers, 60 steps."""
+    """A conversion of about a second: 4 experts, 2 per token, all layers, 30 steps."""
     defaults = {
         "method": "ladimo",
         "layers": "all",
         "tokens": 3000,
         "split.experts": 4,
-        "train.steps": 60,
+        "train.steps": 30,
         "train.batch_tokens": 256,
         "train.expert_lr": 3e-3,
         "train.gate_lr": 1e-2,
@@ -59,3 +63,40 @@ def made(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("made") / "moe"
     assert convert(str(source), out, small_recipe(), [text])
     return Made(source, text, out, small_recipe())
+
+
+class Killer:
+    """Stops a conversion as Ctrl-C would, at the moment when a certain file of its work directory is to get its name.
+
+    Stages put every file in its place by a rename, which Python reports to audit hooks before it happens. A hook cannot be
+    removed, so there is one for all tests.
+    """
+
+    def __init__(self) -> None:
+        self._pattern: str | None = None
+        self._left = 0
+        sys.addaudithook(self._hook)
+
+    @contextmanager
+    def at(self, pattern: str, nth: int = 1) -> Iterator[None]:
+        """The program stops inside, before the nth file whose path matches is in its place. "rmtree PATTERN": before a
+        directory is removed."""
+        self._pattern, self._left = pattern, nth
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                yield
+        finally:
+            self._pattern = None
+
+    def _hook(self, event: str, details: tuple[object, ...]) -> None:
+        if self._pattern is None or event not in ("os.rename", "shutil.rmtree"):
+            return
+        happens = str(details[1]) if event == "os.rename" else f"rmtree {details[0]}"
+        if fnmatch(happens, self._pattern):
+            self._left -= 1
+            if not self._left:
+                self._pattern = None
+                raise KeyboardInterrupt
+
+
+killed = Killer()

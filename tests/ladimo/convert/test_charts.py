@@ -19,13 +19,13 @@ from ladimo.convert.report.charts import (
     Point,
     Series,
     bar_chart,
-    comparison_chart,
-    comparison_panels,
     heatmap,
     line_chart,
     ramp,
     ticks,
 )
+from ladimo.convert.report.outside import comparison_chart, comparison_panels
+from ladimo.convert.report.record import Comparison
 
 ENTRIES: list[dict[str, Any]] = [
     {"method": method, "tokens": tokens, "target": target, "active_parameters_ratio": target}
@@ -151,7 +151,7 @@ def test_ticks_are_few_and_within(low: float, span: float, log: bool, whole: boo
 
 
 def test_comparison_panels_share_axes_and_colours() -> None:
-    panels = comparison_panels(ENTRIES)
+    panels = comparison_panels([Comparison(**entry) for entry in ENTRIES])
     assert [panel.get("aria-label") for panel in panels] == ["Converted with 100,000 tokens", "Converted with 1,000,000 tokens"]
     assert places(panels[0]) == places(panels[1])  # the made-up figures do not depend on the tokens
     assert len(places(panels[0])) == 6

@@ -87,16 +87,15 @@ def test_kmeans_of_copies_is_balanced() -> None:
     assert torch.equal(torch.bincount(balanced_kmeans(torch.ones(10, 3), 4, seeded(0))), expert_sizes(10, 4))
 
 
-def test_statistics_are_plain_means(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_plain_means() -> None:
     """Streamed in chunks that do not divide the tokens, in bf16 weights too."""
-    monkeypatch.setattr("ladimo.convert.ffn.hidden_channels.CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     mlp = GatedMLP(8, 12).bfloat16().requires_grad_(False)
     inputs = torch.randn(50, 8)
     gate, up, down = (part.weight.float() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     hidden = F.silu(inputs @ gate.t()) * (inputs @ up.t())
-    torch.testing.assert_close(torch.cat(list(hidden_channels(mlp, inputs))), hidden)
-    statistics = neuron_statistics(mlp, inputs)
+    torch.testing.assert_close(torch.cat(list(hidden_channels(mlp, inputs, chunk_tokens=7))), hidden)
+    statistics = neuron_statistics(mlp, inputs, chunk_tokens=7)
     torch.testing.assert_close(statistics.mean, hidden.mean(dim=0))
     torch.testing.assert_close(statistics.magnitude, hidden.abs().mean(dim=0))
     contribution = hidden[:, :, None] * down.t()[None]  # [T, N, D]

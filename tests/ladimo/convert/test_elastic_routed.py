@@ -1,23 +1,19 @@
 """Method elastic with routed substitutes: what they learn, when they are kept, and that everything reads such a checkpoint."""
 
 import dataclasses
-import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import load_model, read_config, read_frontier, read_json, read_policies
-from ladimo.convert.distill.end_to_end import distill_end_to_end
+from ladimo.checkpoint import load_model, read_config, read_frontier, read_json, read_policies, write_json
+from ladimo.convert.distill.end_to_end import EndToEndOptions, distill_end_to_end
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.ffn.expert_layer import layer_error
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.neuron_ordering import order_neurons
-from ladimo.convert.methods.elastic import stages
 from ladimo.convert.methods.elastic.substitutes import (
     routed_counts,
     routed_layer,
@@ -26,8 +22,7 @@ from ladimo.convert.methods.elastic.substitutes import (
     with_substitutes,
 )
 from ladimo.convert.pipeline import convert
-from ladimo.convert.policies.choose import interpolate
-from ladimo.convert.recipe import ElasticRecipe
+from ladimo.convert.recipe import Recipe
 from ladimo.convert.reprofile import reprofile
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.cpu import build
@@ -37,31 +32,38 @@ from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
-from tests.ladimo.convert.conftest import Made
+from tests.ladimo.convert.conftest import Made, killed
 from tests.ladimo.convert.test_elastic import elastic_recipe
-from tests.ladimo.convert.test_pipeline import full_logits, interrupted, results
+from tests.ladimo.convert.test_pipeline import full_logits, results
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
-RECIPE = elastic_recipe(**{"elastic.routed": 0.7})  # of the budgets 0.9, 0.8, 0.7, 0.6 the last two
+ALWAYS, NEVER = -1e6, 1.0  # margins at which routed plans are kept
+RECIPE = elastic_recipe(**{"elastic.routed": 0.7, "elastic.routed_margin": ALWAYS})  # the last two of the four budgets
 IDS = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@contextmanager
-def routing_is_chosen(margin: float = -math.inf) -> Iterator[None]:
-    """On random weights and words it is chance who wins: here the solver thinks ill of fixed widths, and a routed plan is kept
-    where its divergence is by `margin` lower."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "interpolate", lambda *arguments: 100 * interpolate(*arguments))
-        patch.setattr(stages, "ROUTED_MARGIN", margin)
-        yield
+def prepare(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1) -> None:
+    """On random weights and words it is chance who wins. So the conversion is stopped when the damage is known, and goes on
+    with a record in which fixed widths damage a hundred times as much: then the solver asks for routed layers."""
+    with killed.at("*/plans.json"):
+        convert(str(source), out, recipe, [text], jobs=jobs)
+    file = out.with_name(f"{out.name}.partial") / "damage.json"
+    record = read_json(file)
+    for layer in record["damage"].values():
+        layer.update({count: 100 * kl for count, kl in layer.items()})
+    write_json(file, record)
+
+
+def convert_routed(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1) -> None:
+    prepare(source, out, text, recipe, jobs)
+    assert convert(str(source), out, recipe, [text], jobs=jobs)
 
 
 @pytest.fixture(scope="module")
 def routed(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Read it, never change it."""
     out = tmp_path_factory.mktemp("routed") / "moe"
-    with routing_is_chosen():
-        assert convert(str(source), out, RECIPE, [text])
+    convert_routed(source, out, text, RECIPE)
     return Made(source, text, out, RECIPE)
 
 
@@ -82,24 +84,24 @@ def clustered(size: int = 16, neurons: int = 16) -> tuple[GatedMLP, LayerData]:
 
 def test_a_router_finds_what_no_fixed_choice_has() -> None:
     mlp, data = clustered()
-    recipe = elastic_recipe(**{"elastic.routed_steps": 300})
-    weights = routed_substitute(mlp, data, recipe, torch.Generator().manual_seed(0))
+    recipe = elastic_recipe()
+    weights = routed_substitute(mlp, data, recipe, 300, torch.Generator().manual_seed(0))
     layer = routed_layer(mlp, 4, 2)
     layer.gate.load_state_dict({"weight": weights["gate"]})
     layer.experts.load_state_dict({name: weight for name, weight in weights.items() if name != "gate"})
     fixed = order_neurons(mlp, data, 4).errors[2]
     assert layer_error(layer, data.holdout_inputs, data.holdout_targets) < 0.2 * fixed
-    again = routed_substitute(mlp, data, recipe, torch.Generator().manual_seed(0))
+    again = routed_substitute(mlp, data, recipe, 300, torch.Generator().manual_seed(0))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     with pytest.raises(ValueError, match=r"split\.experts: is 4, the FFN has 3"):
-        routed_substitute(GatedMLP(16, 3), data, recipe, torch.Generator())
+        routed_substitute(GatedMLP(16, 3), data, recipe, 300, torch.Generator())
 
 
 def test_one_layer_holds_the_partition_fixed_and_routed_substitutes() -> None:
     mlp, data = clustered()
     widths = order_neurons(mlp, data, 4)
     sets = [solved_substitute(mlp, widths.order, 4, count, widths.repairs[count]) for count in (3, 1)]
-    learnt = routed_substitute(mlp, data, elastic_recipe(), torch.Generator().manual_seed(0))
+    learnt = routed_substitute(mlp, data, elastic_recipe(), 40, torch.Generator().manual_seed(0))
     layer = with_substitutes(mlp, widths.order, 4, sets, [learnt])
     config = layer.config
     assert (config.num_experts, config.num_experts_per_tok, config.substitutes, config.fixed_experts) == (12, 4, 8, 8)
@@ -112,7 +114,7 @@ def test_one_layer_holds_the_partition_fixed_and_routed_substitutes() -> None:
     assert routed_counts(3) == ()
 
 
-def test_polish_trains_router_and_experts(source: Path) -> None:
+def test_distillation_trains_router_and_experts(source: Path) -> None:
     dense = StreamedModel(source, torch.device("cpu"))
     blocks = torch.randint(256, (24, 32), generator=torch.Generator().manual_seed(0))
     mlp = dense.layer(1).mlp
@@ -120,7 +122,7 @@ def test_polish_trains_router_and_experts(source: Path) -> None:
     layer = routed_layer(mlp, 4, 2)
     layer.gate.load_state_dict({"weight": 0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))})
     before = {name: weight.clone() for name, weight in layer.state_dict().items()}
-    recipe = ElasticRecipe(steps=30, batch_tokens=128, lr=0.03)
+    recipe = EndToEndOptions(30, 128, 0.03, 30.0)
     (curve,) = distill_end_to_end(dense, [[None, layer, None]], blocks[:16], blocks[16:], recipe, torch.Generator())
     assert curve[-1].holdout < 0.9 * curve[0].holdout  # type: ignore[operator]
     assert all(not torch.equal(weight, before[name]) for name, weight in layer.state_dict().items())
@@ -208,8 +210,7 @@ def test_every_path_computes_the_same(routed: Made) -> None:
 
 
 def test_a_routed_plan_that_does_not_win_leaves_nothing(source: Path, text: Path, tmp_path: Path) -> None:
-    with routing_is_chosen(margin=math.inf):
-        convert(str(source), tmp_path / "moe", RECIPE, [text])
+    convert_routed(source, tmp_path / "moe", text, RECIPE.override({"elastic.routed_margin": NEVER}))
     config = read_config(tmp_path / "moe")
     assert {layer.router for layer in config.layers if layer is not None} == {"none"}
     budgets = read_json(tmp_path / "moe" / "report.json")["elastic"]["budgets"]
@@ -221,26 +222,24 @@ def test_a_routed_plan_that_does_not_win_leaves_nothing(source: Path, text: Path
 def test_without_the_end_to_end_stage_nothing_is_routed(
     source: Path, text: Path, tmp_path: Path, flags: dict[str, object]
 ) -> None:
-    with routing_is_chosen():
-        convert(str(source), tmp_path / "moe", RECIPE.override(flags), [text])
+    convert_routed(source, tmp_path / "moe", text, RECIPE.override(flags))
     assert {layer.router for layer in read_config(tmp_path / "moe").layers if layer is not None} == {"none"}
 
 
-@pytest.mark.parametrize(("name", "call"), [("routed_substitute", 2), ("distill_end_to_end", 1), ("with_substitutes", 5)])
-def test_a_killed_run_resumes_to_the_same_result(routed: Made, name: str, call: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["*/substitutes.safetensors", "*/layers/1/model.safetensors"])
+def test_a_killed_run_resumes_to_the_same_result(routed: Made, pattern: str, tmp_path: Path) -> None:
     out = tmp_path / "moe"
-    with routing_is_chosen():
-        with interrupted(stages, name, call):
-            convert(str(routed.dense), out, routed.recipe, [routed.text])
-        assert not out.exists()
-        assert convert(str(routed.dense), out, routed.recipe, [routed.text])
+    prepare(routed.dense, out, routed.text, routed.recipe)
+    with killed.at(pattern):
+        convert(str(routed.dense), out, routed.recipe, [routed.text])
+    assert not out.exists()
+    assert convert(str(routed.dense), out, routed.recipe, [routed.text])
     assert results(out) == results(routed.out)
 
 
 def test_jobs_share_the_layers(routed: Made, tmp_path: Path) -> None:
     out = tmp_path / "moe"
-    with routing_is_chosen():
-        assert convert(str(routed.dense), out, routed.recipe, [routed.text], jobs=2)
+    convert_routed(routed.dense, out, routed.text, routed.recipe, jobs=2)
     one, two = (read_json(path / "report.json") for path in (routed.out, out))
     for mine, theirs in zip(one["policies"], two["policies"], strict=True):
         assert mine["policy"] == theirs["policy"]

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from ladimo.checkpoint import read_config, read_json
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.distill.streamed import run_students
-from ladimo.convert.methods.elastic import stages
 from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.layers import GatedMLP
-from tests.ladimo.convert.conftest import Made
+from tests.ladimo.convert.conftest import Made, killed
 from tests.ladimo.convert.test_elastic import elastic_recipe, half_student
-from tests.ladimo.convert.test_pipeline import interrupted, results
+from tests.ladimo.convert.test_pipeline import results
 
 LARGE: dict[str, object] = {"elastic.max_parameters": 1000, "elastic.steps": 40}
 
@@ -25,9 +24,7 @@ LARGE: dict[str, object] = {"elastic.max_parameters": 1000, "elastic.steps": 40}
 def layered(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Read it, never change it."""
     out = tmp_path_factory.mktemp("layered") / "moe"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(stages, "distill_end_to_end")  # which holds the whole model
-        assert convert(str(source), out, elastic_recipe(**LARGE), [text])
+    assert convert(str(source), out, elastic_recipe(**LARGE), [text])
     return Made(source, text, out, elastic_recipe(**LARGE))
 
 
@@ -66,6 +63,7 @@ def test_larger_models_are_distilled_layer_by_layer(layered: Made, tmp_path: Pat
         assert all(after <= before for before, after in errors.values())
         assert any(after < 0.95 * before for before, after in errors.values())
         assert not plain["layer_errors"]
+        assert not entry["curve"]  # nothing was distilled end to end
     kl = [{entry["policy"]: entry["kl"] for entry in report["policies"]} for report in (trained, solved)]
     assert kl[0]["fast"] < 0.9 * kl[1]["fast"]
     assert kl[0]["full"] == pytest.approx(0.0, abs=1e-6)
@@ -77,14 +75,14 @@ def test_larger_models_are_distilled_layer_by_layer(layered: Made, tmp_path: Pat
     assert f"{before:.4f} to {after:.4f}" in text and f"{before:.4f} to {after:.4f}" in page
 
 
-@pytest.mark.parametrize("call", [1, 3])
-def test_a_killed_run_resumes_to_the_same_result(layered: Made, call: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_killed_run_resumes_to_the_same_result(layered: Made, nth: int, tmp_path: Path) -> None:
     out = tmp_path / "moe"
-    with interrupted(stages, "distill_layer", call):
+    with killed.at("*/student-?.json", nth):
         convert(str(layered.dense), out, layered.recipe, [layered.text])
     assert not out.exists()
     done = len(list((tmp_path / "moe.partial" / "layers").glob("*/student-*.json")))
-    assert done == call - 1
+    assert done == nth - 1
     assert convert(str(layered.dense), out, layered.recipe, [layered.text])
     assert results(out) == results(layered.out)
 

@@ -26,9 +26,10 @@ from ladimo.convert.ffn.hidden_channels import coactivation, neuron_statistics
 from ladimo.convert.ffn.layer_data import LayerData, target_variance
 from ladimo.convert.ffn.least_squares import RIDGES, solve_down
 from ladimo.convert.ffn.split import contiguous_partition, split_ffn
-from ladimo.convert.methods import METHODS, get_method
 from ladimo.convert.methods.cmoe import cluster, num_shared_experts
-from ladimo.convert.methods.static import static_width
+from ladimo.convert.methods.layerwise import LayerwiseMethod
+from ladimo.convert.methods.registry import METHODS, get_method
+from ladimo.convert.methods.static import StaticRecipe, static_width
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
@@ -78,8 +79,14 @@ def data(planted: GatedMLP) -> LayerData:
     return LayerData(inputs[:1000], targets[:1000], inputs[1000:], targets[1000:])
 
 
+def layerwise(name: str) -> LayerwiseMethod:
+    method = get_method(name)
+    assert isinstance(method, LayerwiseMethod)
+    return method
+
+
 def split(method: str, mlp: GatedMLP, data: LayerData, recipe: Recipe) -> ExpertLayer:
-    return get_method(method).split(mlp, data, recipe, torch.Generator().manual_seed(0))
+    return layerwise(method).split(mlp, data, recipe, torch.Generator().manual_seed(0))
 
 
 def recipe(**flags: object) -> Recipe:
@@ -122,7 +129,7 @@ def test_routers_come_near_the_oracle(method: str, planted: GatedMLP, data: Laye
     """Two of four planted groups fire: chance leaves most of the variance, knowing the masses almost none."""
     settings = recipe(**{"train.steps": 200 if method == "moefication" else 0})
     layer = split(method, planted, data, settings)
-    get_method(method).fit(layer, data, settings, torch.Generator().manual_seed(0))
+    layerwise(method).fit(layer, data, settings, torch.Generator().manual_seed(0))
     chance = error_under(layer, data, torch.rand(200, GROUPS, generator=torch.Generator().manual_seed(2)).topk(2).indices)
     oracle = error_under(layer, data, activation_mass(layer, data.holdout_inputs).topk(2).indices)
     routed = layer_error(layer, data.holdout_inputs, data.holdout_targets)
@@ -133,7 +140,7 @@ def test_routers_come_near_the_oracle(method: str, planted: GatedMLP, data: Laye
 def test_moefication_leaves_experts_alone_and_trains_the_router(planted: GatedMLP, data: LayerData) -> None:
     layer = split("moefication", planted, data, recipe())
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    curve = METHODS["moefication"].fit(layer, data, recipe(), torch.Generator().manual_seed(0))
+    curve = layerwise("moefication").fit(layer, data, recipe(), torch.Generator().manual_seed(0))
     after = layer.state_dict()
     assert {name for name in after if not torch.equal(before[name], after[name])} == {"gate.fc1.weight", "gate.fc2.weight"}
     assert len(curve) == 10
@@ -181,7 +188,7 @@ def test_cmoe_tuned_is_better_than_training_free_and_keeps_its_router(planted: G
     layer = split("cmoe", mlp, hard, settings)
     before = {name: value.clone() for name, value in layer.gate.state_dict().items()}
     free = layer_error(layer, hard.holdout_inputs, hard.holdout_targets)
-    METHODS["cmoe"].fit(layer, hard, settings, torch.Generator().manual_seed(0))
+    layerwise("cmoe").fit(layer, hard, settings, torch.Generator().manual_seed(0))
     assert layer_error(layer, hard.holdout_inputs, hard.holdout_targets) < 0.5 * free
     assert all(torch.equal(value, before[name]) for name, value in layer.gate.state_dict().items())
 
@@ -191,7 +198,7 @@ def test_training_free_is_free_of_training(planted: GatedMLP, data: LayerData) -
         settings = recipe(**{"train.steps": 0})
         layer = split(method, planted, data, settings)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
-        assert METHODS[method].fit(layer, data, settings, torch.Generator().manual_seed(0)) == []
+        assert layerwise(method).fit(layer, data, settings, torch.Generator().manual_seed(0)) == []
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
@@ -218,7 +225,7 @@ def test_static_hits_the_budget_within_a_neuron(target: float, layers: str) -> N
     assert cost(width) <= target + 1e-9
     assert width == 96 or cost(width + 1) > target
     resolved = METHODS["static"].resolve(settings, config, CPU)
-    assert round(resolved.static.kept * 96) == width
+    assert round(resolved.section(StaticRecipe).kept * 96) == width
     assert METHODS["static"].resolve(resolved, config, CPU) == resolved
 
 
@@ -269,7 +276,7 @@ def test_static_distilled_is_better_than_resolved(data: LayerData) -> None:
     settings = recipe(**{"train.steps": 200})
     layer = split("static", mlp, hard, settings)
     before = layer_error(layer, hard.holdout_inputs, hard.holdout_targets)
-    curve = METHODS["static"].fit(layer, hard, settings, torch.Generator().manual_seed(0))
+    curve = layerwise("static").fit(layer, hard, settings, torch.Generator().manual_seed(0))
     assert curve[-1].holdout < 0.8 * before
 
 
@@ -294,8 +301,8 @@ def test_results_are_reproducible(method: str, planted: GatedMLP, data: LayerDat
     layers = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(3)
-        layer = METHODS[method].split(planted, data, recipe(), generator)
-        METHODS[method].fit(layer, data, recipe(), generator)
+        layer = layerwise(method).split(planted, data, recipe(), generator)
+        layerwise(method).fit(layer, data, recipe(), generator)
         layers.append(layer.state_dict())
     assert all(torch.equal(layers[0][name], layers[1][name]) for name in layers[0])
 
@@ -317,9 +324,9 @@ def test_a_converted_model_reloads_everywhere(method: str, source: Path, tmp_pat
     for index, mlp, inputs, targets in dense.ffn_data(blocks, range(3)):
         data = LayerData(inputs[:800], targets[:800], inputs[800:], targets[800:])
         generator = torch.Generator().manual_seed(index)
-        layer = METHODS[method].split(mlp, data, settings, generator)
+        layer = layerwise(method).split(mlp, data, settings, generator)
         with torch.enable_grad():
-            METHODS[method].fit(layer, data, settings, generator)
+            layerwise(method).fit(layer, data, settings, generator)
         tensors |= {f"model.layers.{index}.mlp.{name}": value.detach() for name, value in layer.state_dict().items()}
         layers.append(layer.config)
         assert full_rule(layer) == LayerRule.full(layer.config)

@@ -17,7 +17,7 @@ import torch
 from ladimo.checkpoint import save_tensors
 from ladimo.convert.distill.layerwise import distill_layer
 from ladimo.convert.ffn.layer_data import LayerData
-from ladimo.convert.methods import get_method
+from ladimo.convert.methods.ladimo import Ladimo
 from ladimo.convert.parallel import _portable, cpu_threads, run_jobs
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.streamed_model import StreamedModel
@@ -166,7 +166,7 @@ def distil_one_layer(job: tuple[int, Path, Path, Recipe]) -> str:
     ((_, mlp, inputs, targets),) = model.ffn_data(blocks, [index])
     data = LayerData(inputs[:1000], targets[:1000], inputs[1000:], targets[1000:])
     generator = torch.Generator().manual_seed(index)
-    layer = get_method("ladimo").split(mlp, data, recipe, generator)
+    layer = Ladimo().split(mlp, data, recipe, generator)
     distill_layer(layer, data, recipe.train, generator)
     save_tensors(out / f"{index}.safetensors", {name: value.detach() for name, value in layer.state_dict().items()})
     return f"layer {index}"

@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ladimo.checkpoint import load_model, read_config, read_frontier, read_json, read_policies, write_json
-from ladimo.convert import pipeline, workspace
 from ladimo.convert.pipeline import convert
 from ladimo.model.inputs import RoutingTables, StepInputs
 from tests.factories import LLAMA3_ROPE, make_dense
-from tests.ladimo.convert.conftest import Made, make_text, small_recipe
+from tests.ladimo.convert.conftest import Made, killed, make_text, small_recipe
 
 CONTRACT = ("config.json", "model.safetensors", "tokenizer.json", "provenance.json", "report.json", "report.md", "report.html")
 
@@ -126,50 +123,30 @@ def test_auto_converts_the_least_damaging_layers(made: Made, tmp_path: Path) -> 
     assert [rule is None for rule in full["rules"]] == [layer not in converted for layer in range(3)]
 
 
-@contextmanager
-def interrupted(owner: Any, name: str, call: int) -> Iterator[None]:
-    """The call-th call of a function inside stops the program as Ctrl-C would."""
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, counted)
-        with pytest.raises(KeyboardInterrupt):
-            yield
-
-
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    "pattern",
     [
-        (workspace, "write_json", 2),  # text chosen, marker missing
-        (workspace.Workspace, "finish_layer", 2),  # layer 1 saved, marker missing
-        (pipeline, "measure_frontier", 1),  # before the policies
-        (pipeline, "write_policy", 3),  # half of the checkpoint written
-        (shutil, "rmtree", 2),  # OUT in place, work directory not removed
+        "*/calibration.json",  # text chosen, marker missing
+        "*/layers/1/done.json",  # layer 1 saved, marker missing
+        "*/policies.json",
+        "*/checkpoint/routing/policies/balanced.json",  # half of the checkpoint written
+        "rmtree */moe.partial",  # OUT in place, work directory not removed
     ],
 )
-def test_an_interrupted_conversion_resumes_to_the_same_result(
-    made: Made, tmp_path: Path, owner: object, name: str, call: int
-) -> None:
+def test_an_interrupted_conversion_resumes_to_the_same_result(made: Made, tmp_path: Path, pattern: str) -> None:
     out = tmp_path / "moe"
-    with interrupted(owner, name, call):
+    with killed.at(pattern):
         convert(str(made.dense), out, made.recipe, [made.text])
-    assert out.exists() == (name == "rmtree")
+    in_place = pattern.startswith("rmtree")
+    assert out.exists() == in_place
     assert (tmp_path / "moe.partial").exists()
-    assert convert(str(made.dense), out, made.recipe, [made.text]) == (name != "rmtree")
+    assert convert(str(made.dense), out, made.recipe, [made.text]) != in_place
     assert results(out) == results(made.out)
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_finished_layers_are_not_trained_again(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with interrupted(workspace.Workspace, "save_layer", 3):
+    with killed.at("*/layers/2/model.safetensors"):
         convert(str(made.dense), tmp_path / "moe", made.recipe, [made.text])
     caplog.set_level("INFO", "ladimo")
     caplog.clear()
@@ -194,17 +171,14 @@ def test_sigkill_and_resume(made: Made, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from ladimo import cli\n"
-        "from ladimo.convert.workspace import Workspace\n"
-        "finish = Workspace.finish_layer\n"
-        "def killed(self, index, *rest):\n"
-        "    finish(self, index, *rest)\n"
-        "    if index == 1:\n"
+        "def hook(event, details):\n"
+        "    if event == 'os.rename' and str(details[1]).endswith('layers/2/model.safetensors'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Workspace.finish_layer = killed\n"
+        "sys.addaudithook(hook)\n"
         "cli.main(sys.argv[1:])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL
+    dead = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert dead.returncode == -signal.SIGKILL
     assert not out.exists()
     done = subprocess.run([sys.executable, "-m", "ladimo", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -214,7 +188,7 @@ def test_sigkill_and_resume(made: Made, tmp_path: Path) -> None:
 
 def test_other_arguments_are_refused_by_name(made: Made, tmp_path: Path) -> None:
     out = tmp_path / "moe"
-    with interrupted(workspace.Workspace, "finish_layer", 1):
+    with killed.at("*/layers/0/done.json"):
         convert(str(made.dense), out, made.recipe, [made.text])
     with pytest.raises(ValueError, match=r"other arguments: recipe\.split\.experts was 4, now 3;"):
         convert(str(made.dense), out, made.recipe.override({"split.experts": 3}), [made.text])
@@ -231,6 +205,16 @@ def test_a_finished_checkpoint_is_left_alone(made: Made, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"other arguments: recipe\.seed was 0, now 1; nothing was changed"):
         convert(str(made.dense), out, made.recipe.override({"seed": 1}), [made.text])
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+
+
+def test_a_checkpoint_of_an_older_version_is_finished_too(made: Made, tmp_path: Path) -> None:
+    """Its recipe lacks the keys that came later; they count as their defaults."""
+    out = tmp_path / "moe"
+    shutil.copytree(made.out, out)
+    provenance = read_json(out / "provenance.json")
+    del provenance["arguments"]["recipe"]["elastic"]["routed_margin"]
+    write_json(out / "provenance.json", provenance)
+    assert convert(str(made.dense), out, made.recipe, [made.text]) is False
 
 
 def test_a_foreign_directory_is_left_alone(made: Made, tmp_path: Path) -> None:

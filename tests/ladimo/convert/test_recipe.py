@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import ladimo
-from ladimo.convert.methods import METHODS
+from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(ladimo.__file__).parent / "recipes").glob("*.toml"))

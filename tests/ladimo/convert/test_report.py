@@ -13,9 +13,10 @@ import pytest
 from ladimo.checkpoint import read_json, write_json
 from ladimo.cli import main
 from ladimo.convert.pipeline import convert
-from ladimo.convert.report.files import render_report
-from ladimo.convert.report.page import to_markdown, to_page
-from ladimo.convert.report.sections import document
+from ladimo.convert.report.markdown import to_markdown
+from ladimo.convert.report.page import to_page
+from ladimo.convert.report_files import render_report
+from ladimo.convert.report_files import report_document as document
 from tests.ladimo.convert.conftest import small_recipe
 
 COMPARISON = [
@@ -237,7 +238,7 @@ def test_outside_keys_go_into_the_record(directory: Path, tmp_path: Path) -> Non
     shutil.copy(directory / "report.json", tmp_path)
     render_report(tmp_path, {"comparison": COMPARISON})
     assert read_json(tmp_path / "report.json")["comparison"] == COMPARISON
-    with pytest.raises(ValueError, match="missing or wrong field: 'results'"):
+    with pytest.raises(ValueError, match=r"report\.json: throughput\.results: is missing"):
         render_report(tmp_path, {"throughput": {"conditions": {}}})
     assert "throughput" not in read_json(tmp_path / "report.json")
 
@@ -266,8 +267,10 @@ def test_a_broken_record_is_refused(directory: Path, path: tuple[str | int, ...]
         holder = holder[key]
     del holder[path[-1]]
     write_json(tmp_path / "report.json", report)
-    with pytest.raises(ValueError, match=f"missing or wrong field: '{path[-1]}'"):
+    where = re.escape("".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix("."))
+    with pytest.raises(ValueError, match=rf"report\.json: {where}: is missing"):
         render_report(tmp_path)
     write_json(tmp_path / "report.json", {**report, path[0]: None})
-    with pytest.raises(ValueError, match="missing or wrong field"):
+    with pytest.raises(ValueError, match=rf"report\.json: {path[0]}: must be "):
         render_report(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]

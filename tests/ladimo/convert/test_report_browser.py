@@ -11,7 +11,7 @@ from selenium import webdriver
 
 from ladimo.checkpoint import read_json
 from ladimo.convert.pipeline import convert
-from ladimo.convert.report.files import render_report
+from ladimo.convert.report_files import render_report
 from tests.ladimo.convert.conftest import small_recipe
 from tests.ladimo.convert.test_report import EXTRAS
 

@@ -16,7 +16,9 @@ from ladimo.convert.ffn.expert_layer import full_rule
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.ffn.split import contiguous_partition, split_ffn
 from ladimo.convert.methods.ladimo import Ladimo
-from ladimo.convert.report_figures import depth_curve, forget, initialisation_curves, read_comparison, read_throughput
+from ladimo.convert.methods.report_figures import depth_curve, forget, initialisation_curves
+from ladimo.convert.policies.candidates import ConvertedModel
+from ladimo.convert.report.outside import read_comparison, read_throughput
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
@@ -91,7 +93,7 @@ def test_depth_is_measured_from_none_to_all(model: StreamedModel, blocks: torch.
     config = dataclasses.replace(model.config, layers=tuple(layer.config for layer in layers.values()))
     half = {index: LayerRule(top_k=2, renormalize=False, experts=(0, 1)) for index in layers}
     order = [2, 0, 1]
-    found = depth_curve(model, layers.__getitem__, config, order, blocks, half)
+    found = depth_curve(ConvertedModel(model, layers.__getitem__, config), order, blocks, half)
     assert [entry["converted"] for entry in found] == [0, 1, 2, 3]
     assert [entry["layers"] for entry in found] == [[], [2], [0, 2], [0, 1, 2]]
     assert found[0]["perplexity_ratio"] == found[0]["next_token_agreement"] == found[0]["active_parameters_ratio"] == 1
@@ -107,21 +109,18 @@ def test_depth_under_full_rules_of_an_exact_partition_loses_nothing(model: Strea
     layers = {index: partition(model, index) for index in range(3)}
     assert full_rule(layers[0]).top_k == 4
     config = dataclasses.replace(model.config, layers=tuple(layer.config for layer in layers.values()))
-    found = depth_curve(model, layers.__getitem__, config, [0, 1, 2], blocks)
+    found = depth_curve(ConvertedModel(model, layers.__getitem__, config), [0, 1, 2], blocks)
     assert found[-1]["perplexity_ratio"] == pytest.approx(1, rel=1e-4)
 
 
-def test_depth_of_many_layers_is_thinned_and_bounded(
-    model: StreamedModel, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_depth_of_many_layers_is_thinned_and_bounded(model: StreamedModel, blocks: torch.Tensor) -> None:
     layers = {index: partition(model, index) for index in range(3)}
     config = dataclasses.replace(model.config, layers=tuple(layer.config for layer in layers.values()))
-    whole = depth_curve(model, layers.__getitem__, config, [0, 1, 2], blocks, points=2)
+    whole = depth_curve(ConvertedModel(model, layers.__getitem__, config), [0, 1, 2], blocks, points=2)
     assert [entry["converted"] for entry in whole] == [0, 3]
     one_block = 2 * blocks.shape[1] * config.hidden_size * 4
-    monkeypatch.setattr("ladimo.convert.report_figures.PASS_BYTES", one_block)
-    small = depth_curve(model, layers.__getitem__, config, [0, 1, 2], blocks, points=2)
-    assert small == depth_curve(model, layers.__getitem__, config, [0, 1, 2], blocks[:1], points=2)
+    small = depth_curve(ConvertedModel(model, layers.__getitem__, config), [0, 1, 2], blocks, points=2, pass_bytes=one_block)
+    assert small == depth_curve(ConvertedModel(model, layers.__getitem__, config), [0, 1, 2], blocks[:1], points=2)
     assert small[0]["perplexity"] != whole[0]["perplexity"]
 
 
@@ -134,7 +133,7 @@ def test_a_comparison_is_read_and_checked(tmp_path: Path) -> None:
     for wrong, message in (
         ({}, "comparison: must be a list with at least one entry"),
         ([], "comparison: must be a list with at least one entry"),
-        ([ENTRY, 3], r"comparison\[1\]: must be an object"),
+        ([ENTRY, 3], r"comparison\[1\]: must be a table of names and values, got 3"),
         ([{**ENTRY, "spread": None}], r"comparison\[0\]\.spread: must be of type float, got None"),
         ([{**ENTRY, "seeds": True}], r"comparison\[0\]\.seeds: must be of type int, got True"),
         ([{**ENTRY, "perplexity_ratio": -1.0}], r"comparison\[0\]\.perplexity_ratio: must be a number of at least 0, got -1"),
@@ -161,5 +160,5 @@ def test_throughput_is_the_decoding_of_the_bench(tmp_path: Path) -> None:
         ],
     }
     write_json(file, {"results": [{"policy": "dense", "batch": 1}]})
-    with pytest.raises(ValueError, match=r"results\[0\]\.tokens_per_second: must be of type float, got None"):
+    with pytest.raises(ValueError, match=r"results\[0\]\.tokens_per_second: is missing"):
         read_throughput(file)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import read_config, read_policies
+from ladimo.checkpoint import read_config, read_json, read_policies, write_json
 from ladimo.cli import main
 from ladimo.convert.data.calibration import Encoder
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.evaluation.likelihoods import Continuation, Likelihood, likelihoods
-from ladimo.convert.evaluation.likelihoods import likelihoods as likelihoods_module
 from ladimo.convert.evaluation.tasks import Choices, encode_task, read_task, score_task, task_files
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.hf import LadimoLlamaForCausalLM
@@ -166,13 +166,8 @@ def random_continuations(count: int, seed: int = 0) -> list[Continuation]:
 
 @pytest.mark.parametrize("chunk", [1, 100, 10_000])
 @pytest.mark.parametrize("pass_bytes", [1, 2**30])
-def test_likelihoods_are_transformers_whatever_the_batches(
-    made: Made, monkeypatch: pytest.MonkeyPatch, chunk: int, pass_bytes: int
-) -> None:
+def test_likelihoods_are_transformers_whatever_the_batches(made: Made, chunk: int, pass_bytes: int) -> None:
     """Per policy, each sequence alone and unpadded in the reference; some inputs are equal, some tokens are the likeliest."""
-    monkeypatch.setattr(likelihoods_module, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(likelihoods_module, "PASS_BYTES", pass_bytes)
-    monkeypatch.setattr(likelihoods_module, "LOGIT_ROWS", 7)
     reference = AutoModelForCausalLM.from_pretrained(made.out)
     assert isinstance(reference, LadimoLlamaForCausalLM)
     asked = random_continuations(25)
@@ -181,7 +176,7 @@ def test_likelihoods_are_transformers_whatever_the_batches(
     asked += [Continuation((*asked[0].ids[:-1], token), len(asked[0].ids) - 1) for token in (likely, 5, 6)]
     policies = read_policies(made.out, read_config(made.out))
     chosen = [policies[name].layers for name in ("full", "fast")]
-    found = likelihoods(StreamedModel(made.out, CPU), None, asked, chosen)
+    found = likelihoods(StreamedModel(made.out, CPU), None, asked, chosen, chunk, pass_bytes, logit_rows=7)
     for rules in chosen:
         reference.set_policy(rules)
         for one, value in zip(asked, found[rules], strict=True):
@@ -236,11 +231,15 @@ def test_evaluate_adds_tasks_to_the_contracts_object(made: Made, sets: Path, cap
     assert "none.jsonl: no such file" in capsys.readouterr().err
 
 
-def test_tasks_without_the_dense_source(made: Made, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_without_the_dense_source(made: Made, sets: Path, tmp_path: Path) -> None:
     """The same scores from the converted model alone, none for the dense source."""
     whole = evaluate_checkpoint(str(made.out), made.text, tokens=60, tasks=[sets / "blimp.jsonl"])
-    monkeypatch.setattr("ladimo.convert.evaluate_checkpoint.find_dense_source", lambda *_: None)
-    alone = evaluate_checkpoint(str(made.out), made.text, tokens=60, tasks=[sets / "blimp.jsonl"])
+    moved = tmp_path / "moe"
+    shutil.copytree(made.out, moved)
+    provenance = read_json(moved / "provenance.json")
+    provenance["source"]["path"] = str(tmp_path / "gone")
+    write_json(moved / "provenance.json", provenance)
+    alone = evaluate_checkpoint(str(moved), made.text, tokens=60, tasks=[sets / "blimp.jsonl"])
     assert alone["tasks"][0]["dense"] is None
     assert alone["tasks"][0]["policies"] == whole["tasks"][0]["policies"]
 

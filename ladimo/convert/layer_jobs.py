@@ -1,0 +1,69 @@
+"""The candidate layers of a conversion, worked on one by one or side by side in processes."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ladimo.convert.data.calibration import Calibration
+from ladimo.convert.ffn.layer_data import LayerData
+from ladimo.convert.parallel import run_jobs
+from ladimo.convert.progress import reporting, track
+from ladimo.convert.run import Run
+from ladimo.model.layers import GatedMLP
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Run, int, GatedMLP, LayerData], None]  # one layer, done when its record is in the workspace
+
+
+def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
+    """Call `work` for every candidate layer that is not finished, on what its FFN does in the dense model.
+
+    `work` can be pickled when there are several jobs.
+    """
+    missing = [index for index in run.candidates if run.workspace.layer_record(index) is None]
+    if len(missing) < len(run.candidates):
+        logger.info("resuming: %d of %d layers are done", len(run.candidates) - len(missing), len(run.candidates))
+    blocks, num_fit = torch.cat((calibration.fit, calibration.holdout)), calibration.fit.numel()
+    if run.jobs == 1:
+        for index, mlp, inputs, targets in run.dense.ffn_data(blocks, missing):
+            work(run, index, mlp, LayerData.cut(inputs, targets, num_fit))
+        return
+
+    def items() -> Iterator[LayerJob]:
+        for index, _, inputs, targets in run.dense.ffn_data(blocks, missing):
+            job = LayerJob(run, work, index, num_fit)
+            run.workspace.save_tensors(job.data, {"inputs": inputs, "targets": targets})
+            yield job
+
+    threads = max(1, torch.get_num_threads() // run.jobs)
+    for _ in track(run_jobs(do_layer_job, items(), run.jobs, threads), "finished layers", len(missing)):
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """One layer for a worker process. Its data are in a file of the workspace."""
+
+    run: Run
+    work: Work
+    index: int
+    num_fit: int
+
+    def __str__(self) -> str:
+        return f"layer {self.index}"
+
+    @property
+    def data(self) -> str:
+        return f"layers/{self.index}/data.safetensors"
+
+
+def do_layer_job(job: LayerJob) -> None:
+    data = job.run.workspace.load_tensors(job.data)
+    with reporting():
+        cut = LayerData.cut(data["inputs"], data["targets"], job.num_fit)
+        for index in track([job.index], str(job)):
+            job.work(job.run, index, job.run.dense.mlp(index), cut)
+    job.run.workspace.remove(job.data)

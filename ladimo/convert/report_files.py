@@ -1,0 +1,57 @@
+"""report.json is the record of a conversion. report.md and report.html are rendered from it alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ladimo.checkpoint import read_json, write_json, write_text
+from ladimo.convert.methods.registry import get_method
+from ladimo.convert.policies.frontier import MeasuredPolicies, rule_name
+from ladimo.convert.report.contents import document
+from ladimo.convert.report.document import Document
+from ladimo.convert.report.markdown import to_markdown
+from ladimo.convert.report.page import to_page
+from ladimo.convert.report.record import Report
+
+REPORT = "report.json"
+
+
+def policy_entries(points: MeasuredPolicies) -> dict[str, Any]:
+    """The keys "policies" and "frontier" of report.json. A policy's entry is that of `ladimo evaluate --json` with its
+    description and rules."""
+    return {
+        "policies": [
+            {**entry, "description": policy.description, "rules": [rule and rule.to_dict() for rule in policy.layers]}
+            | {"rule_names": [rule_name(rule) for rule in policy.layers]}
+            for entry, policy in zip(points.figures, points.policies, strict=True)
+        ],
+        "frontier": points.frontier.to_dict(),
+    }
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """report.json, and the two files that are rendered from it."""
+    write_json(directory / REPORT, report)
+    render_report(directory)
+
+
+def render_report(directory: Path, outside: Mapping[str, Any] | None = None) -> None:
+    """report.md and report.html from report.json. outside: keys to put into the record first, such as "comparison".
+
+    Raises ValueError naming the file and the field when the record is missing or wrong, and then changes nothing.
+    """
+    raw = {**read_json(directory / REPORT), **(outside or {})}
+    try:
+        said = report_document(raw)
+    except ValueError as error:
+        raise ValueError(f"{directory / REPORT}: {error}") from error
+    if outside:
+        write_json(directory / REPORT, raw)
+    write_text(directory / "report.md", to_markdown(said))
+    write_text(directory / "report.html", to_page(said))
+
+
+def report_document(raw: Mapping[str, Any]) -> Document:
+    """What a record says. Raises ValueError naming the first field that is missing or wrong."""
+    report = Report.from_dict(raw)
+    return document(report, get_method(report.method.name).view(report))
