@@ -18,7 +18,7 @@ import ladimo.cli
 from server.settings import read_settings
 from tests.docs.snippets import Snippet, snippets
 from tests.factories import make_dense, make_moe
-from tests.server.test_launch import running_server
+from tests.server.process.test_launch import running_server
 
 ADDRESS = "http://127.0.0.1:8000"
 # Blocks that need what a test has not: a fresh machine, docker, Prometheus, task files, a GPU.
