@@ -33,7 +33,7 @@ from ladimo.convert.recipe import Recipe
 from ladimo.convert.run import Run
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.convert.workspace import Workspace
-from loadtests.conditions import conditions
+from loadtests.common.conditions import conditions
 
 Table = dict[int, dict[int, float]]  # KL by layer and width
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
