@@ -13,8 +13,9 @@ BIN := $(VENV)/bin
 serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
+# A file's tests stay together, as they share what is costly to make.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

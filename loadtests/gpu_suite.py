@@ -8,6 +8,8 @@ else; what it had measured by then is kept. Every section prints a table and, la
 OUT/<section>.json. The model has the shape of LLaMA-2-7B (--shape), bf16 random weights made on the device, 8 experts a layer
 that partition the FFN and count with weight one. --dry-run runs all of it on CPU at tiny sizes, to know that it works; its
 figures mean nothing.
+
+The file is long because it holds one section per measurement around the same bench.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """One step's work as the scheduler sees it (sequences, integers) and as the model sees it (tensors)."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,20 +72,38 @@ def may_run_ahead(sequence: Sequence) -> bool:
     return not asks_for_more and not adjusts(sequence)
 
 
+class DecodeRows(NamedTuple):
+    """What a step reads of its decoding sequences, one number per sequence in each list."""
+
+    input_ids: list[int]  # zeros where the batch runs ahead: the tokens are on the device
+    positions: list[int]
+    policy_ids: list[int]
+    slot_mapping: list[int]
+    context_lens: list[int]
+
+
+def decode_rows(batch: Batch, block_size: int) -> DecodeRows:
+    """Lay out the batch's decoding sequences."""
+    ahead = batch.previous is not None
+    positions = [sequence.num_computed + ahead for sequence in batch.decode]
+    placed = list(zip(batch.decode, positions, strict=True))
+    return DecodeRows(
+        input_ids=[0 if ahead else sequence.token_ids(p, p + 1)[0] for sequence, p in placed],
+        positions=positions,
+        policy_ids=[sequence.policy_row for sequence in batch.decode],
+        slot_mapping=[sequence.block_table[p // block_size] * block_size + p % block_size for sequence, p in placed],
+        context_lens=[p + 1 for p in positions],
+    )
+
+
 def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInputs:
     """Lay the batch out as tensors: decode rows first, then the prefill segments one after another."""
-    scheduled = batch.scheduled
-    input_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    policy_ids: list[int] = []
+    input_ids, positions, policy_ids, slots, context_lens = decode_rows(batch, block_size)
+    logit_indices = list(range(len(batch.decode)))
     segments: list[PrefillSegment] = []
-    context_lens: list[int] = []
-    logit_indices: list[int] = []
-    for row, (sequence, count) in enumerate(scheduled):
+    for row, (sequence, count) in enumerate(batch.prefill, start=len(batch.decode)):
         begin, end = sequence.num_computed, sequence.num_computed + count
-        if row >= len(batch.decode):
-            segments.append(PrefillSegment(row, len(input_ids), count, end))
+        segments.append(PrefillSegment(row, len(input_ids), count, end))
         input_ids += sequence.token_ids(begin, end)
         positions += range(begin, end)
         slots += [sequence.block_table[p // block_size] * block_size + p % block_size for p in range(begin, end)]
@@ -93,7 +111,7 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
         context_lens.append(end)
         logit_indices += range(len(input_ids) - num_logits(sequence, count), len(input_ids))
     width = -(-max(context_lens) // block_size)
-    tables = [(sequence.block_table + [0] * width)[:width] for sequence, _ in scheduled]
+    tables = [(sequence.block_table + [0] * width)[:width] for sequence, _ in batch.scheduled]
 
     def tensor(values: list[Any]) -> torch.Tensor:
         return to_device(values, torch.int64, device)

@@ -231,7 +231,8 @@ class EngineCore:
                 _trace_prompt(sequence, count, traced)
 
     def _trace(self, sequence: Sequence, experts: list[TokenExperts]) -> RoutingTrace | None:
-        """Of the token that was drawn after the step's tokens, which ran `experts`. Runs before `update`."""
+        """The routing trace of the token that the step drew; `experts` are those of the step's own tokens. To be called before
+        `update`, which appends the token."""
         if sequence.request.trace is None:
             return None
         first = sequence.request.trace is Trace.PROMPT and sequence.first_token is None

@@ -14,6 +14,8 @@ Weights may be integers with scales, unpacked in registers as they are read: `W`
 copy of all experts of a layer, of which a policy may use a few.
 
 Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts, K places per token.
+
+The file is long because one function launches both forms of the layer, for one token and for many, and they share their tiles.
 """
 
 from dataclasses import dataclass

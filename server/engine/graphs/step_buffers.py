@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
-from server.engine.batch import Batch
+from server.engine.batch import Batch, decode_rows
 from server.engine.sampling.sampler import SamplingInputs, uniform
 
 # Rows of `integers` and `floats`.
@@ -104,26 +104,19 @@ class Staging:
         if self._copied is not None:
             self._copied.synchronize()  # the copies of the step before: long done, unless the host runs ahead
         sequences, count = batch.decode, len(batch.decode)
-        ahead = int(batch.previous is not None)
-        positions = [sequence.num_computed + ahead for sequence in sequences]
-        size = self._block_size
+        laid_out = decode_rows(batch, self._block_size)
         integers = self._integers
         integers[:, count:] = 0
         integers[CONTEXT_LENS, count:] = 1
-        if batch.previous is None:
-            integers[INPUT_IDS, :count] = [s.token_ids(p, p + 1)[0] for s, p in zip(sequences, positions, strict=True)]
-            integers[PREVIOUS, :count] = 0
-        else:
-            integers[PREVIOUS, :count] = [row + 1 for row in batch.previous]
-        integers[POSITIONS, :count] = positions
-        integers[POLICY_IDS, :count] = [s.policy_row for s in sequences]
-        integers[SLOT_MAPPING, :count] = [
-            s.block_table[position // size] * size + position % size for s, position in zip(sequences, positions, strict=True)
-        ]
-        integers[CONTEXT_LENS, :count] = [position + 1 for position in positions]
+        integers[INPUT_IDS, :count] = laid_out.input_ids
+        integers[PREVIOUS, :count] = 0 if batch.previous is None else [row + 1 for row in batch.previous]
+        integers[POSITIONS, :count] = laid_out.positions
+        integers[POLICY_IDS, :count] = laid_out.policy_ids
+        integers[SLOT_MAPPING, :count] = laid_out.slot_mapping
+        integers[CONTEXT_LENS, :count] = laid_out.context_lens
         for row in range(rows):
             self._write_table(row, sequences[row].block_table if row < count else [])
-        self._fill_sampling(batch, ahead)
+        self._fill_sampling(batch, ahead=int(batch.previous is not None))
         for target, source in zip(
             (self._buffers.integers, self._buffers.floats, self._buffers.block_table[:rows]),
             (self._host[0], self._host[1], self._host[2][:rows]),

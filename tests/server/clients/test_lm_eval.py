@@ -1,7 +1,4 @@
-"""lm-evaluation-harness against the running server gives the scores of its own `hf` backend on the same checkpoint.
-
-lm_eval is not a dependency of this project: `pip install "lm-eval[api]"` where this is to run.
-"""
+"""lm-evaluation-harness against the running server gives the scores of its own `hf` backend on the same checkpoint."""
 
 import asyncio
 import importlib.util

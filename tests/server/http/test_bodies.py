@@ -110,14 +110,19 @@ async def test_packed_bodies(tmp_path: Path, coding: str, pack: Any) -> None:
         assert reply.json()["choices"][0]["text"] == "b", reply.text
 
 
+def packed(body: bytes) -> bytes:
+    """The same bytes at any time: they name the test."""
+    return gzip.compress(body, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("coding", "body", "status", "code"),
     [
         ("br", GOOD, 415, "unsupported_media_type"),
-        ("gzip, gzip", gzip.compress(gzip.compress(GOOD)), 415, "unsupported_media_type"),
+        ("gzip, gzip", packed(packed(GOOD)), 415, "unsupported_media_type"),
         ("gzip", GOOD, 400, "invalid_request"),
-        ("gzip", gzip.compress(GOOD)[:-4], 400, "invalid_request"),
-        ("gzip", gzip.compress(GOOD) + gzip.compress(GOOD), 400, "invalid_request"),
+        ("gzip", packed(GOOD)[:-4], 400, "invalid_request"),
+        ("gzip", packed(GOOD) + packed(GOOD), 400, "invalid_request"),
     ],
 )
 async def test_packed_bodies_that_are_refused(tmp_path: Path, coding: str, body: bytes, status: int, code: str) -> None:
