@@ -1,18 +1,30 @@
 """A whole server over a real checkpoint, on a socket."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
 
+import ladimo
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.app import Access, create_app
 from server.engine.async_engine import EngineState
 from server.launch import build_services
 from server.policies.controller import RecentLatencies
 from server.settings import read_settings
+
+ROOT = Path(ladimo.__file__).parents[1]
+DEMO = ROOT / "ladimo" / "demo" / "model"
+
+
+def find_model() -> Path:
+    """SmolLM2 where LADIMO_SMOLLM2 or models/smollm2 has it, the demo's dense model elsewhere."""
+    named = os.environ.get("LADIMO_SMOLLM2")
+    places = [*([Path(named)] if named else []), ROOT / "models" / "smollm2", DEMO]
+    return next(path for path in places if (path / "config.json").is_file())
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from server.api.answers.dialects import Dialect
 from server.api.answers.generation import Delta, Generation
-from server.api.answers.logprobs import chat_logprobs
+from server.api.answers.logprobs import ScoredToken, chat_logprobs
 from server.api.answers.routing_trace import TraceWriter, joined
 from server.api.fields.responses import ResponsesRequest
 from server.api.http.streaming import sse
@@ -15,6 +15,7 @@ from server.api.services import Services
 from server.engine.messages import RoutingTrace
 from server.engine.request import FinishReason
 from server.errors import BadRequest, QueueFull, ServiceError
+from server.text.answer_text import CallDelta
 
 IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomplete", "failed"
 
@@ -34,11 +35,12 @@ class ResponsesDialect(Dialect):
         self._open = False
         self._sequence = 0
         self._finish_reason: str | None = None
+        self._unsaid: tuple[ScoredToken, ...] = ()  # whose text has not come yet
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
         (whole,) = wholes
         self.events(whole, generation)
-        self._close()
+        self._close_last()
         return self._ended(generation)
 
     def begin(self) -> list[bytes]:
@@ -49,10 +51,14 @@ class ResponsesDialect(Dialect):
         self._finish_reason = delta.finish_reason
         if delta.trace is not None:
             self._traces.append(delta.trace)
-        return self._say(delta) if delta.text or delta.tokens else []
+        self._unsaid += delta.tokens
+        events = self._say(delta.text) if delta.text else []
+        for call in delta.calls:
+            events += self._call(call)
+        return events
 
     def end(self, generation: Generation) -> list[bytes]:
-        events = self._close()
+        events = self._close_last()
         response = self._ended(generation)
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
@@ -69,56 +75,84 @@ class ResponsesDialect(Dialect):
 
     # Items
 
-    def _say(self, delta: Delta) -> list[bytes]:
+    def _say(self, text: str) -> list[bytes]:
         """More of the message that is open, which is begun where there is none."""
-        events = [] if self._open else self._begin_message()
-        item = self._output[-1]
-        (part,) = item["content"]
-        logprobs = chat_logprobs(delta.tokens, self._tokenizer)["content"]
-        part["text"] += delta.text
+        events = [] if self._open_type == "message" else [*self._close(), *self._begin_message()]
+        (part,) = self._output[-1]["content"]
+        logprobs = chat_logprobs(self._unsaid, self._tokenizer)["content"]
+        self._unsaid = ()
+        part["text"] += text
         part["logprobs"] += logprobs
-        place = self._part_place()
-        return [*events, self._event("response.output_text.delta", **place, delta=delta.text, logprobs=logprobs)]
+        return [*events, self._event("response.output_text.delta", **self._part_place(), delta=text, logprobs=logprobs)]
+
+    def _call(self, call: CallDelta) -> list[bytes]:
+        """More of the call that is open, or a new one. The tokens of calls have no place for their log-probabilities."""
+        self._unsaid = ()
+        events = [] if call.name is None else [*self._close(), *self._begin_call(call.id, call.name)]
+        if call.arguments:
+            self._output[-1]["arguments"] += call.arguments
+            delta = self._event("response.function_call_arguments.delta", **self._item_place(), delta=call.arguments)
+            events.append(delta)
+        return events
 
     def _begin_message(self) -> list[bytes]:
         part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "status": IN_PROGRESS}
-        self._output.append(item | {"content": [part]})
-        self._open = True
-        return [
-            self._event("response.output_item.added", **self._item_place(), item=item | {"content": []}),
-            self._event("response.content_part.added", **self._part_place(), part=part),
-        ]
+        added = self._add(item | {"content": []})
+        self._output[-1]["content"].append(part)
+        return [added, self._event("response.content_part.added", **self._part_place(), part=part)]
 
-    def _close(self) -> list[bytes]:
-        """End the item that is open. A response has at least one."""
-        events = [] if self._output else self._begin_message()
+    def _begin_call(self, call_id: str | None, name: str) -> list[bytes]:
+        item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call_id, "name": name}
+        return [self._add(item | {"arguments": "", "status": IN_PROGRESS})]
+
+    def _add(self, item: dict[str, Any]) -> bytes:
+        self._output.append(item)
+        self._open = True
+        return self._event("response.output_item.added", output_index=len(self._output) - 1, item=item)
+
+    def _close(self, cut: bool = False) -> list[bytes]:
+        """End the item that is open, if one is. `cut`: it is not complete."""
         if not self._open:
-            return events
-        self._open = False
+            return []
+        if self._unsaid and self._open_type == "message":
+            return [*self._say(""), *self._close(cut)]
         item = self._output[-1]
-        item["status"] = INCOMPLETE if self._cut else COMPLETED
-        (part,) = item["content"]
-        place = self._part_place()
-        return [
-            *events,
-            self._event("response.output_text.done", **place, text=part["text"], logprobs=part["logprobs"]),
-            self._event("response.content_part.done", **place, part=part),
-            self._event("response.output_item.done", **self._item_place(), item=item),
-        ]
+        item["status"] = INCOMPLETE if cut else COMPLETED
+        self._open = False
+        if item["type"] == "function_call":
+            said = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._event("response.function_call_arguments.done", **self._item_place(), **said)]
+        else:
+            (part,) = item["content"]
+            said = {"text": part["text"], "logprobs": part["logprobs"]}
+            events = [
+                self._event("response.output_text.done", **self._part_place(), **said),
+                self._event("response.content_part.done", **self._part_place(), part=part),
+            ]
+        return [*events, self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)]
+
+    def _close_last(self) -> list[bytes]:
+        """The answer is over. A response has at least one item."""
+        events = [] if self._output else self._begin_message()
+        return [*events, *self._close(self._cut)]
 
     # Parts of events
 
-    def _event(self, name: str, **fields: Any) -> bytes:
-        event = sse({"type": name, **fields, "sequence_number": self._sequence}, name)
+    def _event(self, kind: str, /, **fields: Any) -> bytes:
+        event = sse({"type": kind, **fields, "sequence_number": self._sequence}, kind)
         self._sequence += 1
         return event
 
     def _item_place(self) -> dict[str, Any]:
-        return {"output_index": len(self._output) - 1}
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
     def _part_place(self) -> dict[str, Any]:
-        return {"item_id": self._output[-1]["id"], **self._item_place(), "content_index": 0}
+        return self._item_place() | {"content_index": 0}
+
+    @property
+    def _open_type(self) -> str | None:
+        return self._output[-1]["type"] if self._open else None
 
     @property
     def _cut(self) -> bool:
@@ -132,7 +166,7 @@ class ResponsesDialect(Dialect):
         return response | {"usage": _usage(generation.usage), "routing": generation.routing, **trace}
 
     def _response(self, status: str) -> dict[str, Any]:
-        body = self._body
+        body, choice = self._body, self._body.tool_choice
         form = None if body.text is None else body.text.format
         return {
             "id": self.id,
@@ -157,8 +191,8 @@ class ResponsesDialect(Dialect):
             "store": False,
             "temperature": body.temperature,
             "text": {"format": {"type": "text"} if form is None else form.to_dict(), "verbosity": "medium"},
-            "tool_choice": body.tool_choice,
-            "tools": body.tools,
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.to_dict() for tool in body.tools],
             "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": "disabled",

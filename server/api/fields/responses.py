@@ -4,20 +4,39 @@ What needs a memory of earlier responses, OpenAI's own tools, or anything but te
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.fields.completions import (
-    MAX_LOGPROBS,
-    MAX_MESSAGES,
-    ChatCompletionRequest,
-    Message,
-    RequestFields,
-)
+from server.api.fields.completions import MAX_LOGPROBS, MAX_MESSAGES, ChatCompletionRequest, Message, RequestFields
 from server.api.fields.constraints import ConstraintModel, JsonSchemaFormat, ResponseFormat
-from server.api.fields.wire import Absent, JsonSchema, Off, One, StopAtError, WireModel, at_most, only, supported
+from server.api.fields.tools import (
+    MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
+    CallId,
+    FunctionDefinition,
+    FunctionName,
+    FunctionReference,
+    NamedTool,
+    Tool,
+)
+from server.api.fields.wire import (
+    Absent,
+    JsonSchema,
+    Off,
+    One,
+    StopAtError,
+    WireModel,
+    at_most,
+    not_supported,
+    only,
+    or_else,
+    supported,
+)
+from server.api.http.failures import json_path
 from server.errors import BadRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -34,6 +53,7 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
+ITEM_ID = "As a response gave it; it changes nothing, nor does `status`."
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
@@ -57,19 +77,110 @@ class ContentPart(WireModel):
 
 
 class MessageItem(WireModel):
-    """`id`, `status` and `phase` are those of a response's item that is sent back; they change nothing."""
-
-    type: Annotated[Literal["message"], supported("message")] = "message"
+    type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[ContentPart], StopAtError(), BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
     ]
-    id: str | None = None
+    id: str | None = Field(None, description=ITEM_ID)
     status: str | None = None
     phase: str | None = None
 
-    def message(self) -> Message:
-        return _message(self.role, "".join(part.text for part in self.content))
+
+class FunctionCallItem(WireModel):
+    """A call that the assistant made, as a response gave it."""
+
+    type: Literal["function_call"]
+    call_id: CallId
+    name: FunctionName
+    arguments: str = Field(description="JSON text.")
+    id: str | None = Field(None, description=ITEM_ID)
+    status: str | None = None
+
+
+class FunctionCallOutputItem(WireModel):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Annotated[
+        list[ContentPart], StopAtError(), BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
+    ]
+    id: str | None = Field(None, description=ITEM_ID)
+    status: str | None = None
+
+
+ITEM_TYPES = ("message", "function_call", "function_call_output")
+
+
+def _type_of(item: object) -> object:
+    """A message need not say that it is one."""
+    if isinstance(item, dict):
+        return item.get("type") or "message"
+    return getattr(item, "type", "message")
+
+
+def _check_type(item: object) -> object:
+    kind = _type_of(item)
+    if kind not in ITEM_TYPES:
+        raise not_supported(kind, ITEM_TYPES)
+    return item
+
+
+# A tag in <> is no part of an error's path.
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")],
+    Discriminator(lambda item: f"<{_type_of(item)}>"),
+    BeforeValidator(_check_type),
+]
+
+
+class FunctionTool(WireModel):
+    """OpenAI's own tools run on its servers; here there are functions alone, which the client runs."""
+
+    type: Annotated[Literal["function"], supported("function")]
+    name: FunctionName
+    description: str | None = None
+    parameters: JsonSchema | None = Field(None, description="JSON schema of an object, the arguments; none are taken without.")
+    strict: bool = Field(False, description="Arguments follow the schema even where the model chooses whether to call.")
+    defer_loading: Off = False
+    allowed_callers: Annotated[Any, only(["direct"])] = ["direct"]
+    output_schema: Any = Field(None, description="Ignored: what a call gives is not looked at.")
+
+    def tool(self) -> Tool:
+        names = ("name", "description", "parameters", "strict")
+        return Tool(type="function", function=FunctionDefinition(**{name: getattr(self, name) for name in names}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the response repeats it."""
+        names = ("type", "name", "description", "parameters", "strict")
+        return {name: getattr(self, name) for name in names}
+
+
+class FunctionChoice(WireModel):
+    type: Annotated[Literal["function"], supported("function")]
+    name: FunctionName
+
+    def chat_choice(self) -> NamedTool:
+        return NamedTool(type="function", function=FunctionReference(name=self.name))
+
+
+class AllowedChoice(WireModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+    def chat_choice(self) -> AllowedToolsChoice:
+        tools = [each.chat_choice() for each in self.tools]
+        return AllowedToolsChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=self.mode, tools=tools))
+
+
+ResponsesToolChoice = Annotated[
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedChoice,
+    or_else('must be "none", "auto", "required", {"type": "function", "name": ...}, or allowed_tools'),
+]
 
 
 class TextFormat(ConstraintModel):
@@ -119,10 +230,10 @@ class ResponsesRequest(RequestFields):
     """OpenAI's Responses, the part that needs no memory: each request carries its whole conversation, and nothing is stored."""
 
     input: Annotated[
-        list[MessageItem],
+        list[InputItem],
         Field(min_length=1, max_length=MAX_MESSAGES),
         StopAtError(),
-        BeforeValidator(_as_items, json_schema_input_type=str | list[MessageItem]),
+        BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
     ]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, ge=1)
@@ -135,9 +246,9 @@ class ResponsesRequest(RequestFields):
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] = Field(
         {}, description="Comes back in the response."
     )
-    tool_choice: Annotated[Any, only("auto", "none")] = "auto"
-    tools: Annotated[Any, only([])] = []
-    parallel_tool_calls: bool = True
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), StopAtError()] = []
+    tool_choice: ResponsesToolChoice = "auto"
+    parallel_tool_calls: bool = Field(True, description="Whether there may be several calls in one answer.")
     max_tool_calls: int | None = Field(None, ge=1, description="For OpenAI's own tools, which there are none of here.")
     prompt_cache_key: str | None = Field(None, description="A hint that is not needed: prompts share their prefixes anyway.")
     prompt_cache_retention: str | None = None
@@ -163,32 +274,68 @@ class ResponsesRequest(RequestFields):
     response_format: Absent = None
     n: One = 1
 
+    _chat: ChatCompletionRequest = PrivateAttr()
+
     @model_validator(mode="after")
     def _options_need_stream(self) -> "ResponsesRequest":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
         return self
 
+    @model_validator(mode="after")
+    def _in_chat_words(self) -> "ResponsesRequest":
+        """What only the chat request's checks find is about several fields together."""
+        try:
+            self._chat = self._to_chat()
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = in_own_words(
+                BadRequest(f"{json_path(first['loc'])}: {first['msg'].removeprefix('Value error, ')}")
+            ).message
+            raise PydanticCustomError("fields", "{message}", {"message": message}) from None
+        return self
+
+    @property
     def chat(self) -> ChatCompletionRequest:
         """The same in the chat endpoint's words."""
-        messages = [item.message() for item in self.input]
-        if self.instructions is not None:
-            messages.insert(0, _message("system", self.instructions))
+        return self._chat
+
+    def _to_chat(self) -> ChatCompletionRequest:
         common = {name: getattr(self, name) for name in RequestFields.model_fields if name in self.model_fields_set}
         form = None if self.text is None else self.text.format
+        choice = self.tool_choice
         return ChatCompletionRequest(
             **common,
-            messages=messages,
+            messages=[Message.model_validate(each) for each in _messages(self.instructions, self.input)],
             max_completion_tokens=self.max_output_tokens,
             response_format=None if form is None else form.response_format(),
             logprobs=self.top_logprobs > 0 or LOGPROBS in self.include,
             top_logprobs=self.top_logprobs,
+            tools=[tool.tool() for tool in self.tools],
+            tool_choice=choice if isinstance(choice, str) else choice.chat_choice(),
+            parallel_tool_calls=self.parallel_tool_calls,
         )
 
 
-def _message(role: str, text: str) -> Message:
-    """With its whole text as one part: there may be hundreds of thousands, and this is the event loop's time."""
-    return Message.model_validate({"role": role, "content": text})
+def _messages(instructions: str | None, items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    """Calls belong to the assistant's message that they follow. A message's whole text is one part, however many there were."""
+    messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    for item in items:
+        match item:
+            case MessageItem():
+                messages.append({"role": item.role, "content": _text(item.content)})
+            case FunctionCallOutputItem():
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            case FunctionCallItem():
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": ""})
+                function = {"name": item.name, "arguments": item.arguments}
+                messages[-1].setdefault("tool_calls", []).append({"id": item.call_id, "function": function})
+    return messages
+
+
+def _text(parts: Sequence[ContentPart]) -> str:
+    return "".join(part.text for part in parts)
 
 
 # The chat endpoint's words in errors, and this endpoint's; longer ones first.
@@ -198,6 +345,8 @@ OWN_WORDS = {
     "max_tokens": "max_output_tokens",
     "messages": "input",
 }
+# tools[0].function.parameters, say: here a tool is the function.
+FUNCTION = re.compile(r"(?<=\])\.function\b")
 
 
 def in_own_words(error: BadRequest) -> BadRequest:
@@ -206,4 +355,5 @@ def in_own_words(error: BadRequest) -> BadRequest:
     for theirs, ours in OWN_WORDS.items():
         # "messages" is an everyday word, too; a field's name is followed by a colon.
         message = re.sub(rf"\b{theirs}\b" if theirs != "messages" else "messages(?=:)", ours, message)
-    return type(error)(message, param=OWN_WORDS.get(error.param or "", error.param))
+    param = None if error.param is None else FUNCTION.sub("", OWN_WORDS.get(error.param, error.param))
+    return type(error)(FUNCTION.sub("", message), param=param)

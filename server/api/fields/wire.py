@@ -5,6 +5,7 @@ nothing, so that it is refused rather than ignored; fields nobody knows are igno
 """
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import (
@@ -41,16 +42,19 @@ def only(*neutral: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def not_supported(value: object, known: Sequence[str]) -> PydanticCustomError:
+    """The refusal, by name, of a choice that others have and this server lacks."""
+    context = {"value": repr(value[:40]) if isinstance(value, str) else "this", "known": ", ".join(known)}
+    return PydanticCustomError(UnsupportedParameter.code, "{value} is not supported by this server; it takes {known}", context)
+
+
 def supported(*values: str) -> WrapValidator:
-    """A choice whose other values are known elsewhere but not here: they are refused by name."""
+    """A choice of which others have more."""
 
     def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         if value in values:
             return handler(value)
-        context = {"value": repr(value[:40]) if isinstance(value, str) else "this", "known": ", ".join(values)}
-        raise PydanticCustomError(
-            UnsupportedParameter.code, "{value} is not supported by this server; it takes {known}", context
-        )
+        raise not_supported(value, values)
 
     return WrapValidator(validate)
 

@@ -46,9 +46,11 @@ def error_response(error: ServiceError) -> Response:
 
 
 def json_path(location: Sequence[int | str]) -> str:
-    """("messages", 0, "content") -> "messages[0].content"."""
+    """("messages", 0, "content") -> "messages[0].content". Tags of unions, "<like this>", are no part of it."""
     path = ""
     for part in location:
+        if isinstance(part, str) and part.startswith("<"):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
 

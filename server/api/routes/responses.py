@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 async def responses(body: ResponsesRequest, request: Request, services: ServicesDep) -> Response:
     """Nothing is stored: `store` is false in every answer, and what would read from the store is refused."""
     refuse_unknown(body, services)
-    chat = body.chat()
+    chat = body.chat
     try:
         terms = make_terms(chat, 1, request, services)
         traces = TraceWriter.of(chat.routing_trace, terms.route.policy, services.config)

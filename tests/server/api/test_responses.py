@@ -93,6 +93,42 @@ async def test_a_conversation_comes_as_items(tmp_path: Path) -> None:
         assert ours.prompt_ids == theirs.prompt_ids
 
 
+async def test_calls_and_their_results_come_as_items(tmp_path: Path) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    body = {
+        "instructions": "be brief",
+        "input": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "A moment."}]},
+            {"type": "function_call", "call_id": "c1", "id": "fc_1", "status": "completed", **call},
+            {"type": "function_call", "call_id": "c2", **call},
+            {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+            {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "sun"}]},
+        ],
+        "tools": [{"type": "function", "name": "weather", "parameters": parameters}],
+    }
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "A moment.",
+            "tool_calls": [{"id": name, "type": "function", "function": call} for name in ("c1", "c2")],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c2", "content": "sun"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    async with serving(tmp_path, max_model_len=4096, num_blocks=2000, max_step_tokens=4096) as server:
+        seen = server.watch_requests()
+        found = await respond(server.client, **body)
+        assert found["tools"] == [body["tools"][0] | {"description": None, "strict": False}]  # type: ignore[operator]
+        await server.client.post("/v1/chat/completions", json={"messages": messages, "tools": tools, "max_tokens": 3})
+        ours, theirs = seen.values()
+        assert ours.prompt_ids == theirs.prompt_ids
+
+
 async def test_a_stream_builds_the_response_up(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         fields = {"max_output_tokens": 4, "service_tier": "flex", "routing_trace": True, "seed": 1}
@@ -178,8 +214,8 @@ async def test_structured_output(tmp_path: Path) -> None:
         ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "unsupported_parameter"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
-        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type", "unsupported_parameter"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "unsupported_parameter"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0]", "unsupported_parameter"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "unsupported_parameter"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
             "input[0].content[0].type",
@@ -190,6 +226,17 @@ async def test_structured_output(tmp_path: Path) -> None:
             "input[0].content[1].type",
             "unsupported_parameter",
         ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "name": "f"}] * 2}, None, "invalid_request"),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice", "invalid_request"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_request"),
+        (
+            {"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}], "tool_choice": "required"},
+            "tools[0].parameters",
+            "invalid_request",
+        ),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", "invalid_request"),
+        ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id", "invalid_request"),
         ({"max_tokens": 3}, "max_tokens", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"messages": []}, "messages", "unsupported_parameter"),
@@ -213,7 +260,7 @@ async def test_structured_output(tmp_path: Path) -> None:
     ],
 )
 async def test_what_cannot_be_done_is_refused_by_name(
-    tmp_path: Path, fields: dict[str, Any], param: str, code: str | None
+    tmp_path: Path, fields: dict[str, Any], param: str | None, code: str | None
 ) -> None:
     async with serving(tmp_path) as server:
         reply = await server.client.post(URL, json={"input": "hi"} | fields)

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.server.real import serving_model
+from tests.server.real import find_model, serving_model
 from tests.server.serving import MODEL, Server, serving_http
 
 
@@ -117,3 +117,68 @@ async def test_it_parses_structured_output(moe_dir: Path) -> None:
         async with client.responses.stream(model="model", input="hi", text_format=Answer, temperature=0) as stream:
             final = await stream.get_final_response()
         assert final.output_parsed == found.output_parsed
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: Literal["Paris", "Rome"]
+    celsius: bool
+
+
+async def test_it_calls_functions() -> None:
+    async with (
+        serving_model(find_model()) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", _strict_response_validation=True) as client,
+    ):
+        asked: dict[str, Any] = {
+            "model": "model",
+            "input": "Weather?",
+            "tools": [openai.pydantic_function_tool(Weather)["function"] | {"type": "function"}],
+            "tool_choice": {"type": "function", "name": "Weather"},
+            "temperature": 0,
+        }
+        found = await client.responses.create(**asked)
+        assert (found.status, len(found.output)) == ("completed", 1)
+        call = found.output[0]
+        assert call.type == "function_call"
+        assert Weather.model_validate_json(call.arguments)
+        async with client.responses.stream(**asked) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+        assert set(kinds[3:-3]) == {"response.function_call_arguments.delta"}
+        assert kinds[-3:] == ["response.function_call_arguments.done", "response.output_item.done", "response.completed"]
+        streamed = final.output[0]
+        assert streamed.type == "function_call"
+        assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        after = await client.responses.create(
+            model="model",
+            input=[{"role": "user", "content": "Weather?"}, call, result],
+            tools=asked["tools"],
+            tool_choice="none",
+            max_output_tokens=5,
+        )
+        assert [item.type for item in after.output] == ["message"]
+
+
+def test_langchain_over_responses() -> None:
+    from langchain_openai import ChatOpenAI
+
+    def use(url: str) -> None:
+        model = ChatOpenAI(model="model", base_url=f"{url}/v1", api_key="none", use_responses_api=True, temperature=0)
+        text = model.invoke("hi", max_tokens=5)
+        assert text.usage_metadata["output_tokens"] == 5
+        assert "".join(chunk.text for chunk in model.stream("hi", max_tokens=5)) == text.text
+        found = model.with_structured_output(Answer, method="json_schema").invoke("hi")
+        assert isinstance(found, Answer)
+        calls = model.bind_tools([Weather], tool_choice="Weather").invoke("Weather?").tool_calls
+        assert [call["name"] for call in calls] == ["Weather"]
+        assert Weather.model_validate(calls[0]["args"])
+
+    async def serve() -> None:
+        async with serving_model(find_model()) as url:
+            await asyncio.to_thread(use, url)
+
+    asyncio.run(serve())

@@ -5,10 +5,8 @@ to choose a call, so calls are forced; the server makes them valid.
 """
 
 import asyncio
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
@@ -17,11 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-import ladimo
-from tests.server.real import serving_model
-
-ROOT = Path(ladimo.__file__).parents[1]
-DEMO = ROOT / "ladimo" / "demo" / "model"
+from tests.server.real import find_model, serving_model
 
 
 class Weather(BaseModel):
@@ -37,12 +31,6 @@ MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
 TOOL: Any = openai.pydantic_function_tool(Weather)
 # The answer ends: a list of words may be long, but not longer than this.
 LIMITS: dict[str, Any] = {"temperature": 0, "max_tokens": 400}
-
-
-def find_model() -> Path:
-    named = os.environ.get("LADIMO_SMOLLM2")
-    places = [*([Path(named)] if named else []), ROOT / "models" / "smollm2", DEMO]
-    return next(path for path in places if (path / "config.json").is_file())
 
 
 def only(items: Sequence[Any] | None) -> Any:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from server.api.fields.completions import ChatCompletionRequest, CompletionRequest
 from server.api.fields.responses import ResponsesRequest
-from tests.server.real import serving_model
+from tests.server.real import DEMO, serving_model
 from tests.server.serving import events
 
 JSON = ((b"Content-Type", b"application/json"),)
@@ -31,12 +31,12 @@ JSON = ((b"Content-Type", b"application/json"),)
 class Client:
     """A server on a thread of its own, spoken to from ordinary functions, as hypothesis needs."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, max_model_len: int = 64) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stack = AsyncExitStack()
-        self._client = self._wait(self._start(model))
+        self._client = self._wait(self._start(model, max_model_len))
         self.answered = 0  # requests that were not refused
 
     def post(self, path: str, content: bytes, headers: Sequence[tuple[bytes, bytes]] = JSON) -> httpx.Response:
@@ -50,8 +50,9 @@ class Client:
         self._thread.join()
         self._loop.close()
 
-    async def _start(self, model: Path) -> httpx.AsyncClient:
-        url = await self._stack.enter_async_context(serving_model(model, "--max-num-seqs", "4", "--max-model-len", "64"))
+    async def _start(self, model: Path, max_model_len: int) -> httpx.AsyncClient:
+        flags = ("--max-num-seqs", "4", "--max-model-len", str(max_model_len))
+        url = await self._stack.enter_async_context(serving_model(model, *flags))
         return await self._stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60))
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -62,6 +63,14 @@ class Client:
 @pytest.fixture(scope="module")
 def client(moe_dir: Path) -> Iterator[Client]:
     client = Client(moe_dir)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Client]:
+    """Tools need a longer context than a model of bytes has."""
+    client = Client(DEMO, 1024)
     yield client
     client.close()
 
@@ -141,6 +150,36 @@ INPUT_ITEM = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.one_of(TEXT, st.lists(INPUT_PART, max_size=2))},
     optional={"type": st.sampled_from(["message", "function_call", "reasoning"]), "id": TEXT, "status": TEXT},
 )
+NAME = st.sampled_from(["f", "g", "a b", ""])
+SCHEMA = st.sampled_from([None, {}, {"type": "object", "properties": {"a": {"type": "integer"}}}, {"type": "array"}, "{", 3])
+ARGUMENTS = st.sampled_from(["{}", '{"a": 1}', "{", ""])
+FUNCTION = st.fixed_dictionaries({"name": NAME}, optional={"parameters": SCHEMA, "description": TEXT, "strict": st.booleans()})
+NAMED = st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": NAME})})
+CHOICE = st.sampled_from(["none", "auto", "required", "any"])
+CALL = st.fixed_dictionaries({"id": TEXT, "function": st.fixed_dictionaries({"name": NAME, "arguments": ARGUMENTS})})
+TOOL_MESSAGE = st.one_of(
+    MESSAGE,
+    st.fixed_dictionaries({"role": st.just("assistant"), "tool_calls": st.lists(CALL, max_size=2)}, optional={"content": TEXT}),
+    st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT}, optional={"tool_call_id": TEXT}),
+)
+CALL_ITEM = st.one_of(
+    INPUT_ITEM,
+    st.fixed_dictionaries({"type": st.just("function_call"), "call_id": TEXT, "name": NAME, "arguments": ARGUMENTS}),
+    st.fixed_dictionaries(
+        {"type": st.just("function_call_output"), "call_id": TEXT, "output": st.one_of(TEXT, st.lists(INPUT_PART, max_size=2))}
+    ),
+)
+CHAT_TOOLS = {
+    "messages": st.lists(TOOL_MESSAGE, min_size=1, max_size=3),
+    "tools": st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION}), max_size=2),
+    "tool_choice": st.one_of(CHOICE, NAMED),
+}
+RESPONSES_TOOLS = {
+    "input": st.lists(CALL_ITEM, min_size=1, max_size=3),
+    "tools": st.lists(st.builds(lambda function: {"type": "function", **function}, FUNCTION), max_size=2),
+    "tool_choice": st.one_of(CHOICE, st.fixed_dictionaries({"type": st.sampled_from(["function", "mcp"]), "name": NAME})),
+}
+SHARED = {"parallel_tool_calls": st.booleans(), "stream": st.booleans(), "routing": GOOD["routing"], "stop": GOOD["stop"]}
 FORMATS = [
     {"type": "text"},
     {"type": "json_object"},
@@ -204,6 +243,18 @@ def test_responses(client: Client, body: dict[str, Any], items: object) -> None:
     check(client, "/v1/responses", {"input": items, "max_output_tokens": 4, **body})
 
 
+@settings(FUZZ, max_examples=100)
+@given(body=st.fixed_dictionaries(CHAT_TOOLS, optional=SHARED))
+def test_chat_tools(demo: Client, body: dict[str, Any]) -> None:
+    check(demo, "/v1/chat/completions", {"max_tokens": 8, **body})
+
+
+@settings(FUZZ, max_examples=100)
+@given(body=st.fixed_dictionaries(RESPONSES_TOOLS, optional=SHARED))
+def test_responses_tools(demo: Client, body: dict[str, Any]) -> None:
+    check(demo, "/v1/responses", {"max_output_tokens": 8, **body})
+
+
 @FUZZ
 @given(path=PATH, body=st.binary(max_size=60))
 def test_any_bytes(client: Client, path: str, body: bytes) -> None:
@@ -259,7 +310,8 @@ def test_memory_stays_flat(client: Client) -> None:
     assert resident_after(600) - before < 20 * 2**20
 
 
-def test_much_was_answered_and_the_server_is_still_there(client: Client) -> None:
+def test_much_was_answered_and_the_server_is_still_there(client: Client, demo: Client) -> None:
     assert client.answered > 100
+    assert demo.answered > 20
     reply = client.post("/v1/completions", b'{"prompt": "a", "max_tokens": 3, "temperature": 0, "ignore_eos": true}')
     assert reply.json()["usage"]["completion_tokens"] == 3
