@@ -26,7 +26,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text("tokens = 1000\nlayers = 'all'\n[split]\nexperts = 8\n[train]\nsteps = 5\nbatch_tokens = 64\n")
+    path.write_text(
+        "tokens = 1000\nlayers = 'all'\n[split]\nexperts = 8\n[train]\nsteps = 5\nbatch_tokens = 64\n[elastic]\nsteps = 4\n"
+    )
     return path
 
 
