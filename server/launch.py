@@ -23,6 +23,7 @@ import ladimo
 from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.build import abandon
+from ladimo.model.quantization import find_format
 from server.api.admission import Admission
 from server.api.http.http_protocol import bounded_http
 from server.api.services import Services
@@ -167,6 +168,8 @@ class _Server(uvicorn.Server):
 def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
     """Everything but the weights, which the engine loads on its own thread. Raises ValueError, UnknownPolicy, NoFrontier."""
     assert settings.model is not None
+    if settings.quantize is not None:
+        find_format(settings.quantize)
     directory = resolve_directory(settings.model)
     config = read_config(directory)
     frontier = read_frontier(directory)

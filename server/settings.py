@@ -100,9 +100,9 @@ class ServerSettings(BaseSettings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
-    quantize: Literal["int8", "int4"] | None = Field(
+    quantize: str | None = Field(
         None,
-        description="Round the weights to integers as they are loaded, with a scale per 32; as stored if not given.",
+        description="int8 or int4: round the weights to integers while they are loaded. As stored if not given.",
     )
     served_model_name: str | None = Field(None, description="Name in /v1/models; the directory's name if not given.")
     max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences that run at once.")

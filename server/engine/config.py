@@ -1,7 +1,6 @@
 """Sizes of one engine, fixed before anything is allocated."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class EngineConfig:
     prefix_caching: bool = True
     cuda_graphs: bool = True
     batch_budgets: bool = False
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

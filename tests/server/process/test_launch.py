@@ -103,6 +103,12 @@ def test_a_broken_config_file_is_one_line_and_exit_2(
     assert complaint in line
 
 
+def test_an_unknown_integer_format_is_one_line_and_exit_1(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Formats are a registry, so their names are no choices of the command line's parser."""
+    assert main([str(moe_dir), "--port", "0", "--quantize", "int3"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "ladimo-server: quantize 'int3': supported: int8, int4"
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
