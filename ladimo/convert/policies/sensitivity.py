@@ -6,15 +6,14 @@ is e F e / 2. F is the mean of g g over gradients g of the log-probability of ne
 forward and one back per sample give g for every layer, and each rule costs only its own run of the layer. Products between
 different positions of a text are left out: their mean is small, and they are most of the noise.
 
-Where damage is large the second order falls short, more and more. There the layer's most damaging rule is measured, and the
-other rules are corrected by its curve: measured = estimated * exp(c * estimated).
+The larger the damage, the more the second order falls short. So the most damaging rule of each layer is measured, too. What it
+falls short by there is a factor f. A rule with a smaller estimate is corrected by less, by f ** (its estimate / the largest).
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size, V vocabulary, M samples.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,21 +28,29 @@ from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule
 
 SAMPLES = 2
-LARGE = 0.05  # nats; an estimate above this is checked by a measurement
+LARGE = 0.01  # nats; where the most damaging rule of a layer is estimated above this, it is measured
 CHUNK_TOKENS = 2048  # that pass through a layer at once, with all that a gradient needs
 
 
 @dataclass(frozen=True, slots=True)
 class RuleDamage:
     """One layer under one rule, the others dense. kl: nats per token. distinct_experts: different ones that a batch of 32
-    tokens drawn at random runs. measured: whether kl was measured rather than estimated."""
+    tokens drawn at random runs. measured: whether the rule was measured, too, to correct the layer's estimates."""
 
     kl: float
     distinct_experts: float
     measured: bool = False
 
 
-Damages = dict[int, dict[LayerRule, RuleDamage]]
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """To second order. kl: nats per token of each sequence, [B]. distinct_experts: as in `RuleDamage`."""
+
+    kl: Tensor
+    distinct_experts: float
+
+
+Estimates = dict[int, dict[LayerRule, Estimate]]
 
 
 def rule_damages(
@@ -53,29 +60,48 @@ def rule_damages(
     blocks: Tensor,
     samples: int = SAMPLES,
     large: float = LARGE,
-) -> Damages:
-    """By layer and rule, on token blocks [B, S]. `large`: 0 measures the most damaging rule of every layer, infinity none."""
-    estimated = estimate_damages(dense, experts, rules, blocks, samples)
-    depth = dense.config.num_hidden_layers
-    worst: dict[tuple[int, bool], LayerRule] = {}  # fixed and routed experts have each their curve
-    for index, own in estimated.items():
+) -> dict[int, dict[LayerRule, RuleDamage]]:
+    """By layer and rule, on token blocks [B, S]. Measurements are made on half of the blocks. large: 0 corrects every layer,
+    infinity none."""
+    estimates = estimate_damages(dense, experts, rules, blocks, samples)
+    checked = blocks[: -(-len(blocks) // 2)]
+    worst: dict[tuple[int, bool], LayerRule] = {}  # fixed and routed experts have each their own factor
+    for index, own in estimates.items():
         for routed in (False, True):
             kind = [rule for rule in own if is_routed(rule) == routed]
-            if kind and own[most := max(kind, key=lambda rule: own[rule].kl)].kl > large:
+            if kind and own[most := max(kind, key=lambda rule: _mean(own[rule].kl))].kl.mean() > large:
                 worst[index, routed] = most
+    factors = _factors(dense, experts, estimates, worst, checked)
+    damages: dict[int, dict[LayerRule, RuleDamage]] = {}
+    for index, own in estimates.items():
+        damages[index] = {}
+        for rule, estimate in own.items():
+            key, kl = (index, is_routed(rule)), _mean(estimate.kl)
+            if key in worst:
+                kl *= factors[key] ** (kl / _mean(own[worst[key]].kl))
+            damages[index][rule] = RuleDamage(kl, estimate.distinct_experts, worst.get(key) == rule)
+    return damages
+
+
+def _factors(
+    dense: StreamedModel,
+    experts: ExpertSource,
+    estimates: Estimates,
+    worst: Mapping[tuple[int, bool], LayerRule],
+    blocks: Tensor,
+) -> dict[tuple[int, bool], float]:
+    """Measured over estimated damage of each layer's most damaging rule. blocks: the first [B, S] of those estimated on."""
     if not worst:
-        return estimated
+        return {}
+    depth = dense.config.num_hidden_layers
     reference: Rules = (None,) * depth
-    variants = {key: tuple(rule if layer == key[0] else None for layer in range(depth)) for key, rule in worst.items()}
-    measured = measure(dense, experts, blocks, [reference, *variants.values()], reference)
-    for (index, routed), rule in worst.items():
-        own, kl = estimated[index], measured[variants[index, routed]].kl or 0.0
-        curve = math.log(max(kl, 1e-12) / own[rule].kl) / own[rule].kl
-        for other in own:
-            if is_routed(other) == routed:
-                own[other] = replace(own[other], kl=own[other].kl * math.exp(curve * own[other].kl))
-        own[rule] = replace(own[rule], kl=kl, measured=True)
-    return estimated
+    alone = {key: tuple(rule if layer == key[0] else None for layer in range(depth)) for key, rule in worst.items()}
+    measured = measure(dense, experts, blocks, [reference, *alone.values()], reference)
+    factors = {}
+    for key, rule in worst.items():
+        estimated = _mean(estimates[key[0]][rule].kl[: len(blocks)])
+        factors[key] = max(measured[alone[key]].kl or 0.0, 1e-12) / estimated
+    return factors
 
 
 def is_routed(rule: LayerRule) -> bool:
@@ -85,7 +111,7 @@ def is_routed(rule: LayerRule) -> bool:
 
 def estimate_damages(
     dense: StreamedModel, experts: ExpertSource, rules: Mapping[int, Sequence[LayerRule]], blocks: Tensor, samples: int
-) -> Damages:
+) -> Estimates:
     """To second order, by layer and rule. One layer is in memory at a time, and its inputs are kept for all of them."""
     inputs = layer_inputs(dense, blocks)
     gradients = output_gradients(dense, inputs.pop(), samples)
@@ -95,7 +121,7 @@ def estimate_damages(
     for index in track(list(reversed(range(first, dense.config.num_hidden_layers))), "layers backward"):
         wanted, hidden_states = rules.get(index, ()), inputs.pop()
         layer, expert_layer = dense.layer(index), experts(index) if wanted else None
-        sums[index] = {rule: torch.zeros((), dtype=torch.float64) for rule in wanted}
+        sums[index] = {rule: torch.zeros(len(blocks), dtype=torch.float64) for rule in wanted}
         ran[index] = {rule: [] for rule in wanted}
         for rows in chunks(blocks, CHUNK_TOKENS):
             given = hidden_states[rows].to(dense.device).requires_grad_()
@@ -105,7 +131,8 @@ def estimate_damages(
             for rule in wanted:
                 assert expert_layer is not None
                 error, ids = _change(expert_layer, ffn_inputs.detach(), outputs.detach(), rule)
-                sums[index][rule] += (back.float() * error.float()).sum(dim=2).double().square().sum().cpu()
+                products = (back.float() * error.float()).sum(dim=2).double().square().sum(dim=0)  # [T]
+                sums[index][rule][rows] = products.view(given.shape[:2]).sum(dim=1).cpu()
                 ran[index][rule].append(ids.to("cpu", torch.int16))
             if index > first:
                 out = (attended + outputs).view(given.shape)
@@ -114,11 +141,10 @@ def estimate_damages(
                         out, given, gradients[sample, rows].to(out), retain_graph=sample < samples - 1
                     )
                     gradients[sample, rows] = found.to(gradients)
-    scored = samples * blocks[:, 1:].numel()
+    scored = samples * (blocks.shape[1] - 1)  # per sequence
     return {
         index: {
-            rule: RuleDamage(max(0.5 * total.item() / scored, 1e-12), _distinct(experts, index, ran[index][rule]))
-            for rule, total in own.items()
+            rule: Estimate((0.5 * total / scored).clamp(min=1e-12), _distinct(ran[index][rule])) for rule, total in own.items()
         }
         for index, own in sums.items()
         if index in rules
@@ -168,6 +194,10 @@ def _change(layer: ExpertLayer, inputs: Tensor, outputs: Tensor, rule: LayerRule
     return run_experts(layer, inputs, topk_weights, topk_ids) - outputs, topk_ids
 
 
-def _distinct(experts: ExpertSource, index: int, ids: Sequence[Tensor]) -> float:
+def _distinct(ids: Sequence[Tensor]) -> float:
     every = torch.cat(list(ids)).long()
     return distinct_experts(every, (every >= 0).sum(dim=1), int(every.max()) + 1)
+
+
+def _mean(values: Tensor) -> float:
+    return values.mean().item()

@@ -116,7 +116,7 @@ def _damage(layers: Sequence[ElasticLayer]) -> Figure:
     rows = [[str(layer.layer), *(_damage_cell(layer, n) for n in widths)] for layer in layers]
     caption = (
         "Divergence from the dense model's predictions when only that layer is narrowed: what the solver trades. Estimated "
-        "from gradients. A * marks what was measured; the estimates of that layer are corrected by it."
+        "from gradients. Widths marked * were measured, too, and the layer's estimates corrected by that."
         if any(layer.damage_measured is not None for layer in layers)
         else "Divergence from the dense model's predictions when only that layer is narrowed: what the solver trades."
     )
