@@ -210,16 +210,6 @@ def test_a_killed_run_resumes_to_the_same_result(elastic: Made, pattern: str, tm
     assert results(out) == results(elastic.out)
 
 
-def test_jobs_share_the_layers(elastic: Made, tmp_path: Path) -> None:
-    out = tmp_path / "moe"
-    assert convert(str(elastic.dense), out, elastic.recipe, [elastic.text], jobs=2)
-    one, two = (read_json(path / "report.json") for path in (elastic.out, out))
-    for mine, theirs in zip(one["policies"], two["policies"], strict=True):
-        assert mine["policy"] == theirs["policy"]
-        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
-    assert list(tmp_path.iterdir()) == [out]
-
-
 def test_profiling_again_keeps_budgets_and_measures_on_the_new_text(elastic: Made, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     shutil.copytree(elastic.out, out)

@@ -8,19 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ladimo.checkpoint import save_tensors
-from ladimo.convert.distill.layerwise import distill_layer
-from ladimo.convert.ffn.layer_data import LayerData
-from ladimo.convert.methods.ladimo import Ladimo
 from ladimo.convert.parallel import _portable, cpu_threads, run_jobs
-from ladimo.convert.recipe import Recipe
-from ladimo.convert.streamed_model import StreamedModel
+from ladimo.convert.pipeline import convert
 from tests.ladimo.convert.conftest import small_recipe
 
 logger = logging.getLogger("ladimo.convert.test_parallel")
@@ -158,32 +152,12 @@ def hold_open(fifo: Path) -> None:
         signal.pause()
 
 
-def distil_one_layer(job: tuple[int, Path, Path, Recipe]) -> str:
-    """A layer as the converter trains it, from a dense checkpoint to a file."""
-    index, dense, out, recipe = job
-    model = StreamedModel(dense, torch.device("cpu"))
-    blocks = torch.randint(256, (40, 32), generator=torch.Generator().manual_seed(0))
-    ((_, mlp, inputs, targets),) = model.ffn_data(blocks, [index])
-    data = LayerData(inputs[:1000], targets[:1000], inputs[1000:], targets[1000:])
-    generator = torch.Generator().manual_seed(index)
-    layer = Ladimo().split(mlp, data, recipe, generator)
-    distill_layer(layer, data, recipe.train, generator)
-    save_tensors(out / f"{index}.safetensors", {name: value.detach() for name, value in layer.state_dict().items()})
-    return f"layer {index}"
-
-
-def test_layers_trained_side_by_side_are_those_trained_in_turn(source: Path, tmp_path: Path) -> None:
-    """Byte for byte."""
-    made = {}
-    recipe = small_recipe()
-    recipe = replace(recipe, train=replace(recipe.train, steps=20))
+def test_layers_trained_side_by_side_are_those_trained_in_turn(source: Path, text: Path, tmp_path: Path) -> None:
+    """Byte for byte, where every layer gets one thread."""
+    weights = {}
     for jobs in (1, 2):
-        out = tmp_path / str(jobs)
-        out.mkdir()
-        results = [
-            result for _, result in run_jobs(distil_one_layer, [(index, source, out, recipe) for index in range(3)], jobs)
-        ]
-        assert sorted(results) == ["layer 0", "layer 1", "layer 2"]
-        made[jobs] = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert len(made[1]) == 3
-    assert made[1] == made[2]
+        with cpu_threads(jobs):
+            assert convert(str(source), tmp_path / str(jobs), small_recipe(), [text], jobs=jobs)
+        weights[jobs] = (tmp_path / str(jobs) / "model.safetensors").read_bytes()
+    assert weights[1] == weights[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
