@@ -158,6 +158,7 @@ class _Server(uvicorn.Server):
         self._signals += 1
         if self._signals > 1:
             self.should_exit = self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # what is cut off from here on is no error
         else:
             self._loop.call_soon_threadsafe(self._start_drain)
 

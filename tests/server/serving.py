@@ -87,13 +87,13 @@ class Server:
         """Every sample on /metrics by its name and labels as they are written there."""
         return sample_values((await self.client.get("/metrics")).content)
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)
 
     async def until_async(self, condition: Callable[[], Awaitable[bool]]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await condition():
                 await asyncio.sleep(0.005)
 
@@ -288,7 +288,7 @@ async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) 
         task = asyncio.create_task(uvicorn_server.serve([listener]))
         while not uvicorn_server.started or services.engine.state is EngineState.LOADING:
             await asyncio.sleep(0.005)
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
         server = Server(client, app, services, runner, died)
         server.connections = lambda: len(uvicorn_server.server_state.connections)
         try:

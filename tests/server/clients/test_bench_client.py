@@ -14,7 +14,7 @@ from tests.server.serving import MODEL, Parts, serving_http
 
 @dataclass
 class Measured:
-    tokens: int = 0  # chunks with choices
+    tokens: int = 0  # chunks with text; a chat ends with one that has a finish reason only
     text: str = ""
     usage: dict[str, Any] | None = None
     done: bool = False
@@ -35,8 +35,9 @@ async def measure(client: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
             chunk = json.loads(data)
             if chunk["choices"]:
                 choice = chunk["choices"][0]
-                measured.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-                measured.tokens += 1
+                text = choice.get("text", choice.get("delta", {}).get("content"))
+                measured.text += text or ""
+                measured.tokens += text is not None
                 if chunk.get("usage") is not None:
                     measured.usage = chunk["usage"]
             else:

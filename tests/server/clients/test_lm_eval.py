@@ -91,4 +91,10 @@ async def test_scores_equal_the_hf_backend_s(tmp_path: Path, tokenizer: str, bat
         for (value, greedy), (other, other_greedy) in zip(responses, measured["tiny_choice"][document], strict=True):
             assert float(other) == pytest.approx(float(value), abs=1e-3)
             assert str(other_greedy) == str(greedy)
-    assert measured["tiny_generation"] == expected["tiny_generation"]
+    assert set(measured["tiny_generation"]) == set(expected["tiny_generation"])
+    for document, texts in expected["tiny_generation"].items():
+        for theirs, ours in zip(texts, measured["tiny_generation"][document], strict=True):
+            # An answer that is cut within a character leaves its bytes out, where transformers writes a replacement character.
+            assert theirs.startswith(ours)
+            assert set(theirs[len(ours) :]) <= {"\ufffd"}
+            assert len(ours) >= len(theirs) - 3

@@ -151,13 +151,19 @@ def repeats(pattern: Any, endless: bool = False) -> Iterator[str]:
                 yield from repeats(branch, endless)
 
 
+def _makes_pattern(function: ast.expr) -> bool:
+    """`re.escape` only writes text that stands for itself."""
+    name = ast.unparse(function)
+    return name.startswith("re.") and name != "re.escape"
+
+
 def test_cve_2025_48887_no_pattern_of_ours_can_backtrack_for_ever() -> None:
     assert list(repeats(_parser.parse("(a+)+"))) != []
     assert list(repeats(_parser.parse("(a|b*c){2,}"))) != []
     patterns = []
     for file in Path(server.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
+            if isinstance(node, ast.Call) and _makes_pattern(node.func) and node.args:
                 assert isinstance(node.args[0], ast.Constant), f"{file}:{node.lineno}: a pattern made at run time"
                 patterns.append(node.args[0].value)
     assert len(patterns) >= 3
