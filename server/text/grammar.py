@@ -4,7 +4,6 @@ A `Grammar` is checked and compiled at the HTTP edge; the engine sees only the `
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -48,9 +47,17 @@ class GrammarCompiler:
 
     def literal(self, text: str) -> str:
         """A text as `lark` takes it. Where it holds the name of a special token, that token is meant."""
-        names = "|".join(re.escape(name) for name in sorted(self._special, key=len, reverse=True))
-        parts = [part for part in re.split(f"({names})" if names else "(?!)", text) if part]
-        written = [f"<[{self._special[part]}]>" if part in self._special else json.dumps(part) for part in parts]
+        names = sorted(self._special, key=len, reverse=True)
+        written, plain, at = [], "", 0
+        while at < len(text):
+            name = next((name for name in names if text.startswith(name, at)), None)
+            if name is None:
+                plain, at = plain + text[at], at + 1
+                continue
+            written += [json.dumps(plain)] if plain else []
+            written.append(f"<[{self._special[name]}]>")
+            plain, at = "", at + len(name)
+        written += [json.dumps(plain)] if plain else []
         return f"({' '.join(written)})"
 
     def grammar(self, text: str) -> "Grammar":

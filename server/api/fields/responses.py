@@ -338,22 +338,21 @@ def _text(parts: Sequence[ContentPart]) -> str:
     return "".join(part.text for part in parts)
 
 
-# The chat endpoint's words in errors, and this endpoint's; longer ones first.
+# The chat endpoint's words in errors, and this endpoint's.
 OWN_WORDS = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "max_tokens": "max_output_tokens",
     "messages": "input",
 }
+# "messages" is an everyday word, too; a field's name is followed by a colon.
+THEIR_WORDS = re.compile(r"\bresponse_format(?:\.json_schema\.schema)?\b|\bmax_tokens\b|\bmessages(?=:)")
 # tools[0].function.parameters, say: here a tool is the function.
 FUNCTION = re.compile(r"(?<=\])\.function\b")
 
 
 def in_own_words(error: BadRequest) -> BadRequest:
     """An error about the chat request that a body became, as one about the body."""
-    message = error.message
-    for theirs, ours in OWN_WORDS.items():
-        # "messages" is an everyday word, too; a field's name is followed by a colon.
-        message = re.sub(rf"\b{theirs}\b" if theirs != "messages" else "messages(?=:)", ours, message)
+    message = THEIR_WORDS.sub(lambda found: OWN_WORDS[found[0]], error.message)
     param = None if error.param is None else FUNCTION.sub("", OWN_WORDS.get(error.param, error.param))
     return type(error)(FUNCTION.sub("", message), param=param)
