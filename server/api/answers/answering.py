@@ -37,7 +37,7 @@ async def answer(
         wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
         return JSONResponse(dialect.answer(wholes, generation))
     # The first token is awaited for a while before the response begins: what fails until then has its own HTTP status.
-    first = await started(request, anext(deltas), services.comment_seconds)
+    first = await started(request, deltas, services.comment_seconds)
     return EventStream(_events(first, deltas, generation, dialect, services), deltas, first, services.comment_seconds)
 
 

@@ -85,18 +85,23 @@ class EventStream(StreamingResponse):
             await self._source.aclose()
 
 
-async def started(request: Request, work: Awaitable[T], seconds: float) -> "asyncio.Future[T]":
-    """The work, done or still running after so many seconds. Raises what it raises until then, and ClientDisconnected."""
-    task = asyncio.ensure_future(work)
+async def started(request: Request, source: AsyncGenerator[T, None], seconds: float) -> "asyncio.Future[T]":
+    """The source's first item, there or still awaited after so many seconds.
+
+    Raises what the source raises until then, and ClientDisconnected. The source is closed then: its first item may have come in
+    the moment in which the client left, and it would wait for the garbage collector.
+    """
+    first: asyncio.Task[T] = asyncio.ensure_future(anext(source))
     try:
-        await until_disconnect(request, asyncio.wait({task}, timeout=seconds))
+        await until_disconnect(request, asyncio.wait({first}, timeout=seconds))
+        if first.done():
+            first.result()
     except BaseException:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await source.aclose()
         raise
-    if task.done():
-        task.result()
-    return task
+    return first
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:

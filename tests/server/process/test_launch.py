@@ -21,6 +21,12 @@ from server.settings import read_settings
 from tests.factories import make_dense, make_moe
 
 
+@pytest.fixture(autouse=True)
+def untouched_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in this process leaves pytest's logging alone: its handlers would outlive the test."""
+    monkeypatch.setattr("server.logs.configure", lambda level: None)
+
+
 def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADIMO_PORT", "9001")
     monkeypatch.setenv("LADIMO_API_KEY", "a,b")
@@ -197,9 +203,7 @@ def test_models_that_cannot_be_served_are_one_line_and_exit_1(
     flags: tuple[str, ...],
     complaint: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.logs.configure", lambda level: None)  # leave pytest's logging alone
     moe = make_moe(tmp_path / "moe", dense=dense_dir)
     spoil(moe)
     capsys.readouterr()
@@ -217,7 +221,6 @@ def test_a_failed_step_ends_the_process_with_1(
     def fail(*_: object) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr("server.logs.configure", lambda level: None)
     monkeypatch.setattr("server.engine.model_runner.ModelRunner.launch", fail)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
