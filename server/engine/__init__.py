@@ -1,1 +1,1 @@
-"""The engine: one thread that owns the device. Knows no HTTP; everything else talks to it in messages."""
+"""The engine: one thread that owns the device. It knows no HTTP. All other code talks to it in messages."""

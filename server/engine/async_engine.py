@@ -1,6 +1,7 @@
-"""The engine on its own thread, as asyncio sees it: one stream per request, calls that are awaited, a way to learn it died.
+"""The asyncio side of the engine, and the thread that the engine runs on.
 
-The thread blocks on its mailbox when idle and hands everything a step produced to the event loop in one call.
+Each request has a stream of events. Commands with a reply are awaited. `wait_dead` tells when the engine has ended. The engine
+thread waits for its mailbox when it is idle. It hands all results of one step to the event loop in one call.
 """
 
 import asyncio
@@ -46,7 +47,11 @@ class EngineState(StrEnum):
 
 
 class AsyncEngine:
-    """Everything but `heartbeat` is to be used from one event loop."""
+    """The engine for one event loop. Only `heartbeat` may be read from elsewhere.
+
+    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step. `heartbeat` is the
+    `time.monotonic()` of the engine loop's last turn, in seconds.
+    """
 
     def __init__(self, build_core: Callable[[], EngineCore], on_step: Callable[[StepStats], None]) -> None:
         self.state = EngineState.LOADING
@@ -67,7 +72,7 @@ class AsyncEngine:
         return self._limits
 
     async def start(self) -> None:
-        """Build the core on the engine thread and return when it is ready. Raises what building raised."""
+        """Build the core on the engine thread and return when it is ready. Raises whatever `build_core` raised."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[EngineLimits] = loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(loop, ready), name="engine", daemon=True)
@@ -75,15 +80,15 @@ class AsyncEngine:
         try:
             self._limits = await asyncio.shield(ready)
         except BaseException as error:
-            self._mailbox.put(Stop())  # for a thread that is not waited for and gets ready later
+            self._mailbox.put(Stop())  # the thread may get ready later, when nobody waits for it any more
             self._die(error)
             raise
         self.state = EngineState.READY
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """The request's tokens as they come. Closing the generator early aborts the request.
+        """Yield the request's events as they come. Closing the generator early aborts the request.
 
-        Raises EngineDead when the engine is or becomes dead.
+        Raises EngineDead when the engine is not ready, and when it dies before the request ends.
         """
         self._check_alive()
         assert request.request_id not in self._streams
@@ -99,37 +104,40 @@ class AsyncEngine:
                     raise event.error
                 yield event
         finally:
-            # `finish` may have taken the stream away already; then there is nothing left to abort.
+            # If `finish` has removed the stream already, there is nothing left to abort.
             if self._streams.pop(request.request_id, None) is not None and not over:
                 self._mailbox.put(Abort(request.request_id))
 
     def finish(self, request_id: str) -> None:
-        """End a request whose text is complete (a stop string): it counts as stopped, not as aborted."""
+        """End a request because its text contains a stop string. It counts as stopped, not as aborted."""
         if self._streams.pop(request_id, None) is not None:
             self._mailbox.put(Abort(request_id, FinishReason.STOP))
 
     async def activate(self, policies: Sequence[RoutingPolicy]) -> None:
-        """Keep exactly these policies resident, besides those in use. Raises PolicyTableFull, EngineDead."""
+        """Keep exactly these policies resident, besides the policies of running requests.
+
+        Raises PolicyTableFull when there are too few rows, EngineDead when the engine is not ready or dies.
+        """
         reply = await self._call(lambda call_id: Activate(call_id, tuple(policies)))
         assert isinstance(reply, Activated)
         if reply.error is not None:
             raise reply.error
 
     async def read_experts(self) -> ExpertSnapshot:
-        """Exact expert counters, read between two steps. Raises EngineDead."""
+        """The expert counters, read between two steps and therefore exact. Raises EngineDead."""
         reply = await self._call(ReadExperts)
         assert isinstance(reply, ExpertSnapshot)
         return reply
 
     async def wait_dead(self) -> BaseException | None:
-        """Returns when the engine has ended: the exception that killed it, None after `stop`."""
+        """Wait until the engine has ended. Returns the exception that killed it, or None after `stop`."""
         await self._dead.wait()
         return self._cause
 
     async def stop(self, timeout_seconds: float = STOP_SECONDS) -> None:
-        """End the loop after the current step; running requests get EngineDead.
+        """End the loop after the current step. Running requests get EngineDead.
 
-        A step that does not end in time is abandoned: its thread is left behind.
+        If the step does not end within `timeout_seconds`, its thread is left behind.
         """
         if self._thread is None or self._dead.is_set():
             return
@@ -174,7 +182,7 @@ class AsyncEngine:
 
     def _put(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
-        if stream is not None:  # None: aborted, and the event was on its way
+        if stream is not None:  # None: the request was aborted while the event was under way
             stream.put_nowait(event)
 
     def _die(self, cause: BaseException | None) -> None:
@@ -210,7 +218,7 @@ class AsyncEngine:
         _tell(loop, self._die, cause)
 
     def _receive(self, busy: bool) -> list[Command] | None:
-        """Everything in the mailbox, waiting for the first command only when idle; None after Stop."""
+        """Take all commands out of the mailbox; None after Stop. Waits for the first command only when not `busy`."""
         commands: list[Command] = []
         while True:
             self.heartbeat = time.monotonic()
@@ -227,6 +235,6 @@ class AsyncEngine:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
-    """Have the event loop call it; nothing happens once the loop is closed, because nobody listens any more."""
+    """Call `callback` on the event loop. After the loop was closed nobody listens any more, so the call is dropped."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *arguments)

@@ -1,4 +1,4 @@
-"""One step's work as the scheduler sees it (sequences, integers) and as the model sees it (tensors)."""
+"""The work of one step: a `Batch` of sequences for the scheduler, and the same as tensors for the model."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from server.engine.transfers import to_device
 
 @dataclass(slots=True)
 class Batch:
-    """`decode`: sequences of which only the last token is not computed yet. `prefill`: sequences and how many of their next
-    tokens this step computes. Results come back in this order, decode first.
+    """The sequences of one step. `decode`: sequences with one token left to compute. `prefill`: pairs of a sequence and the
+    number of its next tokens that this step computes. Results come back in this order, decode first.
 
-    With `previous` the batch runs ahead: it has decoding sequences only, and follows a step whose tokens the host does not know
-    yet. The sequences are then one token further than they say, and previous[i] is the row of that step that draws decode[i]'s
-    token.
+    A batch with `previous` runs ahead: it follows a step whose tokens the host does not know yet. It has decoding sequences
+    only. Each of them will have one token more than it has now. `previous[i]` is the row of the earlier step that draws the
+    missing token of `decode[i]`.
     """
 
     decode: list[Sequence] = field(default_factory=list)
@@ -36,17 +36,17 @@ class Batch:
 
     @property
     def drawing(self) -> list[Sequence]:
-        """The sequences that get a token, in order."""
+        """The sequences that get a new token in this step, in batch order."""
         return [sequence for sequence, count in self.scheduled if samples(sequence, count)]
 
     @property
     def greedy(self) -> bool:
-        """Whether every sequence takes its likeliest token."""
+        """Whether every sequence has temperature 0, so that it takes its most likely token."""
         return all(sequence.request.sampling.temperature == 0 for sequence, _ in self.scheduled)
 
     @property
     def cuts(self) -> bool:
-        """Whether a sequence draws under a limit: top-k, top-p or min-p."""
+        """Whether any sequence draws under top-k, top-p or min-p."""
         return any(cuts(sequence.request.sampling) for sequence, _ in self.scheduled)
 
 
@@ -56,7 +56,7 @@ def samples(sequence: Sequence, count: int) -> bool:
 
 
 def num_logits(sequence: Sequence, count: int) -> int:
-    """Of the next `count` tokens of the sequence, how many last ones need logits."""
+    """How many of the next `count` tokens need logits. These are always the last ones."""
     if sequence.request.sampling.prompt_logprobs is not None and sequence.num_computed < len(sequence.request.prompt_ids):
         return count
     return int(samples(sequence, count))
@@ -65,7 +65,7 @@ def num_logits(sequence: Sequence, count: int) -> int:
 def may_run_ahead(sequence: Sequence) -> bool:
     """Whether the sequence's next token can be computed and drawn before the host knows the one before.
 
-    Not when the host decides what may be drawn, or hands out more about a step than its tokens.
+    It cannot if the host adjusts the logits (penalties, grammars) or reports more than the token (log-probabilities, traces).
     """
     request, sampling = sequence.request, sequence.request.sampling
     asks_for_more = sampling.logprobs is not None or sampling.prompt_logprobs is not None or request.trace is not None
@@ -73,9 +73,9 @@ def may_run_ahead(sequence: Sequence) -> bool:
 
 
 class DecodeRows(NamedTuple):
-    """What a step reads of its decoding sequences, one number per sequence in each list."""
+    """The inputs of the decoding sequences. Each list has one number per sequence."""
 
-    input_ids: list[int]  # zeros where the batch runs ahead: the tokens are on the device
+    input_ids: list[int]  # zeros if the batch runs ahead, because the tokens are on the device only
     positions: list[int]
     policy_ids: list[int]
     slot_mapping: list[int]
@@ -83,7 +83,7 @@ class DecodeRows(NamedTuple):
 
 
 def decode_rows(batch: Batch, block_size: int) -> DecodeRows:
-    """Lay out the batch's decoding sequences."""
+    """The inputs of the batch's decoding sequences. `block_size`: tokens per KV cache block."""
     ahead = batch.previous is not None
     positions = [sequence.num_computed + ahead for sequence in batch.decode]
     placed = list(zip(batch.decode, positions, strict=True))
@@ -97,7 +97,7 @@ def decode_rows(batch: Batch, block_size: int) -> DecodeRows:
 
 
 def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInputs:
-    """Lay the batch out as tensors: decode rows first, then the prefill segments one after another."""
+    """The batch as tensors on `device`: first the decode rows, then the prefill segments. `block_size`: tokens per block."""
     input_ids, positions, policy_ids, slots, context_lens = decode_rows(batch, block_size)
     logit_indices = list(range(len(batch.decode)))
     segments: list[PrefillSegment] = []
@@ -116,7 +116,7 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
     def tensor(values: list[Any]) -> torch.Tensor:
         return to_device(values, torch.int64, device)
 
-    # One copy, as making a tensor costs more than what is in it.
+    # One copy for four lists: the call costs more than the data.
     ids, places, policies, slot_mapping = tensor([input_ids, positions, policy_ids, slots]).unbind()
     return StepInputs(
         input_ids=ids,
@@ -127,5 +127,5 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
         context_lens=tensor(context_lens),
         num_decode=len(batch.decode),
         prefill=tuple(segments),
-        logit_indices=tensor(logit_indices) if segments else None,  # decoding rows all have theirs
+        logit_indices=tensor(logit_indices) if segments else None,  # every decode row needs its logits
     )

@@ -1,13 +1,15 @@
-"""Sizes of one engine, fixed before anything is allocated."""
+"""The engine's options and the limits that follow from them. Both are fixed before the engine serves requests."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the operator may choose. None means: as much as the model or the memory allows.
+    """The operator's choices. `max_model_len` None: the model's context length. `kv_cache_blocks` None: as many blocks as the
+    memory allows. `quantize` None: no integer weights.
 
-    `max_step_tokens` bounds the tokens computed in one step, so that a long prompt delays running requests by one chunk.
+    `max_step_tokens` limits the tokens of one step. A long prompt then delays running requests by one chunk only.
+    `max_policies` is the number of rows in the policy table besides row 0.
     """
 
     device: str = "auto"
@@ -26,7 +28,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the running engine settled on."""
+    """The limits of a running engine. Lengths and sizes are in tokens."""
 
     max_model_len: int
     max_num_seqs: int

@@ -1,4 +1,4 @@
-"""The engine without threads: commands in, one step at a time, reports out. Knows no asyncio and no HTTP."""
+"""The engine without threads: it takes commands, runs one step at a time and returns reports. Knows no asyncio and no HTTP."""
 
 import secrets
 import time
@@ -38,22 +38,28 @@ from server.engine.scheduling.scheduler import Scheduler
 
 
 class Runner(Protocol):
-    """What computes batches, called from the engine thread only. `graph_captures`: CUDA graphs captured so far."""
+    """Computes batches. Called from the engine thread only. `graph_captures`: the number of CUDA graphs captured so far."""
 
     @property
     def graph_captures(self) -> int: ...
 
     def graph_bucket(self, batch: Batch) -> int | None:
-        """The captured graph that the batch will replay, by its number of rows. Only after such a step may one run ahead."""
+        """The number of rows of the graph that the batch will replay; None if it runs without a graph.
+
+        A step may run ahead only after a step that replays a graph.
+        """
 
     def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
-        """Start computing; the result, called once, waits for the end. Called again before only with the batch that follows,
-        running ahead."""
+        """Start to compute the batch. Call the returned function once to wait for the output.
+
+        Until then, only the next batch may be launched, and only if it runs ahead.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A step whose computing has begun; `wait` None: there was nothing to compute. `started`: since when the device is its."""
+    """A step that has been launched. `wait` returns its output; None if there was nothing to compute. `bucket`: the rows of its
+    CUDA graph, if any. `started`: when the device began to work on it, in `time.monotonic()` seconds."""
 
     batch: Batch
     wait: Callable[[], BatchOutput] | None
@@ -77,7 +83,7 @@ class EngineCore:
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
         self._reported = (0, 0, 0, 0)
-        self._flight: _Flight | None = None  # launched ahead of its turn
+        self._flight: _Flight | None = None  # the next step, if it was launched early
 
     @property
     def has_work(self) -> bool:
@@ -109,16 +115,16 @@ class EngineCore:
                 raise AssertionError("the loop handles Stop")
 
     def step(self) -> StepResult:
-        """Schedule, compute, update; then what happened, as events and figures.
+        """Run one step: schedule, compute, update. Returns its events and statistics.
 
-        Where the step after this one can be known before this one's tokens, it is launched first: the device then works on it
-        while the host looks at the tokens, hands them out and empties its mailbox.
+        If the next step does not depend on what the host does with this step's tokens, it is launched at once. The device then
+        computes the next step while the host handles the tokens of this one.
         """
         flight = self._flight or self._launch(self._scheduler.schedule())
         ahead = None if flight.bucket is None else self._scheduler.schedule_ahead(flight.batch)
         self._flight = None if ahead is None else self._launch(ahead)
         result = self._land(flight)
-        if self._flight is not None:  # it had to wait for the device until now
+        if self._flight is not None:  # the device was busy with the step before until now
             self._flight = replace(self._flight, started=time.monotonic())
         return result
 
@@ -133,7 +139,7 @@ class EngineCore:
         return _Flight(batch, self._runner.launch(batch), self._runner.graph_bucket(batch), started)
 
     def _land(self, flight: _Flight) -> StepResult:
-        """Wait for the step and update everything that its outcome changes."""
+        """Wait for the step's output, then update sequences, blocks and counters."""
         batch = flight.batch
         events: list[TokenEvent] = []
         stats = _Tally()
@@ -213,26 +219,30 @@ class EngineCore:
         self._give_rows()
 
     def _give_rows(self) -> None:
-        """Hand the sequences that can have a row of the policy table on to the scheduler. The others wait for sequences that
-        are with the scheduler now, so that each gets its turn."""
+        """Give rows of the policy table to waiting sequences, and hand these to the scheduler.
+
+        A sequence that gets no row waits until the scheduler's sequences end and free one.
+        """
         for sequence in self._row_queue.take():
             self._scheduler.add(sequence)
         assert not self._row_queue or self._scheduler.has_work
 
     def _account(self, scheduled: list[tuple[Sequence, int]], output: BatchOutput) -> None:
-        """What the step says of its sequences besides new tokens. Runs before `update` moves `num_computed`."""
+        """Record expert counts, prompt log-probabilities and traces. Must run before `update` changes `num_computed`."""
         figures = zip(scheduled, output.expert_counts, output.prompt_logprobs, output.experts, strict=True)
         for (sequence, count), experts, logprobs, traced in figures:
             sequence.num_routed += count
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]
-            if logprobs:  # from the token after the first computed one on; a recomputed prompt says the same again
+            if logprobs:  # for the tokens after the computed ones; a recomputed prompt gives the same values
                 sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
             if sequence.request.trace is Trace.PROMPT:
                 _trace_prompt(sequence, count, traced)
 
     def _trace(self, sequence: Sequence, experts: list[TokenExperts]) -> RoutingTrace | None:
-        """The routing trace of the token that the step drew; `experts` are those of the step's own tokens. To be called before
-        `update`, which appends the token."""
+        """The routing trace of the token that this step drew; None if the request is not traced.
+
+        `experts` are the experts of the tokens that the step computed. Must be called before `update` appends the token.
+        """
         if sequence.request.trace is None:
             return None
         first = sequence.request.trace is Trace.PROMPT and sequence.first_token is None
@@ -269,10 +279,13 @@ class EngineCore:
 
 
 def _trace_prompt(sequence: Sequence, count: int, experts: list[TokenExperts]) -> None:
-    """Keep what the passes over the next `count` tokens ran, as far as they are the prompt's and draw nothing."""
+    """Store the experts of the next `count` tokens, up to the prompt's last token but one.
+
+    The pass over the prompt's last token draws the first new token, so it belongs to that token's trace.
+    """
     begin, end = sequence.num_computed, sequence.num_computed + count
     if again := min(end, sequence.num_reached) - begin:
-        if begin == 0:  # tracing a prompt uses no cached prefix, so that each computation starts at its beginning
+        if begin == 0:  # a traced prompt never uses the prefix cache, so a recomputation always starts at 0
             sequence.recomputed.append(0)
         sequence.recomputed[-1] += again
     sequence.num_reached = max(sequence.num_reached, end)
@@ -281,7 +294,7 @@ def _trace_prompt(sequence: Sequence, count: int, experts: list[TokenExperts]) -
 
 
 def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
-    """What is left of a step that ran ahead once its sequences have gone that ended, or were aborted, in the meantime."""
+    """Drop the sequences that ended or were aborted after this step was launched ahead. They hold no blocks any more."""
     rows = [row for row, sequence in enumerate(batch.decode) if sequence.block_table]
     left = BatchOutput(
         drawn=[output.drawn[row] for row in rows],
@@ -293,7 +306,7 @@ def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]
 
 
 class _Tally:
-    """Latencies and token counts of one step, by policy."""
+    """Latencies in seconds and token counts of one step, by policy name."""
 
     def __init__(self) -> None:
         self.first_token_seconds: list[tuple[str, float]] = []
@@ -314,7 +327,10 @@ class _Tally:
 
 
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
-    """Load the model and allocate everything the engine will ever use. Raises ValueError when it cannot be served so."""
+    """Load the model from `directory` and allocate all memory of the engine.
+
+    Raises ValueError for a model that cannot be read, and for options that do not fit the model or the machine.
+    """
     return assemble_core(
         load_to_serve(directory, config.device, config.dtype, config.quantize), config, eos_token_ids(directory)
     )
@@ -327,9 +343,9 @@ def assemble_core(
     capturer: GraphCapturer | None = None,
     buckets: tuple[int, ...] | None = None,
 ) -> EngineCore:
-    """The engine around a model that is on its device already. Raises ValueError for sizes that cannot be.
+    """Build the engine for a loaded model. Raises ValueError for a context length or cache size that does not fit.
 
-    Decode steps are captured in graphs of `buckets` rows: by `capturer`, by default on a CUDA device only.
+    `capturer` captures the decode steps as graphs of `buckets` rows. None: CUDA graphs on a CUDA device, no graphs elsewhere.
     """
     context = model.config.max_position_embeddings
     if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
@@ -343,7 +359,7 @@ def assemble_core(
             "lower max_model_len or give the cache more blocks"
         )
     backend = model.backend
-    backend.make_current()  # for this thread, which is the engine's
+    backend.make_current()  # sets the device of the calling thread, the engine thread
     kv_cache = backend.allocate_cache(model.config, num_blocks, config.block_size)
     table = PolicyTable(model.config, config.max_policies + 1, backend.device, config.batch_budgets)
     limits = EngineLimits(
@@ -363,7 +379,7 @@ def assemble_core(
 
 
 def eos_token_ids(directory: Path) -> frozenset[int]:
-    """End-of-text ids: generation_config.json's where it names them, else config.json's."""
+    """The end-of-text token ids of generation_config.json, or of config.json where the first names none."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
             value = read_json(directory / name).get("eos_token_id")

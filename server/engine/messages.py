@@ -1,6 +1,6 @@
-"""What crosses the border of the engine thread, in both directions. Plain values; no tensor, no asyncio.
+"""The messages between the engine thread and the event loop: commands in, reports out.
 
-Legend: L layers, E experts (the most any layer has).
+They are plain values without tensors. "Per layer" means one entry for every layer of the model, in order.
 """
 
 from dataclasses import dataclass, field
@@ -10,24 +10,26 @@ from server.engine.request import FinishReason, GenerationRequest, TokenExperts,
 
 
 class EngineDead(Exception):
-    """The engine has stopped, on purpose or by a failed step; nothing will be computed any more."""
+    """The engine does not run: it is still loading, it was stopped, or a step failed."""
 
 
 class PolicyTableFull(Exception):
-    """Policies cannot be made resident: too many rows of the policy table are held by requests."""
+    """There are too few free rows in the policy table to make the policies resident."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Start a request. Answered by `TokenEvent`s, the last of which has a finish reason or an error."""
+    """Start a request. The replies are `TokenEvent`s. The last one has `finished` or `error` set."""
 
     request: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End a request now and free what it holds: its client has left, or (`reason` STOP) its text is complete. No event
-    follows. Unknown ids are ignored."""
+    """End a request now and free its blocks and its row. No event follows. Unknown ids are ignored.
+
+    `reason` is ABORT if the client has left, and STOP if a stop string has completed the text.
+    """
 
     request_id: str
     reason: FinishReason = FinishReason.ABORT
@@ -35,9 +37,9 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Activate:
-    """Make `policies` resident, and no others: the set that stays in the table without a request. Answered by `Activated`.
+    """Make exactly these policies resident. The reply is `Activated`.
 
-    Rows of running requests are not touched; policies already resident keep their row.
+    A resident policy keeps its row even when no request uses it. Rows of running requests do not change.
     """
 
     call_id: int
@@ -46,7 +48,7 @@ class Activate:
 
 @dataclass(frozen=True, slots=True)
 class ReadExperts:
-    """Copy the expert counters out. Answered by `ExpertSnapshot`."""
+    """Read the expert counters. The reply is an `ExpertSnapshot`."""
 
     call_id: int
 
@@ -61,7 +63,11 @@ Command = Submit | Abort | Activate | ReadExperts | Stop
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """A finished request, in seconds and tokens. `experts_per_token` is measured: per layer, None where dense."""
+    """Statistics of a finished request: times in seconds, lengths in tokens.
+
+    `experts_per_token` is the measured mean per layer, None for a dense layer. `cached_tokens` counts prompt tokens that were
+    found in the prefix cache. `queue_seconds` lasts from arrival to the first step.
+    """
 
     request_id: str
     policy: str
@@ -77,12 +83,15 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTrace:
-    """The experts behind generated tokens.
+    """The experts that ran for generated tokens, and on request for the prompt.
 
-    `tokens`: of the pass that drew each, which is the one over the token before it. `prompt`, on the first event and when asked
-    for: of the passes over the prompt's tokens but the last, which drew nothing. So a traced sequence of p prompt and c
-    generated tokens has p - 1 + c passes, each told once. `recomputed`, when the prompt is traced: per preemption so far, how
-    many of the first passes were run again; the counters of the routing tables count those again, too.
+    The pass over one token draws the next token. `tokens` has one entry per generated token: the experts of the pass that drew
+    it. `prompt` has the experts of all passes before the first draw, which is one for each prompt token but the last. It comes
+    with the first event, if the request asked for it. So p prompt tokens and c generated tokens give p - 1 + c passes, and
+    each pass appears once.
+
+    `recomputed` has one entry per preemption so far: how many of the first passes ran again. It is filled only if the prompt is
+    traced. The expert counters count such passes again, too.
     """
 
     tokens: tuple[TokenExperts, ...]
@@ -92,12 +101,13 @@ class RoutingTrace:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token; `finished` on the last. Where the engine has died, `token_id` is None and `error` is set.
+    """One generated token. The last event of a request has `finished`. If the engine has died, `token_id` is None and `error`
+    is set.
 
-    `experts_per_token` is measured over the request so far, prompt included: per layer, None where dense. `logprobs` and, on
-    the first event, `prompt_logprobs` (one entry per prompt token, the first None) are there when they were asked for; so is
-    `trace`.
-    `cached_tokens`: prompt tokens that were found in the prefix cache and not computed again.
+    `experts_per_token` is the measured mean per layer over the request so far, prompt included; None for a dense layer.
+    `logprobs`, `prompt_logprobs` and `trace` are set only if the request asked for them. `prompt_logprobs` comes with the first
+    event: one entry per prompt token, the first of them None. `cached_tokens` counts prompt tokens that were found in the
+    prefix cache and not computed again.
     """
 
     request_id: str
@@ -113,18 +123,22 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Activated:
+    """The reply to `Activate`. `error` None: the policies are resident now."""
+
     call_id: int
     error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertSnapshot:
-    """Running totals since start.
+    """Expert counters since the start. Policies are given by name.
 
-    expert_tokens[policy][layer][expert]: times chosen. reachable[policy][layer]: the experts that any version of the policy
-    that was in the table may choose, in rising order; no other is ever chosen. routed_tokens[policy]: tokens computed under it.
-    distinct_experts[layer][n]: steps in which exactly n experts of the layer were chosen. Dense layers are all zeros, and no
-    expert of theirs is reachable.
+    expert_tokens[policy][layer][expert]: how often the expert was chosen.
+    reachable[policy][layer]: the experts that the policy may choose, in rising order. All versions of the policy that were in
+    the table count.
+    routed_tokens[policy]: tokens computed under the policy.
+    distinct_experts[layer][n]: steps in which exactly n different experts of the layer ran.
+    A dense layer has zeros everywhere and no reachable experts.
     """
 
     call_id: int
@@ -136,7 +150,10 @@ class ExpertSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One engine step. Latencies are (policy name, seconds) per token emitted in the step."""
+    """Statistics of one engine step.
+
+    Each list of latencies has one pair (policy name, seconds) for every token that the step produced.
+    """
 
     seconds: float
     prefill_tokens: int
@@ -145,21 +162,21 @@ class StepStats:
     waiting: int
     kv_cache_usage_ratio: float
     preemptions: int
-    prefix_cache_queries: int = 0  # tokens of admitted sequences that were looked up
-    prefix_cache_hits: int = 0  # of these, tokens that were found
+    prefix_cache_queries: int = 0  # tokens of admitted sequences that were looked up in the prefix cache
+    prefix_cache_hits: int = 0  # how many of these tokens were found
     first_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     inter_token_seconds: list[tuple[str, float]] = field(default_factory=list)
     prompt_tokens: dict[str, int] = field(default_factory=dict)
     generation_tokens: dict[str, int] = field(default_factory=dict)
     finished: list[RequestStats] = field(default_factory=list)
-    cuda_graph_bucket: int | None = None  # rows of the captured graph that was replayed
-    cuda_graph_missed: bool = False  # sequences decoded without a graph although there are some
-    cuda_graph_captures: int = 0  # since the step before; the first one tells of those at start
+    cuda_graph_bucket: int | None = None  # rows of the graph that was replayed; None: no graph
+    cuda_graph_missed: bool = False  # the step decoded without a graph although graphs exist
+    cuda_graph_captures: int = 0  # new since the step before; the first step reports those captured at the start
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Everything a step hands to the event loop, delivered in one call."""
+    """All results of one step. They are delivered to the event loop in one call."""
 
     events: list[TokenEvent]
     stats: StepStats

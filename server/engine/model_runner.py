@@ -1,4 +1,4 @@
-"""The model on its device: computes a batch. The only file that runs the network."""
+"""Computes batches on the device. The engine runs the network in this file and in its CUDA graphs only."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
@@ -22,7 +22,7 @@ from server.engine.transfers import to_device, to_host
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token for a sequence whose end was reached."""
+    """The new token of a sequence."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -30,11 +30,11 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutput:
-    """`drawn`: one per sequence whose end was reached, in batch order.
+    """The output of one step. `drawn` has one entry for each sequence that gets a new token, in batch order.
 
-    Per scheduled sequence: `expert_counts` by layer, how many experts its tokens of this step ran; `prompt_logprobs` of the
-    prompt tokens that follow the step's tokens, when asked for; `experts` of each of the step's tokens, when its request is
-    traced.
+    The other lists have one entry for each scheduled sequence. `expert_counts`: how many experts the sequence's tokens of this
+    step ran, by layer. `prompt_logprobs`: log-probabilities of the prompt tokens that follow the step's tokens; empty unless
+    the request asked for them. `experts`: the experts of each of the step's tokens; empty unless the request is traced.
     """
 
     drawn: list[Drawn]
@@ -44,7 +44,7 @@ class BatchOutput:
 
 
 class ModelRunner:
-    """Executes batches under the policies of `tables`; steps that only decode under `graphs`, where there are any."""
+    """Runs batches under the policies of `tables`. If there are `graphs`, it replays them for steps that only decode."""
 
     def __init__(
         self,
@@ -64,15 +64,16 @@ class ModelRunner:
         return 0 if self.graphs is None else self.graphs.captures
 
     def graph_bucket(self, batch: Batch) -> int | None:
-        """The graph that the batch replays; None when it runs without one."""
+        """The number of rows of the graph that the batch replays; None if it runs without a graph."""
         return None if self.graphs is None else self.graphs.bucket(batch)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
-        """Start computing the batch and drawing a token for each sequence that reaches its end; call the result to wait for it.
+        """Start to compute the batch, and to draw a token for each sequence whose last token is in it.
 
-        One batch that runs ahead may be launched before a replayed one has been waited for, and no other. Waiting synchronises
-        with the host once, and once more for each sequence that wants log-probabilities.
+        Call the returned function once to wait for the output. Until then, no batch but the next may be launched, and only if
+        this one replays a graph and the next runs ahead. Waiting synchronises with the device once, and once more for each
+        sequence with log-probabilities.
         """
         self.model.backend.begin_step(batch.num_tokens)
         bucket = self.graph_bucket(batch)
@@ -96,7 +97,7 @@ class ModelRunner:
         inputs = make_step_inputs(batch, self.block_size, self.device)
         logits, expert_ids = self.model.step(inputs, self.kv_cache, self.tables)
         per_sequence, ends, drawing = None, logits, batch.drawing
-        if batch.prefill:  # else every row has logits of one token, and draws
+        if batch.prefill:  # without a prompt, every row has one token's logits and draws
             scheduled = batch.scheduled
             per_sequence = logits.split([num_logits(sequence, count) for sequence, count in scheduled])
             last = [rows[-1:] for (one, count), rows in zip(scheduled, per_sequence, strict=True) if samples(one, count)]
@@ -117,7 +118,7 @@ class ModelRunner:
         return compiled.draw(logits, inputs.temperature, inputs.top_p, inputs.min_p, inputs.uniform, inputs.top_k)
 
     def _draw_adjusted(self, token_ids: Tensor, logits: Tensor, sequences: Rows[Sequence]) -> None:
-        """Draw again, into `token_ids`, where the logits are to be adjusted before; the other rows are not touched."""
+        """Adjust the logits of the sequences that need it, and draw these again into `token_ids` [R]. Logits are [R, V]."""
         rows = [row for row, sequence in enumerate(sequences) if adjusts(sequence)]
         if rows:
             chosen, own = [sequences[row] for row in rows], logits[rows].float()
@@ -133,10 +134,11 @@ class ModelRunner:
         ends: Tensor,
         per_sequence: Rows[Tensor] | None = None,
     ) -> Callable[[], BatchOutput]:
-        """Start the step's one copy to the host.
+        """Start the step's only copy to the host, and return the function that waits for it.
 
-        token_ids [R] and logits `ends` [R, V] are of the sequences that draw, counts are [B, L], expert_ids [L, T, E];
-        `per_sequence` has all logits of each scheduled sequence, when a prompt may be among them.
+        R sequences draw, out of B scheduled ones. token_ids [R] are their tokens and `ends` [R, V] the logits of these. counts
+        [B, L] are the numbers of experts that ran, and expert_ids [L, T, E] the experts of all T tokens. `per_sequence` has all
+        logits of each scheduled sequence; None if the batch has no prompts.
         """
         scheduled, drawing = batch.scheduled, batch.drawing
         num_drawn, width = len(drawing), counts.shape[1]
@@ -163,7 +165,8 @@ class ModelRunner:
         return wait
 
     def _count_experts(self, batch: Batch, inputs: StepInputs, expert_ids: Tensor | None) -> Tensor:
-        """Count the step in the routing tables; per scheduled sequence and layer [B, L], how many experts its tokens ran."""
+        """Add the step to the counters of the routing tables. Returns [B, L]: the number of experts that ran for each scheduled
+        sequence in each layer."""
         lengths = [1] * len(batch.decode) + [count for _, count in batch.prefill]
         if expert_ids is None:
             return torch.zeros(len(lengths), self.model.config.num_hidden_layers, dtype=torch.int64, device=self.device)
@@ -178,7 +181,8 @@ class ModelRunner:
     def _unpack_experts(
         self, scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None, traced: Rows[int]
     ) -> list[list[TokenExperts]]:
-        """Per scheduled sequence, from the numbers of `_traced`, its tokens' experts; nothing where it is not traced."""
+        """The experts of each scheduled sequence's tokens; empty for sequences without a trace. `traced` are the numbers of
+        `_traced`."""
         experts: list[list[TokenExperts]] = [[] for _ in scheduled]
         if expert_ids is not None and not traced:
             return experts
@@ -191,7 +195,7 @@ class ModelRunner:
         return experts
 
     def _drawn(self, sequences: Rows[Sequence], token_ids: Rows[int], logits: Tensor) -> list[Drawn]:
-        """Tell grammars and penalties of the draw; add log-probabilities [R, V] where asked for."""
+        """Report the drawn tokens to grammars and penalties, and add log-probabilities where asked for. Logits are [R, V]."""
         drawn = []
         for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
             self.adjuster.drawn(sequence, token_id)
@@ -202,7 +206,7 @@ class ModelRunner:
 
 
 def _traced(scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None) -> list[Tensor]:
-    """Of `expert_ids` [L, T, E], the parts of the sequences whose requests are traced, each in one dimension."""
+    """The parts of `expert_ids` [L, T, E] that belong to traced sequences, each flattened."""
     if expert_ids is None or all(sequence.request.trace is None for sequence, _ in scheduled):
         return []
     parts = expert_ids.split([count for _, count in scheduled], dim=1)
@@ -210,7 +214,10 @@ def _traced(scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None) ->
 
 
 def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[TokenLogprobs]:
-    """Of the prompt tokens that follow the next `count` ones, whose logits are [count, V]; empty when not asked for."""
+    """Log-probabilities of the prompt tokens that follow the next `count` tokens; empty unless asked for.
+
+    Logits are [count, V], those of the `count` tokens.
+    """
     num_top, prompt = sequence.request.sampling.prompt_logprobs, sequence.request.prompt_ids
     following = prompt[sequence.num_computed + 1 : sequence.num_computed + count + 1]
     if num_top is None or not following:
@@ -219,6 +226,6 @@ def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[Tok
 
 
 def affordable_blocks(model: MoeTransformer, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
-    """Blocks that fit the memory, at most what `max_num_seqs` full contexts need; the null block included."""
+    """How many KV cache blocks fit into memory, at most what `max_num_seqs` full contexts need. Includes the null block."""
     wanted = max_num_seqs * -(-max_model_len // block_size) + 1
     return min(wanted, model.backend.cache_bytes() // KVCache.bytes_per_block(model.config, block_size, model.backend.dtype))

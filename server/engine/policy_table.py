@@ -1,7 +1,7 @@
-"""The resident routing policies: which table row holds which policy, who uses it, and what it has done so far.
+"""The policy table: which row holds which policy version, how many requests use it, and the counters of its experts.
 
-A policy becomes resident by one small copy between two steps. Rows, masks and counters keep their addresses for the life of
-the engine, so nothing is recompiled or recaptured.
+A policy gets a row by one small copy between two steps. Rows, masks and counters keep their addresses as long as the engine
+lives, so no kernel is compiled again and no graph is captured again.
 """
 
 from collections import Counter
@@ -27,10 +27,11 @@ class _Row:
 
 
 class PolicyTable:
-    """Rows 1 .. num_rows - 1 hold policies; row 0 is the policy "none" of padded tokens.
+    """Rows 1 .. num_rows - 1 hold policies. Row 0 is the policy "none" of padded tokens.
 
-    A row is held by requests (`acquire`, `release`) or by residence (`set_resident`); a row that is held by neither keeps its
-    policy until the place is needed. If every row is resident, one that no request holds gives way to a request.
+    A row is held while requests use it (`acquire`, `release`) or while its policy is resident (`set_resident`). A row that is
+    not held keeps its policy until the row is needed for another. If all rows are resident, a request may take a resident row
+    that no request uses.
     """
 
     def __init__(self, config: ModelConfig, num_rows: int, device: torch.device, batch_budgets: bool = False) -> None:
@@ -40,8 +41,8 @@ class PolicyTable:
         self._rows: list[_Row | None] = [None] * num_rows
         self._by_version: dict[str, int] = {}
         self._clock = 0
-        self._expert_tokens: dict[str, torch.Tensor] = {}  # totals of policies whose row has been reused
-        self._reachable: dict[str, list[set[int]]] = {}  # by policy name, of all its versions so far
+        self._expert_tokens: dict[str, torch.Tensor] = {}  # by name: counts of rows that were reused
+        self._reachable: dict[str, list[set[int]]] = {}  # by name, of all versions so far: experts by layer
         self._routed_tokens: Counter[str] = Counter()
 
     def find(self, policy: RoutingPolicy) -> int | None:
@@ -49,8 +50,10 @@ class PolicyTable:
         return self._by_version.get(policy.version)
 
     def acquire(self, policy: RoutingPolicy) -> int | None:
-        """The row of this policy version, written if need be, held until `release`. None while other policies hold every row;
-        at least one of them is then held by a request."""
+        """Take the row of this policy version, and write it first if it has none. The caller must `release` it.
+
+        None while other policies hold every row. At least one row is then in use by a request.
+        """
         row = self.find(policy)
         if row is None:
             row = self._write(policy)
@@ -59,11 +62,15 @@ class PolicyTable:
         return row
 
     def row_to_close(self) -> int:
-        """When every row is held: the one that comes free soonest if no further request takes it, by its number of requests."""
+        """Choose the row to close to new requests. Called only while every row is held.
+
+        It prefers rows that are not resident, then those with the fewest requests: these come free soonest.
+        """
         held = [(entry.resident, entry.users, row) for row, entry in enumerate(self._rows) if entry is not None and entry.users]
         return min(held)[2]
 
     def release(self, row: int) -> None:
+        """One request less uses the row."""
         entry = self._entry(row)
         assert entry.users > 0
         entry.users -= 1
@@ -71,8 +78,10 @@ class PolicyTable:
         entry.last_used = self._clock
 
     def set_resident(self, policies: Sequence[RoutingPolicy]) -> None:
-        """Keep exactly these policies resident besides those in use. Raises PolicyTableFull and changes nothing when there are
-        too few rows."""
+        """Make exactly these policies resident. Rows that requests use are kept, too.
+
+        Raises PolicyTableFull when there are too few rows, and then changes nothing.
+        """
         wanted = {policy.version: policy for policy in policies}
         missing = [policy for version, policy in wanted.items() if version not in self._by_version]
         held = sum(row is not None and (row.users > 0 or row.policy.version in wanted) for row in self._rows[1:])
@@ -87,10 +96,11 @@ class PolicyTable:
             self._entry(written).resident = True
 
     def add_routed(self, row: int, num_tokens: int) -> None:
+        """Count tokens that are computed under the policy of the row."""
         self._routed_tokens[self._entry(row).policy.name] += num_tokens
 
     def snapshot(self, call_id: int) -> ExpertSnapshot:
-        """Totals since start, read from the device."""
+        """The counters since the start, read from the device. Waits for the device."""
         self.tables.settle()
         current = self.tables.expert_tokens.cpu()
         totals = {name: counts.clone() for name, counts in self._expert_tokens.items()}
@@ -100,7 +110,7 @@ class PolicyTable:
                 totals[name] = totals[name] + current[row] if name in totals else current[row]
         distinct = self.tables.distinct_experts.tolist()
         for layer, moe in enumerate(self.config.layers):
-            if moe is None:  # counted as "no expert", which says nothing
+            if moe is None:  # a dense layer counts "0 experts" in every step, which means nothing
                 distinct[layer] = [0] * len(distinct[layer])
         return ExpertSnapshot(
             call_id=call_id,
@@ -129,7 +139,10 @@ class PolicyTable:
         return row
 
     def _take_row(self) -> int | None:
-        """An empty row, or the one unused for longest, whose counts move to the totals of its policy."""
+        """An empty row, or the row that has been unused for longest; None if every row is held.
+
+        The counts of a reused row move to the totals of its policy.
+        """
         rows = [(row, entry) for row, entry in enumerate(self._rows) if row != NONE_ROW]
         free = [(-1, row) for row, entry in rows if entry is None]
         all_resident = all(entry is not None and entry.resident for _, entry in rows)
@@ -154,13 +167,13 @@ class PolicyTable:
 
 
 def _reachable(policy: RoutingPolicy, config: ModelConfig) -> list[set[int]]:
-    """The experts that a policy may choose, by layer."""
+    """The experts that a policy may choose, by layer. Empty for dense layers."""
     found: list[set[int]] = []
     for rule, layer in zip(policy.layers, config.layers, strict=True):
         if rule is None or layer is None:
             found.append(set())
             continue
         named = range(layer.num_experts) if rule.experts is None else sorted(rule.experts)
-        # Without a router every token ranks the experts by number: those after the first top_k never run.
+        # Without a router every token ranks the experts by number, so only the first top_k ever run.
         found.append(set(named[: rule.top_k] if layer.router == "none" else named))
     return found

@@ -1,4 +1,4 @@
-"""The nouns of the engine: what a request asks for and what the engine knows of it while it runs."""
+"""Requests: what a client asks for (`GenerationRequest`), and the engine's state of it while it runs (`Sequence`)."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -15,7 +15,8 @@ TokenExperts = tuple[tuple[int, ...], ...]
 
 
 class FinishReason(StrEnum):
-    """`stop`: end of text or a stop token; `length`: max_tokens or the context is full; `abort`: the client left."""
+    """`stop`: end of text, a stop token or a stop string. `length`: max_tokens or the context length is reached. `abort`: the
+    client left."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -23,24 +24,26 @@ class FinishReason(StrEnum):
 
 
 class TokenConstraint(Protocol):
-    """A grammar's state after the tokens generated so far; one object per sequence, used by the engine thread only."""
+    """The state of a grammar after the tokens generated so far. One object per sequence, for the engine thread only."""
 
     def allowed_tokens(self) -> NDArray[np.bool_]:
-        """Which tokens may come next: [vocab_size], at least one True. End of text is among them once the text is complete."""
+        """A mask [vocab_size] of the tokens that may come next. At least one is True. A complete text allows end of text."""
 
     def advance(self, token_id: int) -> None:
-        """The token was generated."""
+        """Go on to the state after this token, which was generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Validated at the HTTP edge; the engine asserts.
+    """How the next token is chosen. The HTTP layer validates the values; the engine only asserts them.
 
-    temperature 0 is greedy. top_p, top_k and min_p narrow the choice (1.0, 0 and 0.0 = no limit). Draws depend only on `seed`
-    and the token's position, never on the rest of the batch; `seed` None draws a fresh one. repetition_penalty looks at prompt
-    and answer, the presence and frequency penalties at the answer only. logit_bias: (token id, bias) pairs. logprobs: None for
-    none, else how many rivals to report beside each generated token; prompt_logprobs the same for the prompt's tokens. Both are
-    of the model's own distribution, before penalties and temperature.
+    temperature: 0 takes the most likely token. top_p, top_k, min_p: limits of the draw; 1.0, 0 and 0.0 mean no limit.
+    seed: a draw depends only on the seed and the token's position, never on the rest of the batch. None takes a random seed.
+    repetition_penalty counts tokens of prompt and answer; presence_penalty and frequency_penalty count those of the answer.
+    logit_bias: pairs of a token id and a bias. min_tokens, max_tokens: bounds of the answer's length in tokens.
+    logprobs: how many of the most likely tokens to report with each generated token; None reports no log-probabilities.
+    prompt_logprobs: the same for the prompt's tokens. Both describe the model's own distribution, before penalties and
+    temperature.
     """
 
     max_tokens: int
@@ -62,7 +65,8 @@ class SamplingParams:
 
 
 class Trace(StrEnum):
-    """Which passes' experts a request wants to hear of: those that draw its tokens, or those over its prompt, too."""
+    """Which routing a request asks to see. OUTPUT: the passes that draw its tokens. PROMPT: those, and the passes over the
+    prompt before them."""
 
     OUTPUT = "output"
     PROMPT = "prompt"
@@ -70,10 +74,12 @@ class Trace(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to complete, under the one policy version it keeps until it ends.
+    """One sequence to complete. It keeps its policy version until it ends.
 
-    priority: lower runs earlier; equal ones in order of arrival. cache_salt: requests share cached prefixes only under the
-    same salt. trace: whether its events tell the experts that ran. flow: for whom it is; where requests wait, flows take turns.
+    priority: lower runs earlier. Among equals, flows take turns, and within a flow the oldest goes first.
+    cache_salt: only requests with the same salt share cached prefixes.
+    trace: which experts the events report; None reports none.
+    flow: the API key or user that the request counts for (see `FairShare`).
     """
 
     request_id: str
@@ -88,7 +94,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token's log-probability, and the `top` most likely tokens of its place with theirs, best first."""
+    """A token and its log-probability. `top`: the most likely tokens at its position, best first, as (id, log-probability)."""
 
     token_id: int
     logprob: float
@@ -97,35 +103,35 @@ class TokenLogprobs:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
-    """A request inside the engine. Times are `time.monotonic()` seconds.
+    """A request inside the engine. Times are in `time.monotonic()` seconds.
 
-    `num_computed` counts the tokens whose keys and values are in the cache; everything after them is to be computed. After
-    a preemption it is 0 and prompt and output so far are computed again.
+    `num_computed` counts the tokens whose keys and values are in the cache. All later tokens are still to be computed. A
+    preemption sets it to 0; the prompt and the output so far are then computed again.
     """
 
     request: GenerationRequest
-    policy_row: int  # of the policy table; 0 while the request waits for a row
+    policy_row: int  # row of the policy table; 0 while the request waits for one
     seed: int
     arrived: float
-    expert_counts: list[int]  # per layer: experts that ran, summed over all computed tokens
+    expert_counts: list[int]  # per layer: number of experts that ran, summed over all computed tokens
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
-    num_cached: int = 0  # tokens found in the prefix cache when it was last admitted
-    num_routed: int = 0  # tokens computed, recomputed ones included: what expert_counts is a sum over
-    prompt_experts: list[TokenExperts] = field(default_factory=list)  # of the prompt's tokens but the last, when traced
-    num_reached: int = 0  # the most tokens that num_computed has counted
-    recomputed: list[int] = field(default_factory=list)  # per preemption, how many of the first tokens were computed again
-    charged: bool = False  # its flow has been charged for the prompt
+    num_cached: int = 0  # tokens found in the prefix cache at the last admission
+    num_routed: int = 0  # tokens that expert_counts sums over: all computed ones, recomputed ones again
+    prompt_experts: list[TokenExperts] = field(default_factory=list)  # for a traced prompt, without the last token
+    num_reached: int = 0  # the largest value of num_computed so far
+    recomputed: list[int] = field(default_factory=list)  # per preemption: how many of the first tokens were computed again
+    charged: bool = False  # whether its flow has been charged for the prompt
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Who goes first: smaller before larger."""
+        """The sort key of queues: the smallest goes first."""
         return self.request.priority, self.arrived
 
     @property
@@ -133,9 +139,9 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     def prefix_keys(self, count: int, block_size: int) -> list[bytes]:
-        """Keys of the first `count` full blocks: a hash chain over all tokens up to the block's end.
+        """Keys of the first `count` full blocks. Each key is a hash of all tokens up to the end of its block.
 
-        It begins with the policy version, because hidden states depend on it, and the request's salt.
+        The hash also covers the policy version, because keys and values depend on the policy, and the request's salt.
         """
         while len(self.block_keys) < count:
             index = len(self.block_keys)
@@ -146,7 +152,7 @@ class Sequence:
         return self.block_keys[:count]
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens start..stop of prompt and output together."""
+        """Token ids start .. stop - 1 of the prompt followed by the output."""
         prompt = self.request.prompt_ids
         if start >= len(prompt):
             return self.output_ids[start - len(prompt) : stop - len(prompt)]

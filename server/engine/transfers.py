@@ -1,4 +1,7 @@
-"""Copies between host and device that do not make the host wait: through pinned memory, in the order of the device's work."""
+"""Copies between host and device for which the host does not wait.
+
+They use pinned memory, and the device runs them in the order of its other work.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +11,13 @@ from torch import Tensor
 
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of numbers (or of rows of them) that work launched from now on will see."""
+    """Copy numbers, or rows of numbers, to `device`. Work that is launched later sees them."""
     host = torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> Callable[[], list[int]]:
-    """Start copying integers [n]; call the result to wait for them."""
+    """Start to copy integers [n] to the host. Call the returned function to wait for them."""
     if values.device.type == "cpu":
         known: list[int] = values.tolist()
         return lambda: known

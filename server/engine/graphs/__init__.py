@@ -1,1 +1,1 @@
-"""Decode steps captured as CUDA graphs."""
+"""Decode steps captured as CUDA graphs, and the memory that they use."""

@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs: one per batch size of a fixed list, captured at start, replayed with whatever the buffers hold.
+"""Decode steps as CUDA graphs. They are captured at the start, for a fixed list of batch sizes.
 
-Everything that differs between two steps (tokens, policies, masks, block tables, sampling parameters) is content of memory that
-never moves, so a new request, policy or default replays the same graph.
+A graph reads its inputs from buffers that never move. Two steps differ only in the content of these buffers: tokens, policies,
+masks, block tables, sampling parameters. So new requests, policies and defaults need no new graph.
 """
 
 from bisect import bisect_left
@@ -17,21 +17,23 @@ from server.engine.batch import Batch
 from server.engine.graphs.step_buffers import Staging, StepBuffers
 from server.engine.sampling.sampler import sample
 
-# A larger step is busy enough on the device that launching it one kernel at a time costs little.
+# Larger batches run without a graph: the device is then so busy that launching kernel by kernel costs little.
 LARGEST_BUCKET = 512
 
 Replay = Callable[[], None]
 
 
 class GraphCapturer(Protocol):
-    """How a step becomes something that can be run again. Called with the largest step first."""
+    """Makes a step repeatable: `capture` returns a function that runs it again. The largest step is captured first."""
 
     def capture(self, step: Callable[[], None]) -> Replay: ...
 
 
 class Rerun:
-    """Runs the captured step again instead of replaying a graph. For machines without a CUDA device: a step that kept anything
-    of the moment of its capture would show here, too."""
+    """Runs the step again instead of replaying a graph. Tests use it on machines without a CUDA device.
+
+    It finds the same kind of fault as a real graph: a step that reads a value from the time of its capture.
+    """
 
     def capture(self, step: Callable[[], None]) -> Replay:
         step()
@@ -39,7 +41,7 @@ class Rerun:
 
 
 class CudaGraphs:
-    """Graphs of one device, which share one memory pool because they never run at the same time."""
+    """Captures the graphs of one device. They share one memory pool, because they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -47,7 +49,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """Runs `step` twice before: libraries and kernels set themselves up on first use, which must not be captured."""
+        """Run `step` twice, then capture it. Libraries set themselves up on first use, and that must not be captured."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             step()
@@ -55,24 +57,28 @@ class CudaGraphs:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the device meanwhile does not break the capture.
+        # thread_local: other threads may use the device meanwhile without breaking the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """1, 2, 4, then by 8 to 256 and by 16 to 512, none above `max_num_seqs`, which is one itself if it is no larger."""
+    """The batch sizes to capture: 1, 2, 4, multiples of 8 below 256, then multiples of 16 up to 512.
+
+    Sizes stop at `max_num_seqs`, which is always the last size if it is at most 512.
+    """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_BUCKET + 1, 16)]
     largest = min(max_num_seqs, LARGEST_BUCKET)
     return tuple(sorted({size for size in sizes if size < largest} | {largest}))
 
 
 class DecodeGraphs:
-    """Three graphs per bucket: the step, which ends with the likeliest token of every row, and two draws of other tokens, which
-    steps without random sampling skip. Only one of these knows top-k, top-p and min-p, which need the vocabulary sorted.
+    """Three graphs per bucket (batch size): the step and two kinds of draw.
 
-    `captures` counts graphs; it stays what it is after construction.
+    The step ends with the most likely token of every row. A draw follows only if some row has a temperature above 0. One kind
+    of draw sorts the vocabulary, which top-k, top-p and min-p need; the other does not sort. `captures` is the number of
+    graphs. All are captured in the constructor. `blocks_per_row`: the width of the block table.
     """
 
     def __init__(
@@ -96,19 +102,20 @@ class DecodeGraphs:
             self._capture_all(capturer)
 
     def bucket(self, batch: Batch) -> int | None:
-        """The smallest bucket that holds the batch; None for one with prompts in it, or too large."""
+        """The smallest bucket that holds the batch; None if the batch contains a prompt or is too large."""
         place = bisect_left(self.buckets, len(batch.decode))
         return None if batch.prefill or place == len(self.buckets) else self.buckets[place]
 
     def fill(self, batch: Batch, bucket: int) -> None:
+        """Copy the batch's inputs into the buffers, padded to `bucket` rows."""
         self._staging.fill(batch, bucket)
 
     def replay_step(self, bucket: int) -> None:
-        """Compute the rows: `logits`, `results` and `expert_ids` of the buffers, the cache, the counters."""
+        """Compute the rows. Writes `logits`, `results` and `expert_ids` of the buffers, the KV cache and the counters."""
         self._steps[bucket]()
 
     def replay_draw(self, bucket: int, cuts: bool) -> None:
-        """Draw from the logits under the rows' sampling parameters: the tokens of `results`. `cuts`: see `SamplingInputs`."""
+        """Draw a token for each row from `logits`, and write it into `results`. `cuts`: see `SamplingInputs`."""
         self._draws[bucket, cuts]()
 
     def _capture_all(self, capturer: GraphCapturer) -> None:
@@ -120,7 +127,7 @@ class DecodeGraphs:
                 self._draws[rows, cuts] = capturer.capture(lambda rows=rows, cuts=cuts: self._draw(rows, cuts))  # type: ignore[misc]
             self.captures += 3
         for counter, value in zip(counters, before, strict=True):
-            counter.copy_(value)  # the steps run for the capture are nobody's
+            counter.copy_(value)  # the steps of the capture belong to no request
 
     def _step(self, rows: int) -> None:
         buffers = self.buffers

@@ -1,6 +1,6 @@
-"""The memory of a captured decode step: allocated once, filled before each replay, read after it.
+"""The memory of captured decode steps: allocated once, filled before each replay, read after it.
 
-Legend: R rows (the most a captured step has), N blocks per row, V vocabulary, L layers, E experts (the most any layer has).
+Legend: R rows (of the largest captured step), N blocks per row, V vocabulary, L layers, E experts (of the largest layer).
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,15 @@ TEMPERATURE, TOP_P, MIN_P, UNIFORM = range(4)
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """What a captured step reads and writes besides weights, cache and routing tables, at fixed addresses.
+    """Inputs and outputs of a captured step, at fixed addresses. Weights, KV cache and routing tables are elsewhere.
 
-    The inputs lie together, so that three copies fill them. Padding rows are zeros with a context of 1: they write to and read
-    the null block under the policy row "none". `previous` is one plus the row of the step before whose token this row continues
-    with, 0 where the host knows the token.
+    Three tensors hold all inputs, so three copies fill them. Padding rows are zeros with a context of 1. They run under the
+    policy "none" (row 0) and use the null block.
 
-    Example, two rows in a bucket of 4 that continue with the tokens which rows 0 and 2 of the step before drew:
+    `previous` tells where a row's input token comes from. 0: the host knows it, and it is in `input_ids`. Otherwise it is one
+    plus a row of the step before, and the token is what that row drew.
+
+    Example: a bucket of 4 with two rows, which continue with the tokens that rows 0 and 2 of the step before drew:
     input_ids [0, 0, 0, 0]  previous [1, 3, 0, 0]  positions [9, 5, 0, 0]  policy_ids [3, 1, 0, 0]  context_lens [10, 6, 1, 1]
     """
 
@@ -34,7 +36,7 @@ class StepBuffers:
     floats: Tensor  # [4, R] float64: temperature, top_p, min_p, uniform
     block_table: Tensor  # [R, N] int64
     logits: Tensor  # [R, V]
-    results: Tensor  # [R, 1 + L] int64: the token drawn, then by layer how many experts ran
+    results: Tensor  # [R, 1 + L] int64: the token drawn, then the number of experts that ran in each layer
     expert_ids: Tensor  # [L, R, E] int64, -1 where no expert ran
 
     @classmethod
@@ -46,7 +48,7 @@ class StepBuffers:
 
         num_layers = config.num_hidden_layers
         integers = zeros(7, rows)
-        integers[CONTEXT_LENS] = 1  # attention over nothing would not be a number, and the null block would keep it
+        integers[CONTEXT_LENS] = 1  # attention over an empty context would write NaN into the null block
         return cls(
             integers=integers,
             floats=zeros(4, rows, dtype=torch.float64),
@@ -61,7 +63,7 @@ class StepBuffers:
         return self.block_table.shape[0]
 
     def step_inputs(self, rows: int) -> StepInputs:
-        """The first `rows` rows as a decode step. Reads the tokens that the step before left in `results`."""
+        """The first `rows` rows as a decode step. Takes the tokens of the step before from `results`."""
         previous = self.integers[PREVIOUS, :rows]
         drawn = self.results[:, 0][(previous - 1).clamp(min=0)]
         return StepInputs(
@@ -75,6 +77,7 @@ class StepBuffers:
         )
 
     def sampling_inputs(self, rows: int, cuts: bool) -> SamplingInputs:
+        """The sampling parameters of the first `rows` rows."""
         return SamplingInputs(
             temperature=self.floats[TEMPERATURE, :rows],
             top_p=self.floats[TOP_P, :rows],
@@ -86,7 +89,7 @@ class StepBuffers:
 
 
 class Staging:
-    """The host's side of the inputs: pinned where there is a device, so that the copies wait for nothing."""
+    """The inputs on the host. The memory is pinned if there is a device, so the host does not wait for the copies."""
 
     def __init__(self, buffers: StepBuffers, block_size: int) -> None:
         self._buffers, self._block_size = buffers, block_size
@@ -96,13 +99,13 @@ class Staging:
             for tensor in (buffers.integers, buffers.floats, buffers.block_table)
         ]
         self._integers, self._floats, self._block_table = (tensor.numpy() for tensor in self._host)
-        self._tables: list[list[int]] = [[] for _ in range(buffers.num_rows)]  # what the host's block table holds
+        self._tables: list[list[int]] = [[] for _ in range(buffers.num_rows)]  # the content of the host's block table
         self._copied = torch.cuda.Event() if self._on_device else None
 
     def fill(self, batch: Batch, rows: int) -> None:
         """Lay out a batch of decoding sequences, padded to `rows`, and start the copies to the device."""
         if self._copied is not None:
-            self._copied.synchronize()  # the copies of the step before: long done, unless the host runs ahead
+            self._copied.synchronize()  # the copies of the step before; they are done already unless the host runs ahead
         sequences, count = batch.decode, len(batch.decode)
         laid_out = decode_rows(batch, self._block_size)
         integers = self._integers
@@ -135,7 +138,7 @@ class Staging:
     def _fill_sampling(self, batch: Batch, ahead: int) -> None:
         count, params = len(batch.decode), [s.request.sampling for s in batch.decode]
         if batch.greedy:
-            return  # nobody reads them
+            return  # a greedy step does not read the sampling parameters
         self._integers[TOP_K, :count] = [p.top_k for p in params]
         self._floats[:, :count] = [
             [p.temperature for p in params],

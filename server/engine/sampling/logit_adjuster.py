@@ -1,4 +1,4 @@
-"""What changes logits before the draw. Legend: R rows, V vocabulary."""
+"""Changes to logits before the draw: penalties, bias, minimum length, grammars. Legend: R rows, V vocabulary."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
@@ -22,7 +22,7 @@ def _penalises(params: SamplingParams) -> bool:
 
 
 class _SeenTokens:
-    """The different tokens of a prompt and its answer, and how often each is in the answer. Lies on the device."""
+    """The distinct tokens of a prompt and its answer (`ids`), and how often each is in the answer (`counts`). On the device."""
 
     def __init__(self, prompt_ids: Iterable[int], output_ids: Iterable[int], device: torch.device) -> None:
         self._place = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt_ids))}
@@ -40,14 +40,14 @@ class _SeenTokens:
 
 
 class LogitAdjuster:
-    """Penalties, bias, the least number of tokens, grammars. What it remembers of a sequence dies with it."""
+    """Applies penalties, bias, minimum length and grammars. Its memory of a sequence is freed with the sequence."""
 
     def __init__(self, eos_token_ids: frozenset[int], device: torch.device) -> None:
         self._eos_token_ids, self._device = eos_token_ids, device
         self._seen: WeakKeyDictionary[Sequence, _SeenTokens] = WeakKeyDictionary()
 
     def adjust(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
-        """Change each sequence's logits as it asks: [R, V] float32, in place."""
+        """Change the logits [R, V] float32 in place, one row per sequence."""
         assert logits.dtype == torch.float32
         for row, sequence in zip(logits, sequences, strict=True):
             params = sequence.request.sampling
@@ -63,15 +63,18 @@ class LogitAdjuster:
                 self._forbid_the_end(row, params)
 
     def drawn(self, sequence: Sequence, token_id: int) -> None:
-        """The token was drawn for the sequence."""
+        """Take note of a token that was drawn for the sequence."""
         if sequence.request.sampling.constraint is not None:
             sequence.request.sampling.constraint.advance(token_id)
         if sequence in self._seen:
             self._seen[sequence].add(token_id)
 
     def _penalise(self, row: Tensor, sequence: Sequence) -> None:
-        """As vLLM: repetition divides positive and multiplies negative logits of seen tokens, then presence and frequency are
-        subtracted. In place on one row [V]."""
+        """Apply the three penalties to one row [V] in place, as vLLM does.
+
+        The repetition penalty divides the positive logits of seen tokens and multiplies the negative ones. Then the presence
+        and frequency penalties are subtracted.
+        """
         if sequence not in self._seen:
             self._seen[sequence] = _SeenTokens(sequence.request.prompt_ids, sequence.output_ids, self._device)
         seen, params = self._seen[sequence], sequence.request.sampling
@@ -85,5 +88,5 @@ class LogitAdjuster:
             return
         before = row[ends]
         row[ends] = -torch.inf
-        # Where nothing else may follow (a grammar's text is complete), ending early is the lesser evil.
+        # If nothing else may follow, because a grammar's text is complete, the answer may end early after all.
         row[ends] = torch.where(row.max() > -torch.inf, -torch.inf, before)

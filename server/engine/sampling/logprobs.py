@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens that are known, from the logits of their places. Legend: N places, V vocabulary."""
+"""Log-probabilities of given tokens. Legend: N positions, V vocabulary."""
 
 from collections.abc import Sequence as Rows
 
@@ -9,9 +9,9 @@ from server.engine.request import TokenLogprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
-    """For each of the places [N, V] its token's log-probability and the `num_top` best.
+    """For each position: the log-probability of its token in `token_ids` [N], and the `num_top` most likely tokens.
 
-    A token that is among the best has the same float in both, since both are read from the same numbers.
+    Logits are [N, V]. A token that is also among the most likely ones has exactly the same value in both places.
     """
     logprobs = logits.float().log_softmax(dim=-1)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(-1)

@@ -1,8 +1,8 @@
-"""Choosing the next token of every row at once. Legend: R rows, V vocabulary.
+"""The draw of the next token, for all rows at once. Legend: R rows, V vocabulary.
 
-A row's token is a function of its logits, its parameters and one uniform number: temperature, then top-k, then min-p, then
-top-p, then inversion of the cumulative distribution in the order of the vocabulary. `sample` is the definition, in operators
-that a CUDA graph can hold; on a CPU `NativeDraw` computes the same in compiled code.
+A row's token depends on its logits, its parameters and one uniform number, and on nothing else. The steps are temperature,
+top-k, min-p, top-p, and then inversion of the cumulative distribution in the order of the vocabulary. `sample` defines this in
+operations that a CUDA graph can capture. On a CPU `NativeDraw` computes the same in compiled code.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from server.engine.transfers import to_device
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """Per row: temperature (0 = greedy), top_p, top_k (0 = no limit), min_p, and one uniform number in [0, 1).
+    """The parameters of each row: temperature (0 = greedy), top_p, top_k (0 = no limit), min_p, a uniform number in [0, 1).
 
-    `cuts` False promises that no row has a limit, so that nothing needs sorting; a row's token is the same either way.
+    `cuts` False promises that no row has a limit, so nothing has to be sorted. It never changes a row's token.
     """
 
     temperature: Tensor  # [R] float64
@@ -32,18 +32,18 @@ class SamplingInputs:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but seed and position: what is drawn never depends on the batch."""
+    """A number in [0, 1) that depends only on seed and position. So a draw never depends on the batch."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
 def cuts(params: SamplingParams) -> bool:
-    """Whether the parameters leave out tokens that could be drawn."""
+    """Whether the parameters exclude tokens from the draw (top-k, top-p or min-p)."""
     return params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
 
 
 def make_sampling_inputs(sequences: Rows[Sequence], device: torch.device) -> SamplingInputs | None:
-    """The rows' parameters as tensors; None when every row is greedy."""
+    """The rows' parameters as tensors on `device`; None if every row is greedy."""
     params = [sequence.request.sampling for sequence in sequences]
     if all(p.temperature == 0 for p in params):
         return None
@@ -55,7 +55,7 @@ def make_sampling_inputs(sequences: Rows[Sequence], device: torch.device) -> Sam
 
 
 def sample(logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
-    """Token ids [R] from logits [R, V]."""
+    """Token ids [R] from logits [R, V]. `inputs` None: every row is greedy."""
     greedy = logits.argmax(dim=-1)
     if inputs is None:
         return greedy
@@ -65,17 +65,17 @@ def sample(logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
     weights = ((logits - largest) / temperature).exp()
     if inputs.cuts:
         weights = weights * _kept(logits, temperature, inputs)
-    # In double precision, the order in which a device adds up makes no difference that a draw could show.
+    # Double precision, so that the order in which a device adds does not change the token.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     threshold = inputs.uniform.unsqueeze(-1) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-    # Nothing that was left out is ever drawn, whatever rounding does.
+    # Rounding may point at an excluded token. Then take the most likely token instead.
     drawn = torch.where(weights.gather(-1, place) > 0, place, greedy.unsqueeze(-1)).squeeze(-1)
     return torch.where(inputs.temperature == 0, greedy, drawn)
 
 
 def _kept(logits: Tensor, temperature: Tensor, inputs: SamplingInputs) -> Tensor:
-    """Which tokens [R, V] the limits keep: in each row the largest logits, of equal ones the first in the vocabulary."""
+    """A mask [R, V] of the tokens within the limits: the largest logits of each row. Ties go to the first in the vocabulary."""
     ordered = logits.sort(dim=-1, descending=True).values
     weights = ((ordered - ordered[:, :1]) / temperature).exp()
     rank = torch.arange(logits.shape[-1], device=logits.device)

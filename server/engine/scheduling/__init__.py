@@ -1,1 +1,1 @@
-"""Which sequences the next step works on, and which blocks and rows they hold."""
+"""Scheduling: which sequences the next step computes, and which KV cache blocks and policy table rows they hold."""

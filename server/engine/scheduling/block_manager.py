@@ -1,8 +1,9 @@
-"""Which KV block belongs to whom, and which hold a prefix that can be used again. Integers and hashes only.
+"""The blocks of the KV cache: which sequences hold them, and which can be shared as a prefix. Integers and hashes only.
 
-Block 0 is the null block that padding writes to and is never handed out. A full block may be published under a key that stands
-for every token up to its end; sequences that begin with the same tokens then share it. Nobody writes to a full block, so
-sharing needs no copy. A block that nobody holds keeps its content until the place is needed, oldest first.
+Block 0 is the null block for padding. No sequence ever gets it. A full block can be published under a key, which is a hash of
+all tokens up to the block's end. Sequences that begin with these tokens then share the block. A full block is never written
+again, so sharing needs no copy. A published block that no sequence holds keeps its content until memory is needed. The block
+that was released first is reused first.
 """
 
 from collections import OrderedDict
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 
 
 class BlockManager:
-    """Reference counts over blocks 1 .. num_blocks - 1."""
+    """Reference counts of the blocks 1 .. num_blocks - 1. `block_size`: tokens per block."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         assert num_blocks >= 2
         self.num_blocks, self.block_size = num_blocks, block_size
         self._empty = list(range(num_blocks - 1, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # published, held by nobody; oldest first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published blocks that no sequence holds; oldest first
         self._users = [0] * num_blocks
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -27,14 +28,14 @@ class BlockManager:
 
     @property
     def usage_ratio(self) -> float:
-        """Share of blocks that some sequence holds."""
+        """Share of the blocks that are held by sequences, 0 to 1."""
         return 1 - self.num_free / (self.num_blocks - 1)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def extend(self, block_table: list[int], num_tokens: int) -> bool:
-        """Grow `block_table` until it holds `num_tokens`; False, and nothing taken, when there are too few free blocks."""
+        """Grow `block_table` to hold `num_tokens` tokens. If there are too few free blocks, take none and return False."""
         missing = self.blocks_for(num_tokens) - len(block_table)
         if missing > self.num_free:
             return False
@@ -45,7 +46,7 @@ class BlockManager:
         return True
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The published blocks of the longest run of keys from the first on. Nothing is taken yet."""
+        """The published blocks of `keys`, up to the first key without a block. Does not hold them yet."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -55,24 +56,27 @@ class BlockManager:
         return found
 
     def num_idle(self, blocks: Sequence[int]) -> int:
-        """How many of these count as free until they are held."""
+        """How many of these blocks are held by no sequence, and so still count as free."""
         return sum(self._users[block] == 0 for block in blocks)
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """One more user for each of these published blocks."""
+        """Add one user to each of these published blocks."""
         for block in blocks:
             if self._users[block] == 0:
                 del self._idle[block]
             self._users[block] += 1
 
     def publish(self, block: int, key: bytes) -> None:
-        """The block is full and stands for `key`; when another block does already, that one stays the one to share."""
+        """Let others find this full block by `key`. If another block has this key already, that one stays the shared block."""
         assert self._users[block] > 0
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key], self._key_of[block] = block, key
 
     def release(self, block_table: list[int]) -> None:
-        """Give up every block of the table and empty it. Later blocks are forgotten before earlier ones."""
+        """Give up every block of the table, and empty the table.
+
+        The last blocks are released first, so they are reused first: the beginning of a prefix is useful longer.
+        """
         for block in reversed(block_table):
             assert self._users[block] > 0
             self._users[block] -= 1
@@ -84,7 +88,7 @@ class BlockManager:
         block_table.clear()
 
     def check(self, block_tables: Sequence[Sequence[int]]) -> None:
-        """Assert that these tables are all that is held, and that no block is lost, or both free and held."""
+        """Assert that exactly the blocks of these tables are held, and that every other block is free. For tests."""
         held = [0] * self.num_blocks
         for table in block_tables:
             assert len(set(table)) == len(table)

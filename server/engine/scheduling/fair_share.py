@@ -1,17 +1,18 @@
-"""Whose turn it is among those who share the engine: the flow that has been served least.
+"""Fair queueing: the waiting flow that has been served least goes first.
 
-The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588, algorithm 2): every
-token computed or generated for a flow is added to its counter, and the waiting flow with the smallest goes first. A flow that
-comes back counts at least as much as the least served one present, so that nobody saves up turns by being away.
+This is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588, algorithm 2).
+Each flow has a counter of the tokens that were computed and generated for it. The waiting flow with the smallest counter goes
+first. When a flow returns, its counter is raised to the smallest counter of the flows that are present. So nobody saves up
+turns by staying away.
 """
 
 from collections import Counter
 
-PROMPT_COST, OUTPUT_COST = 1, 2  # per token, as in the paper: prompt tokens are computed many at a time
+PROMPT_COST, OUTPUT_COST = 1, 2  # per token, as in the paper; prompt tokens cost less because many are computed at a time
 
 
 class FairShare:
-    """A flow is anybody's name; it is present while it has a sequence that waits or runs."""
+    """The counters of all flows. A flow is an API key or a user. It is present while a sequence of it waits or runs."""
 
     def __init__(self) -> None:
         self._present: Counter[str] = Counter()
@@ -28,7 +29,7 @@ class FairShare:
         self._present[flow] += 1
 
     def leave(self, flow: str) -> None:
-        """One sequence less. What an absent flow has been served is remembered while somebody present has been served less."""
+        """One sequence less. The counter of an absent flow is kept as long as a flow with a smaller counter is present."""
         self._present[flow] -= 1
         if not self._present[flow]:
             del self._present[flow]
@@ -38,9 +39,11 @@ class FairShare:
             }
 
     def charge(self, flow: str, cost: int) -> None:
+        """Add to the flow's counter. The flow must be present."""
         self._served[flow] += cost
 
     def served(self, flow: str) -> int:
+        """The flow's counter. The flow must be present."""
         return self._served[flow]
 
     def _least(self) -> int:

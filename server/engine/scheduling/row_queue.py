@@ -1,4 +1,4 @@
-"""Requests that wait for a row of the policy table: every row is held by requests under other policies."""
+"""Requests that wait for a row of the policy table, because other policies hold every row."""
 
 from bisect import insort
 from operator import attrgetter
@@ -8,11 +8,11 @@ from server.engine.request import Sequence
 
 
 class RowQueue:
-    """Waiting sequences in order of rank. A sequence whose policy has a row already does not wait for one.
+    """The waiting sequences in order of rank. A sequence whose policy already has a row normally gets that row at once.
 
-    Rows come free when the requests under their policy end. So that new requests cannot hold every row for ever, one row is
-    closed while a sequence waits: sequences that rank behind the first that needs a row may not join the closed one. It
-    empties, and the first takes it.
+    A row comes free when all requests under its policy have ended. New requests under that policy could keep it for ever. So
+    while a sequence waits, one row is closed: sequences that rank behind the first waiting one may not join it. In time the row
+    comes free, and the first waiting sequence takes it.
     """
 
     def __init__(self, table: PolicyTable) -> None:
@@ -27,7 +27,7 @@ class RowQueue:
         insort(self._waiting, sequence, key=attrgetter("rank"))
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Forget a request; None when it does not wait here."""
+        """Remove a request and return its sequence; None if it does not wait here."""
         for sequence in self._waiting:
             if sequence.request.request_id == request_id:
                 self._waiting.remove(sequence)
@@ -35,21 +35,23 @@ class RowQueue:
         return None
 
     def reopen(self) -> None:
-        """Which policies are resident has changed: the row to close is chosen again."""
+        """Forget the closed row. Called when the resident policies have changed; `take` then chooses again."""
         self._closed = None
 
     def take(self) -> list[Sequence]:
-        """Give rows to those who can have one, in order of rank, and let them go. To be called after every change: of the
-        queue, of the policies that are resident, and of the requests that hold rows."""
+        """Give rows to the sequences that can have one, in order of rank. Returns these sequences.
+
+        Must be called after every change of the queue, of the resident policies, and of the requests that hold rows.
+        """
         taken: list[Sequence] = []
         left: list[Sequence] = []
-        needed = False  # by one that ranks before
+        needed = False  # whether a sequence of better rank still needs a row
         for sequence in self._waiting:
             policy = sequence.request.policy
             known = self._table.find(policy)
             row = None if needed and known in (None, self._closed) else self._table.acquire(policy)
             if row is not None:
-                if known is None:  # the first in need has what it waited for
+                if known is None:  # the first waiting sequence has got its row
                     self._closed = None
                 sequence.policy_row = row
                 taken.append(sequence)

@@ -1,8 +1,8 @@
-"""Which sequences the next step works on. Host integers only; no tensor, no clock.
+"""Chooses the sequences that the next step computes. It handles integers on the host only: no tensors and no clock.
 
-Contract: the engine calls `schedule()`, has the batch computed, then calls `update()` with the tokens drawn, before it calls
-`schedule()` again. In between it may `add` and `remove`, and once `schedule_ahead()`; that batch's `update()` comes second, and
-without the sequences that the first one ended.
+The engine calls `schedule()`, computes the batch, and calls `update()` with the drawn tokens. Only then may it call
+`schedule()` again. In between it may call `add` and `remove`, and once `schedule_ahead()`. The batch that runs ahead is updated
+after the first one, without the sequences that ended in the meantime.
 """
 
 from bisect import insort
@@ -15,12 +15,13 @@ from server.engine.scheduling.fair_share import OUTPUT_COST, PROMPT_COST, FairSh
 
 
 class Scheduler:
-    """One token budget per step: running sequences decode first, the rest goes to prompts in chunks, by priority and then age.
-    Among waiting ones of equal priority the flow that has been served least comes before age.
+    """Fills each step with at most `max_step_tokens` tokens. Running sequences decode first. The rest of the budget goes to
+    chunks of prompts, by priority and then by age. Among waiting sequences of equal priority, the flow that has been served
+    least goes first, then the oldest sequence.
 
-    Blocks are taken as tokens come. When they run out, the last running sequence in that order is preempted: it gives its
-    blocks back and returns to the queue to be computed again. One sequence always fits (`max_model_len` is no larger than the
-    cache), so the first always makes progress.
+    A sequence takes blocks as it grows. When the blocks run out, the last running sequence is preempted: it gives its blocks
+    back, waits again, and is later computed from its beginning. The cache always has room for one sequence of `max_model_len`
+    tokens, so the first sequence always makes progress.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class Scheduler:
         assert blocks.blocks_for(max_model_len) < blocks.num_blocks
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens, self.max_model_len = max_num_seqs, max_step_tokens, max_model_len
-        self.waiting: list[Sequence] = []  # both in order of rank
+        self.waiting: list[Sequence] = []  # `waiting` and `running` are sorted by rank
         self.running: list[Sequence] = []
         self.prefix_caching = prefix_caching
         self.share = FairShare()
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0  # ever
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0  # totals since the start; the last two in tokens
 
     @property
     def has_work(self) -> bool:
@@ -49,7 +50,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=attrgetter("rank"))
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Forget a request wherever it is and free its blocks; None when it is not here (any more)."""
+        """Remove a request, free its blocks and return its sequence; None if it neither waits nor runs."""
         for queue in (self.running, self.waiting):
             for sequence in queue:
                 if sequence.request.request_id == request_id:
@@ -60,21 +61,23 @@ class Scheduler:
         return None
 
     def schedule(self) -> Batch:
+        """The next step's batch. It is empty only if there is no work."""
         batch = Batch()
         preemptions = self.preemptions
         self._schedule_decodes(batch)
         self._schedule_running_prompts(batch)
-        if self.preemptions == preemptions:  # else memory is short: admitting would only move blocks back and forth
+        if self.preemptions == preemptions:  # else blocks are short, and an admitted sequence would soon be preempted
             self._admit(batch)
         assert batch.num_tokens > 0 or not self.has_work
         return batch
 
     def schedule_ahead(self, in_flight: Batch) -> Batch | None:
-        """The step after `in_flight`, whose tokens are not known yet; None when it has to wait for them.
+        """The step after `in_flight`, before the tokens of `in_flight` are known. None if it must wait for them.
 
-        It can be known beforehand when every running sequence decodes, none waits that could be admitted, what is drawn depends
-        on nothing the host would have to say, and there are blocks for one more token each. A sequence that turns out to have
-        ended is computed once more in vain; its blocks may have a new owner by then, who writes to them later.
+        It need not wait if all of these hold: every running sequence decodes, no waiting sequence could be admitted, the host
+        has no say in the draws (`may_run_ahead`), and there are blocks for one more token of each sequence. A sequence that
+        turns out to have ended is computed once more for nothing. Its blocks may belong to another sequence by then, which is
+        safe: that sequence writes to them later.
         """
         if in_flight.prefill or (self.waiting and len(self.running) < self.max_num_seqs):
             return None
@@ -88,9 +91,10 @@ class Scheduler:
     def update(
         self, batch: Batch, token_ids: list[int], eos_token_ids: frozenset[int]
     ) -> list[tuple[Sequence, FinishReason | None]]:
-        """Append the drawn tokens (one per sequence whose end was reached, in batch order) and retire what is finished.
+        """Append the drawn tokens and remove the finished sequences.
 
-        Returns the sequences that got a token, each with its finish reason or None.
+        `token_ids` has one token for each sequence that the batch computed to its end, in batch order. Returns these sequences,
+        each with its finish reason or None.
         """
         drawn = iter(token_ids)
         outcomes: list[tuple[Sequence, FinishReason | None]] = []
@@ -111,12 +115,12 @@ class Scheduler:
         return outcomes
 
     def _compute(self, sequence: Sequence, count: int) -> None:
-        """`count` more tokens are in the cache; publish the blocks that this filled."""
+        """Note that `count` more tokens are in the cache, and publish the blocks that are full now."""
         size, begin = self.blocks.block_size, sequence.num_computed
         sequence.num_computed += count
         settled = sequence.num_computed
         if sequence.request.policy.has_batch_budget:
-            # What decoding computed, the last prompt token included, depends on the others of its step.
+            # A token computed in a decode step depends on the rest of its batch. The last prompt token may be one.
             settled = min(settled, len(sequence.request.prompt_ids) - 1)
         filled = range(begin // size, settled // size)
         if self.prefix_caching and filled:
@@ -131,7 +135,7 @@ class Scheduler:
         return FinishReason.LENGTH if self._is_full(sequence, sequence.num_tokens) else None
 
     def _is_full(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether the sequence ends for its length once it has `num_tokens` tokens."""
+        """Whether the sequence must end when it has `num_tokens` tokens, because of max_tokens or the context length."""
         request = sequence.request
         return num_tokens - len(request.prompt_ids) >= request.sampling.max_tokens or num_tokens >= self.max_model_len
 
@@ -155,7 +159,7 @@ class Scheduler:
                 continue
             count = min(remaining, self.max_step_tokens - batch.num_tokens)
             end = sequence.num_computed + count
-            # When others run they will finish and free blocks; only when nothing can run must the last make room.
+            # If the step has other work, wait until it frees blocks. If it has none, preempt the last sequences.
             fits = self.blocks.extend(sequence.block_table, end) if batch.num_tokens else self._make_room(sequence, end)
             if not fits:
                 return
@@ -175,7 +179,7 @@ class Scheduler:
                 self.prefix_queries += sequence.num_tokens
                 self.prefix_hits += sequence.num_cached
             remaining = sequence.num_tokens - sequence.num_computed
-            if not sequence.charged:  # computing it again after a preemption is not its doing
+            if not sequence.charged:  # a flow does not pay for recomputation after a preemption
                 sequence.charged = True
                 self.share.charge(sequence.request.flow, PROMPT_COST * remaining)
             count = min(remaining, self.max_step_tokens - batch.num_tokens)
@@ -191,23 +195,27 @@ class Scheduler:
     def _next_waiting(self) -> Sequence:
         if self.share.num_flows == 1:
             return self.waiting[0]
-        # The first of equals, which is the oldest: `waiting` is in order of rank.
+        # Of equals `min` takes the first, which is the oldest, because `waiting` is sorted by rank.
         return min(self.waiting, key=lambda sequence: (sequence.request.priority, self.share.served(sequence.request.flow)))
 
     def _may_share(self, sequence: Sequence) -> bool:
-        # The log-probabilities and the trace of a prompt need every one of its tokens computed.
+        # Log-probabilities and traces of a prompt need all of its tokens to be computed.
         request = sequence.request
         return self.prefix_caching and request.sampling.prompt_logprobs is None and request.trace is not Trace.PROMPT
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold the sequence's first tokens already; the last token is always left to compute."""
+        """The published blocks that hold the sequence's first tokens. They never include the last token, which must be
+        computed."""
         if not self._may_share(sequence):
             return []
         size = self.blocks.block_size
         return self.blocks.find(sequence.prefix_keys((sequence.num_tokens - 1) // size, size))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for the first `num_tokens` of a running sequence, preempting later ones; False when it had to go itself."""
+        """Get blocks for the first `num_tokens` tokens of a running sequence. Preempts sequences from the end if necessary.
+
+        False if the sequence itself was preempted.
+        """
         while not self.blocks.extend(sequence.block_table, num_tokens):
             last = self.running.pop()
             self.blocks.release(last.block_table)
