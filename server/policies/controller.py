@@ -1,7 +1,8 @@
-"""Automatic control of the knob: measured latency in, accuracy out.
+"""Automatic control: sets the accuracy of the default from measured latencies.
 
-Multiplicative decrease while an objective is missed, slow increase while all are met with room to spare, nothing in between
-(hysteresis), and a minimum time between two changes. The rule is BrownoutServe's (arXiv 2507.17133) with hysteresis and dwell.
+While a target is missed, the accuracy is multiplied by a factor below 1. While all targets are met with room to spare, it rises
+in small steps. In between it stays (hysteresis). Two changes are at least DWELL_SECONDS apart. The rule is that of
+BrownoutServe (arXiv 2507.17133), with hysteresis and the minimum time added.
 """
 
 import math
@@ -16,10 +17,10 @@ from server.policies.targets import Objective
 
 DECREASE_FACTOR = 0.8
 INCREASE_STEP = 0.05
-# Below this share of every target there is room to spare.
+# The accuracy may rise while all latencies are below this share of their targets.
 RELAXED_SHARE = 0.8
 DWELL_SECONDS = 5.0
-# A decrease that would land below this goes to the floor, which multiplication alone never reaches.
+# A decrease to less than this goes straight to the lowest allowed accuracy. Multiplication alone would never reach 0.
 SMALLEST_ACCURACY = 0.05
 WINDOW_SECONDS = 15.0
 MAX_SAMPLES = 4096
@@ -29,7 +30,7 @@ Direction = Literal["down", "hold", "up"]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """90th percentiles of recent tokens in seconds; None without a sample."""
+    """90th percentiles of recent latencies in seconds: between tokens, and to the first token. None without a sample."""
 
     itl_seconds: float | None
     ttft_seconds: float | None
@@ -37,14 +38,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """`changed_at`: when the accuracy last changed, `time.monotonic()` seconds."""
+    """The accuracy, 0 to 1, and when it last changed, in `time.monotonic()` seconds."""
 
     accuracy: float
     changed_at: float
 
 
 def decide(state: ControllerState, objective: Objective, measured: Measured, now: float) -> tuple[Direction, ControllerState]:
-    """The next state of the knob. A pure function of its arguments."""
+    """Decide whether the accuracy goes down, stays or goes up, and return the next state. A pure function."""
     floor = objective.min_accuracy
     if state.accuracy < floor:
         return "up", ControllerState(floor, now)
@@ -60,7 +61,7 @@ def decide(state: ControllerState, objective: Objective, measured: Measured, now
 
 
 def _load(objective: Objective, measured: Measured) -> float:
-    """Measured latency over its target, the worse of the two; 0 when nothing runs."""
+    """The larger ratio of a measured latency to its target; 0 without samples."""
     pairs = ((measured.itl_seconds, objective.itl_ms), (measured.ttft_seconds, objective.ttft_ms))
     return max(
         (seconds * 1000 / target for seconds, target in pairs if seconds is not None and target is not None), default=0.0
@@ -68,20 +69,23 @@ def _load(objective: Objective, measured: Measured) -> float:
 
 
 class RecentLatencies:
-    """The latencies of the last seconds, taken from engine steps."""
+    """The latencies of the last WINDOW_SECONDS, collected from engine steps."""
 
     def __init__(self) -> None:
         self._itl: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
 
     def observe(self, stats: StepStats) -> None:
+        """Add the latencies of one step."""
         now = time.monotonic()
         self._itl.extend((now, seconds) for _, seconds in stats.inter_token_seconds)
         self._ttft.extend((now, seconds) for _, seconds in stats.first_token_seconds)
 
     def measured(self, now: float, since: float = -math.inf) -> Measured:
-        """What has been seen since then, at most WINDOW_SECONDS ago. What was seen under the knob's last position would make
-        it move twice for one reason."""
+        """Percentiles of the latencies after `since`, at most WINDOW_SECONDS old. Times are in `time.monotonic()` seconds.
+
+        `since` is the last change of accuracy. Older samples would make the controller react twice to the same load.
+        """
         begin = max(now - WINDOW_SECONDS, since)
         return Measured(*(_p90(seconds for at, seconds in samples if at >= begin) for samples in (self._itl, self._ttft)))
 

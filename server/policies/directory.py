@@ -1,4 +1,4 @@
-"""The directory that policies and the default are kept in: one server's at a time."""
+"""The lock on the directory for policies and defaults. Only one server at a time may use a directory."""
 
 import fcntl
 import logging
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def held(directory: Path | None) -> Iterator[None]:
-    """Keep the directory for this process while the block runs; it is made if it is not there. None: nothing to keep.
+    """Lock the directory for this process while the block runs. Create it if it is missing. None: there is nothing to lock.
 
-    The lock belongs to an open file, so it ends with the process, however that ends. Raises ValueError when the directory
-    cannot be written or another server holds it.
+    The lock belongs to an open file. The system frees it when the process ends, even after a crash. Raises ValueError if the
+    directory cannot be written or another server holds the lock.
     """
     if directory is None:
         yield

@@ -1,9 +1,11 @@
-"""The named policies, the default and its history; how a request's choice becomes one policy version.
+"""The named policies, the default policy and its history. Finds the policy version that a request runs under.
 
-What operators set is one immutable `State`. An admin action makes the next state, has the engine accept it, and then commits
-it: to disk whole, then to memory. Requests hold the `RoutingPolicy` they resolved to and see nothing of it.
+All that operators set is in one immutable `State`. An admin action takes three steps: it makes the next state, the engine
+accepts it, and `commit` stores it, first on disk and then in memory. A running request keeps the `RoutingPolicy` that it began
+with, whatever the state is.
 
-Where automatic control has put the knob is not part of the state. It changes every second and is not kept: `auto_accuracy`.
+The accuracy that automatic control has set (`auto_accuracy`) is not part of the state. It can change every second and is not
+stored.
 """
 
 import unicodedata
@@ -23,23 +25,27 @@ STATE_FILE = "routing.json"
 MAX_HISTORY = 32
 MAX_DESCRIPTION = 1000  # characters
 CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters and line separators
-# What GET tells of a policy besides its content. A PUT may hold them, so that what was read can be sent again.
+# Fields that GET adds to a policy's content. A PUT may contain them, so clients can send back what they have read.
 READ_ONLY = frozenset({"version", "source", "accuracy", "figures"})
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One request's routing: the policy version it keeps, where the knob stands, and why."""
+    """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
+
+    `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
+    "model", "tier", "auto" or "default".
+    """
 
     policy: RoutingPolicy
     accuracy: float | None
     reason: str
-    requested: str  # a policy's name, "accuracy", "auto" or "default"
+    requested: str  # what the request asked for: a policy name, "accuracy", "auto" or "default"
 
 
 @dataclass(frozen=True, slots=True)
 class PastDefault:
-    """A default and, where it names a policy, the version that name had."""
+    """An earlier default. If it names a policy, `policy` is the version that had this name."""
 
     target: Target
     policy: RoutingPolicy | None
@@ -47,7 +53,7 @@ class PastDefault:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`stored`: policies put by admins, which hide checkpoint policies of the same name. `history`: oldest first."""
+    """`stored`: policies that admins have put. They hide checkpoint policies of the same name. `history`: oldest first."""
 
     stored: Mapping[str, RoutingPolicy]
     default: Target
@@ -56,10 +62,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """The state before the default's last change, and what becomes of the policy that the default named then.
+    """The state that a rollback leads to, and what happens to the policy that the previous default names.
 
-    `restored`: the version that comes back under its name. `skipped`: the version that does not, because its name has got a
-    newer one since; the default then means the newer one.
+    `restored`: the old version comes back under its name. `skipped`: the old version does not come back, because the name has
+    a newer version by now. The default then means the newer one.
     """
 
     state: State
@@ -68,11 +74,14 @@ class Rollback:
 
 
 class PolicyStore:
-    """`frontier`: the points the knob walks, all of one batch size; None for a dense model. `batch_budgets`: whether the engine
-    can run policies with `batch_experts`; if not, they are refused. `tiers`: the operator's service tiers; None:
-    `default_tiers`.
+    """The policies of the checkpoint and of the operator, and the current state.
 
-    `default` None takes the persisted default, or `full`. Raises ValueError naming the file or policy that is wrong.
+    `checkpoint`: the policies of the model, by name. `frontier`: the measured points for one batch size; None for a dense
+    model. `default`: None takes the default from the directory, or else `full`. `directory`: where the state is stored; None
+    keeps it in memory. `batch_budgets`: whether policies with `batch_experts` are accepted. `tiers`: the operator's service
+    tiers; None takes `default_tiers`.
+
+    Raises ValueError naming the wrong file, policy or tier, and UnknownPolicy or NoFrontier if `default` cannot be served.
     """
 
     def __init__(
@@ -92,7 +101,7 @@ class PolicyStore:
                 self._check_budgets(policy)
             except ValueError as error:
                 raise ValueError(f"policy {name!r} of the checkpoint: {error}") from None
-        self.auto_accuracy = 1.0  # where automatic control has the knob
+        self.auto_accuracy = 1.0  # the accuracy that automatic control has set
         self._file = None if directory is None else directory / STATE_FILE
         for point in () if frontier is None else frontier.points:
             if point.policy not in checkpoint:
@@ -113,23 +122,24 @@ class PolicyStore:
     # Reading
 
     def policies(self, state: State | None = None) -> dict[str, RoutingPolicy]:
+        """All policies by name, in the given state or the current one."""
         return {**self.checkpoint, **(state or self.state).stored}
 
     def get(self, name: str, param: str | None = None, state: State | None = None) -> RoutingPolicy:
-        """Raises UnknownPolicy."""
+        """The policy of this name. Raises UnknownPolicy, with `param` as the wrong field."""
         policy = (state or self.state).stored.get(name) or self.checkpoint.get(name)
         if policy is None:
             raise UnknownPolicy(f"there is no routing policy {name!r}; GET /v1/routing lists them", param=param)
         return policy
 
     def position(self, policy: RoutingPolicy) -> float | None:
-        """Where the knob stands when it serves this version; None when it was not measured."""
+        """The accuracy at which the frontier chooses this policy version; None if the frontier has no such point."""
         if self.frontier is None or self.checkpoint.get(policy.name) != policy:
             return None
         return self.frontier.position(policy.name)
 
     def tier(self, name: str) -> Tier:
-        """Raises BadRequest for a tier that is not offered."""
+        """The service tier of this name. Raises BadRequest if the server does not offer it."""
         if name not in self.tiers:
             offered = ", ".join(self.tiers)
             raise BadRequest(f"service_tier: {name!r} is not offered by this server, which has {offered}", param="service_tier")
@@ -137,12 +147,15 @@ class PolicyStore:
 
     @property
     def objective(self) -> Objective | None:
-        """What automatic control is to hold; None while it is off."""
+        """The targets of automatic control; None while it is off."""
         return self.state.default.objective if isinstance(self.state.default, Automatic) else None
 
     def resolve(self, ask: Ask | None = None, state: State | None = None, controlled: bool = True) -> Route:
-        """The policy version a request runs under. `controlled` False: automatic control does not move it; where it would set
-        the knob, the knob stands at 1. Raises UnknownPolicy, NoFrontier."""
+        """Find the policy version that a request runs under. `ask` None: the request did not choose.
+
+        `controlled` False: automatic control does not apply to this request. If the default is automatic, its accuracy is then
+        1. Raises UnknownPolicy, NoFrontier.
+        """
         state = state or self.state
         if isinstance(state.default, Automatic) and not controlled:
             state = replace(state, default=AtAccuracy(1.0))
@@ -155,7 +168,7 @@ class PolicyStore:
             route = Route(policy, self.position(policy), ask.source, policy.name)
         else:
             route = self._at(ask.target.accuracy, ask.source, "accuracy")
-        # A request that names a floor lets automatic control lower it that far.
+        # With min_accuracy, a request allows automatic control to lower its accuracy that far.
         if isinstance(state.default, Automatic) and ask.min_accuracy is not None and route.accuracy is not None:
             allowed = max(self._level(state.default.objective), ask.min_accuracy)
             if route.accuracy > allowed:
@@ -165,7 +178,7 @@ class PolicyStore:
     # Next states
 
     def put(self, name: str, raw: Mapping[str, object]) -> State:
-        """Store a policy under `name`. Raises InvalidPolicy naming the first wrong field."""
+        """The next state with this policy stored under `name`. Raises InvalidPolicy naming the first wrong field."""
         try:
             given = {key: value for key, value in raw.items() if key not in READ_ONLY and value is not None}
             policy = RoutingPolicy.from_dict({"name": name, **given})
@@ -181,9 +194,9 @@ class PolicyStore:
         return self._next({**self.state.stored, name: policy}, self.state.default)
 
     def remove(self, name: str) -> State:
-        """Forget a stored policy; a checkpoint policy that it hid is visible again.
+        """The next state without this stored policy. A checkpoint policy that it hid becomes visible again.
 
-        Raises UnknownPolicy, PolicyInUse, and Conflict for a checkpoint's own policy.
+        Raises UnknownPolicy, PolicyInUse for the default and for a tier's policy, Conflict for a policy of the checkpoint.
         """
         self.get(name)
         if self.state.default == Named(name):
@@ -196,7 +209,7 @@ class PolicyStore:
         return self._next({key: policy for key, policy in self.state.stored.items() if key != name}, self.state.default)
 
     def set_default(self, raw: object) -> State:
-        """Raises InvalidPolicy, UnknownPolicy, NoFrontier."""
+        """The next state with this default, given as JSON. Raises InvalidPolicy, UnknownPolicy, NoFrontier."""
         try:
             target = parse_default(raw)
         except ValueError as error:
@@ -205,10 +218,11 @@ class PolicyStore:
         return self._next(self.state.stored, target)
 
     def roll_back(self, restore_policy: bool = False) -> Rollback:
-        """Back to the previous default. Raises NoPreviousDefault.
+        """Go back to the previous default. Raises NoPreviousDefault.
 
-        The policy version that it named comes back where it was replaced as the default, or removed. A version that was put
-        after the default had moved on stays, unless `restore_policy` says otherwise.
+        The previous default may name a policy. Its old version comes back if the policy was removed, or if it was replaced
+        while it was the default. If it was replaced later, under another default, the newer version stays. `restore_policy`
+        brings the old version back in this case, too.
         """
         if not self.state.history:
             raise NoPreviousDefault("the default has not been changed; there is nothing to roll back to")
@@ -226,7 +240,7 @@ class PolicyStore:
         return Rollback(State(stored, previous.target, tuple(history)), restored=then)
 
     def commit(self, state: State) -> None:
-        """Make a state the current one; on disk first, so that what was answered survives a crash."""
+        """Make this state the current one. It goes to disk first, so an answered change survives a crash. Raises OSError."""
         if self._file is not None:
             write_json(self._file, _to_dict(state))
         self.state = state
@@ -249,7 +263,7 @@ class PolicyStore:
     def _at(self, accuracy: float, reason: str, requested: str) -> Route:
         if self.frontier is None:
             raise NoFrontier("this checkpoint has no measured frontier, so accuracy cannot be chosen; name a policy")
-        # The frontier was measured with the checkpoint's versions, so the knob serves those whatever hides them.
+        # The frontier was measured with the checkpoint's versions. They are served even if stored policies hide them.
         return Route(self.checkpoint[self.frontier.choose(accuracy).policy], accuracy, reason, requested)
 
     def _level(self, objective: Objective) -> float:

@@ -1,4 +1,4 @@
-"""What the operator or a request can ask for: a policy by name, a position of the knob, or automatic control."""
+"""What an operator or a request can ask for: a policy by name, an accuracy, or automatic control."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,10 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Latencies to hold, 90th percentile in milliseconds (None = no target), and the accuracy not to go under."""
+    """The targets of automatic control: 90th percentiles in milliseconds, between tokens and to the first token.
+
+    None means no target. The accuracy never falls below `min_accuracy`, 0 to 1.
+    """
 
     itl_ms: float | None = None
     ttft_ms: float | None = None
@@ -19,6 +22,8 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Named:
+    """A policy by name."""
+
     policy: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,6 +32,8 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class AtAccuracy:
+    """A point of the frontier by accuracy, 0 (cheapest) to 1 (most accurate)."""
+
     accuracy: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,7 +42,8 @@ class AtAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class Automatic:
-    """As a default it has an objective; a request only says that it follows whatever the server does."""
+    """Automatic control. A default has an objective. In a request it means: follow the server's default; `objective` is
+    unused."""
 
     objective: Objective = Objective()
 
@@ -48,10 +56,9 @@ Target = Named | AtAccuracy | Automatic
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request's own choice and where it came from: `source` is "body", "header", "model" or "tier", `param` the field or
-    header.
+    """A request's choice. `source` is where it came from: "body", "header", "model" or "tier". `param` is the field or header.
 
-    `min_accuracy`: automatic control may lower the choice this far (None: not at all).
+    `min_accuracy`: automatic control may lower the accuracy this far. None: it may not lower it.
     """
 
     target: Target
@@ -61,7 +68,7 @@ class Ask:
 
 
 def parse_default(raw: object) -> Target:
-    """Read a default as operators write it. Raises ValueError whose message begins with the first wrong field."""
+    """Read a default from JSON as operators write it. Raises ValueError, with the first wrong field at the message's start."""
     if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in ("policy", "accuracy", AUTO):
         raise ValueError('default: must be {"policy": NAME}, {"accuracy": X} or {"auto": {...}}')
     ((kind, value),) = raw.items()

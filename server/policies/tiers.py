@@ -1,6 +1,7 @@
-"""Service tiers: what a request's `service_tier` means for its policy and for its place among those that wait.
+"""Service tiers: a request's `service_tier` chooses its policy and its priority in the queue.
 
-`auto` and `default` are always there and mean the server's default. The others are the operator's map, or `default_tiers`.
+The tiers `auto` and `default` always exist and mean the server's default. The operator defines the others; if not,
+`default_tiers` does.
 """
 
 import re
@@ -18,8 +19,8 @@ NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """What a tier gives to requests that do not choose themselves. `target` None: the server's default. `priority`: lower runs
-    earlier. `controlled`: automatic control may move the request's accuracy."""
+    """A service tier. `target` is the policy or accuracy of requests that choose none; None is the server's default.
+    `priority`: lower runs earlier. `controlled`: automatic control may change the request's accuracy."""
 
     target: Named | AtAccuracy | None = None
     priority: int = 0
@@ -27,7 +28,7 @@ class Tier:
 
     @property
     def ask(self) -> Ask | None:
-        """What the tier asks of the router for a request that does not choose itself."""
+        """The tier's target as a request's choice; None for the server's default."""
         return None if self.target is None else Ask(self.target, "tier", "service_tier")
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,13 +39,19 @@ FIXED = {AUTO: Tier(controlled=True), DEFAULT: Tier()}
 
 
 def default_tiers(has_fast: bool, has_frontier: bool) -> dict[str, Tier]:
-    """`flex` is cheap and waits, `priority` is whole and goes first. `has_fast`: there is a policy of this name."""
+    """`flex`: the cheapest policy at low priority. `priority`: policy `full` at high priority.
+
+    `has_fast`: there is a policy `fast`, which `flex` then takes. `has_frontier`: otherwise `flex` takes accuracy 0.
+    """
     cheapest = Named("fast") if has_fast else AtAccuracy(0.0) if has_frontier else None
     return {"flex": Tier(cheapest, FLEX_PRIORITY), "priority": Tier(Named("full"), PRIORITY_PRIORITY)}
 
 
 def parse_tiers(raw: object) -> dict[str, Tier]:
-    """An operator's map: by tier {"policy": NAME} or {"accuracy": X} or neither, and a "priority". Raises ValueError."""
+    """Read an operator's tiers. Each has {"policy": NAME} or {"accuracy": X} or neither, and may have a "priority" (default 0).
+
+    Raises ValueError naming the wrong tier and field.
+    """
     if not isinstance(raw, Mapping):
         raise ValueError('must be a map such as {"flex": {"policy": "fast", "priority": 10}}')
     return {name: _tier(name, value) for name, value in raw.items()}
