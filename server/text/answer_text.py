@@ -1,4 +1,4 @@
-"""An answer's text as its reader gets it: cut at a stop string, calls of tools taken out of it."""
+"""The text of an answer as the client gets it: without tool calls, and cut at the first stop string."""
 
 import uuid
 from collections.abc import Iterable, Sequence
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from server.text.detokenizer import StopStrings
 from server.text.tool_parsers import CallPiece, Piece, ToolParser
 
-# The finish reason, in place of `stop`, of an answer that calls.
+# The finish reason of an answer with tool calls, in place of `stop`.
 TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """What is added to call number `index` of an answer. A call's first delta has its id and its name; the arguments of all
-    of them join to JSON text."""
+    """An addition to call number `index` of an answer. The first delta of a call has its id and name.
+
+    The arguments of all deltas of a call, joined in order, are JSON text.
+    """
 
     index: int
     id: str | None
@@ -24,7 +26,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What may be shown now. `ended`: the answer ends here, whatever the model would say next."""
+    """The text and calls to send now. `ended`: the answer ends here, even if the model would go on."""
 
     text: str = ""
     calls: tuple[CallDelta, ...] = ()
@@ -32,14 +34,17 @@ class Shown:
 
 
 class AnswerText:
-    """`parser` None: there is nothing to call. Stop strings do not look into calls."""
+    """Splits an answer into text and tool calls as it comes. `parser` None: there are no tools.
+
+    Stop strings are found in text only, never inside a call. `called`: the answer has had a call.
+    """
 
     def __init__(self, stops: Sequence[str], parser: ToolParser | None = None) -> None:
         self.called = False
         self._stops, self._parser = StopStrings(stops), parser
 
     def push(self, piece: str, early: bool = False) -> Shown:
-        """`early`: no stop string may end the answer yet."""
+        """Take the next piece of text and return what to send now. `early`: no stop string may end the answer yet."""
         if self._parser is None:
             text, stopped = self._stops.push(piece, early)
             return Shown(text, ended=stopped)
@@ -47,7 +52,7 @@ class AnswerText:
         return Shown(shown.text, shown.calls, shown.ended or self._parser.done)
 
     def flush(self) -> Shown:
-        """What was still held back when the model ended the answer."""
+        """Return what was still held back. Called once, when the model has ended the answer."""
         shown = Shown() if self._parser is None else self._read(self._parser.flush())
         return shown if shown.ended else Shown(shown.text + self._stops.flush(), shown.calls)
 
@@ -68,7 +73,7 @@ class AnswerText:
 
 
 def join_calls(deltas: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
-    """Each call's deltas as one."""
+    """Join the deltas of each call into one."""
     calls: dict[int, CallDelta] = {}
     for delta in deltas:
         first = calls.get(delta.index)

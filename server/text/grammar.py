@@ -1,6 +1,6 @@
-"""Structured output: grammars compiled by llguidance, walked token by token.
+"""Structured output: grammars that llguidance compiles, and their state while tokens are generated.
 
-A `Grammar` is checked and compiled at the HTTP edge; the engine sees only the `TokenConstraint` protocol of its own.
+The HTTP layer checks and compiles a `Grammar`. The engine sees only its own protocol `TokenConstraint`.
 """
 
 import json
@@ -17,7 +17,11 @@ from server.text.json_schema import readable
 
 
 class GrammarCompiler:
-    """`tokenizer` is a transformers fast tokenizer; `vocab_size` the model's. Building takes a moment; share one."""
+    """Compiles grammars for one tokenizer. Building a compiler is slow, so all requests share one.
+
+    `tokenizer`: a transformers fast tokenizer. `vocab_size`: the model's. A ValueError of a method says what is wrong with the
+    grammar in one line.
+    """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
@@ -25,28 +29,28 @@ class GrammarCompiler:
         self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
 
     def json_schema(self, schema: dict[str, Any]) -> "Grammar":
-        """Text that is JSON of this schema; an empty one is any JSON object. Raises ValueError."""
+        """JSON text that follows the schema. An empty schema allows any JSON object. Raises ValueError."""
         source = json.dumps(readable(schema) if schema else {"type": "object"})
-        # One spelling of white space: a small model that may add blanks for ever does.
+        # Only one spelling of white space: where blanks are allowed, a small model may add them for ever.
         return self._compile(partial(LLMatcher.grammar_from_json_schema, overrides={"whitespace_flexible": False}), source)
 
     def regex(self, pattern: str) -> "Grammar":
-        """Text that the pattern matches from beginning to end. Raises ValueError."""
+        """Text that matches the whole regular expression. Raises ValueError."""
         return self._compile(LLMatcher.grammar_from_regex, pattern)
 
     def choice(self, choices: Sequence[str]) -> "Grammar":
-        """One of these texts. Raises ValueError."""
+        """Exactly one of these texts. Raises ValueError."""
         if not choices or not all(choices):
             raise ValueError("choices must be a list of non-empty strings")
         rule = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
         return self.lark(f"start: {rule}")
 
     def lark(self, source: str) -> "Grammar":
-        """Text that a grammar in llguidance's dialect of Lark describes. Raises ValueError."""
+        """Text of a grammar in llguidance's dialect of Lark. Raises ValueError."""
         return self._compile(LLMatcher.grammar_from_lark, source)
 
     def literal(self, text: str) -> str:
-        """A text as `lark` takes it. Where it holds the name of a special token, that token is meant."""
+        """A text as a Lark expression. The name of a special token in it stands for that token."""
         names = sorted(self._special, key=len, reverse=True)
         written, plain, at = [], "", 0
         while at < len(text):
@@ -61,7 +65,7 @@ class GrammarCompiler:
         return f"({' '.join(written)})"
 
     def grammar(self, text: str) -> "Grammar":
-        """Text that a grammar in GBNF, or in llguidance's dialect of Lark, describes. Raises ValueError."""
+        """Text of a grammar in GBNF or in llguidance's dialect of Lark. Raises ValueError."""
         return self._compile(partial(grammar_from, "gbnf"), text)
 
     def _compile(self, read: Callable[[str], str], source: str) -> "Grammar":
@@ -75,7 +79,7 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A valid grammar. `start` gives each sequence its own state, and takes no time however large the grammar is."""
+    """A valid, compiled grammar. `start` makes the state for one sequence; it is fast even for a large grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
@@ -85,14 +89,17 @@ class Grammar:
 
 
 class GrammarState:
-    """Implements the engine's `TokenConstraint`."""
+    """The state of a grammar for one sequence. Implements the engine's `TokenConstraint`."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     @property
     def problem(self) -> str | None:
-        """Why the text ended before the grammar did: some need more work for one token than the library allows."""
+        """Why the grammar stopped before its text was complete; None if it did not.
+
+        Some grammars need more work for one token than the library allows.
+        """
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def allowed_tokens(self) -> NDArray[np.bool_]:
@@ -102,7 +109,7 @@ class GrammarState:
         return bits
 
     def advance(self, token_id: int) -> None:
-        # What follows the end of a complete text (end of text, ignore_eos) is no longer the grammar's business.
+        # The grammar ignores tokens after its text is complete: the end of text, or more with ignore_eos.
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token_id)
 

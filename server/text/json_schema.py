@@ -1,5 +1,7 @@
-"""JSON schemas, before the grammar library reads them: what it would ignore in silence is refused, what it need not know is
-left out."""
+"""Prepares JSON schemas for the grammar library.
+
+Members that the library would silently ignore are refused. String formats that it does not know are removed.
+"""
 
 import json
 import re
@@ -7,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-# The library refuses any other, where the standard has an annotation.
+# Formats that the library enforces. It refuses all others, although the standard treats them as annotations.
 FOLLOWED_FORMATS = {
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"),
 }
-# Of old drafts, and the library's own options, one of which makes it lenient. What else it cannot follow it names itself.
+# Members that the library ignores silently. The first three are from old drafts. The last has the library's own options, and
+# one of these makes it lenient. For all other members that it does not support, the library raises an error itself.
 IGNORED_MEMBERS = ("divisibleBy", "disallow", "extends", "x-guidance")
 
 INDEX = re.compile(r"[0-9]{1,9}")
@@ -24,9 +27,10 @@ HOLDS_MAP = {"$defs", "definitions", "dependencies", "dependentSchemas", "patter
 
 
 def readable(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy for the library. A member counts where it is a keyword of a schema, not where it names a property or is data.
+    """A copy of the schema that the library can read.
 
-    Raises ValueError naming a member that the library would ignore.
+    Only keywords of schemas are checked, not names of properties or constant data. Raises ValueError naming a member that the
+    library would ignore, and for a schema that is nested too deeply.
     """
     try:
         root: dict[str, Any] = json.loads(json.dumps(schema))
@@ -63,7 +67,7 @@ def _schemas_in(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _at(root: Any, reference: object) -> object:
-    """What a JSON pointer within the document points to, wherever that is; None when it is nothing or elsewhere."""
+    """The value that a JSON pointer inside this document points to; None if there is none or it points elsewhere."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     place = root
