@@ -1,1 +1,1 @@
-"""The serving half: an OpenAI-style HTTP service whose requests each run under their own routing policy."""
+"""The serving half: an OpenAI-style HTTP service. Each request runs under its own routing policy."""

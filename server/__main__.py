@@ -1,4 +1,4 @@
-"""`ladimo-server`: read the settings, take the address and the files that are this server's alone, then launch."""
+"""The command `ladimo-server`: read the settings, bind the address, lock the policies directory, then launch."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ BAD_USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 drained and done, 1 failed, 2 bad usage."""
-    # Imports are late: a signal is heeded from the first moment, and --help and wrong flags do not wait for torch.
+    """Run the server. Returns the exit code: 0 drained and done, 1 failed, 2 bad usage."""
+    # Imports are late, so that signals work from the first moment, and --help and wrong flags do not wait for torch.
     from server import logs
     from server.settings import read_settings
 
@@ -40,12 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The process: `main`, and an end that cannot fail.
+    """Run `main`, then end the process without the interpreter's own shutdown.
 
-    A signal that comes before the server handles signals itself ends the process at once with 0. Nothing has begun by then.
-
-    The interpreter's own end is skipped. It would stop the engine's thread wherever it is. In the middle of a native library's
-    C++ code that aborts the process: while a model loads, or when a step hangs.
+    A signal that arrives before the server handles signals ends the process at once with 0, because no work has begun. The
+    interpreter's shutdown is skipped because it would stop the engine thread wherever it is. That aborts the process if the
+    thread is inside the C++ code of a library, for example while a model loads or while a step hangs.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
@@ -58,7 +57,7 @@ def command() -> NoReturn:
         code = 1
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # whoever read it is gone
+        with suppress(OSError, ValueError):  # nobody reads the stream any more
             stream.flush()
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""The application as a function of its parts, and its life: HTTP answers at once, the engine loads beside it."""
+"""The ASGI application, made from its parts. HTTP answers at once; the engine loads in the meantime."""
 
 import asyncio
 import logging
@@ -32,8 +32,8 @@ CONTROL_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may call and how much they may send. `open_admin` opens /admin without a key; `allow_origins`: sites whose pages may
-    call from a browser; `body_timeout`: seconds that a client has to send a body."""
+    """Who may call the server, and how much they may send. `open_admin`: /admin needs no key. `allow_origins`: sites whose
+    pages may call from a browser. `body_timeout`: seconds in which a client must have sent a body."""
 
     api_keys: Sequence[str] = ()
     admin_key: str | None = None
@@ -50,9 +50,10 @@ def create_app(
     on_ready: Callable[[], None] = lambda: None,
     on_dead: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
-    """The ASGI application. `latencies` is fed by the engine's `on_step`.
+    """Build the ASGI application. The caller feeds `latencies` from the engine's `on_step`.
 
-    `on_ready` is called once requests are taken; `on_dead` when the engine could not start or a step failed.
+    `on_ready` is called when the engine accepts requests. `on_dead` is called when the engine could not start, and when a step
+    has failed.
     """
 
     @asynccontextmanager
@@ -65,7 +66,7 @@ def create_app(
             yield
         finally:
             if services.engine.state is EngineState.LOADING:
-                tasks[0].cancel()  # an engine that is still loading cannot be stopped; nobody waits for it any more
+                tasks[0].cancel()  # an engine that is still loading cannot be stopped, so do not wait for it
             else:
                 await services.engine.stop()
             for task in tasks:
@@ -81,7 +82,7 @@ def create_app(
         description="OpenAI-style completions, each request under its own routing policy.",
         lifespan=lifespan,
         responses={"default": {"model": ErrorBody, "description": "An error"}},
-        docs_url=None,  # FastAPI's own page loads scripts from other servers; `pages` has ours
+        docs_url=None,  # FastAPI's own page loads scripts from other servers; `pages` serves one that does not
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
@@ -108,7 +109,7 @@ def create_app(
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Outermost, so that errors can be read by the page that caused them."""
+    """The CORS middleware, if any. It is the outermost one, so that a web page can read its errors, too."""
     if not origins:
         return []
     exposed = ["X-Request-Id", "X-Routing-Policy", "Retry-After"]
@@ -124,7 +125,7 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 
 
 async def drain(services: Services, timeout_seconds: float) -> None:
-    """Take no more requests and wait for those that run; after the timeout the rest end with an error."""
+    """Refuse new requests and wait until the running ones end. After `timeout_seconds` the rest ends with an error."""
     services.admission.draining = True
     logger.info("draining: %d sequences to finish", services.admission.in_flight)
     try:
@@ -137,7 +138,7 @@ async def drain(services: Services, timeout_seconds: float) -> None:
 
 
 async def _to_context(request: Request, error: Exception) -> Response:
-    """Hand the framework's own errors to RequestContext, which renders all of them."""
+    """Pass the framework's errors on to RequestContext, which renders all errors."""
     raise to_service_error(error)
 
 
@@ -146,7 +147,7 @@ def _count(services: Services) -> Callable[[ServiceError], None]:
 
 
 async def _run_engine(services: Services, on_ready: Callable[[], None], on_dead: Callable[[BaseException], None]) -> None:
-    """Start the engine, and tell when it is ready and when it dies."""
+    """Start the engine. Call `on_ready` when it is ready and `on_dead` when it dies."""
     try:
         await services.engine.start()
         await services.engine.activate([services.store.resolve().policy])
@@ -160,7 +161,7 @@ async def _run_engine(services: Services, on_ready: Callable[[], None], on_dead:
 
 
 async def _control(services: Services, latencies: RecentLatencies) -> None:
-    """While the default is automatic, let the controller move the knob once a second."""
+    """While the default is automatic, let the controller choose the accuracy once a second."""
     store, metrics = services.store, services.metrics
     objective, state = None, ControllerState(1.0, 0.0)
     while True:
@@ -169,7 +170,7 @@ async def _control(services: Services, latencies: RecentLatencies) -> None:
         if store.objective is None:
             objective = None
             continue
-        if store.objective != objective:  # switched on, or told new targets: from the top
+        if store.objective != objective:  # switched on, or new targets: begin with accuracy 1
             objective, state = store.objective, ControllerState(1.0, now)
             store.auto_accuracy = 1.0
         direction, state = decide(state, objective, latencies.measured(now, since=state.changed_at), now)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a client, as one tree; the HTTP layer renders it in OpenAI's nesting.
+"""All errors that a client can get, as one class tree. The HTTP layer renders them in OpenAI's format.
 
 ServiceError                       status  code
 ├── BadRequest                     400     invalid_request
@@ -34,11 +34,12 @@ ServiceError                       status  code
 from collections.abc import Mapping
 from typing import Any
 
-MAX_TEXT = 300  # characters of a message or parameter name; an error never outgrows its request
+MAX_TEXT = 300  # longest message or parameter name, in characters; longer ones are cut
 
 
 class ServiceError(Exception):
-    """`param` is the JSON path or header that is wrong; `retry_after` is in seconds; `headers` go with the reply."""
+    """The base of all errors. `param`: the wrong JSON path or header. `retry_after`: seconds. `headers`: sent with the
+    reply."""
 
     status = 500
     type = "server_error"
@@ -52,7 +53,7 @@ class ServiceError(Exception):
             self.headers = {**self.headers, "Retry-After": str(retry_after)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The error object that goes into a body or a stream event."""
+        """The error object of a body or a stream event."""
         param = None if self.param is None else _cut(self.param)
         return {"error": {"message": _cut(self.message), "type": self.type, "param": param, "code": self.code}}
 
@@ -103,7 +104,7 @@ class MethodNotAllowed(ServiceError):
 
 
 class RequestTimeout(ServiceError):
-    """The client took too long to send the request. What is left of it is not waited for."""
+    """The client took too long to send the request. The connection is closed without waiting for the rest."""
 
     status, type, code = 408, "invalid_request_error", "request_timeout"
     headers = {"Connection": "close"}
@@ -171,7 +172,7 @@ class Dead(Unavailable):
 
 class DeadlineExceeded(ServiceError):
     status, code = 504, "deadline_exceeded"
-    headers = {"X-Should-Retry": "false"}  # official clients would do the same work again
+    headers = {"X-Should-Retry": "false"}  # otherwise OpenAI's clients would repeat the request
 
 
 def statuses(error: type[ServiceError] = ServiceError) -> dict[str, int]:

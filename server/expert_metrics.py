@@ -1,4 +1,4 @@
-"""Prometheus metrics of experts, written from the engine's counters: load by layer, expert and policy, and its balance."""
+"""Prometheus metrics of the experts, made from the engine's counters: load by layer, expert and policy, and its balance."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,10 +62,13 @@ EXPERT_METRICS = (
 
 
 class ExpertExposition:
-    """Expert figures of the last snapshot, as text. Only expert layers are exported, and under a policy only the experts that
-    it may choose; layers and experts are counted from 0.
+    """The expert metrics of the last snapshot, as text in Prometheus's format.
 
-    They are most of the page, so they do not go through the registry.
+    Only expert layers are exported, and for each policy only the experts that it may choose. Layers and experts are numbered
+    from 0. `num_experts`: by layer index, the number of experts of each expert layer. `active_parameters_ratio`: a function of
+    the experts per token by layer. `per_expert`: export a counter for each layer, expert and policy.
+
+    These are most of the series of /metrics, so they are written without prometheus_client's registry, which is slower.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class ExpertExposition:
         }
 
     def write(self, snapshot: ExpertSnapshot | None) -> str:
-        """`snapshot` None repeats the last one."""
+        """The text for this snapshot. None repeats the text of the last one."""
         if snapshot is not None:
             lines: dict[Declaration, list[str]] = {metric: [] for metric in EXPERT_METRICS}
             loads = {
@@ -112,7 +115,7 @@ class ExpertExposition:
     def _policy(
         self, policy: str, loads: list[list[int]], snapshot: ExpertSnapshot, lines: dict[Declaration, list[str]]
     ) -> None:
-        """`loads`: by layer, the counts of the experts that the policy may choose."""
+        """Add the lines of one policy. `loads`: by layer, the counts of the experts that the policy may choose."""
         routed = snapshot.routed_tokens.get(policy, 0)
         measured: list[float | None] = [None] * len(loads)
         for layer in self._num_experts:
@@ -141,7 +144,7 @@ class ExpertExposition:
         steps = snapshot.distinct_experts[layer][: experts + 1]
         total = sum(number * count for number, count in enumerate(steps))
         lines[DISTINCT_EXPERTS].append(self._distinct[layer].write_counts([*steps, 0], total))
-        # Each policy is judged by the experts that it may choose: what a mask leaves out on purpose is no imbalance.
+        # Balance is measured among the experts that a policy may choose. A mask excludes the others on purpose.
         tokens = {policy: snapshot.routed_tokens.get(policy, 0) for policy in loads if any(loads[policy][layer])}
         routed = sum(tokens.values())
         if routed:
@@ -162,12 +165,12 @@ def _expert_series(policy: str, layer: int, experts: Iterable[int]) -> list[str]
 
 
 def _imbalance(load: Sequence[int]) -> float:
-    """The largest over the mean."""
+    """The largest count divided by the mean."""
     return max(load) * len(load) / sum(load)
 
 
 def _evenness(load: Sequence[int]) -> float:
-    """Entropy over that of an even load; 1 where there is no choice."""
+    """The entropy of the load divided by that of an even load; 1 for a single expert."""
     if len(load) == 1:
         return 1.0
     total = sum(load)

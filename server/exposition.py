@@ -1,5 +1,7 @@
-"""Prometheus's text format for the series that are many: names and labels are written once, and a row of series only when it
-has changed. The bytes are those that prometheus_client writes, at a fraction of its time, of which the event loop has little.
+"""A fast writer of Prometheus's text format, for metrics with many series.
+
+Names and labels are rendered once. The text of a row is made again only if its values have changed. The output is byte for byte
+that of prometheus_client, in a fraction of the time. This matters because /metrics is rendered on the event loop.
 """
 
 from bisect import bisect_left
@@ -16,8 +18,10 @@ PREFIX = "ladimo_"
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """A metric as it is exported. `name` is without the suffixes _bucket, _sum and _count; `buckets` are upper bounds, empty
-    where they depend on the model."""
+    """A metric: its name without the suffixes _bucket, _sum and _count, its type, help text and labels.
+
+    `buckets`: the upper bounds of a histogram; empty if they depend on the model.
+    """
 
     name: str
     type: Literal["counter", "gauge", "histogram"]
@@ -27,7 +31,7 @@ class Declaration:
 
 
 class Row:
-    """Series that are written together: their names and labels stay, their values come with each writing."""
+    """Series that are always written together. Their names and labels are fixed; `write` takes new values."""
 
     def __init__(self, series: Iterable[str]) -> None:
         self._template = "".join(one.replace("%", "%%") + " %s\n" for one in series)
@@ -35,6 +39,7 @@ class Row:
         self._text = ""
 
     def write(self, values: Sequence[float]) -> str:
+        """The lines of all series with these values, one per series."""
         if values != self._values:
             self._values = values
             self._text = self._template % tuple(map(number, values))
@@ -42,20 +47,20 @@ class Row:
 
 
 class BucketRow(Row):
-    """One histogram's series: a bucket for each upper bound and one for the rest, the count and the sum."""
+    """The series of one histogram: a bucket for each upper bound, a last one without bound, the count and the sum."""
 
     def __init__(self, name: str, bounds: Iterable[float], **labels: str) -> None:
         buckets = (series(f"{name}_bucket", le=number(bound), **labels) for bound in (*bounds, inf))
         super().__init__([*buckets, series(f"{name}_count", **labels), series(f"{name}_sum", **labels)])
 
     def write_counts(self, counts: Sequence[float], total: float) -> str:
-        """`counts` per bucket, not accumulated."""
+        """The lines for these counts per bucket, not accumulated. `total`: the sum of all observed values."""
         below = list(accumulate(counts))
         return self.write([*below, below[-1], total])
 
 
 class HistogramSeries:
-    """One label value's observations."""
+    """The observations of one label value."""
 
     def __init__(self, row: BucketRow, bounds: Sequence[float]) -> None:
         self._row, self._bounds = row, bounds
@@ -70,7 +75,7 @@ class HistogramSeries:
 
 
 class Histogram:
-    """prometheus_client's Histogram with one label or none, for use from one thread."""
+    """A histogram like prometheus_client's, with at most one label. For one thread only."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], label: str | None = None) -> None:
         self._name, self._bounds, self._label = name, bounds, label
@@ -80,7 +85,7 @@ class Histogram:
             self._series[""] = HistogramSeries(BucketRow(name, bounds), bounds)
 
     def labels(self, value: str) -> HistogramSeries:
-        """The series of a label value, which is exported from now on."""
+        """The series of a label value. It is exported from now on, even without observations."""
         assert self._label is not None
         found = self._series.get(value)
         if found is None:
@@ -96,19 +101,20 @@ class Histogram:
 
 
 def number(value: float) -> str:
+    """A value as Prometheus writes it."""
     if type(value) is int and 0 <= value < 1_000_000:
-        return f"{value}.0"  # what the library writes too, at a third of the time; most values are such counts
+        return f"{value}.0"  # the same text as the library's in a third of the time; most values are counts like this
     written: str = floatToGoString(value)  # type: ignore[no-untyped-call]
     return written
 
 
 def header(name: str, kind: str, text: str) -> str:
-    """`text` is one line without backslashes."""
+    """The HELP and TYPE lines of a metric. `text` must be one line without backslashes."""
     return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
 
 
 def series(name: str, **labels: str) -> str:
-    """A name and its labels, ready for a value."""
+    """A name and its labels, to which a value is added."""
     if not labels:
         return name
     pairs = (f'{label}="{_escape(value)}"' for label, value in sorted(labels.items()))
@@ -116,6 +122,7 @@ def series(name: str, **labels: str) -> str:
 
 
 def line(name: str, value: float, **labels: str) -> str:
+    """One series with its value, as a line."""
     return f"{series(name, **labels)} {number(value)}\n"
 
 

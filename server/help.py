@@ -1,10 +1,10 @@
-"""How `ladimo-server --help` reads."""
+"""The layout of `ladimo-server --help`."""
 
 import argparse
 from collections.abc import Iterable
 from typing import Any
 
-# What pydantic-settings would show as Python types.
+# Placeholders for values, in place of the Python types that pydantic-settings would show.
 PLACEHOLDERS = {
     "int": "N",
     "float": "X",
@@ -19,7 +19,7 @@ NO_DEFAULTS = (" (default: None)", " (default: [])", " (default: False)", " (def
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """One flag per entry, with the kind of value it takes and the default if there is one; a usage line without the flags."""
+    """Each entry shows a flag, the kind of its value, and its default if there is one. The usage line lists no flags."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{**options, "max_help_position": 30, "width": 110})

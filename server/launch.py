@@ -1,4 +1,5 @@
-"""Puts the parts together and runs them under uvicorn: the first signal drains, the second ends at once."""
+"""Builds the parts of the server and runs them under uvicorn. The first signal drains the server, the second ends it at
+once."""
 
 import asyncio
 import gc
@@ -45,16 +46,16 @@ if TYPE_CHECKING:  # an optional extra
 
 logger = logging.getLogger(__name__)
 
-# Python's default of 5 ms lets the event loop hold up the engine's next step for as long, by rendering /metrics, say.
+# Python's default is 5 ms. The event loop, for example while it renders /metrics, could delay the next step that long.
 SWITCH_SECONDS = 0.0005
-# After draining nothing should be left; a client that does not read its last bytes is not waited for longer than this.
+# After draining no request is left. A client that does not read its last bytes is waited for at most this long.
 CLOSE_SECONDS = 5
 
 
 def launch(settings: ServerSettings, sockets: Sequence[socket.socket]) -> int:
-    """Serve on listening sockets until told to end. Returns the exit code: 0 after a drain, 1 when something failed.
+    """Serve on listening sockets until a signal comes. Returns the exit code: 0 after a drain, 1 after a failure.
 
-    A thread of the engine may be left that still loads or hangs in a step; the process must then end without waiting for it.
+    The engine thread may still be loading, or hang in a step. The process must then end without waiting for it.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     latencies = RecentLatencies()
@@ -88,7 +89,7 @@ class _Run:
     def run(self, sockets: Sequence[socket.socket]) -> int:
         try:
             self._server.run(list(sockets))
-        except SystemExit:  # uvicorn's word for an application that did not start
+        except SystemExit:  # uvicorn raises it if the application did not start
             return 1
         finally:
             abandon()
@@ -101,13 +102,14 @@ class _Run:
     def _dead(self, error: BaseException) -> None:
         self._failed = True
         self._server.should_exit = True
-        if isinstance(error, ValueError):  # a model or a size that cannot be served
+        if isinstance(error, ValueError):  # the model or an option cannot be served
             print(f"ladimo-server: {error}", file=sys.stderr)
         else:
             logger.critical("the engine died: %s", error, exc_info=error)
 
     def _ready(self) -> None:
-        # What was made so far stays. A collector that passed over all of it would hold up every stream for 0.1 s now and then.
+        # All objects made so far stay alive. If the garbage collector visited them again, it would hold up all streams for 0.1
+        # s.
         gc.collect()
         gc.freeze()
         address = f"http://{self._server.address}"
@@ -145,7 +147,7 @@ class _Server(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """Host and port that are really bound."""
+        """The host and port that are bound, as HOST:PORT."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -154,11 +156,12 @@ class _Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's own handling would close the listening socket at once and raise the signal again at the end."""
+        """Drain on the first signal. uvicorn's own handler would close the listening socket at once and raise the signal
+        again."""
         self._signals += 1
         if self._signals > 1:
             self.should_exit = self.force_exit = True
-            logging.getLogger("uvicorn.error").disabled = True  # what is cut off from here on is no error
+            logging.getLogger("uvicorn.error").disabled = True  # requests that are cut off from now on are no errors
         else:
             self._loop.call_soon_threadsafe(self._start_drain)
 
@@ -167,7 +170,10 @@ class _Server(uvicorn.Server):
 
 
 def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
-    """Everything but the weights, which the engine loads on its own thread. Raises ValueError, UnknownPolicy, NoFrontier."""
+    """Build all parts of the server. The weights are loaded later, by the engine on its own thread.
+
+    Raises ValueError for settings and files that cannot be used, UnknownPolicy and NoFrontier for a default that is not there.
+    """
     assert settings.model is not None
     if settings.quantize is not None:
         find_format(settings.quantize)
@@ -217,7 +223,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
 
 
 def given_name(model: str) -> str:
-    """The last part of the path that was given. A link is not followed: `models/prod` is served as `prod` wherever it leads."""
+    """The model's name: the last part of its path. Links are not followed: `models/prod` is always served as `prod`."""
     return Path(os.path.abspath(model)).name
 
 
@@ -240,8 +246,10 @@ def _telemetry(settings: ServerSettings, name: str) -> "Telemetry | None":
 
 
 def exports_each_expert(choice: Literal["auto", "full", "aggregate"], config: ModelConfig, num_policies: int) -> bool:
-    """Whether there is a counter per layer, expert and policy. Decided once, from the policies at the start, so that series do
-    not come and go while the server runs."""
+    """Whether to export a counter per layer, expert and policy.
+
+    This is decided once, by the number of policies at the start, so that series do not come and go while the server runs.
+    """
     if choice != "auto":
         return choice == "full"
     most = num_policies * sum(layer.num_experts for layer in config.layers if layer is not None)

@@ -1,23 +1,23 @@
-"""Binding the server's address before anything slow begins."""
+"""Binds the server's address, before anything slow begins."""
 
 import errno
 import socket
 from typing import Any
 
 BACKLOG = 2048
-# The machine has no such address. Of several addresses that a name stands for, the others are enough.
+# Errors of an address that this machine does not have. If a host name has several addresses, the others are enough.
 MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets for each address of `host`, all on one port; port 0 takes a free one.
+    """Open a listening socket for each address of `host`, all on the same port. Port 0 takes a free one.
 
-    They listen at once, because a socket that is only bound does not keep another server from taking the same port. Clients
-    that connect wait until the server accepts. Raises ValueError with the reason when the address cannot be had.
+    The sockets listen at once, because a socket that is only bound does not stop another server from taking the port. Clients
+    can connect, and wait until the server accepts them. Raises ValueError with the reason if an address cannot be bound.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError) as error:  # ValueError: text that cannot be a host's name
+    except (OSError, ValueError) as error:  # ValueError: the text cannot be a host name
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot listen on host {host!r}: {reason}") from error
     sockets: list[socket.socket] = []
@@ -41,9 +41,9 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
     new = socket.socket(family, socket.SOCK_STREAM)
     try:
-        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for the last connections' end
+        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to end
         if family == socket.AF_INET6:
-            new.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
+            new.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has its own socket
         new.bind(address)
         new.listen(BACKLOG)
     except OSError:

@@ -1,6 +1,6 @@
 """Logs: text on a terminal, one JSON object per line elsewhere. Keys and prompts are never logged.
 
-Every line written while a request is served carries its id, from whatever module it comes.
+Every line that is logged while a request is served has the request's id.
 """
 
 import json
@@ -15,7 +15,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message, whatever the record was given as `extra`, and the traceback if there is one."""
+    """One JSON object per record: time, level, logger, message, request id, the fields of `extra`, and the traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -34,8 +34,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line per record, then its traceback. Whatever else would begin a line or move the cursor is escaped: messages may quote
-    what a client sent."""
+    """One line per record, then its traceback. Messages may quote a client's text, so line breaks and control characters in
+    them are escaped."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -50,7 +50,7 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(level: str = "INFO") -> None:
-    """Send all logs to stderr in the form that suits it."""
+    """Send all logs to stderr: as text if it is a terminal, otherwise as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)

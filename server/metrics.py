@@ -1,4 +1,4 @@
-"""Every Prometheus metric, declared once, with the names of vLLM where it has them. Base units; prefix `ladimo_`."""
+"""All Prometheus metrics, each declared once. Names follow vLLM where it has the same metric. Base units; prefix `ladimo_`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ FIRST_TOKEN_SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
 )
-# Fine below 10 ms, where one token of a small model on a GPU lands.
+# Fine steps below 10 ms, which is the time per token of a small model on a GPU.
 TOKEN_SECONDS = (
     *(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.05, 0.075),
     *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
@@ -33,8 +33,8 @@ STEP_TOKENS = tuple(2**n for n in range(15))
 REQUEST_TOKENS = tuple(m * 10**e for e in range(5) for m in (1, 2, 5))
 
 
-# Series of one metric that a Prometheus server takes from one process without a thought: what --expert-metrics auto allows the
-# counters per expert.
+# --expert-metrics auto exports the counters per expert only up to this many series. A Prometheus server handles this many
+# series of one metric from one process easily.
 MAX_EXPERT_SERIES = 5000
 PHASES = ("prefill", "mixed", "decode")
 SWAP_RESULTS = ("ok", "failed")
@@ -42,10 +42,11 @@ DIRECTIONS = ("down", "hold", "up")
 
 
 class Metrics:
-    """`num_experts`: expert layers and how many experts each has. `active_parameters_ratio`: of experts per token by layer.
+    """All metrics of the server. `declarations` describes them, for the generated page.
 
-    `per_expert`: export a counter per layer, expert and policy; the figures per layer are always exported. Label values known
-    in advance begin at 0, so that the first event already counts in a rate.
+    `num_experts`: by layer index, the number of experts of each expert layer. `active_parameters_ratio`: a function of the
+    experts per token by layer. `per_expert`: export a counter per layer, expert and policy; figures per layer are always
+    exported. Series with known label values start at 0, so that a rate counts the first event.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Metrics:
                 metric.labels(value)
 
     def record(self, stats: StepStats) -> None:
-        """The one place where engine figures become metrics."""
+        """Add the statistics of one engine step to the metrics."""
         self.requests_running.set(stats.running)
         self.requests_waiting.set(stats.waiting)
         self.kv_cache_usage.set(stats.kv_cache_usage_ratio)
@@ -215,19 +216,22 @@ class Metrics:
     def show_policies(
         self, versions: Mapping[str, str], default: str, accuracy: float | None, floor: float | None = None
     ) -> None:
-        """`versions` by policy name; `default` is the policy that requests without a choice run under now; `floor` is automatic
-        control's, None while it is off."""
+        """Show the current policies and the default.
+
+        `versions`: the version of each policy by name. `default`: the policy of requests that do not choose. `accuracy`: the
+        default's; None if it is not on the frontier. `floor`: the lowest accuracy of automatic control; None while it is off.
+        """
         self.policy_info.clear()
         for name, version in versions.items():
             self.policy_info.labels(name, version, str(name == default).lower()).set(1)
             for metric in self._by_policy:
                 metric.labels(name)
-            for reason in (*FinishReason, "tool_calls"):  # the door's word for a stop after calls
+            for reason in (*FinishReason, "tool_calls"):  # the finish reason of an answer with tool calls
                 self.request_success.labels(str(reason), name)
         self.routing_accuracy.set(math.nan if accuracy is None else accuracy)
         self.routing_accuracy_floor.set(math.nan if floor is None else floor)
 
     def render(self, snapshot: ExpertSnapshot | None) -> bytes:
-        """The exposition text; `snapshot` None repeats the last expert counters."""
+        """The text of /metrics. `snapshot` None repeats the last expert metrics."""
         histograms = "".join(histogram.write() for histogram in self._histograms)
         return generate_latest(self.registry) + (histograms + self.experts.write(snapshot)).encode()

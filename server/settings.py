@@ -1,4 +1,4 @@
-"""How the server is run: flags and LADIMO_<FLAG> environment variables. The only reader of the environment."""
+"""The server's settings: flags, LADIMO_<FLAG> environment variables and a TOML file. Only this file reads the environment."""
 
 import ipaddress
 import json
@@ -30,7 +30,7 @@ def _split(value: object) -> object:
 
 
 def _read_tiers(value: object) -> dict[str, Tier] | None:
-    """Tiers as JSON text or as a table of the settings file. Raises ValueError."""
+    """Read tiers from JSON text or from a table of the settings file. Raises ValueError."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -42,14 +42,14 @@ def _read_tiers(value: object) -> dict[str, Tier] | None:
 
 
 def _check_proxies(proxies: list[str]) -> list[str]:
-    """Raises ValueError for what is neither an IP address nor a network."""
+    """Raises ValueError for a text that is neither an IP address nor a network."""
     for proxy in proxies:
         ipaddress.ip_network(proxy)
     return proxies
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
-    """Raises ValueError for a file that cannot be read or holds no key."""
+    """The keys of a file, one per line. Raises ValueError if the file cannot be read or has no key."""
     try:
         lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -213,17 +213,20 @@ class ServerSettings(BaseSettings):
 
     @property
     def default_target(self) -> Target | None:
+        """The default that --policy or --accuracy sets; None if neither is given."""
         if self.policy is not None:
             return Named(self.policy)
         return None if self.accuracy is None else AtAccuracy(self.accuracy)
 
     @property
     def exports_traces(self) -> bool:
+        """Whether a collector for traces is configured, by --otlp-endpoint or by OpenTelemetry's own variables."""
         names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         return self.otlp_endpoint is not None or any(os.environ.get(name) for name in names)
 
     @property
     def is_loopback(self) -> bool:
+        """Whether --host is a loopback address."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -231,9 +234,9 @@ class ServerSettings(BaseSettings):
 
 
 def read_settings(arguments: Sequence[str]) -> ServerSettings:
-    """Flags win over the environment, the environment over the file that --config names.
+    """Read the settings. Flags win over the environment, and the environment wins over the file that --config names.
 
-    Raises SystemExit for --help and wrong flags, ValueError with one line for wrong values.
+    Raises SystemExit for --help and wrong flags, and ValueError with a message of one line for wrong values.
     """
     flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(ServerSettings, formatter_class=HelpFormatter)
     try:
@@ -251,7 +254,7 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, by field name; both spellings of a flag's name are taken. Raises ValueError."""
+    """The settings of a TOML file by field name. Names may be spelled with - or _. Raises ValueError."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -1,7 +1,7 @@
-"""One OpenTelemetry span per completion request. Only imported when traces are configured: it needs the extra `otel`.
+"""One OpenTelemetry span per completion request. Imported only if traces are configured, because it needs the extra `otel`.
 
-Attributes have the names of OpenTelemetry's semantic conventions for generative AI where these have one; the routing's begin
-with `ladimo.routing.`. No prompt, answer or key is in them.
+Attributes have the names of OpenTelemetry's semantic conventions for generative AI where these exist. Attributes of the routing
+begin with `ladimo.routing.`. Spans never contain prompts, answers or keys.
 """
 
 import threading
@@ -24,12 +24,12 @@ from server.api.fields.completions import GenerationFields
 from server.api.http.failures import to_service_error
 
 NANOSECONDS = 10**9
-# A collector that does not answer holds the end of the server back no longer than this.
+# The server waits for the collector at most this long when it ends.
 CLOSE_SECONDS = 3
 
 
 class Telemetry:
-    """Spans of `provider`. `model`: the served model's name."""
+    """Creates the spans, through `provider`. `model`: the served model's name."""
 
     def __init__(self, provider: TracerProvider, model: str) -> None:
         self._provider, self._model = provider, model
@@ -38,9 +38,9 @@ class Telemetry:
     async def follow(
         self, generation: Generation, operation: str, fields: GenerationFields, headers: Mapping[str, str]
     ) -> AsyncGenerator[Delta, None]:
-        """The generation's deltas, inside a span that lasts from the request's arrival to the last of them.
+        """Yield the generation's deltas inside a span. The span lasts from the request's arrival to the last delta.
 
-        The span continues the trace that the request's `traceparent` header names.
+        It continues the trace that the request's `traceparent` header names.
         """
         span = self._tracer.start_span(
             f"{operation} {self._model}",
@@ -68,7 +68,7 @@ class Telemetry:
             span.end()
 
     def close(self) -> None:
-        """Send what is left; waits for the collector a few seconds at most."""
+        """Send the remaining spans. Waits for the collector at most CLOSE_SECONDS."""
         sender = threading.Thread(target=self._provider.shutdown, daemon=True)
         sender.start()
         sender.join(CLOSE_SECONDS)
@@ -98,10 +98,10 @@ class Telemetry:
 
 
 def _answered(span: Span, generation: Generation) -> None:
-    """What is known at the end, however it came. An unfinished choice's reason is "abort"."""
+    """Set the attributes that are known at the end, also after an error. The reason of an unfinished choice is "abort"."""
     usage, route = generation.usage, generation.route
     routing = {"policy": route.policy.name, "version": route.policy.version, "accuracy": route.accuracy, "reason": route.reason}
-    if all(choice.experts_per_token for choice in generation.choices):  # else there is nothing to measure yet
+    if all(choice.experts_per_token for choice in generation.choices):  # otherwise no token has been measured yet
         routing = generation.routing
     span.set_attribute("gen_ai.response.finish_reasons", [choice.finish_reason or "abort" for choice in generation.choices])
     span.set_attribute("gen_ai.usage.input_tokens", usage["prompt_tokens"])
@@ -113,9 +113,9 @@ def _answered(span: Span, generation: Generation) -> None:
 
 
 def connect(endpoint: str | None, model: str) -> Telemetry:
-    """Send spans to the collector at `endpoint` (OTLP over HTTP); None: where OpenTelemetry's own environment variables say.
+    """Send spans to the collector at `endpoint`, with OTLP over HTTP. None: OpenTelemetry's own environment variables name it.
 
-    These variables also set everything else: headers, sampling, resource attributes.
+    These variables also set headers, sampling and resource attributes.
     """
     ours = Resource.create({SERVICE_NAME: "ladimo-server", SERVICE_VERSION: ladimo.__version__})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)

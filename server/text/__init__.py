@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""Text and tokens: tokenizer, chat prompts, detokenizer, grammars, tool calls."""

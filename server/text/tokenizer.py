@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template. Encoding runs off the event loop, where no text waits for a much longer one."""
+"""The checkpoint's tokenizer and chat template. Encoding runs on threads, where a short text never waits for a long one."""
 
 import inspect
 import re
@@ -19,14 +19,17 @@ DEFAULT_CHAT_TEMPLATE = Path(__file__).with_name("default_chat.jinja")
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's byte fallback
 
-# No text that anybody sends has more characters per token on average; whole lines of blanks have.
+# Normal text never has more characters per token on average. Only unusual text has more, such as lines of blanks.
 MAX_CHARACTERS_PER_TOKEN = 16
 
 T = TypeVar("T")
 
 
 def _byte_symbols() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (GPT-2's `bytes_to_unicode`): printable ones stand for themselves."""
+    """The byte that each character of a byte-level BPE vocabulary stands for: the inverse of GPT-2's `bytes_to_unicode`.
+
+    Printable characters stand for themselves.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -37,8 +40,9 @@ BYTE_OF_SYMBOL = _byte_symbols()
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How messages are rendered: the beginning of an answer behind them, or the last one left open; further variables of the
-    template's."""
+    """How messages are rendered. `add_generation_prompt`: the beginning of an answer follows the messages.
+    `continue_final_message`: the last message stays open, and the model continues it. `variables`: further variables for the
+    template. `tools`: functions in OpenAI's form; None: no tools."""
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -46,23 +50,24 @@ class ChatFormat:
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-# What `variables` may not name, besides special tokens: the arguments that templates are rendered with.
+# Names that `variables` must not use, besides special tokens: the server itself renders templates with these.
 SET_BY_SERVER = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
 
 
 class Tokenizer:
-    """`allow_special_tokens`: the name of a special token within a chat message is that token; it is text otherwise. In the
-    text of a completion it always is the token, as in other servers.
+    """The tokenizer in a checkpoint directory. Never runs code from the directory.
 
-    Raises ValueError when the directory holds no tokenizer that loads without running its code."""
+    `allow_special_tokens`: the name of a special token in a chat message is that token; otherwise it is plain text. In the
+    prompt of a completion it is always the token, as in other servers. Raises ValueError if no tokenizer can be loaded.
+    """
 
     def __init__(self, directory: Path, allow_special_tokens: bool = False) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many unrelated types; all mean the same to the operator
+        except Exception as error:  # transformers raises many types of errors; all mean the same to the operator
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{directory}: no tokenizer can be loaded ({type(error).__name__}: {reason})") from error
-        # Used directly: transformers' own calls keep settings in it, so that only one thread could use them.
+        # Used directly, because transformers' own calls change its settings and so are not safe on several threads.
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"{directory}: the tokenizer has no tokenizer.json")
@@ -82,35 +87,41 @@ class Tokenizer:
         self._lanes = Lanes()
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """`add_special_tokens`: what the checkpoint puts around a text. A text that begins with BOS gets no second one."""
+        """The token ids of a text. `add_special_tokens`: add BOS and the like, as the checkpoint says, but never a second
+        BOS."""
         return await self.run(lambda: self._encode(text, add_special_tokens), len(text))
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], form: ChatFormat = ChatFormat()) -> list[int]:
-        """Render and encode. Raises ValueError when the template refuses the messages. Templates run in transformers'
-        immutable sandbox."""
+        """Render the messages with the chat template, and encode them. Templates run in transformers' immutable sandbox.
+
+        Raises ValueError if the template refuses the messages.
+        """
         size = sum(len(str(each)) for each in (*messages, *(form.tools or ())))
         return await self.run(lambda: self._encode_chat(messages, form), size)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a few tokens, decoded on the calling thread."""
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of many tokens, special ones included."""
+        """The text of many tokens, special ones included. Runs on a thread."""
         return await self.run(lambda: self._decode_long(token_ids), len(token_ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text: UTF-8, of which a token of byte-level vocabularies may be a part only. The name of a
-        special token; nothing for an id that no token has."""
+        """The UTF-8 bytes that the token adds to a text. They may be only a part of a character.
+
+        A special token gives its name. An id without a token gives nothing.
+        """
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self._token_bytes(token_id)
         return piece
 
     def text_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text of an answer: as `token_bytes`, but nothing for a special token."""
+        """The bytes that the token adds to the text of an answer: as `token_bytes`, but nothing for a special token."""
         piece = self._text_pieces.get(token_id)
         if piece is None:
             shown = self.decode([*self._anchor, token_id]) != self.decode(self._anchor)
@@ -118,7 +129,7 @@ class Tokenizer:
         return piece
 
     def token_text(self, token_id: int) -> str:
-        """The token as text; "bytes:\\xe2\\x82", as OpenAI writes it, where it is no whole number of characters."""
+        """The token as text. A token with incomplete characters is written as OpenAI does it: "bytes:\\xe2\\x82"."""
         piece = self.token_bytes(token_id)
         try:
             return piece.decode()
@@ -126,23 +137,25 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
     def most_characters(self, max_tokens: int) -> int:
-        """A text of more characters has more tokens than this: it need not be encoded to know."""
+        """A text with more characters than this has more than `max_tokens` tokens, so it need not be encoded to find out."""
         return max_tokens * min(self._longest_token, MAX_CHARACTERS_PER_TOKEN)
 
     def grammar_compiler(self, vocab_size: int) -> GrammarCompiler:
+        """A new compiler of grammars for this tokenizer. `vocab_size`: the model's."""
         return GrammarCompiler(self._tokenizer, vocab_size)
 
     async def run(self, work: Callable[[], T], size: int) -> T:
-        """Run on a thread, among works of like `size`: the characters or tokens that `work` deals with."""
+        """Run `work` on a thread and return its result. `size`: the characters or tokens that it handles."""
         return await self._lanes.run(work, size)
 
     @property
     def template_knows_tools(self) -> bool:
+        """Whether the chat template uses the variable `tools`."""
         return re.search(r"\btools\b", self.chat_template) is not None
 
     @property
     def info(self) -> dict[str, Any]:
-        """What clients need to know to build prompts themselves."""
+        """The tokenizer's class, special tokens, size and chat template, for clients that build prompts themselves."""
         tokenizer = self._tokenizer
         return {
             "tokenizer_class": type(tokenizer).__name__,
@@ -158,7 +171,7 @@ class Tokenizer:
         self._lanes.close()
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # A batch of one: `encode` keeps Python's lock while it works, and would hold up every stream.
+        # A batch of one text: `encode` keeps Python's lock while it works, and would hold up all streams.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         bos = self._tokenizer.bos_token_id
@@ -179,7 +192,8 @@ class Tokenizer:
         return self._controls.encode(self._render(marked, form), free)
 
     def _render(self, given: Sequence[Any], form: ChatFormat) -> str:
-        """`given`: the messages, the tools and the further variables, plain or marked."""
+        """Render the template. `given`: the messages, the tools and the further variables, plain or marked. Raises
+        ValueError."""
         messages, tools, variables = given
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -191,14 +205,14 @@ class Tokenizer:
                 tokenize=False,
                 **variables,
             )
-        except Exception as error:  # whatever a template does wrong, or its sandbox forbids, is about these messages
+        except Exception as error:  # any error of a template or its sandbox is a fault of these messages
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return text
 
     def _token_bytes(self, token_id: int) -> bytes:
         if token_id in self._special:
             return self._special[token_id].encode()
-        # After another token, because decoders strip the space of a text's first one.
+        # Decode it after another token, because decoders strip the space before a text's first token.
         before = self.decode(self._anchor, skip_special_tokens=False)
         text: str = self.decode([*self._anchor, token_id], skip_special_tokens=False).removeprefix(before)
         if REPLACEMENT not in text:

@@ -1,18 +1,18 @@
-"""How families of models write calls of tools: one JSON object with a name and arguments, and markup around it."""
+"""How model families write tool calls: a JSON object with a name and arguments, and markup around it."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# White space between the parts of a call, which is JSON's.
+# The white space of JSON, which may stand between the parts of a call.
 SPACES = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that a model may call. `parameters`: the JSON schema of its arguments; None: it takes none. `strict`: its
-    arguments must follow the schema even where the model chooses freely whether to call it."""
+    """A function that a model may call. `parameters`: the JSON schema of its arguments; None: it has no arguments. `strict`:
+    the arguments must follow the schema even if the model is free to call the function or not."""
 
     name: str
     description: str | None = None
@@ -20,7 +20,7 @@ class Function:
     strict: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As chat templates know it, which is as OpenAI writes it."""
+        """The function in OpenAI's form, which chat templates expect."""
         parameters = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
         described = {} if self.description is None else {"description": self.description}
         return {"type": "function", "function": {"name": self.name, **described, "parameters": parameters}}
@@ -28,8 +28,11 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class ToolDialect:
-    """opening: the markup before a call. Where `bare`, a call is written without it, and may begin at the start of any line.
-    closing: the markup after a call. separator: what stands between two calls. arguments: the name of that member."""
+    """How one model family writes a call.
+
+    opening: the markup before a call. bare: calls are written without the opening, and may begin at the start of any line.
+    closing: the markup after a call. separator: the text between two calls. arguments: the JSON member with the arguments.
+    """
 
     name: str
     opening: str
@@ -40,33 +43,33 @@ class ToolDialect:
 
     @property
     def before(self) -> str:
-        """What is written before a call's JSON."""
+        """The text before a call's JSON."""
         return "" if self.bare else f"{self.opening}\n"
 
     @property
     def after(self) -> str:
-        """What is written after it."""
+        """The text after a call's JSON."""
         return f"\n{self.closing}" if self.closing else ""
 
     def header(self, name: str) -> str:
-        """A call's JSON up to its arguments; "}" follows them."""
+        """A call's JSON up to its arguments. After the arguments only "}" is missing."""
         return f'{{"name": {json.dumps(name)}, "{self.arguments}": '
 
     def call(self, name: str, arguments: str) -> str:
-        """A whole call. `arguments` is JSON text."""
+        """A whole call with its markup. `arguments` is JSON text."""
         return f"{self.before}{self.header(name)}{arguments}}}{self.after}"
 
 
-# Qwen2.5, Hermes and those who learned from them.
+# Qwen2.5, Hermes and models trained on their format.
 HERMES = ToolDialect("hermes", "<tool_call>", "</tool_call>", "\n", "arguments", bare=False)
-# Llama 3.1 and later: JSON alone, or after the token that begins a message to a tool.
+# Llama 3.1 and later: JSON alone, or JSON after the special token for messages to a tool.
 LLAMA3 = ToolDialect("llama3", "<|python_tag|>", "", "; ", "parameters", bare=True)
-# Models that were taught no form: the one that the built-in prompt describes.
+# Models without a format of their own: the format that the built-in prompt describes.
 PLAIN_JSON = ToolDialect("json", "", "", "\n", "arguments", bare=True)
 
 DIALECTS = {dialect.name: dialect for dialect in (HERMES, LLAMA3, PLAIN_JSON)}
 
 
 def detect_dialect(chat_template: str) -> ToolDialect:
-    """The dialect that a chat template teaches."""
+    """The dialect whose markup the chat template contains; plain JSON if there is none."""
     return next((each for each in DIALECTS.values() if each.opening and each.opening in chat_template), PLAIN_JSON)

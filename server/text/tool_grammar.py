@@ -1,4 +1,4 @@
-"""Constraints on calls of tools, in the grammar library's own language."""
+"""Grammars for tool calls, in llguidance's dialect of Lark."""
 
 import json
 import re
@@ -8,15 +8,16 @@ from typing import Any
 from server.text.json_schema import readable
 from server.text.tool_dialects import SPACES, Function, ToolDialect
 
-# Calls in one answer that must call: a model that never ends its answer would call until the context is full.
+# The most calls in an answer that consists of calls. Without a limit, a model could add calls until the context is full.
 MAX_CALLS = 16
-# One spelling of white space, that of the calls in most models' training; a small model that may add blanks does so for ever.
+# Only one spelling of white space: the one that most models saw in training. Where blanks are allowed, a small model may add
+# them for ever.
 SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# A schema without any of these says what its properties are, and a function takes no others.
+# A schema without any of these lists all its properties, so a function takes no other arguments.
 OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
-BEGINNING = '{"name"'  # of a call's JSON
+BEGINNING = '{"name"'  # how the JSON of every call begins
 
-Literal = Callable[[str], str]  # writes a text as a terminal
+Literal = Callable[[str], str]  # turns a text into a terminal of the grammar
 
 
 def only_calls(
@@ -26,8 +27,11 @@ def only_calls(
     literal: Literal,
     answer: dict[str, Any] | None = None,
 ) -> str:
-    """Lark source for nothing but one call of any of the functions, or several; or else for JSON of the schema `answer`.
-    Raises ValueError when the parameters of a function are no object."""
+    """Lark source for an answer that consists of calls only: one call, or `several`.
+
+    With `answer`, JSON that follows this schema is allowed instead. Raises ValueError for a schema that is not supported, and
+    for parameters of a function that are not of type object.
+    """
     more = f" ({literal(dialect.separator)} call){{0,{MAX_CALLS - 1}}}" if several else ""
     before = f"{literal(dialect.before)} " if dialect.before else ""
     lines = [f"start: call{more}", f"call: {before}{_parts(BEGINNING, literal)} rest"]
@@ -39,15 +43,17 @@ def only_calls(
 
 
 def calls_in_text(dialect: ToolDialect, functions: Sequence[Function], literal: Literal) -> str:
-    """Lark source for any text with any number of calls in it: where a call begins, it has to go on as one. Raises
-    ValueError."""
+    """Lark source for text with any number of calls in it. Once a call has begun, it must go on as a valid call.
+
+    Raises ValueError as `only_calls` does.
+    """
     if not dialect.bare:
         triggers = [
             f"start: call* TEXT\ncall: begin {literal(dialect.before.removeprefix(dialect.opening) + BEGINNING)} rest",
             _lazy("begin", f"(.|\\n)*{_pattern(dialect.opening)}"),
         ]
     else:
-        # At the start of a line, or after the call before.
+        # A bare call begins at the start of a line, or directly after another call.
         space = f"[{SPACES.encode('unicode_escape').decode()}]*"
         name = f'\\{{{space}"name"'
         line = "|".join(["\\n", *([_pattern(dialect.opening)] if dialect.opening else [])])
@@ -60,7 +66,7 @@ def calls_in_text(dialect: ToolDialect, functions: Sequence[Function], literal: 
 
 
 def _rest(dialect: ToolDialect, functions: Sequence[Function], literal: Literal) -> list[str]:
-    """Rules for a call of one of the functions after its BEGINNING."""
+    """The rules for the rest of a call after BEGINNING, for each of the functions."""
     names = [f"call_{place}" for place in range(len(functions))]
     after = f" {literal(dialect.after)}" if dialect.after else ""
     lines = [f"rest: ({' | '.join(names)}){after}"]
@@ -72,13 +78,15 @@ def _rest(dialect: ToolDialect, functions: Sequence[Function], literal: Literal)
 
 
 def _parts(text: str, literal: Literal) -> str:
-    """The beginning of an object as the terminals that other JSON consists of: the library does not go back in a terminal, so
-    that a longer one would shut other JSON out."""
+    """The beginning of a JSON object, split into the same small terminals that other JSON is made of.
+
+    The library does not go back inside a terminal. One long terminal would therefore exclude other JSON that begins alike.
+    """
     return " ".join(literal(part) for part in re.findall(r'"[^"]*"|[{:,] ?', text))
 
 
 def _lazy(name: str, pattern: str) -> str:
-    """A terminal that ends with the first match, so that what follows cannot be taken for text."""
+    """A terminal that ends at its first match, so that the call behind it is not read as text."""
     return f"{name}[lazy]: /{pattern}/"
 
 
@@ -87,7 +95,7 @@ def _pattern(text: str) -> str:
 
 
 def arguments_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a function's arguments must follow: its schema, as that of an object. Raises ValueError when it is no object's."""
+    """The schema for a function's arguments. Raises ValueError if it is not of type object or not supported."""
     schema = readable(dict(parameters or {}))
     if schema.setdefault("type", "object") != "object":
         raise ValueError("the schema of a function's parameters must be of type object")

@@ -1,6 +1,6 @@
-"""Reads calls of tools out of a model's text as it comes.
+"""Finds tool calls in a model's text while it is generated.
 
-No text is lost: what looks like a call and is none comes out as text. White space beside a call belongs to its markup.
+No text is lost: text that only looks like a call is returned as text. White space beside a call belongs to its markup.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 from server.text.tool_dialects import SPACES, ToolDialect
 
 BRACKETS = {"}": "{", "]": "["}
-# Characters of a call's JSON by which it is told from other JSON: more than any header has.
+# The first characters of a JSON text decide whether it can be a call. This is longer than any header.
 MAX_START = 160
 
 
 @dataclass(frozen=True, slots=True)
 class CallPiece:
-    """Part of a call. `index` counts the answer's calls; `name` comes with a call's first piece. The arguments of its pieces
-    join to JSON text."""
+    """A part of call number `index` of the answer. The first piece of a call has its `name`. The arguments of all its pieces,
+    joined in order, are JSON text."""
 
     index: int
     name: str | None
@@ -38,11 +38,11 @@ class _Place(Enum):
 
 
 class ToolParser:
-    """One answer's text, piece by piece: `push` and `flush` give its text and calls in order, however the text is divided.
+    """Parses one answer. `push` and `flush` return its text and calls in order, however the text is divided into pieces.
 
-    names: the tools that may be called. constrained: calls can only be written as `ToolDialect.header` says, so that arguments
-    go out before they are complete; otherwise a call comes whole, once it is known to be valid. forced: the answer is nothing
-    but constrained calls. single: the answer ends with its first call; `done` tells when.
+    names: the functions that may be called. constrained: a grammar makes calls begin exactly as `ToolDialect.header` says, so
+    their arguments are returned as they come. Otherwise a call is returned whole, when it is complete and valid. forced: the
+    answer consists of constrained calls only. single: the answer ends with its first call (see `done`).
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ToolParser:
         self._starts = list(self._headers) or _starts(names)
         self._brackets = {start[0] for start in self._starts}
         self._place = _Place.TEXT
-        self._space = ""  # white space, which belongs to a call if one follows
-        self._marker = ""  # the beginning of markup
-        self._closing = ""  # the markup that is still to come after a call
-        self._call: list[str] = []  # the JSON of a call in progress
+        self._space = ""  # white space that was held back; it belongs to a call if one follows
+        self._marker = ""  # the beginning of possible markup, held back
+        self._closing = ""  # the markup that may still follow a call
+        self._call: list[str] = []  # the JSON of a possible call, held back
         self._scan = _JsonScan()
         self._line_start = True
         self._pieces: list[Piece] = []
@@ -72,9 +72,11 @@ class ToolParser:
 
     @property
     def done(self) -> bool:
+        """Whether the answer has ended with its only call."""
         return self._single and self._num_calls > 0 and self._place is _Place.AFTER
 
     def push(self, text: str) -> list[Piece]:
+        """Take the next piece of text. Returns the text and calls that are certain now."""
         for char in text:
             if self.done:
                 break
@@ -82,7 +84,7 @@ class ToolParser:
         return self._take()
 
     def flush(self) -> list[Piece]:
-        """What was still held back when the answer ended. A call that had not gone out comes as text."""
+        """Return what was held back when the answer ended. An incomplete call becomes text."""
         if self._place in (_Place.TEXT, _Place.CALL, _Place.AFTER):
             self._not_a_call()
         return self._take()
@@ -98,7 +100,7 @@ class ToolParser:
             case _Place.BRACE:
                 if char not in SPACES:
                     self._end_call()
-                    if char != "}":  # as above
+                    if char != "}":  # another constraint allowed the same header, see `_step_arguments`
                         self._step(char)
             case _Place.AFTER:
                 self._step_after(char)
@@ -141,7 +143,7 @@ class ToolParser:
             self._end_call()
 
     def _step_arguments(self, char: str) -> None:
-        if not self._scan.push(char):  # another constraint let the same header through
+        if not self._scan.push(char):  # another constraint of the answer allows the same header
             self._end_call()
             self._step(char)
             return
@@ -178,7 +180,7 @@ class ToolParser:
         self._place, self._line_start = _Place.AFTER, True
 
     def _not_a_call(self) -> None:
-        """What has been held back is text."""
+        """Return what has been held back as text."""
         self._say(self._space + self._marker + "".join(self._call))
         self._place, self._space, self._marker, self._call = _Place.TEXT, "", "", []
 
@@ -198,9 +200,9 @@ class ToolParser:
 
 
 class _JsonScan:
-    """Finds the end of a JSON object or array. Whether what lies between is valid is for a reader of JSON to say.
+    """Finds the end of a JSON object or array. Does not check whether the JSON is valid.
 
-    start: the first characters, without the white space between them.
+    start: its first characters, at most MAX_START, without white space outside of strings.
     """
 
     def __init__(self) -> None:
@@ -211,7 +213,7 @@ class _JsonScan:
         self._in_string = self._escaped = False
 
     def push(self, char: str) -> bool:
-        """Whether the text may still become JSON with this character."""
+        """Add a character. False if the text can no longer become a JSON object or array."""
         if len(self.start) < MAX_START and (self._in_string or char not in SPACES):
             self.start += char
         if self._in_string:
@@ -233,7 +235,7 @@ class _JsonScan:
         return bool(self._open) or self.complete or char in SPACES
 
     def may_begin(self, starts: Collection[str]) -> bool:
-        """Whether the text begins with one of the starts, or still can."""
+        """Whether the text begins with one of `starts`, or may still do so."""
         if not self._settled:
             self._settled = self.start.startswith(tuple(starts))
         return self._settled or any(start.startswith(self.start) for start in starts)
@@ -244,14 +246,14 @@ def _without_spaces(header: str) -> str:
 
 
 def _starts(names: Collection[str]) -> list[str]:
-    """How the JSON of calls can begin, without white space: enough to tell them early from most other JSON."""
+    """The ways in which the JSON of calls can begin, without white space. They exclude most other JSON early."""
     members = [f'"name":{json.dumps(name)}' for name in names]
     members += ['"type":"function"', '"function":', '"arguments":', '"parameters":', '"id":']
     return [bracket + member for bracket in ("{", "[{") for member in members]
 
 
 def _read_calls(text: str, names: Collection[str]) -> list[tuple[str, str]]:
-    """The name and arguments of a call, or of each in a list of calls; nothing if that is not what the JSON text is."""
+    """Read a JSON text as a call or a list of calls. Returns names and arguments; empty if it is neither."""
     try:
         value = json.loads(text)
         calls = [_read_call(each, names) for each in (value if isinstance(value, list) else [value])]
@@ -261,7 +263,7 @@ def _read_calls(text: str, names: Collection[str]) -> list[tuple[str, str]]:
 
 
 def _read_call(value: Any, names: Collection[str]) -> tuple[str, str]:
-    """Raises ValueError."""
+    """The name of the called function and its arguments as JSON text. Raises ValueError if `value` is not a call."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):
@@ -273,5 +275,5 @@ def _read_call(value: Any, names: Collection[str]) -> tuple[str, str]:
     if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         raise ValueError("not a call")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair has no UTF-8 form; its escape has.
+    # Half of a surrogate pair cannot be written in UTF-8, but its JSON escape can.
     return name, text if text.isprintable() else json.dumps(arguments)

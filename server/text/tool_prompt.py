@@ -1,7 +1,7 @@
-"""Tools and their calls in a conversation, as a checkpoint's chat template takes them.
+"""Prepares conversations with tools for the checkpoint's chat template.
 
-A template that knows tools gets them as they are. For one that does not, a system text lists the functions and says how to call
-one; calls and results of earlier turns become texts of the assistant and the user.
+A template that knows tools gets tools and calls as data. For any other template, a system text lists the functions and explains
+how to call them. Earlier calls become messages of the assistant, and earlier results become messages of the user.
 """
 
 import json
@@ -20,8 +20,10 @@ Call several by writing one after the other. The results follow in the next mess
 
 
 def for_template(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Messages in OpenAI's form as templates that know tools want them: arguments as objects, no null contents, and the name
-    of the function beside each result."""
+    """Change messages in OpenAI's form as templates with tools expect them.
+
+    Arguments become objects, null content becomes an empty string, and each result gets the name of its function.
+    """
     names: dict[str, str] = {}
     shaped = []
     for message in messages:
@@ -39,9 +41,9 @@ def for_template(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 def as_plain_messages(
     messages: Sequence[ChatMessage], functions: Sequence[Function], dialect: ToolDialect
 ) -> list[ChatMessage]:
-    """The same conversation without anything that only templates with tools know."""
+    """The same conversation as plain messages, for a template that does not know tools."""
     plain: list[ChatMessage] = []
-    results: list[str] = []  # they go into one message, because many templates want turns to alternate
+    results: list[str] = []  # joined into one message, because many templates require turns that alternate
     for message in for_template(messages):
         if message["role"] == "tool":
             results.append(f"Result of {message.get('name', 'the function')}: {message['content']}")
@@ -67,7 +69,7 @@ def _instructed(messages: list[ChatMessage], functions: Sequence[Function], dial
 
 
 def _call_for_template(call: dict[str, Any]) -> dict[str, Any]:
-    """Models write broken arguments at times: text that is not a JSON object stays as it is."""
+    """Parse the arguments of a call. Models sometimes write broken arguments: if they are not a JSON object, they stay text."""
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"])
