@@ -1,1 +1,1 @@
-"""The model: dense LLaMA layers, expert layers and the one routing rule. Knows no file format, recipe or server."""
+"""The model: dense LLaMA layers, expert layers and the routing rule. It knows no file format, recipe or server."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention over the paged cache, or over whole sequences when there is none.
+"""Grouped-query attention over the paged KV cache, or over whole sequences without a cache.
 
 Legend: T tokens, D hidden_size, H query heads, G key/value heads, C head_dim, B sequences, S positions.
 """
@@ -28,7 +28,8 @@ class Attention(BackendModule):
     def forward(
         self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
     ) -> Tensor:
-        """Hidden states [T, D] -> [T, D]."""
+        """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, C]. Writes keys and values into the
+        cache."""
         q = self.q_proj(hidden_states).view(-1, self.num_heads, self.head_dim)
         k = self.k_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
@@ -44,7 +45,7 @@ class Attention(BackendModule):
         return projected
 
     def _attend_paged(self, q: Tensor, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
-        """Attention of one step: decoding rows in one batch, prefill segments one by one. q [T, H, C] -> [T, H, C]."""
+        """Attention of one step, q [T, H, C] -> [T, H, C]. Decode rows are one batch; prefill segments run one by one."""
         assert inputs.block_table is not None and inputs.context_lens is not None
         parts = []
         if inputs.num_decode:

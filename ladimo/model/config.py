@@ -1,4 +1,4 @@
-"""What a checkpoint is: the LLaMA architecture and, per layer, whether its FFN is dense or split into experts.
+"""The configuration of a model: the LLaMA architecture, and for each layer whether its FFN is dense or split into experts.
 
 Field names are those of Hugging Face's config.json, which `ladimo.model.families` reads.
 """
@@ -18,16 +18,21 @@ RouterKind = Literal["linear", "mlp", "glu", "none"]
 
 @dataclass(frozen=True, slots=True)
 class MoeLayerConfig:
-    """One expert layer.
+    """One expert layer. Raises ValueError naming the first wrong field.
 
-    `num_experts_per_tok` is the number of experts the layer was distilled for (policy `full`); a policy may choose any
-    number up to `num_experts`. With `score_norm_top_k` = k the softmax scores are divided by the sum of the k largest, so
-    that a layer distilled with k renormalised experts keeps an expert's weight when its neighbour is dropped.
-    `expert_weight` says whether a chosen expert counts with its score or with one (an exact partition sums with one).
-    `router` is the network that scores the experts (`ladimo.model.router`), "mlp" with a hidden layer of `router_hidden_size`.
-    `selection_bias`: the router has a bias that enters the order of the experts, not their scores. The last `substitutes`
-    experts stand in for skipped ones, and policy `full` never runs them. The first `fixed_experts` experts have no row in the
-    router and score one whatever the token: a policy runs all or none of them by its mask, beside others that are routed.
+    num_experts_per_tok: the number of experts that the layer was distilled for, which policy `full` uses. Other policies may
+    choose any number up to num_experts.
+    moe_intermediate_size: the neurons of one expert.
+    score_norm_top_k: if k, the scores are divided by the sum of the k largest. A layer that was distilled with k renormalised
+    experts then keeps the weight of an expert when another one is dropped.
+    expert_weight: a chosen expert counts with its score ("score") or with 1 ("one"). The experts of an exact partition count
+    with 1.
+    router: the network that scores the experts, see `ladimo.model.router`.
+    router_hidden_size: the hidden neurons of the router "mlp"; None for all others.
+    selection_bias: the router has a bias that changes the order of the experts, but not their scores.
+    substitutes: the last so many experts stand in for skipped ones. Policy `full` never runs them.
+    fixed_experts: the first so many experts have no row in the router and always score 1. The mask of a policy keeps all or
+    none of them, beside experts that are routed.
     """
 
     num_experts: int
@@ -73,7 +78,7 @@ class MoeLayerConfig:
             raise ValueError(f"selection_bias must be true or false, got {self.selection_bias!r}")
 
     def router_parameters(self, hidden_size: int) -> int:
-        """Parameters of the router for hidden states of this size."""
+        """The number of parameters of the router. `hidden_size`: the size of the hidden states."""
         hidden = self.router_hidden_size or 0
         weights = {
             "linear": hidden_size * (self.num_experts - self.fixed_experts),
@@ -86,7 +91,7 @@ class MoeLayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. `factor` and the three llama3 fields are used by the types that need them."""
+    """Rotary embedding. Types "linear" and "llama3" use `factor`; only "llama3" uses the three fields after it."""
 
     theta: float = 10000.0
     type: str = "default"
@@ -96,7 +101,7 @@ class RopeConfig:
     original_max_position_embeddings: int = 8192
 
     def to_dict(self) -> dict[str, Any]:
-        """The value of `rope_parameters` in config.json: the fields that the type needs."""
+        """The value of `rope_parameters` in config.json. It has only the fields that the type uses."""
         fields: dict[str, Any] = {"rope_type": self.type, "rope_theta": self.theta}
         if self.type != "default":
             fields["factor"] = self.factor
@@ -110,8 +115,9 @@ class RopeConfig:
 class ModelConfig:
     """The architecture.
 
-    `layers[i]` is None where layer i keeps its dense FFN. `attention_bias` is of the query, key and value projections,
-    `attention_output_bias` of the output projection. `family` is the dense model's type; it says which modules a layer has.
+    layers: one entry per layer; None for a layer that keeps its dense FFN. attention_bias: whether the query, key and value
+    projections have biases. attention_output_bias: the same for the output projection. family: the model type of the dense
+    model, which decides the modules of a layer.
     """
 
     vocab_size: int
@@ -132,23 +138,24 @@ class ModelConfig:
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:
+        """The numbers of the expert layers, from 0."""
         return tuple(index for index, layer in enumerate(self.layers) if layer is not None)
 
     @property
     def max_num_experts(self) -> int:
-        """Largest number of experts in any layer; 1 for a dense model, so that tables never have width zero."""
+        """The largest number of experts in any layer. 1 for a dense model, so that tables are never of width 0."""
         return max((layer.num_experts for layer in self.layers if layer is not None), default=1)
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the dense source that one token passes through, embeddings and output head excluded."""
+        """The parameters of the dense model that one token uses, without embeddings and output head."""
         ffn = 3 * self.hidden_size * self.intermediate_size
         return self.num_hidden_layers * (self._attention_parameters + ffn) + self.hidden_size
 
     def active_parameters_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
-        """Active / dense parameters per token, embeddings excluded, when layer i runs `experts_per_token[i]` experts.
+        """Active parameters per token divided by `dense_parameters`. Layer i runs `experts_per_token[i]` experts.
 
-        The router counts as active. Entries of dense layers are ignored.
+        Routers count as active; embeddings and the output head do not count. Entries of dense layers are ignored.
         """
         active = float(self.num_hidden_layers * self._attention_parameters + self.hidden_size)
         for layer, experts in zip(self.layers, experts_per_token, strict=True):
@@ -162,14 +169,14 @@ class ModelConfig:
 
     @property
     def _attention_parameters(self) -> int:
-        """Attention and the two norms of one layer."""
+        """The parameters of the attention and the two norms of one layer."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = self.attention_bias * (heads + 2 * kv_heads) + self.attention_output_bias * self.hidden_size
         return 2 * self.hidden_size * (heads + kv_heads) + bias + 2 * self.hidden_size
 
 
 def moe_layers_to_json(layers: tuple[MoeLayerConfig | None, ...]) -> list[dict[str, Any] | None]:
-    """The value of `moe_layers` in a converted checkpoint's config.json; the inverse of what `families.converted` reads."""
+    """The value of `moe_layers` in a converted checkpoint's config.json. `families.converted` reads it back."""
     return [
         None if layer is None else {name: getattr(layer, name) for name in MoeLayerConfig.__dataclass_fields__}
         for layer in layers

@@ -1,11 +1,12 @@
-"""Running the chosen experts. Three implementations of one signature beside the kernels', compared by one test;
-`apply_experts` chooses.
+"""Running the chosen experts, in torch. There are three implementations; `apply_experts` picks one. All have one signature:
 
     (hidden_states [T, D], topk_weights [T, K], topk_ids [T, K], gate_up_proj [E, 2F, D], down_proj [E, D, F]) -> [T, D]
 
-The kernels, and `apply_experts`, also take weights as integers; off the GPU these are made whole first.
-An id of -1 is no expert; its weight is 0. Gate rows come before up rows, as in transformers. Legend: T tokens, K places,
-E experts, D hidden_size, F moe_intermediate_size.
+The Triton kernels have the same signature, and one test compares all of them. `apply_experts` and the kernels also take integer
+weights; `apply_experts` turns these into floating point first. The id -1 means no expert, and its weight is 0. In gate_up_proj
+the gate rows come before the up rows, as in transformers.
+
+Legend: T tokens, K places per token, E experts, D hidden_size, F moe_intermediate_size.
 """
 
 import torch
@@ -14,15 +15,18 @@ from torch.nn import functional as F
 
 from ladimo.model.quantization import Weights, as_tensor
 
-# Up to this many (token, place) pairs a copy of the chosen experts' weights is affordable.
+# Copying the weights of the chosen experts is affordable for up to this many pairs of a token and a place.
 MAX_GATHERED = 16
 
 
 def apply_experts(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Weights, down_proj: Weights
 ) -> Tensor:
-    """On CPU group tokens by expert: only the chosen experts' weights are read, in place. On a device stay free of host
-    synchronisation, so that a decode step can be captured: kernels on a GPU, else the forms below."""
+    """Run the chosen experts with the implementation that fits the device.
+
+    On a CPU tokens are grouped by expert, so only the weights of chosen experts are read, and not copied. On other devices the
+    work must not synchronise with the host, so that a CUDA graph can capture a decode step.
+    """
     gate_up_proj, down_proj = (as_tensor(weights, hidden_states.dtype) for weights in (gate_up_proj, down_proj))
     if hidden_states.device.type == "cpu":
         return apply_experts_grouped(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
@@ -34,10 +38,9 @@ def apply_experts(
 def apply_experts_grouped(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """Tokens sorted by expert, one small dense FFN per expert hit. Synchronises with the host once.
+    """Sort the tokens by expert and run one small dense FFN for each chosen expert. Synchronises with the host once.
 
-    A token's experts are added in expert order whatever else is in the batch, so a request's numbers do not depend on its
-    neighbours.
+    The outputs of a token's experts are always added in the order of expert numbers. The order does not depend on the batch.
     """
     num_experts, num_places = gate_up_proj.shape[0], topk_ids.shape[1]
     flat_ids = topk_ids.flatten()
@@ -61,7 +64,7 @@ def apply_experts_grouped(
 def apply_experts_gathered(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """Copy each place's expert and multiply. Fit for capture; the copies make it dear for more than a few tokens."""
+    """Copy the expert of each place, then multiply. A graph can capture it, but the copies are expensive for many tokens."""
     ids = topk_ids.clamp(min=0)
     gate, up = torch.einsum("td,tkfd->tkf", hidden_states, gate_up_proj[ids]).chunk(2, dim=-1)
     result = torch.einsum("tkf,tkdf->tkd", F.silu(gate) * up, down_proj[ids])
@@ -71,7 +74,8 @@ def apply_experts_gathered(
 def apply_experts_masked(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """Every expert on every token, weighted by zero where not chosen. The reference, and fit for capture at any size."""
+    """Run every expert on every token, with weight 0 where it is not chosen. The reference. A graph can capture it at any
+    size."""
     dense_weights = topk_weights.new_zeros(topk_ids.shape[0], gate_up_proj.shape[0])
     dense_weights.scatter_add_(1, topk_ids.clamp(min=0), topk_weights)
     gate, up = torch.einsum("td,efd->etf", hidden_states, gate_up_proj).chunk(2, dim=-1)

@@ -1,17 +1,18 @@
-"""Numbers and flags of a configuration file, checked one by one. Every check raises ValueError naming the field.
+"""Reads numbers and flags from a configuration file and checks them. Each function raises ValueError naming a wrong field.
 
-`raw` is the JSON object that holds the field; a missing or null field takes the default.
+`raw` is the JSON object with the field `name`. A missing or null field takes the default.
 """
 
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-# Far above any LLaMA: a broken number must not be taken for a model to build.
+# Larger than in any LLaMA. A broken number must not make the loader allocate a huge model.
 MAX_SIZE = 2**24
 
 
 def positive_int(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """An integer from 1 to 2^31 - 1."""
     value = raw.get(name)
     if value is None:
         value = default
@@ -21,6 +22,7 @@ def positive_int(raw: Mapping[str, Any], name: str, default: int | None = None) 
 
 
 def positive_number(raw: Mapping[str, Any], name: str, default: float) -> float:
+    """A finite number above 0."""
     value = raw.get(name)
     if value is None:
         value = default
@@ -30,6 +32,7 @@ def positive_number(raw: Mapping[str, Any], name: str, default: float) -> float:
 
 
 def size(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """An integer from 1 to MAX_SIZE."""
     value = positive_int(raw, name, default)
     if value > MAX_SIZE:
         raise ValueError(f"{name} must be at most {MAX_SIZE}, got {value}")
@@ -37,6 +40,7 @@ def size(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
 
 
 def flag(raw: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false."""
     value = raw.get(name)
     if value is None:
         return default

@@ -1,7 +1,7 @@
-"""Everything that one forward pass reads besides the weights, and what it returns. Nothing is ambient.
+"""The inputs of a forward pass besides the weights and the KV cache, and its outputs. There is no global state.
 
 Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, B sequences, N blocks per sequence, L layers,
-E experts (the most any layer has), P policies.
+E experts (of the largest layer), K places per token, P policies (rows of the policy table).
 """
 
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ladimo.model.rule import RuleNumber
 
-# On a CPU a decode step's choices take tens of microseconds to count, most of which are the calls' own: many steps together
-# take hardly more. A long step is counted at once, as it holds memory.
+# On a CPU it takes tens of microseconds to count the choices of a decode step, and most of this is the overhead of calls. To
+# count many steps together takes hardly longer. A step with many tokens is counted at once, because it holds memory.
 MAX_DEFERRED_STEPS = 64
 MAX_DEFERRED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillSegment:
-    """A run of prompt tokens of one sequence: rows `start : start + length` of the step, sequence `row` of the block table.
+    """Consecutive prompt tokens of one sequence: the tokens `start : start + length` of the step.
 
-    `context_len` counts the sequence's tokens up to and including the segment's last.
+    `row` is the sequence's row in the block table. `context_len` is the number of its tokens up to the end of the segment.
     """
 
     row: int
@@ -33,29 +33,31 @@ class PrefillSegment:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One step: the first `num_decode` tokens continue one sequence each (rows 0 .. num_decode - 1 of the block table), the
-    rest are prefill segments. With `block_table` None the step is `num_sequences` whole sequences of equal length and
-    uses no cache (conversion and evaluation).
+    """The inputs of one step. The first `num_decode` tokens each continue one sequence, in rows 0 .. num_decode - 1 of the
+    block table. The other tokens are prefill segments.
 
-    Example, block size 4, one decoding sequence of 6 tokens and a prompt of 3:
+    If `block_table` is None, the step has `num_sequences` whole sequences of equal length and uses no cache. Conversion and
+    evaluation use this form.
+
+    Example with block size 4: one decoding sequence of 6 tokens and a prompt of 3.
     input_ids [17, 5, 6, 7]  positions [5, 0, 1, 2]  block_table [[3, 4], [9, 0]]  context_lens [6, 3]
     slot_mapping [17, 36, 37, 38] (= block * 4 + offset)  num_decode 1  prefill (PrefillSegment(1, 1, 3, 3),)
     """
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    policy_ids: Tensor  # [T] int64, rows of the routing tables; 0 is the policy "none" of padded rows
+    policy_ids: Tensor  # [T] int64, rows of the routing tables; 0 is the policy "none" of padding
     slot_mapping: Tensor | None = None  # [T] int64
-    block_table: Tensor | None = None  # [B, N] int64, unused places point to the null block 0
+    block_table: Tensor | None = None  # [B, N] int64; unused places hold 0, the null block
     context_lens: Tensor | None = None  # [B] int64
     num_decode: int = 0
     prefill: tuple[PrefillSegment, ...] = ()
     num_sequences: int = 0
-    logit_indices: Tensor | None = None  # [R] int64, tokens whose logits are wanted; None = all
+    logit_indices: Tensor | None = None  # [R] int64, the tokens whose logits are wanted; None = all
 
     @classmethod
     def whole_sequences(cls, input_ids: Tensor, policy_id: int = 1) -> "StepInputs":
-        """Inputs for `input_ids` [B, S] without a cache, every token under one policy row."""
+        """Inputs for whole sequences `input_ids` [B, S] without a cache. All tokens run under one row of the policy table."""
         batch, length = input_ids.shape
         flat = input_ids.reshape(-1)
         return cls(
@@ -68,27 +70,28 @@ class StepInputs:
 
 class StepOutput(NamedTuple):
     logits: Tensor  # [R, V]
-    expert_ids: Tensor | None  # [L, T, E], -1 where no expert ran (everywhere in dense layers); None for a dense model
+    expert_ids: Tensor | None  # [L, T, E]; -1 = no expert, so a dense layer has only -1; None for a dense model
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingTables:
-    """The resident policies and what they have done, at fixed addresses.
+    """The rules of the policies in the table, and the counters of their experts. All tensors keep their addresses.
 
-    Row 0 is the policy "none": it keeps no expert and is what padded rows run under. Counters are only ever added to.
+    Row 0 is the policy "none" for padding: it keeps no expert.
     """
 
-    rows: Tensor  # [P, L, len(RuleNumber)] float32: the numbers of a rule, in the order of RuleNumber
-    allowed: Tensor  # [P, L, E] bool
-    expert_tokens: Tensor  # [P, L, E] int64: times an expert was chosen under a policy
-    distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer were chosen
-    batch_budgets: bool = False  # whether batch_experts counts: a fact of the engine, as it costs every step, not of a policy
+    rows: Tensor  # [P, L, len(RuleNumber)] float32: the numbers of each rule, in the order of RuleNumber
+    allowed: Tensor  # [P, L, E] bool: the experts that may be chosen
+    expert_tokens: Tensor  # [P, L, E] int64: how often the expert was chosen under the policy
+    distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer ran
+    batch_budgets: bool = False  # whether batch_experts has an effect; an option of the engine
     _deferred: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(
         cls, num_policies: int, num_layers: int, num_experts: int, device: torch.device | str, batch_budgets: bool = False
     ) -> "RoutingTables":
+        """Tables in which every row is the policy "none". See `batch_budgets` above."""
         return cls(
             rows=torch.zeros(num_policies, num_layers, len(RuleNumber), device=device),
             allowed=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.bool, device=device),
@@ -98,32 +101,35 @@ class RoutingTables:
         )
 
     def write(self, row: int, rows: list[list[float]], allowed: list[list[bool]]) -> None:
-        """Publish `RoutingPolicy.to_rows(E)` in one table row; steps already launched have read the old content."""
+        """Write `RoutingPolicy.to_rows(E)` into one row. Steps that were launched before still use the old content."""
         for target, values in ((self.rows[row], rows), (self.allowed[row], allowed)):
             host = torch.tensor(values, dtype=target.dtype)
-            # Pinned, so that the host does not wait for the steps that the device is at.
+            # Pinned, so that the host does not wait for the steps that are running on the device.
             target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
     def rules(self, policy_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's rows [T, L, len(RuleNumber)] and masks [T, L, E], gathered once for all layers of a step."""
+        """The rules [T, L, len(RuleNumber)] and masks [T, L, E] of each token, gathered once for all layers of a step."""
         return self.rows[policy_ids], self.allowed[policy_ids]
 
     def record(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
-        """Count one step's choices: expert_ids [L, T, K] (-1 = no expert), policy_ids [T]. No host synchronisation."""
+        """Count the choices of one step: expert_ids [L, T, K] (-1 = no expert), policy_ids [T]. Does not wait for the
+        device."""
         kept = (expert_ids >= 0).to(torch.int64)
         layer = torch.arange(expert_ids.shape[0], device=expert_ids.device).view(-1, 1, 1)
         step = torch.zeros_like(policy_ids)
         self._count(layer, expert_ids.clamp(min=0), policy_ids.view(1, -1, 1), step.view(1, -1, 1), kept, num_steps=1)
 
     def defer(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
-        """`record`, many steps at once: `settle` makes up for it. For tensors on the host, which must stay as they are until
-        then."""
+        """Count the choices of one step later, in `settle`, together with other steps. Arguments are those of `record`.
+
+        For tensors on the host only. They must not change until then.
+        """
         self._deferred.append((expert_ids, policy_ids))
         if len(self._deferred) == MAX_DEFERRED_STEPS or expert_ids.shape[1] >= MAX_DEFERRED_TOKENS:
             self.settle()
 
     def settle(self) -> None:
-        """Bring the counters up to date; to be called before they are read or a row is given to another policy."""
+        """Count all deferred steps. Must be called before the counters are read, and before a row gets another policy."""
         if not self._deferred:
             return
         steps = list(self._deferred)
@@ -131,11 +137,11 @@ class RoutingTables:
         expert_ids = torch.cat([ids for ids, _ in steps], dim=1)
         policy_ids = torch.cat([ids for _, ids in steps])
         step = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(ids) for _, ids in steps]))
-        layer, token, place = (expert_ids >= 0).nonzero(as_tuple=True)  # only now, as it synchronises a device
+        layer, token, place = (expert_ids >= 0).nonzero(as_tuple=True)  # synchronises with a device, so not done for every step
         self._count(layer, expert_ids[layer, token, place], policy_ids[token], step[token], torch.ones_like(token), len(steps))
 
     def _count(self, layer: Tensor, expert: Tensor, policy: Tensor, step: Tensor, kept: Tensor, num_steps: int) -> None:
-        """Count the choices whose `kept` is 1; all tensors are of one shape, or broadcast to that of `kept`."""
+        """Count the choices whose `kept` is 1. All tensors have one shape, or broadcast to the shape of `kept`."""
         _, num_layers, num_experts = self.allowed.shape
         chosen = (policy * num_layers + layer) * num_experts + expert
         self.expert_tokens.view(-1).index_add_(0, chosen.view(-1), kept.view(-1))

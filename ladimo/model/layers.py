@@ -13,7 +13,7 @@ from ladimo.model.config import ModelConfig, RopeConfig
 
 
 class RMSNorm(BackendModule):
-    """See `norm_activation.rms_norm`."""
+    """RMSNorm over the last dimension; see `norm_activation.rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class RMSNorm(BackendModule):
         return self.backend.rms_norm(hidden_states, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and the sum."""
+        """The norm of x + residual, and the sum. Both inputs and outputs are [T, D]."""
         return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class GatedMLP(BackendModule):
-    """down_proj(silu(gate_proj x) * up_proj x), weights [F, D] and [D, F]."""
+    """The dense FFN: down_proj(silu(gate_proj x) * up_proj x). Weights are [F, D], [F, D] and [D, F]."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class GatedMLP(BackendModule):
 def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Inverse frequencies [C / 2] in fp32, scaled as the rope type says.
 
-    "llama3" follows the Llama 3.1 release: long wavelengths are divided by `factor`, short ones kept, the band between
-    interpolated.
+    "llama3" follows the Llama 3.1 release: frequencies of long wavelengths are divided by `factor`, those of short wavelengths
+    are kept, and those in between are interpolated.
     """
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.type == "linear":
@@ -63,7 +63,7 @@ def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of every position up to the context length, computed once."""
+    """A table of cosines and sines for all positions up to the context length. It is computed once."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("table", torch.empty(0), persistent=False)
 
     def materialise(self, device: torch.device | str) -> None:
-        """Fill the table [positions, 2, C]; separate from construction because models are built on the meta device."""
+        """Compute the table [positions, 2, C]. The constructor cannot do it, because models are built on the meta device."""
         inverse = rope_inverse_frequencies(self.config.rope, self.config.head_dim)
         angles = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)[:, None] * inverse
         angles = torch.cat((angles, angles), dim=-1)

@@ -1,4 +1,5 @@
-"""The expert layer: a router decides, experts compute; all that passes between them is (topk_weights, topk_ids)."""
+"""The expert layer: a router chooses the experts, and the experts compute. Legend: T tokens, D hidden_size, E experts, F
+size."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from ladimo.model.router import make_router
 
 
 class Experts(nn.Module):
-    """The experts of one layer as two stacked tensors: gate_up_proj [E, 2F, D], down_proj [E, D, F]."""
+    """The experts of one layer, stacked in two tensors: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__()
@@ -19,7 +20,7 @@ class Experts(nn.Module):
 
 
 class ExpertLayer(BackendModule):
-    """Replaces a dense FFN: `gate` is the router, `experts` the split network."""
+    """Takes the place of a dense FFN. `gate` is the router. `experts` are the parts of the FFN."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__()
@@ -28,8 +29,11 @@ class ExpertLayer(BackendModule):
         self.experts = Experts(hidden_size, layer)
 
     def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, D] under rules, `rows` [T, len(RuleNumber)] and masks `allowed` [T, E] -> output [T, D], topk_ids
-        [T, E]. `num_budgeted`: of how many tokens, the first, the rules' batch budgets count."""
+        """Hidden states [T, D] -> output [T, D] and topk_ids [T, E], -1 where no expert ran.
+
+        `rows` [T, len(RuleNumber)] and the masks `allowed` [T, E] are the tokens' rules. The batch budgets of the rules apply
+        to the first `num_budgeted` tokens.
+        """
         router_logits = self.gate(hidden_states)
         bias = self.gate.e_score_correction_bias
         topk_weights, topk_ids = self.backend.select_experts(router_logits, rows, allowed, self.config, bias)

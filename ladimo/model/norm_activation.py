@@ -1,4 +1,4 @@
-"""Norms and activations in torch: the reference that every back end agrees with."""
+"""Norms and activations in torch: the reference for all back ends."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,19 @@ from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation of x [..., D] in fp32, rounded before the weight [D] is applied as transformers' LLaMA
-    does."""
+    """Root-mean-square normalisation of x [..., D] in fp32. As in transformers' LLaMA, the result is rounded to the dtype of x
+    before it is multiplied by the weight [D]."""
     fp32 = x.float()
     fp32 = fp32 * torch.rsqrt(fp32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * fp32.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of x + residual, and the sum."""
+    """`rms_norm` of x + residual, and the sum. Both are [..., D]."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the middle of a SwiGLU network; both [..., F]."""
+    """silu(gate) * up, the activation of a SwiGLU FFN; both [..., F]."""
     return F.silu(gate) * up

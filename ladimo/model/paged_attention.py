@@ -1,4 +1,4 @@
-"""Attention in torch, over whole sequences or the paged cache: the reference that every back end agrees with.
+"""Attention in torch, over whole sequences or over the paged cache: the reference for all back ends.
 
 Legend: T tokens, H query heads, G key/value heads, C head_dim, B sequences, N blocks per sequence, S positions.
 """
@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, H, C]; the two halves of C form the pairs (Hugging Face's order)."""
+    """Apply rotary embedding to x [T, H, C]. Channel i forms a pair with channel i + C / 2, as in Hugging Face's models."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def attend_whole(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
-    """Causal attention inside each of `num_sequences` equally long sequences: q [T, H, C], k and v [T, G, C] -> [T, H, C]."""
+    """Causal attention within each of `num_sequences` sequences of equal length. q [T, H, C], k and v [T, G, C] -> [T, H,
+    C]."""
     q, k, v = (x.view(num_sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, C]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
@@ -24,16 +25,21 @@ def attend_whole(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
 def rotate_and_store(
     q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
-    """Rotate q [T, H, C] and k [T, G, C]; store k and v [T, G, C] in one layer's cache [num_blocks, block_size, G, C] at slots
-    [T] (= block * block_size + offset). Returns the rotated q."""
+    """Rotate q [T, H, C] and k [T, G, C], and store k and v [T, G, C] in one layer's cache. Returns the rotated q.
+
+    The caches are [num_blocks, block_size, G, C]. slot_mapping [T] says where to store: block * block_size + offset.
+    """
     k_cache.flatten(0, 1).index_copy_(0, slot_mapping, apply_rope(k, *rope))
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
     return apply_rope(q, *rope)
 
 
 def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
-    """One query per sequence: q [B, H, C] over one layer's cache [num_blocks, block_size, G, C], read through block_table
-    [B, N]; the first context_lens [B] places count."""
+    """Attention with one query per sequence, q [B, H, C] -> [B, H, C].
+
+    The caches of the layer are [num_blocks, block_size, G, C]. block_table [B, N] lists the blocks of each sequence. Its first
+    context_lens [B] positions are visible.
+    """
     k, v = k_cache[block_table].flatten(1, 2), v_cache[block_table].flatten(1, 2)
     visible = torch.arange(k.shape[1], device=q.device)[None] < context_lens[:, None]  # [B, S]
     out = F.scaled_dot_product_attention(
@@ -47,10 +53,10 @@ def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
 
 
 def attend_prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last q.shape[0] positions of one sequence attend to all before them: q [T, H, C], k and v [S, G, C]."""
+    """Causal attention for the last T positions of one sequence of S. q [T, H, C], k and v [S, G, C] -> [T, H, C]."""
     length, context = q.shape[0], k.shape[0]
     mask = None
-    if length < context:  # a later chunk: query i sees the first context - length + i + 1 keys
+    if length < context:  # a later chunk of a prompt: query i sees the first context - length + i + 1 keys
         position = torch.arange(context, device=q.device)
         mask = position[None] <= position[context - length :, None]
     out = F.scaled_dot_product_attention(

@@ -1,6 +1,6 @@
-"""Layers whose weights are integers, made from loaded ones. Embeddings, norms, biases and routers stay as they are.
+"""Layers with integer weights, made from loaded layers. Embeddings, norms, biases and routers are not rounded.
 
-On a CPU the native step packs integers of its own (`ladimo.model.cpu`); both round alike.
+The native back end does not use these layers: it rounds in the same way when it packs its weights (`ladimo.model.cpu`).
 """
 
 import torch
@@ -14,7 +14,7 @@ from ladimo.model.transformer import MoeTransformer
 
 
 class QuantizedLinear(BackendModule):
-    """In the place of nn.Linear: weights [N, K] in buffers, the bias [N] as it was."""
+    """Replaces nn.Linear. The integer weights [N, K] are in buffers; the bias [N] is not rounded."""
 
     bias: nn.Parameter | None
 
@@ -33,7 +33,7 @@ class QuantizedLinear(BackendModule):
 
 
 class QuantizedExperts(nn.Module):
-    """In the place of `Experts`: gate_up_proj [E, 2F, D] and down_proj [E, D, F] in buffers."""
+    """Replaces `Experts`. The integer weights gate_up_proj [E, 2F, D] and down_proj [E, D, F] are in buffers."""
 
     def __init__(self, experts: Experts, format: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _kept(module: nn.Module, name: str, cols: int, format: str) -> QuantizedWeig
 
 @torch.no_grad()
 def quantize_layers(module: nn.Module, format: str) -> None:
-    """Replace the dense and the expert layers inside `module`, one by one; each lets go of its weights when it is done."""
+    """Replace the linear layers and experts inside `module`, one by one. The old weights are freed on the way."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, QuantizedLinear(child.weight, child.bias, format))
@@ -75,7 +75,7 @@ def quantize_layers(module: nn.Module, format: str) -> None:
 
 @torch.no_grad()
 def quantize_model(model: MoeTransformer, format: str) -> None:
-    """`quantize_layers` of a whole model; an output head that is the embedding gets integers beside it."""
+    """`quantize_layers` for a whole model. If the output head is the embedding, the head gets rounded weights of its own."""
     quantize_layers(model, format)
     if model.lm_head is None:
         model.lm_head = QuantizedLinear(model.model.embed_tokens.weight, None, format)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Routers: hidden states [T, D] -> one logit per expert [T, E]. What is done with the logits is `select_experts`' business.
+"""Routers: hidden states [T, D] -> router logits [T, E], one per expert. `select_experts` then chooses by these logits.
 
 Legend: T tokens, D hidden_size, E experts, H router_hidden_size.
 """
@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from ladimo.model.config import MoeLayerConfig
 
-SELECTION_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name; kept in fp32 whatever the dtype of the weights
-FIXED_LOGIT = 40.0  # its sigmoid is one in fp32, and it is exact in every dtype
+SELECTION_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name; always in fp32, whatever the dtype of the other weights
+FIXED_LOGIT = 40.0  # the sigmoid of 40 is 1 in fp32, and 40 is exact in every dtype
 
 
 class Router(nn.Module):
-    """What all have in common: `e_score_correction_bias` [E] in fp32, or None. It enters the order, not the scores."""
+    """The base of all routers. `e_score_correction_bias` [E] in fp32, or None, changes the order of the experts, not their
+    scores."""
 
     e_score_correction_bias: nn.Parameter | None
 
@@ -28,7 +29,7 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """One bias-free linear map, weight [E - fixed_experts, D]; the logits of the fixed experts are a constant."""
+    """A linear map without bias, weight [E - fixed_experts, D]. The logits of the fixed experts are constant."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(layer)
@@ -55,9 +56,10 @@ class MlpRouter(Router):
 
 
 class GluRouter(Router):
-    """|silu(gate_proj x) * up_proj x|, both [E, D]: the activation of one representative neuron per expert.
+    """|silu(gate_proj x) * up_proj x|, both weights [E, D]. Each expert has one representative neuron, whose activation is its
+    logit.
 
-    CMoE (arXiv 2502.04416), analytical router.
+    This is the analytical router of CMoE (arXiv 2502.04416).
     """
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
@@ -71,7 +73,7 @@ class GluRouter(Router):
 
 
 class FixedOrder(Router):
-    """No router: every token ranks the experts by their number. Parameter-free."""
+    """No router: every token ranks the experts by their number. It has no parameters."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(layer)
@@ -91,9 +93,10 @@ ROUTERS: dict[str, type[LinearRouter | MlpRouter | GluRouter | FixedOrder]] = {
 
 
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What the parameter of this name is kept in, in memory and on disk, by a model of `dtype`."""
+    """The dtype of the parameter `name`, in memory and on disk, in a model of `dtype`."""
     return torch.float32 if name.endswith(SELECTION_BIAS) else dtype
 
 
 def make_router(hidden_size: int, layer: MoeLayerConfig) -> Router:
+    """A new router of the layer's kind."""
     return ROUTERS[layer.router](hidden_size, layer)

@@ -1,9 +1,9 @@
-"""The one routing rule. A policy is, per layer, a row of numbers (`RuleNumber`) and a mask; `select_experts` reads them and
-never branches on them.
+"""The routing rule. A policy gives each layer a row of numbers (`RuleNumber`) and a mask. `select_experts` reads both as data
+and has no branch that depends on a policy.
 
-With `apply_batch_budget` the decoding tokens of a step share a budget of experts; that, too, is a number of the row.
+`apply_batch_budget` lets the decoding tokens of a step share a budget of experts. The budget is also a number of the row.
 
-Legend: T tokens, E experts, K = E places per token (the shape never depends on a policy).
+Legend: T tokens, E experts, K = E places per token. No shape depends on a policy.
 """
 
 import torch
@@ -16,10 +16,11 @@ from ladimo.model.rule import RuleNumber
 def expert_scores(
     router_logits: Tensor, selection_bias: Tensor | None, allowed: Tensor, layer: MoeLayerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Scores of all experts, best first, and their numbers: both [T, E]. Experts outside `allowed` [T, E] come last, scored 0.
+    """The scores of all experts, best first, and the experts' numbers: both [T, E].
 
-    Softmax runs over the allowed experts; sigmoid scores are independent. `selection_bias` [E] enters the order, not the score.
-    Ties go to the lower expert, as in the kernels.
+    router_logits and `allowed` are [T, E]. Experts that `allowed` excludes come last and have score 0. Softmax runs over the
+    allowed experts only; sigmoid scores are independent of each other. `selection_bias` [E] changes the order, but not the
+    scores. On a tie the expert with the lower number comes first, as in the kernels.
     """
     router_logits = router_logits.float()
     if layer.score_function == "softmax":
@@ -37,13 +38,15 @@ def expert_scores(
 def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's rule: rows [T, len(RuleNumber)] and masks [T, E]. BATCH_EXPERTS is for a step's tokens together and
-    not read here, see `apply_batch_budget`.
+    """Choose the experts of each token by its rule.
 
-    Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first. Rank r is kept while r < top_k, the scores before
-    it sum to less than mass, and its own score is at least floor and at least relative_floor times the score of rank 0. Rank 0
-    always stays. Dropped places have weight 0 and id -1. A row of zeros with an empty mask (padding, dense layer) keeps
-    nothing.
+    router_logits [T, E], `rows` [T, len(RuleNumber)], `allowed` [T, E] (the masks), selection_bias [E].
+    Returns topk_weights [T, K] fp32 and topk_ids [T, K] int64, best first.
+
+    Rank r is kept if r < top_k, the scores before it sum to less than mass, and its score is at least floor and at least
+    relative_floor times the score of rank 0. Rank 0 is always kept. A dropped place has weight 0 and id -1. A row of zeros with
+    an empty mask keeps nothing; padded tokens and dense layers have such rows. BATCH_EXPERTS concerns all tokens of a step
+    together, so it is not read here but in `apply_batch_budget`.
     """
     scores, ids = expert_scores(router_logits, selection_bias, allowed, layer)
     numbers = rows.unsqueeze(-1).unbind(dim=1)  # each [T, 1]
@@ -59,13 +62,19 @@ def select_experts(
 
 
 def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
-    """The masks [T, E] under which a step's decoding tokens, the first `num_decode`, share experts when they choose again.
+    """Narrow the masks of decoding tokens, so that these share experts. Tokens then choose again under the returned masks [T,
+    E].
 
-    A decode step reads every expert that any of its tokens chose, so fewer experts per token save little in a batch; fewer
-    different ones do (XShare, vLLM issue 35550; opportunistic expert activation, arXiv 2511.02237). A decoding token whose
-    batch_experts is finite keeps of its mask the experts that a token without a budget has chosen, which are read anyway, and
-    of the others so many with the largest sum of weights over all tokens with a budget; ties go to the lower expert. Tokens
-    without a budget, prompts among them, keep their masks.
+    topk_weights and topk_ids [T, K] are the first choice, `rows` [T, len(RuleNumber)] and `allowed` [T, E] the tokens' rules.
+    The first `num_decode` tokens are the decoding ones.
+
+    A decode step reads every expert that any of its tokens chose. So in a batch it saves little to run fewer experts per token;
+    what saves is fewer different experts (XShare, vLLM issue 35550; opportunistic expert activation, arXiv 2511.02237).
+
+    A decoding token with a finite batch_experts has a budget. It keeps those experts of its mask that some token without a
+    budget has chosen, because these are read anyway. Of the other experts of its mask it keeps batch_experts: those with the
+    largest sum of weights over all tokens with a budget. On a tie the lower expert wins. Tokens without a budget keep their
+    masks; all prompt tokens are among them.
     """
     num_experts = allowed.shape[1]
     kept = topk_ids >= 0
@@ -79,5 +88,5 @@ def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, all
     total = (weights * limited).sum(dim=0)
     number = torch.arange(num_experts, device=rows.device)
     better = (total[None, :] > total[:, None]) | ((total[None, :] == total[:, None]) & (number[None, :] < number[:, None]))
-    rank = (better[None] & (allowed & ~free)[:, None, :]).sum(dim=-1)  # of each expert among those of the mask that cost
+    rank = (better[None] & (allowed & ~free)[:, None, :]).sum(dim=-1)  # among the experts of the mask that are not free
     return allowed & (free | (rank < budget))

@@ -1,7 +1,7 @@
-"""The numbers of a policy's rule: the one definition that JSON, Python, the Triton kernels and the compiled CPU step read.
+"""The numbers of a policy's rule. JSON, Python, the Triton kernels and the compiled CPU step all use this one definition.
 
-To add a number: a member here, a field of `LayerRule`, and its effect in the three forms of the rule (`model/routing.py`,
-`model/kernels/routing.py`, `model/cpu/experts.h`).
+To add a number, add a member here and a field to `LayerRule`, and write its effect in the three implementations of the rule:
+`model/routing.py`, `model/kernels/routing.py` and `model/cpu/experts.h`.
 """
 
 import math
@@ -11,9 +11,10 @@ from enum import IntEnum
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What policy JSON may say: a value of this kind from `lowest` to `highest`, and null where `nullable`: no limit.
+    """The values that policy JSON may give to a number: of this kind, from `lowest` to `highest`.
 
-    `of_experts`: the number counts experts of the layer, so it cannot exceed how many there are.
+    `nullable`: null is allowed, too, and means no limit. `of_experts`: the number counts experts, so it cannot be larger than
+    the layer's number of experts.
     """
 
     kind: type[int | float]  # int, float or bool
@@ -23,7 +24,7 @@ class Spec:
     of_experts: bool = False
 
     def __str__(self) -> str:
-        """As in "must be ..."."""
+        """The rest of the error message "must be ..."."""
         if self.kind is bool:
             return "true or false"
         kind = "an integer" if self.kind is int else "a number"
@@ -33,7 +34,7 @@ class Spec:
 
 
 class RuleNumber(IntEnum):
-    """A number of a rule. The value is its column in a table's row of float32; `field` is its name in `LayerRule` and JSON."""
+    """A number of a rule. Its value is its column in a table row of float32. `field` is its name in `LayerRule` and in JSON."""
 
     spec: Spec
 
@@ -53,9 +54,10 @@ class RuleNumber(IntEnum):
 
     @property
     def field(self) -> str:
+        """The name of the number in `LayerRule` and in policy JSON."""
         return self.name.lower()
 
     @staticmethod
     def encode(value: float | None) -> float:
-        """As kernels read it: null, which is no limit, is infinity."""
+        """The value as kernels read it. None, which means no limit, becomes infinity."""
         return math.inf if value is None else float(value)

@@ -1,4 +1,4 @@
-"""The whole model: a LLaMA whose FFNs may be expert layers. Parameter names are Hugging Face's.
+"""The whole model: a LLaMA in which FFNs may be expert layers. Parameters have the names of Hugging Face.
 
 Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, D hidden_size, M expert layers, E experts.
 """
@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
     def attend(
         self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
     ) -> Tensor:
-        """The first half of the layer: hidden states [T, D] plus attention."""
+        """The first half of the layer: the hidden states [T, D] plus their attention."""
         return hidden_states + self._attention(hidden_states, rope, inputs, kv_cache)
 
     def forward(
@@ -44,9 +44,11 @@ class DecoderLayer(nn.Module):
         rules: tuple[Tensor, Tensor] | None,
         num_budgeted: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [T, D] -> the same after the layer, and the experts that ran [T, E]. `rules` are those of
-        `RoutingTables.rules`, whose batch budgets count for the first `num_budgeted` tokens. A dense layer needs none and
-        returns no experts."""
+        """Hidden states [T, D] -> hidden states after the layer [T, D], and the experts that ran [T, E].
+
+        `rules` are those of `RoutingTables.rules`. Their batch budgets apply to the first `num_budgeted` tokens. A dense layer
+        needs no rules and returns None for the experts.
+        """
         attended = self._attention(hidden_states, rope, inputs, kv_cache)
         ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         if not isinstance(self.mlp, ExpertLayer):
@@ -75,7 +77,8 @@ class Backbone(nn.Module):
 
 
 class MoeTransformer(BackendModule):
-    """LLaMA with dense and expert layers. With `tie_word_embeddings` there is no `lm_head.weight`."""
+    """LLaMA with dense and expert layers. With `tie_word_embeddings` `lm_head` is None, and the embedding is the output
+    head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,8 +88,11 @@ class MoeTransformer(BackendModule):
         self.rotary = RotaryEmbedding(config)
 
     def forward(self, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:
-        """One step. Free of host synchronisation and data-dependent shapes when nothing but decode rows are in it and the
-        experts run on a device."""
+        """One step, in the operations of the back end.
+
+        On a GPU, a step that only decodes does not wait for the device, and its shapes do not depend on data. So a CUDA graph
+        can capture it.
+        """
         hidden_states = self.model.embed_tokens(inputs.input_ids)
         rope = self.rotary(inputs.positions, hidden_states.dtype)
         rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices else None
@@ -100,7 +106,7 @@ class MoeTransformer(BackendModule):
         return StepOutput(self.logits(hidden_states), self._stack(expert_ids))
 
     def step(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
-        """`forward` over a cache, as the back end does it."""
+        """One step over the KV cache. The back end runs `forward`, or its own compiled code for the same."""
         return self.backend.step(self, inputs, kv_cache, tables)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ class MoeTransformer(BackendModule):
         return logits
 
     def _stack(self, expert_ids: list[Tensor | None]) -> Tensor | None:
-        """Per-layer ids [T, E_l] -> one tensor [L, T, E] padded with -1."""
+        """The ids of all layers, each [T, experts of the layer] or None -> one tensor [L, T, E], padded with -1."""
         chosen = [ids for ids in expert_ids if ids is not None]
         if not chosen:
             return None
