@@ -1,4 +1,4 @@
-"""Which back end a model gets: said once, when it is loaded."""
+"""Picks the back end of a model when it is loaded."""
 
 import logging
 from functools import cache
@@ -14,14 +14,14 @@ from ladimo.model.cpu.native_step import Unsupported, check_supported
 from ladimo.model.quantization import find_format
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What torch would use: as many as there are cores, or as the operator says.
+# The number of threads that torch chose at the start: the number of cores, or what OMP_NUM_THREADS says.
 NUM_THREADS = torch.get_num_threads()
 
 log = logging.getLogger(__name__)
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ValueError for a device that is not there."""
+    """The device of this name. "auto" is CUDA if there is a GPU, otherwise the CPU. Raises ValueError for a missing device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,9 +34,10 @@ def choose_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is the stored dtype on a GPU. On a CPU it is fp32, where torch's bf16 would make batches disagree.
+    """The dtype of this name. "auto" is the stored dtype on a GPU, and fp32 on a CPU.
 
-    Raises ValueError for a name that is none of them.
+    In bf16 on a CPU, torch's results for a request would depend on the rest of the batch. Raises ValueError for an unknown
+    name.
     """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else stored
@@ -48,9 +49,9 @@ def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torc
 def choose_backend(
     config: ModelConfig, stored: torch.dtype, device: str = "auto", dtype: str = "auto", quantize: str | None = None
 ) -> TorchBackend:
-    """The back end to serve a model with whose weights are `stored` so.
+    """The back end that serves a model. `stored` is the dtype of the weights on disk. `quantize`: an integer format, or None.
 
-    Raises ValueError for a device, dtype or integer format that cannot be had here.
+    Raises ValueError for a device, dtype or integer format that is not available here.
     """
     chosen = choose_device(device)
     if quantize is not None:
@@ -61,7 +62,10 @@ def choose_backend(
 
 
 def on_device(device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> TorchBackend:
-    """The back end for modules that compute with or without a cache on a device: kernels on a GPU that has Triton."""
+    """The back end for modules that run with or without a cache: Triton's on a GPU with Triton, otherwise torch's.
+
+    Raises ValueError for an integer format without kernels on this device.
+    """
     if device.type != "cuda" or not triton_installed():
         if quantize is not None:
             raise ValueError(f"quantize {quantize}: Triton is not installed")
@@ -74,7 +78,7 @@ def on_device(device: torch.device, dtype: torch.dtype, quantize: str | None = N
 
 
 def _on_cpu(config: ModelConfig, stored: torch.dtype, device: torch.device, dtype: str, quantize: str | None) -> TorchBackend:
-    # In bf16, too, the compiled step's numbers for a request are the same in every batch, which torch's are not.
+    # bf16 is fine here: unlike torch, the compiled step gives a request the same numbers in every batch.
     native = stored if dtype == "auto" and stored == torch.bfloat16 else resolve_dtype(dtype, stored, device)
     try:
         check_supported(config, native, quantize)
@@ -89,4 +93,5 @@ def _on_cpu(config: ModelConfig, stored: torch.dtype, device: torch.device, dtyp
 
 @cache
 def triton_installed() -> bool:
+    """Whether Triton can be imported."""
     return find_spec("triton") is not None

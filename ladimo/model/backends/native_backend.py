@@ -1,4 +1,4 @@
-"""The back end of CPUs: a step over a cache is one call of compiled code (`ladimo.model.cpu`)."""
+"""The back end for CPUs: a step over a KV cache is one call of compiled code (`ladimo.model.cpu`)."""
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from ladimo.model.transformer import MoeTransformer
 
 
 class NativeBackend(TorchBackend):
-    """Packs the weights of one model, rounded to integers if asked for, and lets go of the model's own.
+    """Computes one model from packed weights, which may be rounded to integers. The model's own weights are freed.
 
-    The cache is in the compiled code's own layout, so it serves this back end alone. What a request computes is the same in
-    every batch, bit for bit.
+    The compiled code has its own layout of the KV cache, so no other back end can use this cache. The results of a request do
+    not depend on its batch, in any bit.
     """
 
     name = "native"
@@ -24,7 +24,8 @@ class NativeBackend(TorchBackend):
     _native: NativeStep | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Raises Unsupported for what `native_step.check_supported` names, before anything is changed."""
+        """Pack the weights of a loaded model. Raises Unsupported (see `native_step.check_supported`) before it changes
+        anything."""
         assert isinstance(model, MoeTransformer)
         self._native = NativeStep(model, stored_format(self.dtype, self.quantize), self.num_threads, release=True)
         self.compiled_draw = NativeDraw(self._native.pool)
@@ -35,4 +36,4 @@ class NativeBackend(TorchBackend):
         return self._native(inputs, kv_cache, tables)
 
     def begin_step(self, num_tokens: int) -> None:
-        torch.set_num_threads(1)  # the compiled code has threads of its own, and torch little to do beside it
+        torch.set_num_threads(1)  # the compiled code has its own threads, and torch has little to do

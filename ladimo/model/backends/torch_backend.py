@@ -1,6 +1,6 @@
-"""The back end that runs anywhere: torch's own operations. The others replace some of them.
+"""The back end that runs anywhere, with torch's own operations. The other back ends replace some of these.
 
-Legend: T tokens in the step.
+Legend: T tokens in the step, K places per token, L layers, R rows, V vocabulary.
 """
 
 import math
@@ -16,11 +16,11 @@ from ladimo.model.cpu.arena import huge_zeros
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 
-# Of the memory that is free on a GPU once the weights are loaded, this share goes to the cache.
+# The share of a GPU's free memory that the KV cache gets, after the weights are loaded.
 CUDA_CACHE_SHARE = 0.85
 CPU_CACHE_BYTES = 2 * 2**30
-# A smaller step (multiply-adds) runs on one CPU thread: others gain it little, and beside a busy neighbour, such as the HTTP
-# loop, waiting for them at every operation makes it many times slower.
+# A step with fewer multiply-adds than this runs on one CPU thread. More threads would gain little. If another thread of the
+# process is busy, such as the HTTP loop, waiting for all threads at every operation would make the step many times slower.
 SERIAL_STEP = 10**8
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ Step = Callable[[StepInputs, KVCache | None, RoutingTables], StepOutput]
 
 
 class Draw(Protocol):
-    """Draws token ids [R] from logits [R, V], as `server.engine.sampling.sampler` describes."""
+    """Draws token ids [R] from logits [R, V]. `server.engine.sampling.sampler` defines the draw."""
 
     def likeliest(self, logits: Tensor) -> Tensor: ...
 
@@ -39,16 +39,16 @@ class Draw(Protocol):
 
 
 class TorchBackend:
-    """Device and dtype of the weights; `quantize`: the integer format that they are rounded to (None: none); `num_threads`: CPU
-    threads that a large step may use."""
+    """`device` and `dtype`: those of the weights. `quantize`: the integer format of the weights; None: they are not rounded.
+    `num_threads`: the number of CPU threads for large steps."""
 
     name = "torch"
-    # Whether `prepare` rounds the weights. Otherwise the loader rounds them, layer by layer.
+    # True: `prepare` rounds the weights to integers. False: the loader rounds them, layer by layer.
     quantizes_as_it_packs = False
-    # What draws tokens in the place of torch's operations, once a model is prepared.
+    # After `prepare`: the object that draws tokens; None: torch's operations draw them.
     compiled_draw: Draw | None = None
 
-    # What modules compute with. Each has a reference in the plain module of its name.
+    # The operations of the modules. Other back ends override them; these are the references.
     rms_norm = staticmethod(norm_activation.rms_norm)
     add_rms_norm = staticmethod(norm_activation.add_rms_norm)
     silu_mul = staticmethod(norm_activation.silu_mul)
@@ -67,7 +67,7 @@ class TorchBackend:
         num_threads: int = 1,
     ) -> None:
         self.device, self.dtype, self.quantize, self.num_threads = device, dtype, quantize, num_threads
-        self._multiply_adds = 0  # of the model, per token, about
+        self._multiply_adds = 0  # of the model per token, approximately
 
     @property
     def captures_graphs(self) -> bool:
@@ -75,51 +75,51 @@ class TorchBackend:
         return self.device.type == "cuda"
 
     def prepare(self, model: nn.Module) -> None:
-        """Let every module of a loaded model, or of one layer, compute with this back end."""
+        """Make all modules of a loaded model, or of one layer, compute with this back end."""
         for module in model.modules():
             if isinstance(module, BackendModule):
                 module.backend = self
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())
 
     def step(self, forward: Step, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:
-        """One step of a prepared model, whose own `forward` is given."""
+        """Run one step of a prepared model. `forward` is the model's own method."""
         return forward(inputs, kv_cache, tables)
 
     def begin_step(self, num_tokens: int) -> None:
-        """Set what torch needs on the calling thread for a step of so many tokens."""
+        """Set the number of torch's CPU threads for a step of `num_tokens` tokens. Called on the thread that runs the step."""
         if self.device.type == "cpu":
             torch.set_num_threads(1 if self._multiply_adds * num_tokens < SERIAL_STEP else self.num_threads)
 
     def count(self, tables: RoutingTables, expert_ids: Tensor, policy_ids: Tensor) -> None:
-        """Add a step's choices to the counters of `tables`, at once or when they are read next. The tensors must stay as they
-        are until then."""
+        """Add the choices of a step to the counters of `tables`, now or when they are next read: expert_ids [L, T, K],
+        policy_ids [T]. The tensors must not change until then."""
         if self.device.type == "cpu":
             tables.defer(expert_ids, policy_ids)
         else:
             self.record(tables, expert_ids, policy_ids)
 
     def record(self, tables: RoutingTables, expert_ids: Tensor, policy_ids: Tensor) -> None:
-        """Add a step's choices to the counters without waiting for the device: expert_ids [L, T, K], policy_ids [T]."""
+        """Add the choices of a step to the counters now, without waiting for the device. Arguments are those of `count`."""
         tables.record(expert_ids, policy_ids)
 
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
-        """Keys and values for `num_blocks` blocks of `block_size` tokens, all zero."""
+        """A KV cache of `num_blocks` blocks of `block_size` tokens, filled with zeros."""
         shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         return KVCache(self._zeros(shape), self._zeros(shape))
 
     def cache_bytes(self) -> int:
-        """Memory that the cache may take, once the weights are loaded."""
+        """The bytes that the KV cache may use. Called after the weights are loaded."""
         if self.device.type == "cuda":
             return int(CUDA_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
         return CPU_CACHE_BYTES
 
     def release_memory(self) -> None:
-        """Give back memory that loading needed and nothing holds any more."""
+        """Return memory to the device that was only needed for loading."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def make_current(self) -> None:
-        """Make the calling thread's kernels and events go to this device."""
+        """Make this device the current one of the calling thread, for its kernels and events."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
@@ -129,11 +129,11 @@ class TorchBackend:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
-# What modules use that were built by hand and not loaded.
+# The back end of modules that were constructed directly instead of loaded.
 REFERENCE = TorchBackend()
 
 
 class BackendModule(nn.Module):
-    """A module whose arithmetic is its back end's."""
+    """A module that computes with the operations of its back end."""
 
     backend: TorchBackend = REFERENCE

@@ -1,4 +1,4 @@
-"""The back end of GPUs: Triton kernels in the place of torch's operations. Imported only where Triton is installed."""
+"""The back end for GPUs: Triton kernels replace torch's operations. Imported only if Triton is installed."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +11,7 @@ from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
 
-# Bits of the integer formats that the kernels unpack.
+# The kernels can unpack integer formats with these numbers of bits.
 BITS = (8, 4)
 
 P = ParamSpec("P")
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 def unless_trained(kernel: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
-    """The kernel, or the reference where somebody wants gradients, which kernels do not have."""
+    """A function that runs the kernel, or the reference if an argument needs gradients. The kernels compute no gradients."""
 
     @wraps(reference)
     def choose(*arguments: P.args, **options: P.kwargs) -> R:
@@ -33,6 +33,8 @@ def _wants_gradients(arguments: tuple[Any, ...]) -> bool:
 
 
 class TritonBackend(TorchBackend):
+    """Runs Triton kernels where no gradients are needed."""
+
     name = "triton"
 
     rms_norm = staticmethod(unless_trained(norm_activation.rms_norm, TorchBackend.rms_norm))

@@ -1,7 +1,7 @@
-"""The families of models that can be read, by the `model_type` of their config.json.
+"""The model families that can be read, by the `model_type` of their config.json.
 
-A new family is one module here, or anywhere else, that calls `register`: a `Family` with its values, or a subclass that reads
-its configuration, finds its weights or builds its modules in its own way.
+A new family is one module, here or elsewhere, that calls `register`. It registers a `Family` with its own values, or a subclass
+that reads the configuration, finds the weights or builds the modules differently.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known under its model type. A family of the same type is replaced."""
+    """Make a family known under its model type. It replaces an earlier family of the same type."""
     _FAMILIES[family.model_type] = family
 
 
@@ -29,27 +29,27 @@ for _family in (LLAMA, MISTRAL, QWEN2, CONVERTED):
 
 
 def dense_types() -> list[str]:
-    """The model types that can be converted."""
+    """The model types of dense models, which can be converted."""
     return [model_type for model_type in _FAMILIES if model_type != MOE_TYPE]
 
 
 def find_family(model_type: object) -> Family:
-    """Raises ValueError naming the supported types when this is none of them."""
+    """The family of this model type. Raises ValueError naming the supported types if it is none of them."""
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise ValueError(f"model_type is {model_type!r}; supported: {', '.join(_FAMILIES)}")
     return _FAMILIES[model_type]
 
 
 def renames_weights(model_type: object) -> bool:
-    """Whether checkpoints of this type keep weights under other names than our network's. False for an unknown type."""
+    """Whether checkpoints of this type store weights under names that differ from our network's. False for an unknown type."""
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return family is not None and type(family).locate is not Family.locate
 
 
 def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """A Hugging Face config.json as a `ModelConfig`.
+    """Read a Hugging Face config.json, given as a JSON object.
 
-    Raises ValueError naming the field when the model is of no supported family, or is one that we cannot run exactly.
+    Raises ValueError naming the wrong field, if the family is not supported or the model cannot be computed exactly.
     """
     config = find_family(raw.get("model_type")).read_config(raw)
     find_family(config.family)

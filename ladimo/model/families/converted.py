@@ -1,4 +1,4 @@
-"""Our own converted checkpoints. They say everything themselves, and name the family that they were converted from."""
+"""Converted checkpoints. Their config.json states every value, and names the family of the dense model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +9,8 @@ from ladimo.model.families.family import Family
 
 
 class Converted(Family):
+    """The model type of converted checkpoints."""
+
     def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
         # Checkpoints converted before the field existed were all LLaMA inside.
         family = raw.get("family", "llama")

@@ -1,7 +1,7 @@
-"""What the network needs to know of a family of dense models.
+"""Model families: what differs between LLaMA and models that are built like it.
 
-A family that is LLaMA with other defaults is a `Family` with its values. One that differs more is a subclass: it overrides a
-method, or names modules of its own.
+A family with other defaults than LLaMA is a `Family` with its own values. A family that differs more is a subclass that
+overrides a method, or a `Family` with its own modules.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from ladimo.model.config import ROPE_TYPES, ModelConfig, MoeLayerConfig, RopeCon
 from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size
 from ladimo.model.layers import GatedMLP
 
-# Far above any LLaMA: a broken number must not be taken for a model to build.
+# More than any LLaMA has. A broken number must not make the loader build a huge model.
 MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a checkpoint keeps a tensor: under which name, and in which of its rows (None: all of them)."""
+    """Where a checkpoint stores a parameter: the name of the stored tensor, and its rows (None: all of them)."""
 
     name: str
     rows: slice | None = None
@@ -29,13 +29,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: its configuration, the names of its weights, its modules.
+    """One `model_type`: how to read its configuration, the names of its weights, and its modules.
 
-    The values say what the type means where its config.json is silent; they are those of transformers' configuration classes.
-    `num_key_value_heads` None: as many as query heads. `qkv_bias` and `output_bias`, of the attention projections, None: the
-    file's `attention_bias`. `sliding_window` None: the family has none; a window is on unless `use_sliding_window` (the file's,
-    else this one) is false. `attention` and `ffn` are built for every layer of the family; a model with modules of its own runs
-    in torch, as the compiled CPU step knows LLaMA's only.
+    The values are the defaults for fields that config.json leaves out. They are those of transformers' configuration classes.
+
+    num_key_value_heads: None means as many as query heads.
+    qkv_bias, output_bias: whether the attention projections have biases. None means that the file's `attention_bias` decides.
+    sliding_window: in tokens; None means that the family has no window.
+    use_sliding_window: whether the window is used if the file does not say it.
+    attention, ffn: the modules of every layer. The compiled CPU step knows only LLaMA's modules, so a family with other modules
+    runs in torch.
     """
 
     model_type: str
@@ -50,17 +53,17 @@ class Family:
 
     @property
     def is_llama_inside(self) -> bool:
-        """Whether attention and FFN are LLaMA's."""
+        """Whether the family uses LLaMA's modules for attention and FFN."""
         return self.attention is Attention and self.ffn is GatedMLP
 
     def locate(self, name: str, config: ModelConfig) -> Stored:
-        """Where a dense checkpoint of the family keeps the parameter that our network calls `name`."""
+        """Where a dense checkpoint of the family stores the parameter that our network calls `name`."""
         return Stored(name)
 
     def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
-        """The architecture from a Hugging Face config.json.
+        """Read the architecture from a Hugging Face config.json.
 
-        Raises ValueError naming the field when it is wrong, or asks for something that we cannot run exactly.
+        Raises ValueError naming a field that is wrong, or that asks for something we cannot compute exactly.
         """
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
@@ -71,7 +74,7 @@ class Family:
         num_layers = positive_int(raw, "num_hidden_layers")
         if num_layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {num_layers}")
-        # A missing field means the family's number; null means as many as query heads, in every family.
+        # A missing field means the family's default. null means as many as query heads, in every family.
         absent = "num_key_value_heads" not in raw
         num_kv_heads = size(raw, "num_key_value_heads", (self.num_key_value_heads if absent else None) or num_heads)
         if num_heads % num_kv_heads:
@@ -106,11 +109,11 @@ class Family:
         )
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
-        """Per layer its experts; None for a dense layer, which all layers of a dense model are."""
+        """The expert configuration of each layer; None for a dense layer. All layers of a dense model are dense."""
         return (None,) * num_layers
 
     def _refuse_sliding_window(self, raw: Mapping[str, Any], context: int) -> None:
-        """Raises ValueError when a token may not attend to every token before it, which our attention and its cache assume."""
+        """Raises ValueError if the window is shorter than the context. Our attention and KV cache have no sliding window."""
         if self.sliding_window is None or not flag(raw, "use_sliding_window", self.use_sliding_window):
             return
         if raw.get("sliding_window", self.sliding_window) is None:

@@ -1,4 +1,4 @@
-"""LLaMA 1 to 3, and everything that calls itself `llama`."""
+"""LLaMA 1 to 3, and all other models of type `llama`."""
 
 from ladimo.model.families.family import Family
 

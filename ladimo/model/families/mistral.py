@@ -1,4 +1,4 @@
-"""Mistral, where its sliding window has no effect."""
+"""Mistral models in which the sliding window has no effect."""
 
 from ladimo.model.families.family import Family
 

@@ -1,10 +1,11 @@
-"""Weights as small integers, and only the weights: no offset, a scale per row and 32 columns, rounded when a model is loaded.
+"""Weights as small integers. Only weights are rounded, when a model is loaded. Each row has a scale per 32 columns, no offset.
 
-The idea is FineQuant's (arXiv 2308.09723): groups along the input dimension keep int4 usable without calibration data.
+The idea is that of FineQuant (arXiv 2308.09723): groups along the input dimension keep int4 usable without calibration data.
 
-Why no library: torch's own products (`_weight_int4pack_mm`, `_weight_int8pack_mm`, which torchao calls) take dense layers only,
-int4 in bf16 alone and int8 with one scale per row; none reads a stacked expert by its number, which is what makes cost follow
-the routing. So the expert kernels unpack what they read, and dense layers share their format.
+Why this does not use a library: torch has integer products (`_weight_int4pack_mm` and `_weight_int8pack_mm`, which torchao
+calls), but only for dense layers, for int4 only in bf16, and for int8 only with one scale per row. None of them can read single
+experts out of a stack, and without that a step does not get cheaper when it runs fewer experts. So our expert kernels unpack
+the integers as they read them, and dense layers use the same format.
 """
 
 from ladimo.model.quantization.formats import GROUP, Format, find_format, format_names, register

@@ -1,7 +1,7 @@
-"""What an integer format is: how groups of weights are rounded, and how the integers lie in bytes.
+"""Integer formats: how groups of weights are rounded, and how the integers are stored in bytes.
 
-A format is an object that calls `register`. Back ends state which formats they run (`packing.KINDS` for the compiled CPU step,
-`BITS` of the Triton back end); `server --quantize` and the loaders know every registered one by name.
+A format becomes known by `register`; the loaders and `ladimo-server --quantize` then find it by name. Each back end lists the
+formats that it can run: `packing.KINDS` for the compiled CPU step, `BITS` for the Triton back end.
 
 Legend: N rows (outputs), G groups of `GROUP` columns.
 """
@@ -14,7 +14,7 @@ GROUP = 32  # columns that share a scale
 
 
 class Format(Protocol):
-    """Integers from `lowest` to `highest`, with a scale per row and `GROUP` columns and no offset."""
+    """Integers of `bits` bits from `lowest` to `highest`. Each row has a scale per `GROUP` columns, and there is no offset."""
 
     name: str
     bits: int
@@ -22,14 +22,17 @@ class Format(Protocol):
     highest: int
 
     def scales(self, groups: Tensor, limit: Tensor) -> list[Tensor]:
-        """Scales to try for groups [N, G, GROUP] whose largest magnitudes are `limit` [N, G, 1]. Each group takes the one that
-        leaves the least squared error."""
+        """Candidates for the scales [N, G, 1] of groups [N, G, GROUP]. `limit` [N, G, 1] is the largest magnitude of each
+        group.
+
+        Each group takes the candidate with the least squared error.
+        """
 
     def to_bytes(self, integers: Tensor) -> Tensor:
-        """Integers [N, K] int8 as stored, [N, K * bits / 8] int8."""
+        """Integers [N, K] int8 -> the stored bytes [N, K * bits / 8] int8."""
 
     def to_integers(self, data: Tensor) -> Tensor:
-        """The inverse of `to_bytes`, for any leading dimensions."""
+        """The inverse of `to_bytes`. Accepts any leading dimensions."""
 
 
 _FORMATS: dict[str, Format] = {}
@@ -41,11 +44,12 @@ def register(format: Format) -> None:
 
 
 def find_format(name: str) -> Format:
-    """Raises ValueError naming the known formats when this is none of them."""
+    """The format of this name. Raises ValueError naming the known formats if it is none of them."""
     if name not in _FORMATS:
         raise ValueError(f"quantize {name!r}: supported: {', '.join(_FORMATS)}")
     return _FORMATS[name]
 
 
 def format_names() -> tuple[str, ...]:
+    """The names of all registered formats."""
     return tuple(_FORMATS)

@@ -1,15 +1,17 @@
-"""Four bits per weight. A scale may be negative, so that a group's largest weight can be the -8."""
+"""Four bits per weight. Scales may be negative, so that the largest weight of a group can become -8, whatever its sign."""
 
 import torch
 from torch import Tensor
 
-# Clipping the largest weights often leaves less error in all.
+# Factors on the scale. A smaller scale clips the largest weights, but often gives a smaller total error.
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 class Int4:
-    """Byte j of a row holds column j in its lower half and column j + K / 2 in its upper half, both in two's complement. So a
-    run of bytes is two runs of columns."""
+    """Byte j of a row has column j in its lower half and column j + K / 2 in its upper half, both in two's complement.
+
+    So consecutive bytes hold two runs of consecutive columns.
+    """
 
     name, bits, lowest, highest = "int4", 4, -8, 7
 

@@ -4,6 +4,8 @@ from torch import Tensor
 
 
 class Int8:
+    """A byte is one column, in two's complement."""
+
     name, bits, lowest, highest = "int8", 8, -127, 127
 
     def scales(self, groups: Tensor, limit: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Matrices of integers: rounding, the stored form, and products in torch.
+"""Integer matrices: rounding, the stored form, and products in torch.
 
 Legend: N rows (outputs), K columns (inputs), G groups of columns.
 """
@@ -11,13 +11,15 @@ from torch.nn import functional as F
 
 from ladimo.model.quantization.formats import GROUP, Format, find_format
 
-# Rows rounded at a time: the search for scales holds several fp32 copies of them.
+# So many rows are rounded at a time, because the search for scales needs several fp32 copies of them.
 ROWS_AT_ONCE = 1024
 
 
 def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Round weights [N, K] to integers with a scale per row and `GROUP` columns: int8 [N, K], fp32 [N, G]; K is a multiple of
-    `GROUP`. Of the format's scales each group takes the one that leaves the least squared error."""
+    """Round weights [N, K] to integers int8 [N, K] with scales fp32 [N, G]. K must be a multiple of `GROUP`.
+
+    Each group takes the scale with the least squared error out of the format's candidates.
+    """
     groups = weights.float().unflatten(1, (-1, GROUP))
     limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
     candidates = format.scales(groups, limit)
@@ -32,16 +34,16 @@ def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
-    """The weights [..., K] in fp32 that `quantize` left."""
+    """Integers [..., K] times scales [..., G] -> weights [..., K] in fp32. The inverse of `quantize`, up to rounding."""
     groups: Tensor = integers.float().unflatten(-1, (-1, GROUP))
     return (groups * scales.unsqueeze(-1)).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeights:
-    """Matrices [..., N, K] as the kernels read them; K is filled up with zeros to whole groups."""
+    """Integer matrices [..., N, K] as the kernels read them. Columns are padded with zeros to whole groups."""
 
-    data: Tensor  # int8 [..., N, W]: W bytes a row, laid out by the format's `to_bytes`
+    data: Tensor  # int8 [..., N, W]: W bytes per row, laid out by the format's `to_bytes`
     scales: Tensor  # fp32 [..., N, G]
     cols: int  # K
     format: Format
@@ -52,16 +54,16 @@ class QuantizedWeights:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the matrices: [..., N, K]."""
+        """The shape of the matrices, [..., N, K]."""
         return torch.Size((*self.data.shape[:-1], self.cols))
 
     @property
     def nbytes(self) -> int:
-        """Scales included."""
+        """Bytes of the integers and scales."""
         return self.data.nbytes + self.scales.nbytes
 
     def to_dtype(self, dtype: torch.dtype) -> Tensor:
-        """The weights [..., N, K] that the integers stand for."""
+        """The weights [..., N, K] that the integers stand for, in `dtype`."""
         return dequantize(self.format.to_integers(self.data), self.scales)[..., : self.cols].to(dtype)
 
 
@@ -69,12 +71,12 @@ Weights = Tensor | QuantizedWeights
 
 
 def as_tensor(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Weights as they are, or what the integers stand for in `dtype`."""
+    """Tensors as they are. Integer weights become a tensor [..., N, K] in `dtype`."""
     return weights if isinstance(weights, Tensor) else weights.to_dtype(dtype)
 
 
 def quantize_weights(weights: Tensor, name: str) -> QuantizedWeights:
-    """Round weights [..., N, K] to the format of this name, a few rows at a time. The integers are those of `quantize`."""
+    """`quantize` for weights [..., N, K], some rows at a time. Raises ValueError for an unknown format `name`."""
     format = find_format(name)
     rows, cols = weights.flatten(0, -2), weights.shape[-1]
     parts = 8 // format.bits
@@ -90,5 +92,5 @@ def quantize_weights(weights: Tensor, name: str) -> QuantizedWeights:
 
 
 def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times weights [N, K], transposed, plus bias [N] -> [..., N]."""
+    """x [..., K] times the transposed weights [N, K], plus bias [N] -> [..., N]."""
     return F.linear(x, weights.to_dtype(x.dtype), bias)
