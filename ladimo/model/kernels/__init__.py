@@ -1,7 +1,8 @@
-"""Triton kernels of the hot path, for `backends.triton_backend`. Each public function has the name, signature and meaning of a
-torch reference in the plain modules beside this package. CUDA builds of torch bring Triton along; elsewhere these modules are
-never imported.
+"""Triton kernels for the hot path, used by `backends.triton_backend`.
 
-All launches are fit for capture in a CUDA graph: shapes and tile sizes follow from the arguments' shapes alone, counts stay on
-the device, and nothing is tuned at run time.
+Each public function has the name, signature and meaning of a torch function in `ladimo.model`, which is its reference. Triton
+comes with the CUDA builds of torch. Without Triton, these modules are never imported.
+
+A CUDA graph can capture every launch: shapes and tile sizes depend only on the shapes of the arguments, counts stay on the
+device, and nothing is tuned at run time.
 """

@@ -1,8 +1,8 @@
-"""Decoding attention read straight from the paged cache, and the rotation of keys on their way into it. References: the
-functions of the same names in `ladimo.model.attention`.
+"""Decode attention over the paged KV cache, and rotary embedding with the store of keys and values. References: the functions
+of the same names in `ladimo.model.paged_attention`.
 
-Decoding is bound by reading keys and values, so the context of each sequence is cut into parts that run side by side
-(flash-decoding); a second kernel joins the parts by their running maxima and sums.
+The time of decode attention is the time to read keys and values. So the context of each sequence is divided into parts that run
+in parallel (flash-decoding). A second kernel joins the parts by their maxima and sums.
 
 Legend: B sequences, H query heads, G key/value heads, R = H / G query heads per key/value head, C head_dim, N blocks per
 sequence, S parts.
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs wanted in flight: a few per multiprocessor of a large GPU.
+# The number of programs to aim for: a few per multiprocessor of a large GPU.
 PROGRAMS = 512
-# Positions of the context per inner step.
+# Positions of the context per iteration.
 POSITIONS = 64
 
 
 def num_parts(batch: int, num_kv_heads: int, max_context: int) -> int:
-    """How many parts a context is cut into: a function of shapes, so that a captured launch stays right as contexts grow."""
+    """The number of parts of a context. It depends on shapes only, so a captured launch stays valid while contexts grow."""
     wanted = triton.cdiv(PROGRAMS, batch * num_kv_heads)
     parts: int = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(max_context, POSITIONS), 64)))
     return parts
@@ -33,7 +33,7 @@ def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
     per_group = heads // kv_heads
     parts = num_parts(batch, kv_heads, block_table.shape[1] * block_size)
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
-    # One part writes `out` itself; several write sums of values and, behind them, maximum and sum of exponentials.
+    # A single part writes `out`. Several parts write weighted sums of values, and the maximum and sum of the exponentials.
     sums = out if parts == 1 else torch.empty(batch, heads, parts, head_dim, dtype=torch.float32, device=q.device)
     stats = out if parts == 1 else torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=q.device)
     sizes = {
@@ -69,7 +69,7 @@ def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
 
 @triton.jit
 def _part_length(context, PARTS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Positions per part: an equal share in whole steps, so that short contexts have few parts."""
+    """Positions per part: an equal share, rounded up to whole iterations. So short contexts have few parts."""
     share = (context + PARTS - 1) // PARTS
     return (share + POSITIONS - 1) // POSITIONS * POSITIONS
 
@@ -136,7 +136,7 @@ def _attend_part_kernel(
     head = row * H + group * R + heads
     inside = is_head[:, None] & is_channel[None, :]
     if PARTS == 1:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # an empty context gives zeros
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # an empty context has output 0
         tl.store(sums_ptr + head[:, None] * C + channels[None, :], acc.to(sums_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(sums_ptr + (head * PARTS + part)[:, None] * C + channels[None, :], acc, mask=inside)
@@ -233,14 +233,14 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Programs of the second axis: first blocks of query heads, then blocks of key and value heads."""
+    """On the second axis, the first programs rotate query heads. The others rotate keys and store keys and values."""
     token = tl.program_id(0).to(tl.int64)
     query_blocks: tl.constexpr = (H + HEADS - 1) // HEADS
     block = tl.program_id(1)
     channels = tl.arange(0, BLOCK_C)
     half: tl.constexpr = C // 2
     is_channel = channels < half
-    # Cosines and sines are loaded in the shape of the heads, so that threads hold what they multiply.
+    # Cosines and sines are loaded in the shape of the heads, so that each thread has both factors.
     angles = tl.zeros([HEADS, 1], dtype=tl.int32) + channels[None, :]
     cos_ptrs, sin_ptrs = cos_ptr + token * cos_stride + angles, sin_ptr + token * sin_stride + angles
     cos_first = tl.load(cos_ptrs, mask=is_channel[None, :], other=0.0)
@@ -270,7 +270,7 @@ def _rotate_kernel(
 
 @triton.jit
 def _rotated(x, cos, other, sin):
-    """x * cos + other * sin, each product rounded to the tensors' type as torch does."""
+    """x * cos + other * sin. Each product is rounded to the dtype of the tensors, as in torch."""
     dtype = x.dtype
     left = (x.to(tl.float32) * cos.to(tl.float32)).to(dtype).to(tl.float32)
     right = (other.to(tl.float32) * sin.to(tl.float32)).to(dtype).to(tl.float32)

@@ -1,7 +1,8 @@
-"""What kernels share that read weights stored as integers: see `ladimo.model.quantization` for the format.
+"""Dequantization inside kernels: shared by all kernels that read weights. `ladimo.model.quantization` defines the formats.
 
-A kernel walks over the stored elements of a row, W of them, each of which holds PARTS columns. With BITS 16 they are the
-weights as they are; with 8 a byte is one column, with 4 it is two: part p of element j is column p * W + j.
+A row of weights has W stored elements, and each element holds PARTS columns. BITS 16 means floating-point weights, one column
+per element. BITS 8 means that a byte is one column, and BITS 4 that a byte is two columns. Part p of element j is column
+p * W + j.
 """
 
 import triton
@@ -15,7 +16,8 @@ GROUP = tl.constexpr(COLUMNS_PER_SCALE)
 
 
 def stored(weights: Weights) -> tuple[Tensor, Tensor | None, dict[str, int]]:
-    """What a kernel is given: the elements, their scales if there are any, and the constants."""
+    """The arguments of a kernel for these weights: the stored elements, their scales (or None), and the constants W, BITS,
+    PARTS."""
     if isinstance(weights, Tensor):
         return weights, None, {"W": weights.shape[-1], "BITS": 16, "PARTS": 1}
     return weights.data, weights.scales, {"W": weights.data.shape[-1], "BITS": weights.bits, "PARTS": 8 // weights.bits}
@@ -23,7 +25,7 @@ def stored(weights: Weights) -> tuple[Tensor, Tensor | None, dict[str, int]]:
 
 @triton.jit
 def load_columns(ptrs, start, inner, live, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile [M, B] of rows that are `live` [M], at ptrs + start; columns from LIMIT on are 0. WHOLE: there are none."""
+    """Load a tile [M, B] at ptrs + start, only the `live` [M] rows. Columns from LIMIT on are 0; with WHOLE there are none."""
     if WHOLE:
         tile = tl.load(ptrs + start, mask=live[:, None], other=0.0)
     else:
@@ -33,19 +35,21 @@ def load_columns(ptrs, start, inner, live, LIMIT: tl.constexpr, WHOLE: tl.conste
 
 @triton.jit
 def load_elements(ptrs, start, inner, LIMIT: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile [B, N] of stored weights, columns down; see `load_columns`."""
+    """Load a tile [B, N] of stored weights, with columns along the first dimension. LIMIT and WHOLE as in `load_columns`."""
     return tl.load(ptrs + start) if WHOLE else tl.load(ptrs + start, mask=(start + inner < LIMIT)[:, None], other=0)
 
 
 @triton.jit
 def widen(elements, scales_ptr, rows, start, W: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, AXIS: tl.constexpr):
-    """The weights in one part of the stored elements start .. start + B of `rows`, columns along AXIS: `elements` is [N, B] and
-    `rows` [N, 1] where AXIS is 1, [B, N] and [1, N] where it is 0. fp32 from integers; with BITS 16 what is there. B is a
-    multiple of GROUP."""
+    """Dequantize part PART of the stored elements start .. start + B of `rows`.
+
+    Columns run along AXIS. If AXIS is 1, `elements` is [N, B] and `rows` is [N, 1]. If AXIS is 0, they are [B, N] and [1, N].
+    The result has the shape of `elements`, in fp32; with BITS 16 it is `elements`. B must be a multiple of GROUP.
+    """
     if BITS == 16:
         weights = elements
     else:
-        # A scale is loaded once and spread over its group: one load per weight would cost more than the weights themselves.
+        # A scale is loaded once and broadcast over its group. A load per weight would cost more than the weights themselves.
         spans: tl.constexpr = elements.shape[AXIS] // GROUP
         groups = start // GROUP + tl.arange(0, spans)
         live = groups < W // GROUP

@@ -1,17 +1,17 @@
 """Running the chosen experts. Reference: `ladimo.model.experts.apply_experts_grouped`.
 
-One token is matrix-vector products, bound by reading the weights of the experts chosen (`_matvec`). More tokens are two grouped
-matrix products over lists of tokens by expert (`_grouped`): up to `m` of a tile's tokens an expert's weights are read once,
-however many chose it. In both an expert nobody chose is a block that returns at once, so cost follows the routing while
-shapes do not.
+One token needs matrix-vector products (`_matvec`). Their time is the time to read the weights of the chosen experts. More
+tokens need two grouped matrix products over lists of tokens by expert (`_grouped`). They read the weights of an expert once for
+every `m` tokens that chose it. In both forms, the block of an expert that no token chose returns at once. So the cost depends
+on the routing, but the shapes do not.
 
-The weight of an expert is multiplied into its hidden activations, so that the output is a plain sum. A token's experts are
-summed in expert order in fp32, so its numbers do not depend on its neighbours. A token that takes every expert of the layer
-is one row of one long product over all of them: the dense FFN's own work.
+The hidden activations of an expert are multiplied by the expert's weight, so the output is a plain sum. The experts of a token
+are summed in fp32 in the order of their numbers, so the result does not depend on the rest of the batch. If a token takes all
+experts of the layer, its output is one long product over all of them, which is the same work as the dense FFN.
 
-Weights may be integers with scales, unpacked in registers as they are read: `W`, `BITS` and `PARTS` are those of
-`kernels.dequantize`. They stay integers in long prompts, too, where whole weights would multiply faster: those would take a
-copy of all experts of a layer, of which a policy may use a few.
+Weights may be integers with scales. They are unpacked in registers as they are read; `kernels.dequantize` explains W, BITS and
+PARTS. They stay integers even for long prompts. Floating-point weights would multiply faster there, but all experts of a layer
+would have to be unpacked, and a policy may use only a few.
 
 Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts, K places per token.
 
@@ -29,19 +29,22 @@ from ladimo.model.kernels.dequantize import load_columns, load_elements, stored,
 from ladimo.model.kernels.moe_align import find_block, list_kernel
 from ladimo.model.quantization import Weights
 
-# From this many tokens on, tokens that take every expert are multiplied as the dense FFN would; below, the sum over experts
-# is kept apart so that there is work for every multiprocessor.
+# From this many tokens on, tokens that take all experts are computed like a dense FFN. With fewer tokens, the experts are
+# computed separately and summed later, so that there is work for every multiprocessor.
 DENSE_TOKENS = 512
-# Intermediate buffers have a place for every expert of every token, so longer inputs are cut.
+# Longer inputs are computed in parts, because intermediate buffers have a place for every expert of every token.
 MAX_TOKENS = 4096
-# Tokens per step when lists of tokens are made, and elements of a row per program when experts are summed.
+# LIST_TILE: tokens per iteration when token lists are made. SUM_TILE: elements of a row per program when experts are summed.
 LIST_TILE = 1024
 SUM_TILE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share: `m` tokens times `n` output columns, `k` stored elements of a row of weights at a time."""
+    """The work of one program: `m` tokens times `n` output columns.
+
+    Each iteration reads `k` stored elements of a weight row. `num_warps` and `num_stages` are Triton's launch options.
+    """
 
     m: int
     n: int
@@ -50,21 +53,21 @@ class Tile:
     num_stages: int = 1
 
 
-# For the gate and up products and for the down product of one token. A wide `k` keeps many bytes in flight.
+# The tiles for one token: for the gate and up products, and for the down product. A large `k` keeps many loads in flight.
 MATVEC_TILES = Tile(1, 4, 1024, num_warps=4), Tile(1, 4, 512, num_warps=4)
-# The same for integers: so few scales belong to a tile that threads load their own and wait for nobody.
+# The same for integer weights. A tile has so few scales that each thread loads its own and needs no synchronisation.
 INTEGER_MATVEC_TILES = Tile(1, 4, 512, num_warps=4), Tile(1, 4, 512, num_warps=4)
 
 
 def grouped_tiles(num_tokens: int, integers: bool = False) -> tuple[Tile, Tile]:
-    """For the gate and up products (two accumulators of m x n) and for the down product."""
+    """The tiles for the gate and up products, which have two accumulators of m x n, and for the down product."""
     if num_tokens <= 16:
         return Tile(16, 32, 64, num_warps=4, num_stages=5), Tile(16, 32, 64, num_warps=4, num_stages=5)
     if num_tokens <= 32:
         return Tile(32, 32, 64, num_warps=4, num_stages=5), Tile(32, 32, 64, num_warps=4, num_stages=5)
     if num_tokens < DENSE_TOKENS:
         return Tile(64, 64, 64, num_warps=4, num_stages=4), Tile(64, 64, 64, num_warps=4, num_stages=4)
-    if integers:  # a step of int4 takes 2 k columns of both factors, which in fp32 must find room in shared memory
+    if integers:  # an int4 iteration needs 2 k columns of both factors, and in fp32 these must fit into shared memory
         return Tile(128, 64, 64, num_warps=8, num_stages=3), Tile(128, 64, 64, num_warps=8, num_stages=3)
     return Tile(128, 128, 64, num_warps=8, num_stages=3), Tile(128, 128, 64, num_warps=8, num_stages=4)
 
@@ -77,7 +80,7 @@ def apply_experts(
     down_proj: Weights,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
-    """See the reference; `tiles` overrides the choice made from the number of tokens."""
+    """See the reference. `tiles` replaces the default choice, which depends on the number of tokens."""
     num_tokens = hidden_states.shape[0]
     run = _matvec if num_tokens == 1 else _grouped
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
@@ -150,12 +153,12 @@ def _matvec_gate_up_kernel(
     weight = tl.sum(tl.where(chosen, tl.load(weights_ptr + places, mask=places < K, other=0.0), 0.0), axis=0)
 
     columns = tl.program_id(1) * N + tl.arange(0, N)
-    rows = tl.minimum(columns, F - 1)  # a last, partial block reads its last row again
+    rows = tl.minimum(columns, F - 1)  # a partial last block reads the last row again
     inner = tl.arange(0, BLOCK)[None, :]
     gate_rows = expert.to(tl.int64) * (2 * F) + rows[:, None]
     gate_ptrs = gate_up_ptr + gate_rows * W + inner
-    # x is loaded in the shape of the weights, once per row: threads then hold what they multiply, and nothing is exchanged
-    # between them until the sums at the end.
+    # x is loaded in the shape of the weights, once for each row. Each thread then has both factors, so threads exchange nothing
+    # before the final sums.
     x_ptrs = x_ptr + tl.zeros([N, 1], dtype=tl.int32) + inner
     gate = tl.zeros([N, BLOCK], dtype=tl.float32)
     up = tl.zeros([N, BLOCK], dtype=tl.float32)
@@ -191,7 +194,7 @@ def _matvec_down_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n..n+N]: the sum over the token's experts, in expert order, of down @ hidden[e]."""
+    """out[n..n+N] = sum of down[e] @ hidden[e] over the token's experts e, in the order of their numbers."""
     places = tl.arange(0, BLOCK_PLACES)
     ids = tl.load(ids_ptr + places, mask=places < K, other=-1)
     columns = tl.program_id(0) * N + tl.arange(0, N)
@@ -227,7 +230,7 @@ def _grouped(
     num_places = ids.shape[1]
     dense = num_tokens >= DENSE_TOKENS
     first, second = tiles or grouped_tiles(num_tokens, integers=not isinstance(gate_up_proj, Tensor))
-    # Lists: per expert its tokens; if `dense`, then per expert those that did not choose all, last those that did.
+    # The lists of `list_kernel`. Only `dense` needs those from E on.
     num_lists = 2 * num_experts + 1 if dense else num_experts
     counts = torch.empty(num_lists, dtype=torch.int32, device=x.device)
     lists = torch.empty(num_lists, num_tokens, dtype=torch.int32, device=x.device)
@@ -365,7 +368,7 @@ def _grouped_down_kernel(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """parts[t, e, n..n+N] = down @ hidden[t, e] for M tokens of expert e's list; list E: out[t, n..n+N], over all experts."""
+    """parts[t, e, n..n+N] = down[e] @ hidden[t, e] for M tokens t of list e < E. List E: out[t, n..n+N] over all experts."""
     column_blocks: tl.constexpr = (D + N - 1) // N
     index, begin, count = find_block(counts_ptr, tl.program_id(0) // column_blocks, LISTS, BLOCK_LISTS, M)
     if index >= LISTS:
@@ -412,7 +415,8 @@ def _sum_kernel(
     BLOCK_PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t]: the sum of parts[t, e] over the token's experts in expert order; if DENSE, tokens with all are done already."""
+    """out[t] = sum of parts[t, e] over the token's experts e, in order. With DENSE, tokens with all experts are done
+    already."""
     token = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK_PLACES)
     ids = tl.load(ids_ptr + token * K + places, mask=places < K, other=-1)

@@ -1,9 +1,10 @@
-"""Dense layers whose weights are integers. Reference: `ladimo.model.quantization.linear`.
+"""Linear layers with integer weights. Reference: `ladimo.model.quantization.linear`.
 
-One row is a matrix-vector product and a few are one tile high: both are bound by reading the weights, which are unpacked in
-registers. Many rows are bound by the multiplications: there the weights are made whole once and the product is torch's own.
+One row needs a matrix-vector product, and a few rows need one tile. The time of both is the time to read the weights, which are
+unpacked in registers. With many rows, multiplications take most of the time. The weights are then unpacked to floating point
+once, and torch multiplies.
 
-Legend: T rows, K inputs, N outputs; W, BITS and PARTS as in `kernels.dequantize`.
+Legend: K inputs, N outputs; W, BITS and PARTS as in `kernels.dequantize`.
 """
 
 import torch
@@ -16,14 +17,15 @@ from ladimo.model.kernels.dequantize import load_columns, load_elements, stored,
 from ladimo.model.kernels.experts import Tile
 from ladimo.model.quantization import QuantizedWeights
 
-# From this many rows on, writing and reading whole weights takes less time than unpacking them in every block of rows would.
-# Reckoned from bytes and operations, not measured yet.
+# From this many rows on, unpacking the weights once should take less time than unpacking them for every block of rows.
+# Estimated from bytes and operations; not measured yet.
 WHOLE_ROWS = 256
-MATVEC_TILE = Tile(1, 4, 512, num_warps=4)  # as `experts.INTEGER_MATVEC_TILES`
+MATVEC_TILE = Tile(1, 4, 512, num_warps=4)  # like `experts.INTEGER_MATVEC_TILES`
 WHOLE_TILE = Tile(1, 8, 256, num_warps=4)
 
 
 def matmul_tile(num_rows: int) -> Tile:
+    """The tile for a product of this many rows."""
     if num_rows <= 16:
         return Tile(16, 32, 128, num_warps=4, num_stages=4)
     if num_rows <= 32:
@@ -32,7 +34,7 @@ def matmul_tile(num_rows: int) -> Tile:
 
 
 def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """See the reference; `tile` overrides the choice made from the number of rows."""
+    """See the reference. `tile` replaces the default choice, which depends on the number of rows."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, num_inputs = rows.shape
     if num_rows >= WHOLE_ROWS:
@@ -66,7 +68,7 @@ def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None, til
 
 
 def whole(weights: QuantizedWeights, dtype: torch.dtype) -> Tensor:
-    """The weights [N, K] in `dtype`. Reference: `QuantizedWeights.to_dtype`."""
+    """Unpack the weights [N, K] to `dtype`. Reference: `QuantizedWeights.to_dtype`."""
     num_outputs, num_inputs = weights.shape
     out = torch.empty(num_outputs, num_inputs, dtype=dtype, device=weights.data.device)
     elements, scales, form = stored(weights)
@@ -100,9 +102,9 @@ def _matvec_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n..n+BLOCK_N] of the only row."""
+    """out[n..n+BLOCK_N] for a single row."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(columns, N - 1).to(tl.int64)[:, None]  # a last, partial block reads its last row again
+    rows = tl.minimum(columns, N - 1).to(tl.int64)[:, None]  # a partial last block reads the last row again
     inner = tl.arange(0, BLOCK)[None, :]
     element_ptrs = elements_ptr + rows * W + inner
     x_ptrs = x_ptr + tl.zeros([BLOCK_N, 1], dtype=tl.int32) + inner
@@ -135,7 +137,7 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[m..m+BLOCK_M, n..n+BLOCK_N]."""
+    """out[m..m+BLOCK_M, n..n+BLOCK_N] of the product."""
     places = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = places < num_rows
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -170,7 +172,7 @@ def _whole_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK_N rows of what BLOCK of their elements stand for."""
+    """Unpack BLOCK stored elements in each of BLOCK_N rows."""
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     live = rows < N
     rows = tl.minimum(rows, N - 1)

@@ -1,4 +1,4 @@
-"""Lists of tokens by expert, and blocks of equal size cut from them: what grouped products run over.
+"""Lists of tokens by expert, divided into blocks of equal size. The grouped products run over these blocks.
 
 Legend: E experts, K places per token.
 """
@@ -20,8 +20,11 @@ def list_kernel(
     BLOCK_PLACES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per list: the numbers of its tokens, ascending, and how many they are. List e is of the tokens that chose
-    expert e; list E + e of those among them that did not choose all; list 2E of those that did."""
+    """Each program makes one list: its token numbers in rising order, their weights, and their count.
+
+    List e has the tokens that chose expert e. List E + e has those of them that did not choose all experts. List 2E has the
+    tokens that chose all experts. Only the lists below E have weights.
+    """
     index = tl.program_id(0)
     expert = index % E
     places = tl.arange(0, BLOCK_PLACES)
@@ -45,7 +48,10 @@ def list_kernel(
 
 @triton.jit
 def find_block(counts_ptr, block, LISTS: tl.constexpr, BLOCK_LISTS: tl.constexpr, M: tl.constexpr):
-    """Which list the block-th block of M tokens belongs to (LISTS: none), its first place there, the list's length."""
+    """Find the list of block number `block` (LISTS if there is none), the block's first place in it, and the list's length.
+
+    Blocks have M tokens and are numbered through all lists, in order.
+    """
     lists = tl.arange(0, BLOCK_LISTS)
     counts = tl.load(counts_ptr + lists, mask=lists < LISTS, other=0)
     blocks = (counts + M - 1) // M

@@ -1,4 +1,4 @@
-"""Elementwise work done in one pass over memory, rounded exactly where `ladimo.model.layers` rounds.
+"""Norms and activations in one pass over memory. Results are rounded at the same points as in `ladimo.model.norm_activation`.
 
 Legend: T tokens, D hidden_size, F intermediate_size.
 """
@@ -12,14 +12,14 @@ ELEMENTWISE_TILE = 1024
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [T, D]. Reference: `ladimo.model.layers.rms_norm`."""
+    """RMSNorm of x [T, D]. Reference: `ladimo.model.norm_activation.rms_norm`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_rms_norm(x.contiguous(), None, weight, out, None, eps)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + residual, both [T, D], and the sum itself. Reference: `ladimo.model.layers.add_rms_norm`."""
+    """RMSNorm of x + residual, and the sum; all [T, D]. Reference: `ladimo.model.norm_activation.add_rms_norm`."""
     out, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     _launch_rms_norm(x.contiguous(), residual.contiguous(), weight, out, total, eps)
     return out, total
@@ -61,7 +61,7 @@ def _rms_norm_kernel(
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [T, F]. Reference: `ladimo.model.layers.silu_mul`."""
+    """silu(gate) * up, both [T, F]. Reference: `ladimo.model.norm_activation.silu_mul`."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     size = gate.shape[-1]
     _silu_mul_kernel[(gate.numel() // size, triton.cdiv(size, ELEMENTWISE_TILE))](

@@ -1,5 +1,7 @@
-"""The routing rule, the batch's budget and the counting of choices, one launch each. References: `select_experts` and
-`apply_batch_budget` of `ladimo.model.routing`, `ladimo.model.inputs.RoutingTables.record`.
+"""The routing rule, the batch budget, and the counting of choices, in one launch each.
+
+References: `select_experts` and `apply_batch_budget` in `ladimo.model.routing`, and `RoutingTables.record` in
+`ladimo.model.inputs`.
 
 Legend: T tokens, E experts, K = E places per token, L layers, P policies.
 """
@@ -12,26 +14,25 @@ from torch import Tensor
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.rule import RuleNumber
 
-# Columns of a row, as the compiler takes them.
+# The columns of a row, as constants for the compiler.
 TOP_K = tl.constexpr(RuleNumber.TOP_K.value)
 MASS = tl.constexpr(RuleNumber.MASS.value)
 FLOOR = tl.constexpr(RuleNumber.FLOOR.value)
 RELATIVE_FLOOR = tl.constexpr(RuleNumber.RELATIVE_FLOOR.value)
 RENORMALIZE = tl.constexpr(RuleNumber.RENORMALIZE.value)
 BATCH_EXPERTS = tl.constexpr(RuleNumber.BATCH_EXPERTS.value)
-# Tokens times experts routed in one program.
+# Tokens times experts in one program of `select_experts`.
 SELECT_TILE = 512
-# Tokens times experts that the one program of a batch's budget looks at together.
+# Tokens times experts in one iteration of `apply_batch_budget`.
 BUDGET_TILE = 256
-# Choices times experts compared at a time when choices are counted.
+# Choices times experts in one iteration of `record`.
 COUNT_TILE = 8192
 
 
 def select_experts(
     router_logits: Tensor, rows: Tensor, allowed: Tensor, layer: MoeLayerConfig, selection_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See the reference. `rows` [T, len(RuleNumber)] and `allowed` [T, E] may be views of larger tables. Ties go to the lower
-    expert."""
+    """See the reference. `rows` [T, len(RuleNumber)] and `allowed` [T, E] may be views of larger tables."""
     num_tokens, num_experts = router_logits.shape
     weights = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=router_logits.device)
     ids = torch.empty(num_tokens, num_experts, dtype=torch.int64, device=router_logits.device)
@@ -95,13 +96,13 @@ def _select_kernel(
         scores = exponentials / tl.maximum(tl.sum(exponentials, axis=1), 1e-30)[:, None]
     else:
         scores = tl.where(allowed, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
-    scores = tl.where(scores == scores, scores, 0.0)  # not a number: a rank must still be a place
+    scores = tl.where(scores == scores, scores, 0.0)  # replace NaN, so that all ranks are different
     order = scores
     if HAS_BIAS:
         order += tl.load(bias_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
     order = tl.where(allowed, order, float("-inf"))
 
-    # One expert after another: whom it stands before, and how much score stands before them.
+    # For each expert in turn: find the experts that it ranks before, and add its score to their mass_before.
     rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)
     mass_before = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     for expert in range(E):
@@ -136,7 +137,7 @@ def _select_kernel(
 
 
 def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
-    """See the reference. One program, whose sums over the tokens always run in the same order."""
+    """See the reference. There is only one program, so the sums over tokens always run in the same order."""
     num_tokens, num_experts = topk_ids.shape
     shared = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=topk_ids.device)
     block_e = triton.next_power_of_2(num_experts)
@@ -194,7 +195,7 @@ def _apply_batch_budget_kernel(
         budget = tl.load(rows_ptr + tokens * rows_stride + BATCH_EXPERTS, mask=tokens < num_tokens, other=0.0)
         budget = tl.where(tokens < num_decode, budget, float("inf"))
         costs = (allowed & (free == 0)[None, :]).to(tl.int32)
-        rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)  # of each expert among those of the mask that cost
+        rank = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)  # among the experts of the mask that are not free
         for expert in range(E):
             this = experts == expert
             its_total = tl.sum(tl.where(this, total, 0.0), axis=0)
@@ -206,8 +207,10 @@ def _apply_batch_budget_kernel(
 
 
 def record(expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distinct_experts: Tensor) -> None:
-    """Add one step's choices to the counters of `RoutingTables`: expert_ids [L, T, K], policy_ids [T], expert_tokens
-    [P, L, E], distinct_experts [L, E + 1]. One program per layer."""
+    """Add the choices of one step to the counters of `RoutingTables`. One program per layer.
+
+    expert_ids [L, T, K], policy_ids [T]; counters expert_tokens [P, L, E] and distinct_experts [L, E + 1].
+    """
     num_layers, num_tokens, num_places = expert_ids.shape
     num_experts = expert_tokens.shape[2]
     block_e = triton.next_power_of_2(num_experts)
@@ -248,7 +251,7 @@ def _record_kernel(
         policies = tl.load(policies_ptr + choices // K, mask=live, other=0)
         chosen = (ids[:, None] == experts[None, :]).to(tl.int32)
         hit = tl.maximum(hit, tl.max(chosen, axis=0))
-        # Most steps are under one policy: its choices are summed here and added once, the others one by one.
+        # Most steps have one policy. Its choices are summed and added once. Choices under other policies are added one by one.
         common = tl.max(policies, axis=0)
         counts = tl.sum(tl.where((policies == common)[:, None], chosen, 0), axis=0)
         row = expert_tokens_ptr + (common * num_layers + layer) * E
