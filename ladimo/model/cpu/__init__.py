@@ -1,5 +1,5 @@
-"""The forward pass on CPU cores as one call of compiled code per step, for `backends.native_backend`.
+"""The compiled CPU step: one call of C code computes a whole step. `backends.native_backend` uses it.
 
-`step.c` and the headers that it includes are the step. `draw.c` chooses the next tokens. `pool.c` holds the threads of both.
-`build` compiles them where they run. `packing` lays weights out; `native_step` and `native_draw` make the calls.
+`step.c` and its headers compute the step. `draw.c` draws the next tokens. `pool.c` has the threads for both. `build` compiles
+these files on the machine where they run. `packing` lays out the weights. `native_step` and `native_draw` call the C code.
 """

@@ -1,4 +1,4 @@
-"""`python -m ladimo.model.cpu`: compile the step for all kinds of processors of this architecture, to ship it in an image."""
+"""`python -m ladimo.model.cpu`: compile the step for every kind of processor of this architecture, for a container image."""
 
 import sys
 from argparse import ArgumentParser
@@ -8,7 +8,7 @@ from ladimo.model.cpu.build import SHIPPED, BuildError, compile_variants
 
 
 def main() -> int:
-    """Prints the files. Exit codes: 0 compiled, 1 failed with one line."""
+    """Compile and print the files. Returns the exit code: 0 compiled, 1 failed, with one line on stderr."""
     parser = ArgumentParser(prog="python -m ladimo.model.cpu", description="Compile the CPU step to ship with the package.")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="directory; the package's own if not given")
     try:

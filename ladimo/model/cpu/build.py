@@ -1,8 +1,8 @@
-"""The compiled forward step: shipped with the package, compiled on this machine earlier, or compiled now; and loading it.
+"""Compiles the C code of the CPU step, and loads it.
 
-The C files beside this one are compiled for the processor at hand when they are first needed. An image has no compiler, so it
-ships with them compiled for each of `VARIANTS` (`python -m ladimo.model.cpu`), and the best one that the processor can run is
-loaded.
+The C files beside this one are compiled for this machine's processor when they are first needed, and kept for later. A
+container image has no compiler. So it contains a compiled file for each of `VARIANTS`, made by `python -m ladimo.model.cpu`.
+The best one that the processor can run is loaded.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ from ladimo.model.rule import RuleNumber
 
 SOURCES = Path(__file__).parent
 SHIPPED = Path(__file__).with_name("compiled")
-# No -ffast-math: the order of sums is what makes a token's numbers independent of its neighbours.
+# No -ffast-math: the results of a token must not depend on its batch, and that needs a fixed order of sums.
 OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
-# The layout of a policy's row: the C code reads the same definition as Python.
+# The columns of a policy's row, so that the C code uses the same definition as Python.
 MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
 COMMON_FLAGS = (*OPTIONS, *MACROS)
 FLAGS = (*COMMON_FLAGS, "-march=native")
@@ -41,16 +41,16 @@ log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
-    """The step cannot be had here; the message says why."""
+    """There is no compiled step on this machine. The message says why."""
 
 
 class PlaceError(BuildError):
-    """The step cannot be kept or loaded in one directory; another may do."""
+    """The step cannot be stored in or loaded from one directory. Another directory may work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to compile the step for processors of a kind: the compiler's flags, and what /proc/cpuinfo must list."""
+    """A kind of processor: flags for the compiler, and features that /proc/cpuinfo must list (`needs`)."""
 
     name: str
     flags: tuple[str, ...]
@@ -60,7 +60,7 @@ class Variant:
 _V2 = frozenset({"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"})
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 _V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
-# By machine, best first. The names are those of the x86-64 psABI's levels, and what is used beyond them.
+# By architecture, best first. Names are the levels of the x86-64 psABI, and the features used beyond them.
 VARIANTS = {
     "x86_64": (
         Variant(
@@ -78,13 +78,13 @@ VARIANTS = {
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled step; None where it cannot be had, and `origin` says why."""
+    """The compiled step, loaded; None if there is none. `origin` then says why."""
     found = _find()
     return None if isinstance(found, str) else found[0]
 
 
 def origin() -> str:
-    """Which step `library` gives and the file it is in, or why there is none."""
+    """A description of the step that `library` returns, with its file; or the reason why there is none."""
     found = _find()
     return found if isinstance(found, str) else found[1]
 
@@ -103,7 +103,10 @@ def _find() -> tuple[ctypes.CDLL, str] | str:
 
 
 def shipped_variant(directory: Path, features: frozenset[str] | None = None) -> tuple[Variant, Path] | None:
-    """The best variant compiled into `directory` that a processor with these features runs (None: this one's)."""
+    """The best variant in `directory` that a processor with these features can run. `features` None: this processor's.
+
+    None if there is no such variant.
+    """
     features = _features() if features is None else features
     for variant in VARIANTS.get(platform.machine(), ()):
         path = variant_path(directory, variant)
@@ -113,12 +116,12 @@ def shipped_variant(directory: Path, features: frozenset[str] | None = None) -> 
 
 
 def variant_path(directory: Path, variant: Variant) -> Path:
-    """Its name holds the source's hash: what was compiled from another source is never loaded."""
+    """The file of a compiled variant. Its name has a hash of the source, so a file from other sources is never loaded."""
     return directory / f"step-{variant.name}-{_hash(_source(), *COMMON_FLAGS, *variant.flags)}.so"
 
 
 def compile_variants(directory: Path) -> list[Path]:
-    """Compile the step for all kinds of processors of this machine's architecture. Raises BuildError."""
+    """Compile the step for every kind of processor of this architecture. Returns the files. Raises BuildError."""
     compiler, paths = _compiler(), []
     for variant in VARIANTS.get(platform.machine(), ()):
         target = variant_path(directory, variant)
@@ -133,10 +136,10 @@ def compile_variants(directory: Path) -> list[Path]:
 
 
 def compiled(directory: Path, flags: Sequence[str] = FLAGS) -> Path:
-    """The shared library in `directory`, compiled if it is not there yet. Raises BuildError.
+    """The shared library in `directory`. It is compiled if it is not there yet. Raises BuildError.
 
-    Its name says what it was made of: source, flags, compiler and the processor's features (a home directory may be shared by
-    machines that differ).
+    The file name has a hash of the source, the flags, the compiler and the processor's features, because different machines may
+    share one home directory.
     """
     compiler = _compiler()
     version = _run([compiler, "--version"])
@@ -152,10 +155,10 @@ def compiled(directory: Path, flags: Sequence[str] = FLAGS) -> Path:
 
 
 def abandon() -> None:
-    """End a compilation that is under way, so that the process can end and leave nothing behind. Its caller gets BuildError."""
+    """Stop a running compilation, so that the process can end and leaves no files behind. Its caller gets BuildError."""
     for process in tuple(_running):
         _end(process)
-    if _compiling.acquire(timeout=ABANDON_SECONDS):  # held until the partial file is removed
+    if _compiling.acquire(timeout=ABANDON_SECONDS):  # the compilation holds it until its partial file is removed
         _compiling.release()
 
 
@@ -164,7 +167,7 @@ _running: set["subprocess.Popen[str]"] = set()
 
 
 def _compile_somewhere(directories: Sequence[Path]) -> tuple[ctypes.CDLL, Path]:
-    """From the first directory that can be written and run from. Raises BuildError."""
+    """Compile and load the step in the first directory that allows both. Raises BuildError."""
     refused = ["there is no directory to compile it to"] if not directories else []
     for directory in directories:
         try:
@@ -182,12 +185,13 @@ def _compile_somewhere(directories: Sequence[Path]) -> tuple[ctypes.CDLL, Path]:
 def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:  # such as a file system without execution
+    except OSError as error:  # for example, the file system forbids execution
         raise PlaceError(f"{path}: cannot be loaded ({error})") from error
 
 
 def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
-    """Under another name first and then moved: a second process finds all of it or nothing. Raises BuildError, OSError."""
+    """Compile to another name, then move the file, so that other processes never see a partial file. Raises BuildError,
+    OSError."""
     with _compiling:
         _remove_leftovers(target.parent)
         handle, partial = tempfile.mkstemp(prefix="partial-", suffix=".so", dir=target.parent)
@@ -200,7 +204,7 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """What processes left that were killed while they compiled."""
+    """Remove partial files of processes that were killed while they compiled."""
     for path in directory.glob("partial-*.so"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > 2 * TIMEOUT_SECONDS:
@@ -208,10 +212,10 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """What the command prints. Raises BuildError."""
+    """Run a command and return what it prints. Raises BuildError."""
     pipe = subprocess.PIPE
     try:
-        # A session of its own: the compiler starts other programs, and all of them are ended together.
+        # In its own session, because the compiler starts other programs, and all of them must be ended together.
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
             _running.add(process)
             try:
@@ -253,7 +257,7 @@ def _hash(*parts: str) -> str:
 
 
 def _features() -> frozenset[str]:
-    """The instruction sets of the processor, as the system lists them; empty where it does not."""
+    """The processor's features from /proc/cpuinfo; empty if the system has no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where code that was compiled for this machine is kept."""
+"""The directories for code that was compiled on this machine."""
 
 import os
 import stat
@@ -8,22 +8,21 @@ from pathlib import Path
 
 
 def cache_directories() -> list[Path]:
-    """The places to try, best first: the user's cache, then a directory of the user's own among the temporary files.
+    """The directories to try, best first: the user's cache directory, then a directory of this user for temporary files.
 
-    A user without a home directory or an entry in the list of users, as containers have them, is left with the last.
+    In containers a user may have no home directory and no entry in the list of users. Then only the last one is left.
     """
     bases = [Path(os.environ.get("XDG_CACHE_HOME", ""))]
-    with suppress(RuntimeError):  # there is no home directory
+    with suppress(RuntimeError):  # the user has no home directory
         bases.append(Path.home() / ".cache")
     found = [base / "ladimo" for base in bases if base.is_absolute()]
-    with suppress(FileNotFoundError):  # nothing can be written anywhere
+    with suppress(FileNotFoundError):  # there is no directory for temporary files
         found.append(Path(tempfile.gettempdir()) / f"ladimo-{os.getuid()}")
     return list(dict.fromkeys(found))
 
 
 def make_private(directory: Path) -> None:
-    """Make the directory where it is missing. Raises OSError where it cannot be made, or where another user could put code into
-    it that we would run."""
+    """Create the directory if it is missing. Raises OSError if this fails, or if other users could write code into it."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = directory.stat()
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -1,4 +1,4 @@
-"""The bridge between rows of logits and `draw.c`. Legend: R rows, V vocabulary."""
+"""Calls `draw.c` to draw tokens from logits. Legend: R rows, V vocabulary."""
 
 import ctypes
 from ctypes import c_int64, c_void_p
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ladimo.model.cpu.pool import Pool
 
-# Logits below which waking the other threads costs more than they give.
+# With fewer logits (R * V) than this, waking the other threads would cost more time than it saves.
 SERIAL_DRAW = 10**5
 
 
@@ -19,7 +19,7 @@ class _Draw(ctypes.Structure):
 
 
 class NativeDraw:
-    """Token ids [R] int64 from logits [R, V]. A token depends on its own row alone, in every bit."""
+    """Draws token ids [R] int64 from logits [R, V]. Each token depends on its own row only, in every bit."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -27,12 +27,12 @@ class NativeDraw:
         self._run.argtypes = [c_void_p, ctypes.POINTER(_Draw)]
 
     def likeliest(self, logits: Tensor) -> Tensor:
-        """The first token with the largest logit. Raises MemoryError."""
+        """The token with the largest logit in each row; the first one on a tie. Raises MemoryError."""
         return self._draw(logits.float().contiguous())
 
     def draw(self, logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor, top_k: Tensor) -> Tensor:
-        """All [R]: temperature (0 takes the likeliest), top_p, min_p and uniform float64, top_k int64 (0: no limit). Raises
-        MemoryError."""
+        """Draw a token for each row. Parameters are [R]: temperature (0 = greedy), top_p, min_p, uniform in float64; top_k in
+        int64 (0 = no limit). Raises MemoryError."""
         columns = [column.contiguous() for column in (temperature, top_p, min_p, uniform, top_k)]
         assert [column.dtype for column in columns] == [torch.float64] * 4 + [torch.int64]
         return self._draw(logits.float().contiguous(), *columns)

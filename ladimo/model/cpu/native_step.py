@@ -1,4 +1,4 @@
-"""The bridge between a model and `step.c`: packs the weights, lays a step's inputs out as C structures, calls.
+"""Calls `step.c`: packs the weights of a model, passes the inputs of a step as C structures, and returns its outputs.
 
 Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E experts.
 """
@@ -26,7 +26,7 @@ from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
-# Multiply-adds of a step below which waking the other threads costs more than they give.
+# With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
 WAKE_THREADS_FROM = 10**6
 
 
@@ -100,16 +100,16 @@ class _Step(ctypes.Structure):
 
 
 class Unsupported(Exception):
-    """The kernel cannot run this model; the message says why."""
+    """The compiled step cannot run this model. The message says why."""
 
 
 def stored_format(dtype: torch.dtype, quantize: str | None) -> str:
-    """How weights of a model of `dtype` are packed: see `packing.KINDS`."""
+    """The format in which weights of `dtype` are packed, one of `packing.KINDS` unless `quantize` is another format."""
     return quantize or ("bfloat16" if dtype == torch.bfloat16 else "float32")
 
 
 def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | None = None) -> None:
-    """Raises Unsupported when this machine's kernel cannot run such a model in `dtype`, or with weights rounded so."""
+    """Raises Unsupported if this machine's compiled step cannot run such a model in `dtype`, or in the format `quantize`."""
     if library() is None:
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if not find_family(config.family).is_llama_inside:
@@ -126,10 +126,10 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
 
 
 class NativeStep:
-    """`MoeTransformer.forward` over a cache, from packed weights.
+    """Computes `MoeTransformer.forward` over a KV cache, from packed weights. Only one thread may call it at a time.
 
-    The cache's tensors are read and written in the kernel's own layout, so a cache serves either this or torch. The step reads
-    nothing of the model but its embedding and rotary tables, which stay where they are. To be called by one thread at a time.
+    The compiled code has its own layout of the cache, so a cache filled here cannot be used by torch, or the other way round.
+    The embedding and the rotary table of the model are not packed; they are used where they are.
     """
 
     def __init__(
@@ -140,15 +140,19 @@ class NativeStep:
         release: bool = False,
         wake_threads_from: int = WAKE_THREADS_FROM,
     ) -> None:
-        """`release`: let go of the model's own weights layer by layer, so that they are never in memory twice; the model can
-        then compute nothing itself. Raises Unsupported before anything is changed."""
+        """Pack the weights of `model` in `format`.
+
+        `release`: free the model's own weights layer by layer, so that they are never in memory twice. The model itself cannot
+        compute after that. `wake_threads_from`: steps with at least this many multiply-adds use all threads. Raises Unsupported
+        before anything is changed, and if there is no memory for the threads.
+        """
         config, dtype = model.config, model.model.embed_tokens.weight.dtype
         check_supported(config, dtype, format if format in format_names() else None)
         code = library()
         assert code is not None
         self.config, self._wake_threads_from = config, wake_threads_from
-        self.dtype = dtype  # of the cache
-        self._arena = Arena()  # what the structures point into
+        self.dtype = dtype  # of the KV cache
+        self._arena = Arena()  # the memory that the C structures point to
         self._router_format = "bfloat16" if dtype == torch.bfloat16 else "float32"
         layers = (_Layer * config.num_hidden_layers)()
         for target, layer in zip(layers, model.model.layers, strict=True):
@@ -176,7 +180,7 @@ class NativeStep:
             head=self._matrix(pack(head, format)),
             layers=layers,
         )
-        self._multiply_adds = config.dense_parameters + head.numel()  # per token, at most about
+        self._multiply_adds = config.dense_parameters + head.numel()  # per token, an upper estimate
         if release and model.lm_head is not None:
             _release(model.lm_head)
         try:
@@ -187,7 +191,7 @@ class NativeStep:
         self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
 
     def __call__(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
-        """One step; logits are fp32. Raises MemoryError when there is no memory for its buffers."""
+        """Run one step. Logits are fp32. Raises MemoryError if there is no memory for the step's buffers."""
         assert inputs.slot_mapping is not None and inputs.block_table is not None
         assert kv_cache.k.dtype == self.dtype, "the cache was allocated for another dtype"
         config, num_tokens = self.config, len(inputs.input_ids)
@@ -200,7 +204,7 @@ class NativeStep:
         expert_ids = None
         if self._model.max_experts:
             expert_ids = torch.empty(config.num_hidden_layers, num_tokens, config.max_num_experts, dtype=torch.int64)
-        # Held until the call returns: contiguous() may have made copies.
+        # Must stay alive until the call returns, because contiguous() may have made copies.
         given = [
             tensor.contiguous()
             for tensor in (

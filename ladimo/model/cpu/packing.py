@@ -1,6 +1,6 @@
-"""Weights as `step.c` reads them: panels of 16 rows, up to four panels interleaved column by column into a block.
+"""Packs weights for `step.c`. A panel is 16 rows. A block is up to four panels, interleaved column by column.
 
-Legend: N rows, K columns, P panels (16 rows each, the last padded with zeros), S columns that share a scale.
+Legend: N rows, K columns, P panels (the last one is padded with zeros), S columns that share a scale.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,18 @@ from torch.nn import functional as F
 from ladimo.model.quantization import GROUP, find_format, quantize
 
 LANES, PANELS = 16, 4
-# The formats that step.c reads, in its order: two of floating point, then those of `ladimo.model.quantization`.
+# The formats that step.c can read, in the order of its enum `Kind`. The integer formats are in `ladimo.model.quantization`.
 KINDS = ("float32", "bfloat16", "int8", "int4")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One matrix, or equal ones behind each other; `rows`, `panels`, `cols` are of one. `scales`: P * 16 * K / S of each."""
+    """One packed matrix, or several of the same shape in a row.
+
+    `rows`, `panels` and `cols` are those of one matrix. `scales` has P * 16 * K / S numbers for each matrix; None for
+    floating-point formats.
+    """
 
     data: Tensor
     scales: Tensor | None
@@ -30,7 +34,7 @@ class Packed:
 
 
 def pack(weights: Tensor, format: str) -> Packed:
-    """Pack weights [N, K] or equally large matrices [E, N, K]; K is even, and a multiple of `GROUP` for the integer formats."""
+    """Pack a matrix [N, K] or a stack [E, N, K]. K must be even, and for integer formats a multiple of `GROUP`."""
     stacked = weights if weights.ndim == 3 else weights[None]
     _, rows, cols = stacked.shape
     assert cols % columns_multiple(format) == 0
@@ -41,7 +45,7 @@ def pack(weights: Tensor, format: str) -> Packed:
 
 
 def pack_gate_up(gate_up: Tensor, format: str) -> Packed:
-    """Pack [E, 2F, D], gate rows before up rows, with two panels of gate and two of up rows in each block."""
+    """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows."""
     experts, _, cols = gate_up.shape
     size = padded_size(gate_up.shape[1] // 2, format)
     gate, up = (F.pad(half, (0, 0, 0, size - half.shape[1])).view(experts, -1, LANES, cols) for half in gate_up.chunk(2, dim=1))
@@ -51,31 +55,32 @@ def pack_gate_up(gate_up: Tensor, format: str) -> Packed:
 
 
 def columns_multiple(format: str) -> int:
-    """What the number of columns must be a multiple of: pairs of bf16 are read together, and groups share a scale."""
+    """The number of columns must be a multiple of this: bf16 is read in pairs, and a group of integers shares a scale."""
     return 2 if format in FLOATS else GROUP
 
 
 def padded_size(size: int, format: str) -> int:
-    """An expert's size, padded with idle neurons to whole panels and whole groups of scales."""
+    """The neurons of an expert, after padding with zeros to whole panels and whole groups."""
     multiple = max(LANES, columns_multiple(format))
     return -(-size // multiple) * multiple
 
 
 def _pack_one(matrix: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
-    """One matrix [16 P, K] -> its bytes, and its scales."""
+    """Pack one matrix [16 P, K]. Returns its bytes and its scales (None for floating-point formats)."""
     if format in FLOATS:
         return _interleave(matrix.to(FLOATS[format])).view(torch.uint8), None
     integers, scales = quantize(matrix, find_format(format))
-    if format == "int4":  # of each 8 columns the first four are the lower halves of the bytes
+    if format == "int4":  # of each 8 columns, the first four go to the lower halves of the bytes
         low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
         words = (low | high << 4).flatten(1)
     else:
-        words = integers.view(torch.uint8) ^ 0x80  # plus 128
+        words = integers.view(torch.uint8) ^ 0x80  # adds 128
     return _interleave(words).view(torch.uint8), _interleave(scales).view(torch.float32)
 
 
 def _interleave(matrix: Tensor) -> Tensor:
-    """[16 P, ...] -> flat words of 32 bits; in each block, word by word of the rows, its rows."""
+    """[16 P, ...] -> flat words of 32 bits. In each block, the first words of all its rows come first, then the second ones,
+    and so on."""
     words = matrix.contiguous().view(torch.int32)
     out = torch.empty_like(words).flatten()
     begin = 0

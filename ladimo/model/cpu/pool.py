@@ -1,4 +1,4 @@
-"""Threads of the compiled code, which share the work of a call."""
+"""The threads of the compiled code. They share the work of each call."""
 
 import ctypes
 import weakref
@@ -6,7 +6,7 @@ from ctypes import c_int64, c_void_p
 
 
 class Pool:
-    """`num_threads` threads, the caller's included. To be used by one thread at a time. Raises MemoryError."""
+    """A pool of `num_threads` threads, including the calling one. Only one thread may use it at a time. Raises MemoryError."""
 
     def __init__(self, code: ctypes.CDLL, num_threads: int) -> None:
         create, destroy = code.ladimo_create, code.ladimo_destroy
