@@ -1,9 +1,10 @@
-// Attention over the cache: rotary embedding, keys and values, an online softmax.
+// Attention over the KV cache: rotary embedding, the store of keys and values, and an online softmax.
 
 #pragma once
 
 #include "state.h"
 
+// Rotary embedding of one head, times `scale`. `table` has the cosines [size] and sines [size] of the position.
 static void rotate(float *x, const float *table, int64_t size, float scale) {
     const float *cosine = table, *sine = table + size;
     for (int64_t i = 0; i < size / 2; i++) {
@@ -13,7 +14,7 @@ static void rotate(float *x, const float *table, int64_t size, float scale) {
     }
 }
 
-// Rotate a token's queries (scaled for the dot products) and keys, and store keys and values.
+// Rotate the queries and keys of a token, and store its keys and values in the cache. Queries are also scaled by 1 / sqrt(C).
 static void store_token(const void *job, int64_t t) {
     const State *s = job;
     const Model *m = s->model;
@@ -31,7 +32,7 @@ static void store_token(const void *job, int64_t t) {
         }
 }
 
-// Keys [C, 16] and values [16, C'] of up to 16 positions from `first` on, those up to `last` valid, C' = C rounded up to lanes.
+// Load keys [C, 16] and values [16, C'] of up to 16 positions from `first` to `last` at most. C' is C rounded up to whole vectors.
 static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
     const Model *m = s->model;
     const Step *step = s->step;
@@ -39,7 +40,7 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     const int64_t *table = step->block_table + row * step->table_width;
     int64_t origin = s->layer_index * step->num_blocks, count = least(KEYS, last - first + 1);
     if (bs % KEYS == 0) {
-        if (first + KEYS <= last) {  // the next tile is on its way while this one is worked on
+        if (first + KEYS <= last) {  // prefetch the next tile
             int64_t next = first + KEYS, item = m->bf16 ? 2 : 4, stretch = KEYS * size * item;
             int64_t begin = ((origin + table[next / bs]) * groups + g) * size * bs;
             const char *k = (const char *)step->k_cache + (begin + next % bs) * item;
@@ -69,19 +70,20 @@ static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int
     }
 }
 
-// A function of its own: merged into the sums that follow, a * b + c * d could be rounded in two ways, which need not be the same
-// for every number of queries.
+// Not inlined on purpose. If the compiler merged it into the sums that follow, it could round a * b + c * d in one of two ways, and
+// not in the same way for every number of queries.
 static __attribute__((noinline)) void rescale(float *x, int64_t size, float factor) {
     for (int64_t i = 0; i < size; i += LANES) *(vf *)(x + i) *= factor;
 }
 
-// n queries over one tile, of which counts[i] positions count for query i: the running maximum, sums by lane [16] and output
-// [C'] of an online softmax each. Several at once share the loads of keys and values; a query's own sums run in the same order for every n.
+// Add one tile to the online softmax of n queries. For query i the first counts[i] positions are visible. Each query has a running
+// maximum, sums by lane [16], and an output [C']. Queries share the loads of keys and values. The sums of a query run in the same
+// order for every n.
 static inline __attribute__((always_inline)) void attend_tile(
     const int n, const float *const *q, const float *keys, const float *values, int64_t size, int64_t padded, const int64_t *counts,
     float *most, float *total, float *out
 ) {
-    enum { CHAINS = REGISTERS >= 32 ? 4 : 2 };  // sums of every CHAINS-th column, apart
+    enum { CHAINS = REGISTERS >= 32 ? 4 : 2 };  // each dot product is summed in CHAINS separate sums
     const int together = n == 1 ? KEY_VECTORS : 1;
     vf scores[4][KEY_VECTORS];
     for (int first = 0; first < KEY_VECTORS; first += together) {

@@ -1,9 +1,9 @@
-// The next token of each row of logits: temperature, then top-k, then min-p, then top-p, then inversion of the cumulative sum in the
-// order of the vocabulary. Everything is a function of the row alone, so neither neighbours nor threads change a draw.
+// Draws the next token of each row of logits. The steps are temperature, top-k, min-p, top-p, and inversion of the cumulative sum
+// in the order of the vocabulary. A draw depends on its own row only, not on other rows or threads.
 //
-// Nothing is sorted. What top-k or top-p keeps are the largest logits down to a bound, and of those that equal the bound the first in
-// the vocabulary; the bound is found by bisection. It looks at few candidates first: the maxima of blocks of tokens tell how far
-// down at least 64 tokens lie. Where these do not hold what the row's parameters keep, it looks at the whole row.
+// Nothing is sorted. Top-k and top-p keep all logits above a bound, and of those equal to the bound the first in the vocabulary.
+// The bound is found by bisection. The search begins with few candidates: the largest logits of blocks of tokens give a bound above
+// which there are at least 64 tokens. If the row's parameters keep more than these candidates, the search uses the whole row.
 //
 // Legend: R rows, V vocabulary. A token's weight is e^((logit - largest) / temperature), between 0 and 1.
 
@@ -13,10 +13,10 @@
 #include <math.h>
 #include <string.h>
 
-#define BLOCK 64       // tokens whose largest logit is remembered
-#define CANDIDATES 64  // at first, at least
-#define STRIDE 512     // weights that are added up in fp32, before a double takes them
-#define HALVINGS 12     // passes of a bisection that halve the distance of logits
+#define BLOCK 64       // tokens per block; the largest logit of each block is stored
+#define CANDIDATES 64  // number of first candidates, at least
+#define STRIDE 512     // weights that are summed in fp32 before the sum is added to a double
+#define HALVINGS 12     // first passes of a bisection, which halve an interval of logits
 
 typedef struct {
     int64_t rows, vocab, parallel;
@@ -26,15 +26,15 @@ typedef struct {
     int64_t *tokens;                                      // [R]
 } Draw;
 
-// Tokens in the order of the vocabulary. The last block is full: logits of -inf and weights of 0 fill it up.
+// Tokens in the order of the vocabulary. The last block is padded with logits of -inf and weights of 0.
 typedef struct {
     const float *logits;
     float *weights;
-    const int32_t *ids;  // NULL: the place is the id
+    const int32_t *ids;  // token ids; NULL: candidate i is token i
     int64_t count;
 } Candidates;
 
-// Memory for candidates, [V] and a block more each.
+// Arrays for candidates. Each has V numbers and one block more.
 typedef struct {
     float *row_weights, *logits, *weights, *fewer_logits, *fewer_weights;
     int32_t *ids;
@@ -43,11 +43,12 @@ typedef struct {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Pad x from `count` to the end of its last block with `value`.
 static inline void fill_up(float *x, float value, int64_t count) {
     for (int64_t i = count; i < ceil_div(count, BLOCK) * BLOCK; i++) x[i] = value;
 }
 
-// Block b of a row, filled up with -inf where the row ends within it.
+// Block b of a row. If the row ends inside it, `copy` gets the block, padded with -inf.
 static inline const float *block_of(const float *x, int64_t vocab, int64_t b, float *copy) {
     int64_t rest = vocab - b * BLOCK;
     if (rest >= BLOCK) return x + b * BLOCK;
@@ -56,6 +57,7 @@ static inline const float *block_of(const float *x, int64_t vocab, int64_t b, fl
     return copy;
 }
 
+// The largest logit of each block, and of the row.
 static float find_maxima(const float *x, int64_t vocab, float *maxima) {
     float most = -INFINITY, copy[BLOCK];
     for (int64_t b = 0; b * BLOCK < vocab; b++) {
@@ -77,12 +79,14 @@ static int64_t likeliest(const float *x, int64_t vocab, const float *maxima, flo
     return 0;
 }
 
+// The weights of some logits. `most`: the largest logit of the row; `inverse`: 1 / temperature.
 static inline vf weights_of(vf x, float most, float inverse) {
     vf scaled = (x - most) * inverse;
     vi matters = scaled > splat(-87.0f);
     return choose(matters, exp_within(choose(matters, scaled, splat(0.0f))), splat(0.0f));
 }
 
+// The weights of `count` logits.
 static void weigh(const float *logits, int64_t count, float most, float inverse, float *weights) {
     float copy[BLOCK];
     for (int64_t b = 0; b * BLOCK < count; b++) {
@@ -104,7 +108,8 @@ static double sum_of(const float *weights, int64_t count) {
     return total;
 }
 
-// The place whose cumulative sum exceeds `target`; the last one with a weight where rounding keeps the sum from that.
+// The first place in a block at which the cumulative sum exceeds `target`. If rounding keeps the sum below, the last place with a
+// weight above 0.
 static int64_t place_in_block(const float *weights, double target) {
     double sum = 0;
     int64_t last = 0;
@@ -115,14 +120,14 @@ static int64_t place_in_block(const float *weights, double target) {
     return last;
 }
 
-// The block whose cumulative sum exceeds `target`; -1 where nothing has a weight.
+// The first block whose cumulative sum exceeds `target`; -1 if all weights are 0.
 static int64_t block_at(const double *sums, int64_t blocks, double target) {
     for (int64_t b = 0; b < blocks; b++)
         if (sums[b] > target) return b;
     return -1;
 }
 
-// The place whose cumulative weight exceeds the share `uniform` of all; -1 where nothing has a weight. `sums` [blocks].
+// The first place at which the cumulative weight exceeds `uniform` times the total; -1 if all weights are 0. Uses sums [blocks].
 static int64_t invert(const float *weights, int64_t count, double uniform, double *sums) {
     double total = 0;
     int64_t blocks = ceil_div(count, BLOCK);
@@ -131,7 +136,7 @@ static int64_t invert(const float *weights, int64_t count, double uniform, doubl
     return b < 0 ? -1 : b * BLOCK + place_in_block(weights + b * BLOCK, uniform * total - (b ? sums[b - 1] : 0.0));
 }
 
-// The same over a whole row whose weights need not be kept.
+// The same for a whole row, without storing its weights.
 static int64_t invert_row(const float *x, int64_t vocab, float most, float inverse, double uniform, double *sums) {
     double total = 0;
     float copy[BLOCK], weights[BLOCK];
@@ -146,7 +151,7 @@ static int64_t invert_row(const float *x, int64_t vocab, float most, float inver
     return b * BLOCK + place_in_block(weights, uniform * total - (b ? sums[b - 1] : 0.0));
 }
 
-// Numbers in the order of the floats, and back.
+// Map floats to integers in the same order, and back.
 static inline int32_t to_ordinal(float x) {
     int32_t bits;
     memcpy(&bits, &x, 4);
@@ -163,7 +168,7 @@ static inline float from_ordinal(int64_t ordinal) {
 
 static inline float next_above(float x) { return from_ordinal((int64_t)to_ordinal(x) + 1); }
 
-// How many of the logits reach `bound`; with `weights` what these weigh.
+// The number of logits that are at least `bound`. With `weights`, the sum of their weights.
 static double mass_from(const float *logits, const float *weights, int64_t count, float bound) {
     double total = 0;
     vf limit = splat(bound), none = {0};
@@ -179,7 +184,7 @@ static double mass_from(const float *logits, const float *weights, int64_t count
     return total;
 }
 
-// Of the candidates, the logits from `lowest` to below `end`, and their weights where there are any.
+// The candidates with logits from `lowest` up to, but not including, `end`.
 static Candidates between(const Candidates *c, float lowest, float end, const Memory *memory) {
     int64_t count = 0;
     for (int64_t b = 0; b * BLOCK < c->count; b++) {
@@ -191,7 +196,7 @@ static Candidates between(const Candidates *c, float lowest, float end, const Me
         }
         if (sum_lanes(any) == 0) continue;
         for (int64_t i = 0; i < BLOCK; i++) {
-            memory->fewer_logits[count] = logits[i];  // overwritten by the next one unless it is between
+            memory->fewer_logits[count] = logits[i];  // the next one overwrites it unless it counts
             if (c->weights) memory->fewer_weights[count] = c->weights[b * BLOCK + i];
             count += logits[i] >= lowest && logits[i] < end;
         }
@@ -201,8 +206,9 @@ static Candidates between(const Candidates *c, float lowest, float end, const Me
     return (Candidates){memory->fewer_logits, c->weights ? memory->fewer_weights : NULL, NULL, count};
 }
 
-// The largest bound down to which there is `wanted` of what `mass_from` counts; `lowest` where there is not so much. First the
-// distance of the logits is halved, until few are left between both ends; then, among these, the number of floats.
+// The largest bound for which `mass_from` is at least `wanted`; `lowest` if there is none. A bisection between `lowest` and `most`.
+// The first HALVINGS passes halve the interval of logits. Then only few candidates are left inside it. The later passes look at
+// these only, and halve the number of floats in the interval.
 static float find_bound(const Candidates *c, double wanted, float lowest, float most, const Memory *memory) {
     int64_t enough = to_ordinal(lowest), too_few = (int64_t)to_ordinal(most) + 1;
     double beyond = 0;
@@ -224,7 +230,7 @@ static float find_bound(const Candidates *c, double wanted, float lowest, float 
     return from_ordinal(enough);
 }
 
-// Take away the weight of what lies below `bound`, and of all but the first `ties` that equal it.
+// Set the weights below `bound` to 0. Of the logits equal to `bound`, keep the weights of the first `ties` only.
 static void keep(const Candidates *c, float bound, double ties) {
     for (int64_t i = 0; i < c->count; i += LANES)
         *(vf *)(c->weights + i) = choose(*(const vf *)(c->logits + i) >= splat(bound), *(const vf *)(c->weights + i), splat(0.0f));
@@ -254,16 +260,16 @@ static void keep_top_p(const Candidates *c, double wanted, float lowest, float m
     float bound = find_bound(c, wanted, lowest, most, memory);
     double above = mass_from(c->logits, c->weights, c->count, next_above(bound));
     double ties = ceil((wanted - above) / (double)weights_of(splat(bound), most, inverse)[0]);
-    keep(c, bound, ties >= 1 ? ties : 1);  // NaN where the bound weighs nothing: one is as good as all
+    keep(c, bound, ties >= 1 ? ties : 1);  // if the bound has weight 0, `ties` is not a number, and one tie is enough
 }
 
-// The tokens whose logits reach `bound`.
+// The tokens whose logits are at least `bound`.
 static Candidates gather(const float *x, int64_t vocab, const float *maxima, float bound, const Memory *memory) {
     int64_t count = 0;
     for (int64_t b = 0; b * BLOCK < vocab; b++) {
         if (!(maxima[b] >= bound)) continue;
         for (int64_t i = b * BLOCK; i < least(vocab, (b + 1) * BLOCK); i++) {
-            memory->logits[count] = x[i];  // overwritten by the next one unless it counts
+            memory->logits[count] = x[i];  // the next one overwrites it unless it counts
             memory->ids[count] = (int32_t)i;
             count += x[i] >= bound;
         }
@@ -272,6 +278,7 @@ static Candidates gather(const float *x, int64_t vocab, const float *maxima, flo
     return (Candidates){memory->logits, memory->weights, memory->ids, count};
 }
 
+// All tokens of a row as candidates.
 static Candidates whole_row(const float *x, int64_t vocab, const Memory *memory) {
     if (vocab % BLOCK) {
         memcpy(memory->logits, x, vocab * sizeof(float));
@@ -281,6 +288,7 @@ static Candidates whole_row(const float *x, int64_t vocab, const Memory *memory)
     return (Candidates){x, memory->row_weights, NULL, vocab};
 }
 
+// Draw the token of one row.
 static int64_t draw_token(const Draw *d, int64_t row, const Memory *memory) {
     int64_t vocab = d->vocab, blocks = ceil_div(vocab, BLOCK);
     const float *x = d->logits + row * vocab;
@@ -296,10 +304,10 @@ static int64_t draw_token(const Draw *d, int64_t row, const Memory *memory) {
         place = invert_row(x, vocab, most, inverse, d->uniform[row], sums);
         return place < 0 ? greedy : place;
     }
-    // What lies lower is not kept, or weighs nothing; by more than rounding could change.
+    // Tokens with logits below `unlikely` are excluded by min-p or have weight 0. The margin is larger than any rounding error.
     float distance = (min_p > 0 ? fminf(-logf(min_p), 88.0f) : 88.0f) / inverse;
     float unlikely = most - distance - 1e-4f * (distance + fabsf(most) + 1);
-    // As many blocks' maxima reach the candidates' lowest logit. With min-p alone `unlikely` is the bound.
+    // The candidates' lowest logit is chosen so that the maxima of `first` blocks reach it. With min-p alone it is `unlikely`.
     double first = top_k > 0 || !(min_p > 0) ? fmax(top_k, CANDIDATES) : INFINITY, total = 0;
     int whole = first >= (double)blocks && !(min_p > 0);
     float lowest = unlikely;
@@ -316,7 +324,7 @@ static int64_t draw_token(const Draw *d, int64_t row, const Memory *memory) {
         whole = whole || sum_of(c.weights, c.count) < top_p * total;
     }
     if (whole) {
-        // All tokens far below `spared` together weigh less than top-p leaves out.
+        // All tokens below `spared` together weigh less than the share that top-p excludes.
         float spared = limited ? -INFINITY : most + (logf((float)((1 - top_p) * total / (double)vocab)) - 0.01f) / inverse;
         lowest = fmaxf(unlikely, spared - 1e-4f * (fabsf(most) + 1));
         c = whole_row(x, vocab, memory);
@@ -333,10 +341,10 @@ typedef struct {
     const Draw *draw;
     _Atomic int64_t next;
     uint8_t *memory;
-    int64_t size;  // of an array of it
+    int64_t size;  // numbers in one of its arrays
 } Job;
 
-// Whoever is free takes the next row.
+// Each thread takes the next row that is left, until none is left.
 static void draw_rows(const void *argument, int64_t chunk) {
     Job *job = (Job *)argument;
     float *at[ARRAYS];
@@ -346,7 +354,7 @@ static void draw_rows(const void *argument, int64_t chunk) {
         job->draw->tokens[row] = draw_token(job->draw, row, &memory);
 }
 
-// Returns 0, or -1 when there is no memory for the candidates.
+// Draw the tokens of all rows. Returns 0, or -1 if there is no memory for the candidates.
 int ladimo_draw(Engine *engine, const Draw *draw) {
     int64_t size = (ceil_div(draw->vocab, BLOCK) + 1) * BLOCK, chunks = least(draw->rows, engine->num_helpers + 1);
     Job job = {.draw = draw, .size = size};

@@ -1,15 +1,15 @@
-// The FFN of a layer: the router, the policy's rule, and the experts that it chose. A dense FFN is one expert.
+// The FFN of a layer: the router, the policy's rule, and the chosen experts. A dense FFN is computed as one expert.
 
 #pragma once
 
 #include "state.h"
 
-// One token's m x, out [16 * panels].
+// The product m x for one token. Writes out[16 * panels].
 static void multiply_token(const Matrix *m, const void *x, float *out) {
     for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * ROWS);
 }
 
-// From a token's normed hidden states [D] in fp32.
+// The router logits [E] of a token, from its normed hidden states [D] in fp32.
 static void router_logits(const State *s, const float *normed, float *logits) {
     const Layer *l = s->layer;
     float x[s->model->hidden];
@@ -49,7 +49,7 @@ static inline int64_t *ids_of(const State *s, int64_t t) {
     return s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * s->model->max_experts;
 }
 
-// `select_experts` for one token: ids and weights by rank, -1 and 0 where dropped.
+// `select_experts` of routing.py for one token. Writes ids and weights by rank; dropped ranks get -1 and 0.
 static void select_experts(
     const State *s, const float *row, const uint8_t *allowed, const float *logits, int64_t *ids, float *weights
 ) {
@@ -66,7 +66,7 @@ static void select_experts(
         if (!l->sigmoid && total > 0) scores[e] /= total;
         order[e] = !allowed[e] ? -INFINITY : scores[e] + (l->selection_bias ? l->selection_bias[e] : 0.0f);
     }
-    // Ranks beyond these keep nothing and divide nothing.
+    // Later ranks are not kept, and do not count for score_norm_top_k.
     int64_t top_k = least(experts, (int64_t)row[RULE_TOP_K]), ranks = top_k > l->score_norm_top_k ? top_k : least(experts, l->score_norm_top_k);
     int64_t best[experts];
     float norm = 0.0f;
@@ -82,7 +82,7 @@ static void select_experts(
         order[winner] = -INFINITY;
         if (rank < l->score_norm_top_k) norm += scores[winner];
     }
-    double mass = 0.0;  // torch sums in double and rounds each partial sum
+    double mass = 0.0;  // like torch, which sums in double and rounds each partial sum
     float kept_total = 0.0f, floor = row[RULE_FLOOR];
     for (int64_t rank = 0; rank < s->model->max_experts; rank++) ids[rank] = -1;
     for (int64_t rank = 0; rank < least(ranks, top_k); rank++) {
@@ -121,7 +121,8 @@ static void post_norm_token(const void *job, int64_t t) {
 
 static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[RULE_BATCH_EXPERTS] < INFINITY; }
 
-// `apply_batch_budget`: tokens with a budget choose again, among what is read anyway and the budget's best of the rest.
+// `apply_batch_budget` of routing.py. Tokens with a budget choose again: among the experts that are read anyway, and the best of
+// the others within the budget.
 static void share_experts(const State *s) {
     int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = s->layer->num_experts, limited = 0;
     float total[experts];
@@ -154,7 +155,7 @@ static void share_experts(const State *s) {
     }
 }
 
-// Sort the step's (token, expert) pairs by expert. In a dense layer each token runs the one expert there is.
+// Sort the pairs of tokens and experts by expert. In a dense layer every token runs the only expert.
 static void sort_pairs(State *s) {
     const Layer *l = s->layer;
     int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = l->num_experts;
@@ -178,7 +179,8 @@ static void sort_pairs(State *s) {
     }
 }
 
-// Sort, and number the chunks of the experts that run, in turn; of each, blocks of its matrix times blocks of its tokens.
+// Sort the pairs, and number the chunks of the gate and up products. The chunks of an expert are its spans of matrix blocks times
+// its blocks of tokens. Returns the number of chunks.
 static int64_t group_tokens(const Engine *engine, State *s) {
     int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0, blocks = 0;
     sort_pairs(s);
@@ -191,7 +193,7 @@ static int64_t group_tokens(const Engine *engine, State *s) {
     return s->first_chunk[experts] = chunks;
 }
 
-// Activations `first` .. `first + count` of a record of `size`; whole groups of them in the integer formats.
+// Write the activations first .. first + count - 1 of a token that has `size`. In integer formats this is exactly one group.
 static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t count, int64_t size, int64_t kind) {
     if (kind == FLOAT32 || kind == BFLOAT16) {
         write_activations(inner + activation_bytes(first, kind), x, count, kind);
@@ -231,7 +233,7 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
         gate_up_block(s, &matrix, block, begin, least(end, begin + TOKEN_BLOCK));
 }
 
-// 64 rows of the output for all experts and tokens, so that each is written by one thread in the order of the experts.
+// 64 rows of the output, for all experts and tokens. One thread adds up each row, in the order of the experts.
 static void down_chunk(const void *job, int64_t block) {
     const State *s = job;
     const Model *m = s->model;

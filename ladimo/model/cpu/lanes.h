@@ -1,11 +1,11 @@
-// Vectors as wide as the processor's registers, and arithmetic on their lanes.
+// Vectors as wide as the processor's registers, and operations on their lanes.
 
 #pragma once
 
 #include <stdint.h>
 
 #if defined(__AVX512F__)
-#define LANES 16  // of a vector
+#define LANES 16  // numbers of fp32 in a vector
 #define REGISTERS 32
 #elif defined(__AVX2__)
 #define LANES 8
@@ -31,7 +31,7 @@ static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) |
 static inline vf add(vf a, vf b) { return a + b; }
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
-// The first four lanes of the result hold all of `v`, joined by `op`.
+// Reduce `v` with `op` to four lanes, which are the first four of the result.
 #if LANES == 16
 #define FOLD_HALVES(v, op) op(v, __builtin_shuffle(v, (vi){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}))
 #define FOLD_QUARTERS(v, op) op(v, __builtin_shuffle(v, (vi){4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3}))
@@ -53,9 +53,9 @@ static inline float max_lanes(vf v) {
     return a > b ? a : b;
 }
 
-// e^x to about 2 units in the last place, for x from -87 to 88.
+// e^x, exact to about 2 units in the last place, for x from -87 to 88.
 static inline vf exp_within(vf x) {
-    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded to an integer by running out of mantissa
+    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 and subtracting it again rounds to an integer
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -67,7 +67,7 @@ static inline vf exp_within(vf x) {
     return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
 }
 
-// The same; below -87 nothing that fp32 can tell from 0.
+// e^x for any x. Below -87 the result is e^-87, which is practically 0; above 88 it is e^88.
 static inline vf exp_lanes(vf x) {
     x = choose(x > splat(-87.0f), x, splat(-87.0f));
     return exp_within(choose(x < splat(88.0f), x, splat(88.0f)));

@@ -1,4 +1,4 @@
-// Arithmetic on vectors and numbers of fp32 and bf16, and what activations are beside each kind of weights.
+// Conversion between fp32 and bf16, and the form of the activations for each kind of weights.
 
 #pragma once
 
@@ -8,7 +8,7 @@ static inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
 
 static inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 
-static inline vh narrow(vf x) {  // to the nearest, ties to even
+static inline vh narrow(vf x) {  // rounds to the nearest, ties to even
     vu bits = (vu)x;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
 }
@@ -35,8 +35,8 @@ static inline void write_one(void *data, int64_t i, float x, int64_t bf16) {
     else ((float *)data)[i] = x;
 }
 
-// What activations are beside weights of a kind: INT8 is `Rounded`. Without an instruction for products of bf16 it is cheaper, and
-// more exact, to leave the activations in fp32.
+// The kind of the activations that are multiplied with weights of this kind. INT8 stands for `Rounded`. If the processor has no
+// instruction for products of bf16, it is cheaper and more exact to keep the activations in fp32.
 static inline int64_t activations_beside(int64_t weights) {
 #ifdef __AVX512BF16__
     if (weights == BFLOAT16) return BFLOAT16;
@@ -44,7 +44,7 @@ static inline int64_t activations_beside(int64_t weights) {
     return weights == FLOAT32 || weights == BFLOAT16 ? FLOAT32 : INT8;
 }
 
-// Bytes of `size` activations.
+// The bytes of `size` activations of a kind.
 static inline int64_t activation_bytes(int64_t size, int64_t kind) {
     return kind == FLOAT32 ? 4 * size : kind == BFLOAT16 ? 2 * size : size + size / GROUP * 8;
 }

@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
+// Wait a moment: first spin, later give the core to other threads.
 static inline void relax(int *spins) {
     if (++*spins < 1000) {
 #if defined(__x86_64__)
@@ -15,6 +16,7 @@ static inline void relax(int *spins) {
     }
 }
 
+// Take one chunk of the phase and compute it. Returns 0 if no chunk is left.
 static int take(Engine *engine) {
     uint64_t seen = atomic_load_explicit(&engine->ticket, memory_order_acquire);
     while ((uint32_t)seen) {
@@ -26,6 +28,7 @@ static int take(Engine *engine) {
     return 0;
 }
 
+// The main function of a helper thread.
 static void *help(void *argument) {
     Engine *engine = argument;
     for (;;) {
@@ -82,7 +85,7 @@ Engine *ladimo_create(int64_t threads) {
     pthread_mutex_init(&engine->mutex, NULL);
     pthread_cond_init(&engine->wake, NULL);
     while (engine->num_helpers < threads - 1 && engine->num_helpers < 256) {
-        if (pthread_create(&engine->helpers[engine->num_helpers], NULL, help, engine)) break;  // fewer do as well
+        if (pthread_create(&engine->helpers[engine->num_helpers], NULL, help, engine)) break;  // fewer threads are enough
         engine->num_helpers++;
     }
     return engine;

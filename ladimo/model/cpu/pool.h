@@ -1,8 +1,9 @@
 // Threads that share the work of a call.
 //
-// A phase is a number of chunks that whoever is free takes. The caller's thread takes part, and a phase is over when its chunks
-// are done, not when every thread has come by: a thread that the system has put aside holds up nobody unless it holds a chunk.
-// Helpers spin for some microseconds between the phases of a step, then yield, and sleep between steps.
+// The work is done in phases. A phase has a number of chunks, and any free thread takes the next chunk. The calling thread takes
+// part. A phase ends when all its chunks are done. It does not wait for every thread, so a thread that the system has suspended
+// delays the phase only if it has taken a chunk. Between the phases of a step, helpers first spin for some microseconds and then
+// yield. Between steps they sleep.
 
 #pragma once
 
@@ -14,8 +15,10 @@
 typedef void (*Chunk)(const void *job, int64_t chunk);
 
 typedef struct {
-    _Atomic uint64_t ticket;  // low half: chunks not taken yet; high half: the phase's number, so that no chunk is taken for another's
-    _Atomic int64_t left;     // chunks not done yet
+    // Low half: chunks that are not taken yet. High half: the number of the phase, so that a late thread cannot take a chunk of a
+    // new phase for one of an old phase.
+    _Atomic uint64_t ticket;
+    _Atomic int64_t left;     // chunks that are not done yet
     Chunk run;
     const void *job;
     _Atomic int awake, stop;
@@ -32,11 +35,12 @@ void ladimo_destroy(Engine *engine);
 
 #pragma GCC visibility push(hidden)
 
-// Run chunks 0 to count - 1 and wait for them. The helpers take part while they are awake.
+// Run the chunks 0 to count - 1 and wait until they are done. Helpers take part if they are awake.
 void run(Engine *engine, Chunk chunk, const void *job, int64_t count);
+// Wake the helpers, or let them sleep.
 void set_awake(Engine *engine, int awake);
 
-// Memory of the call, which the next one overwrites; NULL when there is none.
+// Memory for one call, at least `size` bytes. The next call overwrites it. NULL if there is not enough memory.
 void *scratch(Engine *engine, size_t size);
 
 #pragma GCC visibility pop

@@ -1,8 +1,9 @@
-// Matrices times activations, for each kind of weights.
+// Products of matrices and activations, for each kind of weights.
 //
-// A tile function multiplies one block of r panels (its weights and scales) with n tokens' activations x[n] of `cols` columns and
-// leaves out[n][16 r]. Of the block's vectors a pass takes as many as leave their sums, themselves and a value in registers; all
-// passes go over a stretch of columns, whose weights stay in the nearest cache, before the next stretch.
+// A tile function multiplies one block of r panels with the activations x[n] of n tokens, over `cols` columns. The result is
+// out[n][16 r]. It works in passes. A pass computes some of the block's vectors: as many as fit into the registers together with
+// their sums and one activation. The columns are divided into stretches, whose weights fit into the nearest cache. All passes go
+// over one stretch before the next stretch begins.
 
 #pragma once
 
@@ -10,20 +11,21 @@
 
 typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
 #define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
-#define MOST 8  // vectors in a pass
+#define MOST 8  // vectors in a pass, at most
 #define IN_REGISTERS(v, held) (vectors % (v) == 0 && (held) <= (int)REGISTERS)
 #define LARGEST(fits) (fits(8) ? 8 : fits(6) ? 6 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1)
-#define STRETCH(bits) (2048 / (bits))  // columns
+#define STRETCH(bits) (2048 / (bits))  // columns of a stretch
 #define FOR_STRETCHES(bits) for (int64_t begin = 0, end = least(STRETCH(bits), cols); begin < cols; begin = end, end = least(end + STRETCH(bits), cols))
-// Memory is read in its own order although a pass skips what the others take: while `step` words are worked on, as many are fetched of
-// the stretch that follows, of which each pass fetches its part.
+// Prefetch the weights of the next stretch in the order of memory. Every pass prefetches its share of them: as many words as the
+// pass itself works on.
 #define FETCH_AHEAD(at, step) \
     if (pass < vectors) UNROLL for (int i = 0; i < pass * LANES; i += 16) __builtin_prefetch((const uint32_t *)(at) + (step) * pass * LANES + i)
 #define LOAD_SUMS vf sum[TILE][MOST] = {0}; if (begin) FOR_TOKENS FOR_VECTORS sum[t][v] = ((vf *)out)[t * vectors + first + v]
 #define FOR_VECTORS UNROLL for (int v = 0; v < pass; v++)
 #define FOR_TOKENS UNROLL for (int t = 0; t < n; t++)
 
-// Sums, weights and a value; one token alone multiplies weights as they are read.
+// Registers for sums, weights and one activation. A single token needs no registers for weights: it multiplies them as they are
+// read.
 #define FLOAT_SUMS(v) IN_REGISTERS(v, n == 1 ? (v) + 4 : (v) * n + (v) + 1)
 
 static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
@@ -46,7 +48,7 @@ static inline __attribute__((always_inline)) void tile_fp32(const int r, const i
     }
 }
 
-// Two columns at a time: a lane of 32 bits holds the row's two weights, the lower half the first.
+// Two columns at a time: a lane of 32 bits has two weights of a row, the first one in the lower half.
 static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
     (void)scales;
     const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
@@ -78,7 +80,7 @@ static inline __attribute__((always_inline)) void tile_bf16(const int r, const i
     }
 }
 
-// Activations beside integer weights: columns rounded to 8 bits, a scale and the sum of the integers per group.
+// Activations for integer weights: columns rounded to 8 bits, and for each group a scale and the sum of its integers.
 typedef struct {
     int8_t *columns;
     float *scales;
@@ -90,8 +92,8 @@ static inline Rounded rounded(const void *x, int64_t cols) {
     return (Rounded){(int8_t *)at, (float *)(at + cols), (int32_t *)(at + cols + cols / GROUP * sizeof(float))};
 }
 
-// dot_int8 and dot_int4 add four products of each lane's bytes to the lane: weights as they are stored, unsigned, and activations;
-// `group_sum` turns what they have added over one group into the sum of (weight - offset) * activation, in 32 bits.
+// dot_int8 and dot_int4 multiply the four bytes of each lane with four activations, and add the products to the lane. Weights are
+// unsigned, as they are stored. `group_sum` turns the sums of one group into sums of (weight - offset) * activation, in 32 bits.
 #define OFFSET(bits) (1 << ((bits) - 1))
 
 #if defined(__AVX512VNNI__) && LANES == 16
@@ -102,8 +104,8 @@ static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8
 static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
 
 #elif defined(__AVX2__) && LANES == 8
-// Bytes are multiplied unsigned with signed and added in pairs of 16 bits. Two int8 products just fit if the weight gives its sign
-// to the activation; those of int4 fit for a whole group.
+// The instruction multiplies unsigned with signed bytes, and adds pairs of products in 16 bits. Two int8 products fit into 16 bits
+// only if the sign of the weight is moved to the activation. The int4 products of a whole group fit.
 static inline __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
     __m256i weight = (__m256i)(weights ^ 0x80808080u), column = _mm256_sign_epi8(_mm256_set1_epi32(columns), weight);
@@ -126,11 +128,11 @@ static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8
 static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
 #endif
 
-// Sums of all groups and of one, a weight in parts, a value.
+// Registers for the total sums, the sums of one group, a weight in parts and an activation.
 #define INTEGER_SUMS(v) IN_REGISTERS(v, 2 * (v) * n + 3)
 
-// Integer weights are stored plus their offset. A lane holds four columns of int8, or eight of int4: the first four in the lower
-// halves of its bytes.
+// Integer weights are stored with their offset added. A lane has four columns of int8, or eight columns of int4. The first four of
+// these are in the lower halves of its bytes.
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
     const int vectors = r * VECTORS, words = GROUP * bits / 32;
     const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
@@ -172,6 +174,7 @@ static inline __attribute__((always_inline)) void tile_int4(const int r, const i
     tile_integer(r, n, 4, w, scales, cols, x, out);
 }
 
+// Round group number `group` of x to 8 bits.
 static void round_group(const float *x, Rounded out, int64_t group) {
     const vf *v = (const vf *)(x + group * GROUP);
     vf magnitude = {0};
@@ -179,16 +182,16 @@ static void round_group(const float *x, Rounded out, int64_t group) {
     float most = max_lanes(magnitude), inverse = most > 0 ? 127.0f / most : 0.0f;
     vi total = {0};
     for (int i = 0; i < GROUP / LANES; i++) {
-        vf shifted = v[i] * inverse + 12582912.0f;  // rounded: the integer is now in the low bits of the mantissa
+        vf shifted = v[i] * inverse + 12582912.0f;  // rounds: the integer is now in the low bits of the mantissa
         vi integers = (vi)shifted - 0x4b400000;
         *(vb *)(out.columns + group * GROUP + i * LANES) = __builtin_convertvector(integers, vb);
         total += integers;
     }
     out.scales[group] = most / 127.0f;
-    out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // below 2^24: exact
+    out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // exact, because it is below 2^24
 }
 
-// Write `size` numbers as activations of a kind.
+// Convert `size` numbers to activations of a kind.
 static void write_activations(void *out, const float *x, int64_t size, int64_t kind) {
     if (kind == FLOAT32) {
         memcpy(out, x, size * sizeof(float));
@@ -226,7 +229,7 @@ static inline int64_t panel_bytes(const Matrix *m) {
     return ROWS * m->cols * half_bytes[m->kind] / 2;
 }
 
-// The matrix of expert e where `m` is that of expert 0.
+// The matrix of expert e. `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     Matrix one = *m;
     one.data += e * m->panels * panel_bytes(m);
@@ -234,26 +237,27 @@ static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     return one;
 }
 
+// Multiply block number `block` with n tokens (at most TILE). Writes out[n][16 * panels of the block].
 static inline void multiply(const Matrix *m, int64_t block, int64_t n, const void *const *x, float *out) {
     const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
     const uint8_t *data = m->data + block * PANELS * panel_bytes(m);
     TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
 }
 
-// target[t] = m x[t] (+ bias), or with `add` added to what is there.
+// A product: target[t] = m x[t] (+ bias). With `add`, it is added to the target.
 typedef struct {
     const Matrix *m;
     const uint8_t *x;
-    int64_t x_stride, tokens;  // stride in bytes
+    int64_t x_stride, tokens;  // x_stride in bytes
     float *target;
     int64_t target_stride;
     const float *bias;
     int add;
-    int64_t span;  // blocks of a chunk
+    int64_t span;  // blocks per chunk
 } Product;
 
-// Few tokens wait for memory, which is faster in long stretches: a chunk then takes up to four of `blocks` blocks, as long as there
-// are eight chunks for each thread.
+// The number of blocks per chunk. With few tokens the time is spent reading memory, which is faster in long pieces. A chunk then
+// has up to four blocks, as long as there are at least eight chunks for each thread.
 static int64_t span_of(const Engine *engine, int64_t blocks, int64_t tokens) {
     int64_t span = tokens > TILE ? 1 : blocks / (8 * (engine->num_helpers + 1));
     return span < 1 ? 1 : least(span, 4);

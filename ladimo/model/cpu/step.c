@@ -1,16 +1,16 @@
-// One forward step of the whole network on CPU cores: C17 with GNU vector extensions, no library but libc, libm and pthreads.
+// One forward step of the whole network on CPU cores. It is C17 with GNU vector extensions and needs libc, libm and pthreads only.
 //
-// Every number of a token is computed in an order that depends on nothing but the token's own sequence: dot products run over
-// their columns one after another, attention over tiles of 16 positions, experts in the order of their numbers. So a token's
-// bits are the same alone, in a batch of any size, in any chunk of a prompt and on any number of threads; only a policy with
-// a budget of experts for the batch makes its tokens look at each other.
+// The numbers of a token are computed in an order that depends only on the token's own sequence: dot products column by column,
+// attention by tiles of 16 positions, experts in the order of their numbers. So a token has the same bits alone, in a batch of any
+// size, in any chunk of a prompt, and with any number of threads. The only exception are policies with a batch budget of experts:
+// under these the choice of experts depends on the other tokens.
 //
-// Weights are packed in panels of 16 rows (packing.py): a row has a lane of its own in one of the panel's vectors, and its sum never
-// crosses lanes. Up to four panels, a "block", lie interleaved, so that a block is one stream of memory. Vectors are as wide as the
-// processor's registers (wider ones live in memory), and a pass over a block takes as many of its rows as have room there.
+// Weights are packed in panels of 16 rows (packing.py). Each row of a panel has its own lane in a vector, so the sum of a row never
+// crosses lanes. A block is up to four panels, which are interleaved, so that a block is one continuous stream of memory. Vectors
+// are as wide as the processor's registers. A pass over a block computes as many rows as fit into the registers.
 //
-// Whoever compiles this file defines RULE_NUMBERS, how many numbers a rule has, and the column of each (RULE_TOP_K, ...); see
-// rule.py and build.py.
+// The compiler's command line must define RULE_NUMBERS, the number of numbers in a rule, and the column of each (RULE_TOP_K, ...).
+// See rule.py and build.py.
 //
 // Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
 
@@ -59,8 +59,9 @@ static void final_norm_row(const void *job, int64_t r) {
     write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, s->activations);
 }
 
-// Tokens that attend together: a decoding row alone, a prompt's in runs that together have at most 64 queries per key head or are
-// QUERIES long. Returns how many; writes them unless `items` is NULL.
+// List the groups of tokens that attend together. A decoding token is a group by itself. The tokens of a prompt form groups of
+// at most QUERIES tokens, and of at most 64 queries per key head if that is fewer. Returns the number of groups. Writes them to
+// `items`, unless that is NULL.
 static int64_t query_items(const Model *model, const Step *step, int64_t *items) {
     int64_t count = 0, group = model->heads / model->kv_heads, run_length = 64 / group;
     run_length = run_length < 1 ? 1 : least(run_length, QUERIES);
@@ -76,13 +77,14 @@ static int64_t query_items(const Model *model, const Step *step, int64_t *items)
     return count;
 }
 
+// Take `size` bytes at `*at`, and move `*at` behind them.
 static void *carve(uint8_t **at, size_t size) {
     void *begin = *at;
     *at += (size + 63) / 64 * 64;
     return begin;
 }
 
-// Lay the buffers out from `at` on; returns the end.
+// Place the buffers one after another, beginning at `at`. Returns the end.
 static uint8_t *lay_out(State *s, uint8_t *at) {
     const Model *m = s->model;
     size_t tokens = s->step->num_tokens, pairs = tokens, inner = 0, experts = 1;
@@ -111,7 +113,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     return at;
 }
 
-// Returns 0, or -1 when there is no memory for the step's buffers.
+// Run one step. Returns 0, or -1 if there is no memory for its buffers.
 int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     State state = {.model = model, .step = step};
     state.activations = activations_beside(model->head.kind);
