@@ -15,19 +15,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import ladimo
+from server.api.admission import Admission
 from server.api.fields.completions import ErrorBody
 from server.api.http.bodies import JsonBodies
 from server.api.http.failures import to_service_error
 from server.api.http.middleware import HeadAsGet, Keys, PlainPaths, RequestContext
+from server.api.policy_changes import show_policies
 from server.api.routes import completions, ops, pages, responses, routing
 from server.api.services import Services
-from server.engine.async_engine import EngineState
-from server.errors import ServiceError, statuses
-from server.policies.controller import ControllerState, RecentLatencies, decide
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.errors import statuses
+from server.metrics import Metrics
+from server.policies.controller import Control, ControllerState, RecentLatencies, decide
+from server.policies.store import PolicyStore
 
 logger = logging.getLogger(__name__)
-
-CONTROL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         tasks = [
-            asyncio.create_task(_run_engine(services, on_ready, on_dead)),
-            asyncio.create_task(_control(services, latencies)),
+            asyncio.create_task(_run_engine(services.engine, services.store, on_ready, on_dead)),
+            asyncio.create_task(_control(services.store, services.metrics, latencies, services.control)),
         ]
         try:
             yield
@@ -72,7 +74,7 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            services.tokenizer.close()
+            services.language.tokenizer.close()
             if services.telemetry is not None:
                 await asyncio.to_thread(services.telemetry.close)
 
@@ -89,7 +91,9 @@ def create_app(
             *_cors(access.allow_origins),
             Middleware(PlainPaths),
             Middleware(
-                RequestContext, default_policy=lambda: services.store.resolve().policy.name, on_failure=_count(services)
+                RequestContext,
+                default_policy=lambda: services.store.resolve().policy.name,
+                on_failure=lambda error: services.metrics.request_failures.labels(error.code).inc(),
             ),
             Middleware(Keys, api_keys=access.api_keys, admin_key=access.admin_key, open_admin=access.open_admin),
             Middleware(HeadAsGet),
@@ -100,7 +104,7 @@ def create_app(
     app.state.services = services
     for router in (completions.router, responses.router, routing.router, routing.admin, ops.router, pages.router):
         app.include_router(router)
-    routing.show_policies(services)
+    show_policies(services.store, services.metrics)
     services.metrics.requests_in_flight.set_function(lambda: services.admission.in_flight)
     services.metrics.heartbeat_age.set_function(lambda: time.monotonic() - services.engine.heartbeat)
     for code in statuses():
@@ -124,17 +128,17 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-async def drain(services: Services, timeout_seconds: float) -> None:
+async def drain(engine: AsyncEngine, admission: Admission, timeout_seconds: float) -> None:
     """Refuse new requests and wait until the running ones end. After `timeout_seconds` the rest ends with an error."""
-    services.admission.draining = True
-    logger.info("draining: %d sequences to finish", services.admission.in_flight)
+    admission.draining = True
+    logger.info("draining: %d sequences to finish", admission.in_flight)
     try:
         async with asyncio.timeout(timeout_seconds):
-            await services.admission.wait_idle()
+            await admission.wait_idle()
     except TimeoutError:
-        logger.warning("shutdown timeout: %d sequences are cut off", services.admission.in_flight)
-        await services.engine.stop()
-        await services.admission.wait_idle()
+        logger.warning("shutdown timeout: %d sequences are cut off", admission.in_flight)
+        await engine.stop()
+        await admission.wait_idle()
 
 
 async def _to_context(request: Request, error: Exception) -> Response:
@@ -142,30 +146,27 @@ async def _to_context(request: Request, error: Exception) -> Response:
     raise to_service_error(error)
 
 
-def _count(services: Services) -> Callable[[ServiceError], None]:
-    return lambda error: services.metrics.request_failures.labels(error.code).inc()
-
-
-async def _run_engine(services: Services, on_ready: Callable[[], None], on_dead: Callable[[BaseException], None]) -> None:
+async def _run_engine(
+    engine: AsyncEngine, store: PolicyStore, on_ready: Callable[[], None], on_dead: Callable[[BaseException], None]
+) -> None:
     """Start the engine. Call `on_ready` when it is ready and `on_dead` when it dies."""
     try:
-        await services.engine.start()
-        await services.engine.activate([services.store.resolve().policy])
+        await engine.start()
+        await engine.activate([store.resolve().policy])
     except Exception as error:
         on_dead(error)
         return
     on_ready()
-    cause = await services.engine.wait_dead()
+    cause = await engine.wait_dead()
     if cause is not None:
         on_dead(cause)
 
 
-async def _control(services: Services, latencies: RecentLatencies) -> None:
-    """While the default is automatic, let the controller choose the accuracy once a second."""
-    store, metrics = services.store, services.metrics
+async def _control(store: PolicyStore, metrics: Metrics, latencies: RecentLatencies, control: Control) -> None:
+    """While the default is automatic, let the controller choose the accuracy."""
     objective, state = None, ControllerState(1.0, 0.0)
     while True:
-        await asyncio.sleep(CONTROL_SECONDS)
+        await asyncio.sleep(control.interval_seconds)
         now = time.monotonic()
         if store.objective is None:
             objective = None
@@ -173,9 +174,9 @@ async def _control(services: Services, latencies: RecentLatencies) -> None:
         if store.objective != objective:  # switched on, or new targets: begin with accuracy 1
             objective, state = store.objective, ControllerState(1.0, now)
             store.auto_accuracy = 1.0
-        direction, state = decide(state, objective, latencies.measured(now, since=state.changed_at), now)
+        direction, state = decide(state, objective, latencies.measured(now, since=state.changed_at), now, control.dwell_seconds)
         metrics.controller_decisions.labels(direction).inc()
         if direction != "hold":
             store.auto_accuracy = state.accuracy
             logger.info("automatic control: accuracy %s to %.2f", direction, state.accuracy)
-            routing.show_policies(services)
+            show_policies(store, metrics)

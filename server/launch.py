@@ -38,6 +38,7 @@ from server.metrics import MAX_EXPERT_SERIES, Metrics
 from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.settings import ServerSettings
+from server.text.language import Language
 from server.text.tokenizer import Tokenizer
 from server.text.tool_dialects import DIALECTS, ToolDialect, detect_dialect
 
@@ -96,7 +97,7 @@ class _Run:
         return int(self._failed or not self._server.started)
 
     async def _drain(self) -> None:
-        await drain(self._services, self._settings.shutdown_timeout)
+        await drain(self._services.engine, self._services.admission, self._settings.shutdown_timeout)
         self._server.should_exit = True
 
     def _dead(self, error: BaseException) -> None:
@@ -207,12 +208,10 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         engine=engine,
         admission=admission,
         store=store,
-        tokenizer=tokenizer,
-        grammars=tokenizer.grammar_compiler(config.vocab_size),
+        language=Language(tokenizer, _tool_dialect(settings, tokenizer), tokenizer.grammar_compiler(config.vocab_size)),
         metrics=metrics,
         config=config,
         model_name=name,
-        tool_dialect=_tool_dialect(settings, tokenizer),
         frontier_batch=settings.frontier_batch,
         request_timeout=settings.request_timeout,
         strict_fields=settings.strict_fields,

@@ -5,7 +5,6 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.messages import StepStats
@@ -37,22 +36,42 @@ class Rates:
 
 
 class Permit:
-    """Places for the sequences of one request, and its prompt tokens that still wait."""
+    """What one request holds: places for its sequences, and its prompt tokens while they wait. Nothing at first.
 
-    def __init__(self, waiting_tokens: int, on_start: Callable[[int], None]) -> None:
-        self.waiting_tokens = waiting_tokens
-        self._on_start = on_start
+    Whoever makes a permit closes it.
+    """
+
+    def __init__(self, admission: "Admission") -> None:
+        self._admission = admission
+        self._sequences = self._waiting_tokens = 0
+
+    def enter(self, sequences: int, param: str | None = None) -> None:
+        """Take places, before any work is done. Raises what `Admission.take_places` raises."""
+        self._admission.take_places(sequences, param)
+        self._sequences = sequences
+
+    def wait(self, prompt_tokens: int, deadline: float | None = None) -> None:
+        """The prompts are encoded and wait for the engine. Raises what `Admission.take_room` raises."""
+        self._admission.take_room(prompt_tokens, deadline)
+        self._waiting_tokens = prompt_tokens
 
     def started(self, prompt_tokens: int) -> None:
         """A sequence has its first token: its prompt waits no more."""
-        self.waiting_tokens -= prompt_tokens
-        self._on_start(prompt_tokens)
+        self._waiting_tokens -= prompt_tokens
+        self._admission.give_back(0, prompt_tokens)
+
+    def close(self) -> None:
+        """Give everything back. Does nothing when there is nothing left."""
+        self._admission.give_back(self._sequences, self._waiting_tokens)
+        self._sequences = self._waiting_tokens = 0
 
 
 class Admission:
-    """Permits for sequences: the engine's batch plus `max_queue` waiting ones, with at most `max_queue_tokens` prompt tokens
+    """Places for sequences: the engine's batch plus `max_queue` waiting ones, with at most `max_queue_tokens` prompt tokens
     waiting (None: any number; a request that finds nothing waiting always enters). A prompt counts whole until its sequence has
     its first token. `on_reject` is told the code of each refusal.
+
+    A request takes its places before its text is encoded, and room for its prompt tokens once they are known.
     """
 
     def __init__(
@@ -85,8 +104,8 @@ class Admission:
             return Draining("the server is shutting down and takes no new requests", retry_after=DRAINING_RETRY_SECONDS)
         return None
 
-    def check(self, sequences: int, prompt_tokens: int = 0, deadline: float | None = None, param: str | None = None) -> None:
-        """`deadline`: the event loop's time by which the answer must be there. `param`: the field that asks for many sequences.
+    def take_places(self, sequences: int, param: str | None = None) -> None:
+        """`param`: the field that asks for many sequences.
 
         Raises Loading, Dead, Draining, QueueFull, or BadRequest when so many sequences could never be admitted together.
         """
@@ -94,39 +113,39 @@ class Admission:
         if error is None and sequences > self.capacity:
             message = f"{sequences} choices (prompts times n) were asked for; at most {self.capacity} fit this server at once"
             raise BadRequest(message, param=param)
-        error = error or self._overload(sequences, prompt_tokens, deadline)
-        if error is not None:
-            self._on_reject(error.code)
-            raise error
-
-    @contextmanager
-    def permit(self, sequences: int, prompt_tokens: int = 0, deadline: float | None = None) -> Iterator[Permit]:
-        """Hold places for as long as the block runs. Raises what `check` raises."""
-        self.check(sequences, prompt_tokens, deadline)
+        self._refuse(error or self._no_places(sequences) or self._no_room())
         self.in_flight += sequences
-        self.waiting_tokens += prompt_tokens
         self._idle.clear()
-        permit = Permit(prompt_tokens, self._start)
-        try:
-            yield permit
-        finally:
-            self.in_flight -= sequences
-            self.waiting_tokens -= permit.waiting_tokens
-            if self.in_flight == 0:
-                self._idle.set()
+
+    def take_room(self, prompt_tokens: int, deadline: float | None = None) -> None:
+        """`deadline`: the event loop's time by which the answer must be there.
+
+        Raises QueueFull when so many prompt tokens may not wait, or those that wait already would take too long.
+        """
+        self._refuse(self._no_room(prompt_tokens, deadline))
+        self.waiting_tokens += prompt_tokens
+
+    def give_back(self, sequences: int, prompt_tokens: int) -> None:
+        self.in_flight -= sequences
+        self.waiting_tokens -= prompt_tokens
+        if self.in_flight == 0:
+            self._idle.set()
 
     async def wait_idle(self) -> None:
         await self._idle.wait()
 
-    def _start(self, prompt_tokens: int) -> None:
-        self.waiting_tokens -= prompt_tokens
+    def _refuse(self, error: ServiceError | None) -> None:
+        if error is not None:
+            self._on_reject(error.code)
+            raise error
 
-    def _overload(self, sequences: int, prompt_tokens: int, deadline: float | None) -> QueueFull | None:
+    def _no_places(self, sequences: int) -> QueueFull | None:
         too_many = self.in_flight + sequences - self.capacity
-        if too_many > 0:
-            return QueueFull(
-                "too many requests are waiting", retry_after=_retry_after(too_many, self.rates.sequences_per_second)
-            )
+        if too_many <= 0:
+            return None
+        return QueueFull("too many requests are waiting", retry_after=_retry_after(too_many, self.rates.sequences_per_second))
+
+    def _no_room(self, prompt_tokens: int = 0, deadline: float | None = None) -> QueueFull | None:
         if not self.waiting_tokens:
             return None
         rate = self.rates.prompt_tokens_per_second

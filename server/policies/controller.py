@@ -29,6 +29,14 @@ Direction = Literal["down", "hold", "up"]
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """How often the accuracy is decided, and the least time between two changes of it."""
+
+    interval_seconds: float = 1.0
+    dwell_seconds: float = DWELL_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """90th percentiles of recent latencies in seconds: between tokens, and to the first token. None without a sample."""
 
@@ -44,12 +52,14 @@ class ControllerState:
     changed_at: float
 
 
-def decide(state: ControllerState, objective: Objective, measured: Measured, now: float) -> tuple[Direction, ControllerState]:
+def decide(
+    state: ControllerState, objective: Objective, measured: Measured, now: float, dwell_seconds: float = DWELL_SECONDS
+) -> tuple[Direction, ControllerState]:
     """Decide whether the accuracy goes down, stays or goes up, and return the next state. A pure function."""
     floor = objective.min_accuracy
     if state.accuracy < floor:
         return "up", ControllerState(floor, now)
-    if now - state.changed_at < DWELL_SECONDS:
+    if now - state.changed_at < dwell_seconds:
         return "hold", state
     load = _load(objective, measured)
     if load > 1 and state.accuracy > floor:

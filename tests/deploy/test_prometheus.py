@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from server.api.routes.ops import SCRAPE_SECONDS
+from server.api.services import SCRAPE_SECONDS
 from tests.deploy.queries import PROMETHEUS, ROOT, rules
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")

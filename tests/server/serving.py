@@ -23,7 +23,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
-from server.api.services import Services
+from server.api.services import SCRAPE_SECONDS, Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.batch import Batch, samples
@@ -32,11 +32,12 @@ from server.engine.messages import StepStats
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.request import GenerationRequest
 from server.metrics import Metrics
-from server.policies.controller import RecentLatencies
+from server.policies.controller import Control, RecentLatencies
 from server.policies.store import PolicyStore
 from server.policies.targets import Target
 from server.policies.tiers import Tier
 from server.telemetry import Telemetry
+from server.text.language import Language
 from server.text.tokenizer import Tokenizer
 from server.text.tool_dialects import PLAIN_JSON, ToolDialect
 from tests.factories import EOS_ID, make_tokenizer, save_tokenizer
@@ -96,6 +97,10 @@ class Server:
         async with asyncio.timeout(60):
             while not await condition():
                 await asyncio.sleep(0.005)
+
+    async def submitted(self, sequences: int) -> None:
+        """Wait until the engine has so many sequences that have not ended."""
+        await self.until(lambda: len(self.services.engine._streams) == sequences)
 
     def hold_after(self, steps: int) -> threading.Event:
         """Let the engine do so many more steps and hold the next one back until the returned event is set."""
@@ -194,6 +199,8 @@ class Parts:
     stall_timeout: float = 120.0
     tool_dialect: ToolDialect = PLAIN_JSON
     comment_seconds: float = 10.0
+    scrape_seconds: float = SCRAPE_SECONDS
+    control: Control = Control()
     keep_alive_timeout: float = 120.0
     header_timeout: float = HEADER_SECONDS
     send_timeout: float = SEND_SECONDS
@@ -230,8 +237,7 @@ async def make_server(
         engine=engine,
         admission=admission,
         store=make_store(parts.default, parts.directory, parts.tiers),
-        tokenizer=tokenizer,
-        grammars=tokenizer.grammar_compiler(CONFIG.vocab_size),
+        language=Language(tokenizer, parts.tool_dialect, tokenizer.grammar_compiler(CONFIG.vocab_size)),
         metrics=metrics,
         config=CONFIG,
         model_name=MODEL,
@@ -240,8 +246,9 @@ async def make_server(
         fair_queueing=parts.fair_queueing,
         telemetry=parts.telemetry,
         stall_timeout=parts.stall_timeout,
-        tool_dialect=parts.tool_dialect,
         comment_seconds=parts.comment_seconds,
+        scrape_seconds=parts.scrape_seconds,
+        control=parts.control,
     )
     died: list[BaseException] = []
     app = create_app(services, latencies, parts.access, on_dead=died.append)

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -15,8 +16,8 @@ from server.api.answers.routing_trace import joined
 from server.api.fields.completions import GenerationFields
 from server.api.http.failures import to_service_error
 from server.api.http.streaming import EventStream, started, until_disconnect
-from server.api.services import Services
 from server.errors import InternalError
+from server.metrics import Metrics
 from server.text.answer_text import join_calls
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,31 @@ logger = logging.getLogger(__name__)
 ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {EventStream.media_type: {}}}}
 
 
+class Tracing(Protocol):
+    """What makes a span of every generation: `server.telemetry`, where its extra is installed and configured."""
+
+    def follow(
+        self, generation: Generation, operation: str, fields: GenerationFields, headers: Mapping[str, str]
+    ) -> AsyncGenerator[Delta, None]:
+        """The generation's deltas. Its request had these fields and headers."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerParts:
+    """What every answer works with. `telemetry` None: requests are not traced. `comment_seconds`: a stream that has nothing to
+    send for so long sends a comment."""
+
+    metrics: Metrics
+    telemetry: Tracing | None
+    comment_seconds: float
+
+
 async def answer(
-    generation: Generation, dialect: Dialect, body: GenerationFields, request: Request, services: Services
+    generation: Generation, dialect: Dialect, body: GenerationFields, request: Request, parts: AnswerParts
 ) -> Response:
-    telemetry = services.telemetry
+    telemetry = parts.telemetry
     if telemetry is None:
         deltas = generation.deltas()
     else:
@@ -37,8 +59,9 @@ async def answer(
         wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
         return JSONResponse(dialect.answer(wholes, generation))
     # The first token is awaited for a while before the response begins: what fails until then has its own HTTP status.
-    first = await started(request, deltas, services.comment_seconds)
-    return EventStream(_events(first, deltas, generation, dialect, services), deltas, first, services.comment_seconds)
+    first = await started(request, deltas, parts.comment_seconds)
+    events = _events(first, deltas, generation, dialect, parts.metrics)
+    return EventStream(events, deltas, first, parts.comment_seconds)
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[Delta]:
@@ -66,7 +89,7 @@ async def _events(
     deltas: AsyncGenerator[Delta, None],
     generation: Generation,
     dialect: Dialect,
-    services: Services,
+    metrics: Metrics,
 ) -> AsyncGenerator[bytes, None]:
     """An error takes the place of what is left."""
     try:
@@ -83,6 +106,6 @@ async def _events(
         failure = to_service_error(error)
         if isinstance(failure, InternalError):
             logger.exception("a stream failed")
-        services.metrics.request_failures.labels(failure.code).inc()
+        metrics.request_failures.labels(failure.code).inc()
         for event in dialect.fail(failure):
             yield event

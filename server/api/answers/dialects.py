@@ -12,9 +12,9 @@ from server.api.answers.logprobs import chat_logprobs, text_logprobs
 from server.api.answers.routing_trace import TraceWriter
 from server.api.fields.completions import StreamOptions
 from server.api.http.streaming import DONE, sse
-from server.api.services import Services
 from server.errors import ServiceError
 from server.text.answer_text import CallDelta
+from server.text.tokenizer import Tokenizer
 
 
 class Dialect(ABC):
@@ -55,10 +55,10 @@ class ChoicesDialect(Dialect):
     chunk_object: str
 
     def __init__(
-        self, model: str, service_tier: str, options: StreamOptions | None, services: Services, traces: TraceWriter
+        self, model: str, service_tier: str, options: StreamOptions | None, tokenizer: Tokenizer, traces: TraceWriter
     ) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._model, self._tokenizer, self._created = model, services.tokenizer, int(time.time())
+        self._model, self._tokenizer, self._created = model, tokenizer, int(time.time())
         self._service_tier = service_tier
         self._options = options or StreamOptions.model_validate({})
         self._traces = traces
@@ -140,11 +140,11 @@ class ChatDialect(ChoicesDialect):
         model: str,
         service_tier: str,
         options: StreamOptions | None,
-        services: Services,
+        tokenizer: Tokenizer,
         traces: TraceWriter,
         tools: bool = False,
     ) -> None:
-        super().__init__(model, service_tier, options, services, traces)
+        super().__init__(model, service_tier, options, tokenizer, traces)
         self._tools = tools
 
     def choice(self, whole: Delta) -> dict[str, Any]:

@@ -11,29 +11,44 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ladimo.model.config import ModelConfig
+from server.api.admission import Permit
 from server.api.answers.logprobs import ScoredToken
 from server.api.answers.routing_trace import without_answer
 from server.api.fields.completions import GenerationFields
 from server.api.requests.sampling import check_ids, check_length, choice_seed, make_sampling
-from server.api.services import Services
+from server.engine.async_engine import AsyncEngine
 from server.engine.messages import RoutingTrace, TokenEvent
 from server.engine.request import FinishReason, GenerationRequest, Trace
 from server.errors import BadRequest, DeadlineExceeded
+from server.metrics import Metrics
 from server.policies.store import Route
 from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
 from server.text.detokenizer import Detokenizer, TokenDecoder
 from server.text.grammar import Grammar, GrammarState
+from server.text.tokenizer import Tokenizer
 from server.text.tool_parsers import ToolParser
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What a request runs under. `deadline`: the event loop's time at which an unfinished answer is given up (None: never).
-    `flow`: whose turn it takes when requests wait. `service_tier`: the one that serves it. `priority`: lower runs earlier.
-    `received`: when it came, in nanoseconds of Unix time."""
+class GenerationParts:
+    """What every generation works with."""
 
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    metrics: Metrics
+    config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request runs under. `permit`: its places, taken already. `deadline`: the event loop's time at which an unfinished
+    answer is given up (None: never). `flow`: whose turn it takes when requests wait. `service_tier`: the one that serves it.
+    `priority`: lower runs earlier. `received`: when it came, in nanoseconds of Unix time."""
+
+    permit: Permit
     route: Route
     deadline: float | None
     flow: str
@@ -85,7 +100,8 @@ class Choice:
         index: int,
         request: GenerationRequest,
         text: AnswerText,
-        services: Services,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
         echo: Echo | None = None,
         answer: bool = True,
     ) -> None:
@@ -95,8 +111,8 @@ class Choice:
         self.experts_per_token: tuple[float | None, ...] = ()
         self.finish_reason: str | None = None
         self.answer = answer
-        self._engine, self._echo = services.engine, echo
-        self._detokenizer = Detokenizer(services.tokenizer, request.prompt_ids)
+        self._engine, self._echo = engine, echo
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._text = text
         self._offset = 0 if echo is None else len(echo.text)
         self._num_generated = 0
@@ -159,49 +175,53 @@ class Choice:
 class Generation:
     """The choices of one HTTP request, `n` for each prompt. `deltas` may be run once."""
 
-    def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, services: Services) -> None:
+    def __init__(
+        self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, metrics: Metrics, config: ModelConfig
+    ) -> None:
         self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
         self.service_tier = terms.service_tier
         self.received = terms.received
-        self._deadline, self._services = terms.deadline, services
+        self._permit, self._deadline = terms.permit, terms.deadline
+        self._metrics, self._config = metrics, config
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The choices' deltas as they come. Holds the permit; closing the generator early aborts what still runs.
+        """The choices' deltas as they come. Closing the generator early aborts what still runs. The permit is closed before the
+        client can read the end of the answer, so that its next request finds the places free.
 
         Raises what admission and the engine raise, and DeadlineExceeded.
         """
-        metrics, policy = self._services.metrics, self.route.policy.name
+        metrics, permit, policy = self._metrics, self._permit, self.route.policy.name
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        prompt_tokens = sum(len(choice.request.prompt_ids) for choice in self.choices)
-        with self._services.admission.permit(len(self.choices), prompt_tokens, self._deadline) as permit:
-            metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
-            tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
-            alarm = self._set_alarm(queue)
-            try:
-                running = len(tasks)
-                while running:
-                    item = await queue.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    choice = self.choices[item.index]
-                    choice.completion_tokens += choice.answer
-                    if item.first:
-                        permit.started(len(choice.request.prompt_ids))
-                    if item.finish_reason is not None:
-                        running -= 1
-                        metrics.request_success.labels(item.finish_reason, policy).inc()
-                    yield item
-            except (GeneratorExit, asyncio.CancelledError):
-                logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
-                aborted = sum(choice.finish_reason is None for choice in self.choices)
-                metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
-                raise
-            finally:
-                if alarm is not None:
-                    alarm.cancel()
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)  # their errors came through the queue
+        permit.wait(sum(len(choice.request.prompt_ids) for choice in self.choices), self._deadline)
+        metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
+        tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
+        alarm = self._set_alarm(queue)
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                choice = self.choices[item.index]
+                choice.completion_tokens += choice.answer
+                if item.first:
+                    permit.started(len(choice.request.prompt_ids))
+                if item.finish_reason is not None:
+                    running -= 1
+                    metrics.request_success.labels(item.finish_reason, policy).inc()
+                yield item
+        except (GeneratorExit, asyncio.CancelledError):
+            logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
+            aborted = sum(choice.finish_reason is None for choice in self.choices)
+            metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # their errors came through the queue
+            permit.close()
 
     def _set_alarm(self, queue: "asyncio.Queue[Delta | Exception]") -> asyncio.TimerHandle | None:
         if self._deadline is None:
@@ -225,7 +245,7 @@ class Generation:
     @property
     def routing(self) -> dict[str, Any]:
         """The answer's `routing` object. Experts per token and active parameters are measured, over all choices."""
-        config = self._services.config
+        config = self._config
         weights = [len(choice.request.prompt_ids) + choice.completion_tokens for choice in self.choices]
         measured = tuple(
             None
@@ -252,12 +272,12 @@ def make_generation(
     default_max_tokens: int | None,
     terms: Terms,
     grammar: Grammar | None,
-    services: Services,
+    parts: GenerationParts,
     tool_parser: Callable[[], ToolParser] | None = None,
 ) -> Generation:
     """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
     the rest of the context. `tool_parser` makes the reader of one choice's calls. Raises BadRequest, ContextLengthExceeded."""
-    limits = services.engine.limits
+    limits = parts.engine.limits
     asked = fields.routing_trace
     trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
     choices: list[Choice] = []
@@ -284,8 +304,8 @@ def make_generation(
                 trace=trace,
             )
             text = AnswerText(fields.stop, None if tool_parser is None else tool_parser())
-            choices.append(Choice(index, request, text, services, prompt.echo, answer=max_tokens != 0))
-    return Generation(completion_id, terms, choices, fields.n, services)
+            choices.append(Choice(index, request, text, parts.engine, parts.tokenizer, prompt.echo, answer=max_tokens != 0))
+    return Generation(completion_id, terms, choices, fields.n, parts.metrics, parts.config)
 
 
 def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:

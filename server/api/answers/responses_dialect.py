@@ -11,11 +11,11 @@ from server.api.answers.logprobs import ScoredToken, chat_logprobs
 from server.api.answers.routing_trace import TraceWriter, joined
 from server.api.fields.responses import ResponsesRequest
 from server.api.http.streaming import sse
-from server.api.services import Services
 from server.engine.messages import RoutingTrace
 from server.engine.request import FinishReason
 from server.errors import BadRequest, QueueFull, ServiceError
 from server.text.answer_text import CallDelta
+from server.text.tokenizer import Tokenizer
 
 IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomplete", "failed"
 
@@ -26,10 +26,12 @@ class ResponsesDialect(Dialect):
 
     operation = "chat"
 
-    def __init__(self, body: ResponsesRequest, service_tier: str, services: Services, traces: TraceWriter) -> None:
+    def __init__(
+        self, body: ResponsesRequest, model: str, service_tier: str, tokenizer: Tokenizer, traces: TraceWriter
+    ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._body, self._tokenizer, self._service_tier = body, services.tokenizer, service_tier
-        self._created, self._model = int(time.time()), body.model or services.model_name
+        self._body, self._tokenizer, self._service_tier = body, tokenizer, service_tier
+        self._created, self._model = int(time.time()), model
         self._trace_writer, self._traces = traces, list[RoutingTrace]()
         self._output: list[dict[str, Any]] = []
         self._open = False

@@ -3,38 +3,41 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from server.api.answers.generation import Generation, Prompt, Terms, make_generation
+from server.api.answers.generation import Generation, GenerationParts, Prompt, Terms, make_generation
 from server.api.fields.completions import ChatCompletionRequest, Message
 from server.api.requests.constraints import make_grammar
 from server.api.requests.prompts import check_text
 from server.api.requests.tools import use_tools
-from server.api.services import Services
 from server.errors import BadRequest
+from server.text.language import Language
 from server.text.tokenizer import ChatFormat
 from server.text.tool_dialects import Function
 from server.text.tool_prompt import as_plain_messages, for_template
 
 
-async def chat_generation(chat: ChatCompletionRequest, answer_id: str, terms: Terms, services: Services) -> Generation:
+async def chat_generation(
+    chat: ChatCompletionRequest, answer_id: str, terms: Terms, language: Language, parts: GenerationParts
+) -> Generation:
     """Raises BadRequest naming the field, ContextLengthExceeded."""
-    tools = use_tools(chat, services)
-    check_text(sum(message.characters for message in chat.messages), "messages", services)
-    prompt = Prompt(await chat_tokens(chat.messages, tools.functions, chat.chat_format, services), "messages")
+    tools = use_tools(chat, language.tool_dialect, language.grammars)
+    characters = sum(message.characters for message in chat.messages)
+    check_text(characters, "messages", language.tokenizer, parts.engine.limits.max_model_len)
+    prompt = Prompt(await chat_tokens(chat.messages, tools.functions, chat.chat_format, language), "messages")
     max_tokens = chat.max_completion_tokens or chat.max_tokens
-    grammar = await make_grammar(chat, services, tools)
-    return make_generation(answer_id, [prompt], chat, max_tokens, None, terms, grammar, services, tools.parser)
+    grammar = await make_grammar(chat, language.grammars, tools)
+    return make_generation(answer_id, [prompt], chat, max_tokens, None, terms, grammar, parts, tools.parser)
 
 
 async def chat_tokens(
-    messages: Sequence[Message], functions: Sequence[Function], form: ChatFormat, services: Services
+    messages: Sequence[Message], functions: Sequence[Function], form: ChatFormat, language: Language
 ) -> list[int]:
     """The prompt that a conversation is. Raises BadRequest when the template refuses it."""
     said = [message.to_dict() for message in messages]
-    if services.tokenizer.template_knows_tools:
+    if language.tokenizer.template_knows_tools:
         shaped, tools = for_template(said), [function.to_dict() for function in functions] or None
     else:
-        shaped, tools = as_plain_messages(said, functions, services.tool_dialect), None
+        shaped, tools = as_plain_messages(said, functions, language.tool_dialect), None
     try:
-        return await services.tokenizer.encode_chat(shaped, replace(form, tools=tools))
+        return await language.tokenizer.encode_chat(shaped, replace(form, tools=tools))
     except ValueError as error:
         raise BadRequest(str(error), param="messages") from error

@@ -8,17 +8,16 @@ from typing import TypeVar
 from server.api.fields.completions import GenerationFields
 from server.api.fields.constraints import StructuredOutputs, TypedGrammar
 from server.api.requests.tools import ToolUse
-from server.api.services import Services
 from server.errors import BadRequest
-from server.text.grammar import Grammar
+from server.text.grammar import Grammar, GrammarCompiler
 
 T = TypeVar("T")
 
 
-async def make_grammar(fields: GenerationFields, services: Services, tools: ToolUse | None = None) -> Grammar | None:
+async def make_grammar(fields: GenerationFields, grammars: GrammarCompiler, tools: ToolUse | None = None) -> Grammar | None:
     """Compiled on a thread of its own. Raises BadRequest naming the field when there are several constraints or one cannot be
     met."""
-    compilers = _compilers(fields, services)
+    compilers = _compilers(fields, grammars)
     if tools is not None and tools.meets_response_format:
         compilers = {param: each for param, each in compilers.items() if not param.startswith("response_format")}
     compilers |= {} if tools is None else tools.grammar
@@ -36,9 +35,9 @@ async def make_grammar(fields: GenerationFields, services: Services, tools: Tool
         raise BadRequest(f"{param}: {error}", param=param) from error
 
 
-def _compilers(fields: GenerationFields, services: Services) -> dict[str, Callable[[], Grammar]]:
+def _compilers(fields: GenerationFields, grammars: GrammarCompiler) -> dict[str, Callable[[], Grammar]]:
     """What is asked for, by the JSON path that asks for it."""
-    grammars, form = services.grammars, fields.response_format
+    form = fields.response_format
     outputs = fields.structured_outputs or StructuredOutputs.model_validate({})
     named, plain = (None, None) if form is None else (form.json_schema, form.schema_)
     schemas = {

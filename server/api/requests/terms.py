@@ -1,40 +1,57 @@
 """What a request runs under, from its fields and headers, before any work is done."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from fastapi import Request
 
+from server.api.admission import Permit
 from server.api.answers.generation import Terms
 from server.api.fields.completions import GenerationFields
 from server.api.fields.wire import WireModel, unknown_field
 from server.api.http.deadline import request_deadline
 from server.api.requests.routing_choice import routing_choice
-from server.api.services import Services
 from server.errors import UnsupportedParameter
+from server.policies.store import PolicyStore
 from server.policies.targets import AUTO
 from server.policies.tiers import DEFAULT
 
 
-def make_terms(body: GenerationFields, prompts: int, request: Request, services: Services) -> Terms:
-    """What is known before any work is done. Raises what admission, routing and wrong fields raise."""
-    services.admission.check(prompts * body.n, param="n" if body.n > 1 else "prompt")
-    refuse_unknown(body, services)
-    deadline = request_deadline(request, services.request_timeout)
-    tier = services.store.tier(body.service_tier)
-    ask = routing_choice(body.routing, request, body.model, services.model_name, services.store) or tier.ask
-    route = services.store.resolve(ask, controlled=tier.controlled)
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What the operator has set for all requests. `request_timeout`: seconds that one may take (None: any). `strict_fields`:
+    unknown fields are errors. `fair_queueing`: who takes turns where requests wait."""
+
+    store: PolicyStore
+    model_name: str
+    request_timeout: float | None
+    strict_fields: bool
+    fair_queueing: Literal["key", "user", "none"]
+
+
+def make_terms(body: GenerationFields, prompts: int, request: Request, permit: Permit, rules: RequestRules) -> Terms:
+    """Admits the request. Raises what admission, routing and wrong fields raise."""
+    permit.enter(prompts * body.n, param="n" if body.n > 1 else "prompt")
+    refuse_unknown(body, rules.strict_fields)
+    deadline = request_deadline(request, rules.request_timeout)
+    tier = rules.store.tier(body.service_tier)
+    ask = routing_choice(body.routing, request, body.model, rules.model_name, rules.store) or tier.ask
+    route = rules.store.resolve(ask, controlled=tier.controlled)
     request.state.routing_policy = route.policy.name
     return Terms(
+        permit,
         route,
         deadline,
-        _flow(body, request, services),
+        _flow(body, request, rules.fair_queueing),
         service_tier=DEFAULT if body.service_tier == AUTO else body.service_tier,
         priority=tier.priority if body.priority is None else body.priority,
     )
 
 
-def _flow(body: GenerationFields, request: Request, services: Services) -> str:
+def _flow(body: GenerationFields, request: Request, fair_queueing: Literal["key", "user", "none"]) -> str:
     """For whom the request is, as far as turns go."""
     caller: str = request.state.caller
-    match services.fair_queueing:
+    match fair_queueing:
         case "none":
             return ""
         case "key":
@@ -43,8 +60,8 @@ def _flow(body: GenerationFields, request: Request, services: Services) -> str:
             return f"{caller} {body.user or ''}"
 
 
-def refuse_unknown(body: WireModel, services: Services) -> None:
+def refuse_unknown(body: WireModel, strict_fields: bool) -> None:
     """Under --strict-fields. Raises UnsupportedParameter."""
-    unknown = unknown_field(body) if services.strict_fields else None
+    unknown = unknown_field(body) if strict_fields else None
     if unknown is not None:
         raise UnsupportedParameter(f"{unknown}: unknown field", param=unknown)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from server.api.fields.completions import ChatCompletionRequest
 from server.api.fields.tools import ToolFields
-from server.api.services import Services
 from server.errors import BadRequest
-from server.text.grammar import Grammar
-from server.text.tool_dialects import Function
+from server.text.grammar import Grammar, GrammarCompiler
+from server.text.tool_dialects import Function, ToolDialect
 from server.text.tool_grammar import arguments_schema, calls_in_text, only_calls
 from server.text.tool_parsers import ToolParser
 
@@ -28,7 +27,7 @@ class ToolUse:
     meets_response_format: bool = False
 
 
-def use_tools(chat: ChatCompletionRequest, services: Services) -> ToolUse:
+def use_tools(chat: ChatCompletionRequest, dialect: ToolDialect, grammars: GrammarCompiler) -> ToolUse:
     """Calls are constrained where they are forced, where a function is strict, and where an answer that is no call would have
     to follow a response_format. Raises BadRequest when tool_choice asks for a function that there is not."""
     functions, allowed = chat.functions_of_tools, chat.allowed_names
@@ -41,7 +40,6 @@ def use_tools(chat: ChatCompletionRequest, services: Services) -> ToolUse:
         return ToolUse()
     named = [function for function in functions if allowed is None or function.name in allowed]
     names = [function.name for function in named]
-    dialect, literal = services.tool_dialect, services.grammars.literal
     forced, several, answer = chat.must_call, chat.several_calls, None if chat.must_call else chat.answer_schema
     constrained = forced or answer is not None or any(function.strict for function in named)
     followed = named if forced else [each if each.strict else replace(each, parameters=ANY_ARGUMENTS) for each in named]
@@ -51,11 +49,11 @@ def use_tools(chat: ChatCompletionRequest, services: Services) -> ToolUse:
 
     def source(functions: Sequence[Function]) -> str:
         if forced or answer is not None:
-            return only_calls(dialect, functions, several, literal, answer)
-        return calls_in_text(dialect, functions, literal)
+            return only_calls(dialect, functions, several, grammars.literal, answer)
+        return calls_in_text(dialect, functions, grammars.literal)
 
     def grammar() -> Grammar:
-        return _compile(source, followed, answer is not None, chat, services)
+        return _compile(source, followed, answer is not None, chat, grammars)
 
     param = "tool_choice" if forced else "tools"
     return ToolUse(functions, parser, {param: grammar} if constrained else {}, meets_response_format=answer is not None)
@@ -66,15 +64,15 @@ def _compile(
     functions: Sequence[Function],
     answered: bool,
     fields: ToolFields,
-    services: Services,
+    grammars: GrammarCompiler,
 ) -> Grammar:
     try:
-        return services.grammars.lark(source(functions))
+        return grammars.lark(source(functions))
     except ValueError as failure:
         places = {tool.function.name: place for place, tool in enumerate(fields.tools)}
         for function in functions:
             try:
-                services.grammars.json_schema(arguments_schema(function.parameters))
+                grammars.json_schema(arguments_schema(function.parameters))
             except ValueError as error:
                 param = f"tools[{places[function.name]}].function.parameters"
                 raise BadRequest(f"{param}: {error}", param=param) from error

@@ -14,38 +14,57 @@ from server.api.requests.chat import chat_generation
 from server.api.requests.constraints import make_grammar
 from server.api.requests.prompts import text_prompt
 from server.api.requests.terms import make_terms
-from server.api.services import ServicesDep
+from server.api.services import AnswerPartsDep, GenerationPartsDep, LanguageDep, PermitDep, RequestRulesDep
 from server.errors import BadRequest, UnsupportedParameter
 
 router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", responses=ANSWERS)
-async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
-    terms = make_terms(body, len(body.prompt), request, services)
+async def completions(
+    body: CompletionRequest,
+    request: Request,
+    permit: PermitDep,
+    rules: RequestRulesDep,
+    language: LanguageDep,
+    parts: GenerationPartsDep,
+    answer_parts: AnswerPartsDep,
+) -> Response:
+    terms = make_terms(body, len(body.prompt), request, permit, rules)
     if body.best_of not in (None, body.n):
         raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
-    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
-    dialect = TextDialect(body.model or services.model_name, terms.service_tier, body.stream_options, services, traces)
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, parts.config)
+    model, tokenizer = body.model or rules.model_name, language.tokenizer
+    dialect = TextDialect(model, terms.service_tier, body.stream_options, tokenizer, traces)
 
     async def generation() -> Generation:
-        prompts = [await text_prompt(body, place, services) for place in range(len(body.prompt))]
-        grammar = await make_grammar(body, services)
+        limits = parts.engine.limits
+        prompts = [
+            await text_prompt(body, place, tokenizer, limits.max_model_len, limits.vocab_size)
+            for place in range(len(body.prompt))
+        ]
+        grammar = await make_grammar(body, language.grammars)
         default = DEFAULT_COMPLETION_TOKENS
-        return make_generation(dialect.id, prompts, body, body.max_tokens, default, terms, grammar, services)
+        return make_generation(dialect.id, prompts, body, body.max_tokens, default, terms, grammar, parts)
 
-    return await answer(await until_disconnect(request, generation()), dialect, body, request, services)
+    return await answer(await until_disconnect(request, generation()), dialect, body, request, answer_parts)
 
 
 @router.post("/v1/chat/completions", responses=ANSWERS)
-async def chat_completions(body: ChatCompletionRequest, request: Request, services: ServicesDep) -> Response:
-    terms = make_terms(body, 1, request, services)
-    traces = TraceWriter.of(body.routing_trace, terms.route.policy, services.config)
-    dialect = ChatDialect(
-        body.model or services.model_name, terms.service_tier, body.stream_options, services, traces, tools=bool(body.tools)
-    )
-
-    generation = chat_generation(body, dialect.id, terms, services)
-    return await answer(await until_disconnect(request, generation), dialect, body, request, services)
+async def chat_completions(
+    body: ChatCompletionRequest,
+    request: Request,
+    permit: PermitDep,
+    rules: RequestRulesDep,
+    language: LanguageDep,
+    parts: GenerationPartsDep,
+    answer_parts: AnswerPartsDep,
+) -> Response:
+    terms = make_terms(body, 1, request, permit, rules)
+    traces = TraceWriter.of(body.routing_trace, terms.route.policy, parts.config)
+    model, options = body.model or rules.model_name, body.stream_options
+    dialect = ChatDialect(model, terms.service_tier, options, language.tokenizer, traces, tools=bool(body.tools))
+    generation = chat_generation(body, dialect.id, terms, language, parts)
+    return await answer(await until_disconnect(request, generation), dialect, body, request, answer_parts)

@@ -18,40 +18,48 @@ from server.api.http.streaming import until_disconnect
 from server.api.requests.chat import chat_tokens
 from server.api.requests.routing_choice import split_model
 from server.api.requests.sampling import check_ids
-from server.api.services import Services, ServicesDep
-from server.engine.async_engine import EngineState
+from server.api.services import (
+    AdmissionDep,
+    ConfigDep,
+    CreatedDep,
+    EngineDep,
+    LanguageDep,
+    MetricsDep,
+    ModelNameDep,
+    ScrapeSecondsDep,
+    StallTimeoutDep,
+    StoreDep,
+)
+from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.messages import EngineDead, ExpertSnapshot
 from server.errors import BadRequest, Dead, UnknownModel
 from server.text.lanes import SHORT
 
 router = APIRouter(route_class=JsonRoute)
 
-# Well below Prometheus's scrape timeout: a server whose engine hangs must be able to say so.
-SCRAPE_SECONDS = 1.0
-
 
 @router.get("/health")
 @router.get("/health/live")
-async def live(services: ServicesDep) -> Response:
+async def live(engine: EngineDep, stall_timeout: StallTimeoutDep) -> Response:
     """Alive: loading counts, a dead or stalled engine does not. The engine's loop turns twice a second while idle, and between
     any two steps however long a prompt is."""
-    state, age = services.engine.state, time.monotonic() - services.engine.heartbeat
-    if state is EngineState.DEAD or (state is EngineState.READY and age > services.stall_timeout):
+    state, age = engine.state, time.monotonic() - engine.heartbeat
+    if state is EngineState.DEAD or (state is EngineState.READY and age > stall_timeout):
         return error_response(Dead(f"the engine is {state} and last turned {age:.0f} s ago", retry_after=30))
     return JSONResponse({"status": str(state)})
 
 
 @router.get("/health/ready")
-async def ready(services: ServicesDep) -> Response:
+async def ready(admission: AdmissionDep) -> Response:
     """Takes requests now."""
-    error = services.admission.unavailable()
+    error = admission.unavailable()
     return JSONResponse({"status": "ready"}) if error is None else error_response(error)
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
-async def metrics(services: ServicesDep) -> Response:
+async def metrics(metrics: MetricsDep, engine: EngineDep, scrape_seconds: ScrapeSecondsDep) -> Response:
     """Expert counters are read from the engine for each scrape, so they are exact."""
-    return Response(services.metrics.render(await _experts(services)), media_type=CONTENT_TYPE_LATEST)
+    return Response(metrics.render(await _experts(engine, scrape_seconds)), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version")
@@ -60,50 +68,61 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/v1/models")
-async def models(services: ServicesDep) -> dict[str, Any]:
+async def models(model_name: ModelNameDep, created: CreatedDep, engine: EngineDep, store: StoreDep) -> dict[str, Any]:
     """The model, and the model under each policy."""
-    names = [services.model_name, *(f"{services.model_name}:{name}" for name in services.store.policies())]
-    return {"object": "list", "data": [_model(name, services) for name in names]}
+    names = [model_name, *(f"{model_name}:{name}" for name in store.policies())]
+    return {"object": "list", "data": [_model(name, model_name, created, engine) for name in names]}
 
 
 @router.get("/v1/models/{model:path}")
-async def model(model: str, services: ServicesDep) -> dict[str, Any]:
-    policy = split_model(model, services.model_name)
-    if policy is not None and policy not in services.store.policies():
+async def model(
+    model: str, model_name: ModelNameDep, created: CreatedDep, engine: EngineDep, store: StoreDep
+) -> dict[str, Any]:
+    policy = split_model(model, model_name)
+    if policy is not None and policy not in store.policies():
         raise UnknownModel(f"the model {model!r} is not served here", param="model")
-    return _model(model, services)
+    return _model(model, model_name, created, engine)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDep) -> Response:
+async def tokenize(
+    body: TokenizeRequest,
+    request: Request,
+    language: LanguageDep,
+    engine: EngineDep,
+    config: ConfigDep,
+    model_name: ModelNameDep,
+) -> Response:
     """The tokens that a completion of this prompt, or an answer to these messages, would begin with."""
-    split_model(body.model, services.model_name)
-    ready = services.engine.state is EngineState.READY
-    context = services.engine.limits.max_model_len if ready else services.config.max_position_embeddings
-    most = max(MAX_TEXT, services.tokenizer.most_characters(context))
+    split_model(body.model, model_name)
+    tokenizer, ready = language.tokenizer, engine.state is EngineState.READY
+    context = engine.limits.max_model_len if ready else config.max_position_embeddings
+    most = max(MAX_TEXT, tokenizer.most_characters(context))
     param = "prompt" if body.messages is None else "messages"
     characters = len(body.prompt or "") + sum(message.characters for message in body.messages or ())
     if characters > most:
         raise BadRequest(f"{param}: {characters} characters are more than the {most} that are tokenized at once", param=param)
     if body.messages is not None:
-        encoding = chat_tokens(body.messages, body.functions_of_tools, body.chat_format, services)
+        encoding = chat_tokens(body.messages, body.functions_of_tools, body.chat_format, language)
     else:
-        encoding = services.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+        encoding = tokenizer.encode(body.prompt or "", body.add_special_tokens)
     tokens = await until_disconnect(request, encoding)
-    answer = await services.tokenizer.run(lambda: _token_list(tokens, context), len(tokens))
+    answer = await tokenizer.run(lambda: _token_list(tokens, context), len(tokens))
     return Response(answer, media_type="application/json")
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str, str]:
-    split_model(body.model, services.model_name)
-    check_ids(body.tokens, services.config.vocab_size, "tokens")
-    return {"prompt": await services.tokenizer.detokenize(body.tokens)}
+async def detokenize(
+    body: DetokenizeRequest, language: LanguageDep, config: ConfigDep, model_name: ModelNameDep
+) -> dict[str, str]:
+    split_model(body.model, model_name)
+    check_ids(body.tokens, config.vocab_size, "tokens")
+    return {"prompt": await language.tokenizer.detokenize(body.tokens)}
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(services: ServicesDep) -> dict[str, Any]:
-    return services.tokenizer.info
+async def tokenizer_info(language: LanguageDep) -> dict[str, Any]:
+    return language.tokenizer.info
 
 
 def _token_list(tokens: Sequence[int], context: int) -> bytes:
@@ -112,22 +131,22 @@ def _token_list(tokens: Sequence[int], context: int) -> bytes:
     return f'{{"count":{len(tokens)},"max_model_len":{context},"tokens":[{",".join(parts)}]}}'.encode()
 
 
-def _model(name: str, services: Services) -> dict[str, Any]:
+def _model(name: str, model_name: str, created: int, engine: AsyncEngine) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": services.created,
+        "created": created,
         "owned_by": "ladimo",
-        "root": services.model_name,  # vLLM's benchmark client asks for it
-        "parent": None if name == services.model_name else services.model_name,
-        "max_model_len": services.engine.limits.max_model_len if services.engine.state is EngineState.READY else None,
+        "root": model_name,  # vLLM's benchmark client asks for it
+        "parent": None if name == model_name else model_name,
+        "max_model_len": engine.limits.max_model_len if engine.state is EngineState.READY else None,
     }
 
 
-async def _experts(services: Services) -> ExpertSnapshot | None:
+async def _experts(engine: AsyncEngine, seconds: float) -> ExpertSnapshot | None:
     """None when the engine cannot answer now; the last figures stand then."""
     try:
-        async with asyncio.timeout(SCRAPE_SECONDS):
-            return await services.engine.read_experts()
+        async with asyncio.timeout(seconds):
+            return await engine.read_experts()
     except (EngineDead, TimeoutError):
         return None

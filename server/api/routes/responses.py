@@ -11,22 +11,30 @@ from server.api.http.bodies import JsonRoute
 from server.api.http.streaming import until_disconnect
 from server.api.requests.chat import chat_generation
 from server.api.requests.terms import make_terms, refuse_unknown
-from server.api.services import ServicesDep
+from server.api.services import AnswerPartsDep, GenerationPartsDep, LanguageDep, PermitDep, RequestRulesDep
 from server.errors import BadRequest
 
 router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/responses", responses=ANSWERS)
-async def responses(body: ResponsesRequest, request: Request, services: ServicesDep) -> Response:
+async def responses(
+    body: ResponsesRequest,
+    request: Request,
+    permit: PermitDep,
+    rules: RequestRulesDep,
+    language: LanguageDep,
+    parts: GenerationPartsDep,
+    answer_parts: AnswerPartsDep,
+) -> Response:
     """Nothing is stored: `store` is false in every answer, and what would read from the store is refused."""
-    refuse_unknown(body, services)
+    refuse_unknown(body, rules.strict_fields)
     chat = body.chat
     try:
-        terms = make_terms(chat, 1, request, services)
-        traces = TraceWriter.of(chat.routing_trace, terms.route.policy, services.config)
-        dialect = ResponsesDialect(body, terms.service_tier, services, traces)
-        generation = await until_disconnect(request, chat_generation(chat, dialect.id, terms, services))
+        terms = make_terms(chat, 1, request, permit, rules)
+        traces = TraceWriter.of(chat.routing_trace, terms.route.policy, parts.config)
+        dialect = ResponsesDialect(body, body.model or rules.model_name, terms.service_tier, language.tokenizer, traces)
+        generation = await until_disconnect(request, chat_generation(chat, dialect.id, terms, language, parts))
     except BadRequest as error:
         raise in_own_words(error) from error
-    return await answer(generation, dialect, chat, request, services)
+    return await answer(generation, dialect, chat, request, answer_parts)

@@ -1,19 +1,17 @@
 """GET /v1/routing, and the admin routes that change policies and the default."""
 
-import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 
-from ladimo.policy import FrontierPoint, RoutingPolicy
+from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.fields.routing import DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.http.bodies import JsonRoute
-from server.api.services import Services, ServicesDep
-from server.engine.async_engine import EngineState
+from server.api.policy_changes import PolicyChanges
+from server.api.services import AdmissionDep, FrontierBatchDep, PolicyChangesDep, StoreDep
 from server.errors import PreconditionFailed
 from server.policies.store import PolicyStore, Route, State
 
@@ -23,28 +21,27 @@ audit_log = logging.getLogger("server.audit")
 
 
 @router.get("/v1/routing")
-async def routing(services: ServicesDep) -> dict[str, Any]:
+async def routing(store: StoreDep, frontier_batch: FrontierBatchDep) -> dict[str, Any]:
     """The default, the service tiers, the policies with their versions and figures, and the frontier that the knob walks."""
-    store = services.store
-    points = () if store.frontier is None else store.frontier.points
+    frontier = store.frontier
     return {
-        "default": _default(services),
+        "default": _default(store),
         "service_tiers": {
             name: tier.to_dict() | _now(store.resolve(tier.ask, controlled=tier.controlled))
             for name, tier in store.tiers.items()
         },
         "policies": [_describe(policy, store) for policy in store.policies().values()],
-        "frontier": None if store.frontier is None else [_point(point, services) for point in points],
-        "frontier_batch": services.frontier_batch,
+        "frontier": None if frontier is None else [_point(point, frontier) for point in frontier.points],
+        "frontier_batch": frontier_batch,
     }
 
 
 @router.get("/v1/routing/policies/{name}", responses={200: {"model": PolicyBody}})
-async def policy(name: str, response: Response, services: ServicesDep) -> dict[str, Any]:
+async def policy(name: str, response: Response, store: StoreDep) -> dict[str, Any]:
     """One policy, as it can be stored again. The header `ETag` is its version, for `If-Match`."""
-    found = services.store.get(name)
+    found = store.get(name)
     response.headers["ETag"] = _etag(found)
-    return _describe(found, services.store)
+    return _describe(found, store)
 
 
 @admin.put("/routing/policies/{name}")
@@ -53,16 +50,15 @@ async def put_policy(
     body: PolicyJson,
     request: Request,
     response: Response,
-    services: ServicesDep,
+    changes: PolicyChangesDep,
     if_match: Annotated[str | None, Header(description="The policy is stored only over the version of this ETag.")] = None,
     if_none_match: Annotated[str | None, Header(description="`*`: the policy is stored only if its name is free.")] = None,
 ) -> dict[str, Any]:
-    async with services.admin_lock:
-        old = services.store.policies().get(name)
+    async with changes.lock:
+        old = changes.store.policies().get(name)
         _check_preconditions(old, if_match, if_none_match)
-        state = services.store.put(name, body)
-        await _commit(state, services)
-        new = services.store.get(name)
+        await changes.commit(changes.store.put(name, body))
+        new = changes.store.get(name)
         response.headers["ETag"] = _etag(new)
         versions = {"old_version": None if old is None else old.version, "new_version": new.version}
         _audit(request, "put policy", policy=name, **versions)
@@ -70,31 +66,31 @@ async def put_policy(
 
 
 @admin.delete("/routing/policies/{name}")
-async def delete_policy(name: str, request: Request, services: ServicesDep) -> dict[str, Any]:
-    async with services.admin_lock:
-        old = services.store.get(name)
-        await _commit(services.store.remove(name), services)
-        left = services.store.policies().get(name)
+async def delete_policy(name: str, request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+    async with changes.lock:
+        old = changes.store.get(name)
+        await changes.commit(changes.store.remove(name))
+        left = changes.store.policies().get(name)
         version = None if left is None else left.version
         _audit(request, "delete policy", policy=name, old_version=old.version, new_version=version)
     return {"name": name, "deleted": True, "version": version}
 
 
 @admin.put("/routing/default")
-async def put_default(body: DefaultJson, request: Request, services: ServicesDep) -> dict[str, Any]:
-    async with services.admin_lock:
-        return await _change_default(services.store.set_default(body), "put default", request, services)
+async def put_default(body: DefaultJson, request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+    async with changes.lock:
+        return await _change_default(changes.store.set_default(body), "put default", request, changes)
 
 
 @admin.post("/routing/rollback")
-async def roll_back(request: Request, services: ServicesDep, body: RollbackBody | None = None) -> dict[str, Any]:
+async def roll_back(request: Request, changes: PolicyChangesDep, body: RollbackBody | None = None) -> dict[str, Any]:
     """Back to the previous default. The answer says what that changed.
 
     `restored_policy`: a version came back under its name. `newer_policy`: the name has had a newer version since. That one
     stays and is the default now; `restore_policy` puts back the old one instead.
     """
-    async with services.admin_lock:
-        store = services.store
+    async with changes.lock:
+        store = changes.store
         back = store.roll_back(body is not None and body.restore_policy)
         restored = newer = None
         if back.restored is not None:
@@ -108,24 +104,25 @@ async def roll_back(request: Request, services: ServicesDep, body: RollbackBody 
             name = back.skipped.name
             newer = {"name": name, "version": store.get(name).version, "old_version": back.skipped.version}
         facts = {"restored_policy": restored, "newer_policy": newer}
-        return await _change_default(back.state, "roll back", request, services, facts) | facts
+        return await _change_default(back.state, "roll back", request, changes, facts) | facts
 
 
 @admin.post("/drain")
-async def drain(request: Request, services: ServicesDep) -> dict[str, Any]:
+async def drain(request: Request, admission: AdmissionDep) -> dict[str, Any]:
     """Stop admitting; what runs finishes. The process stays until it is told to end."""
-    services.admission.draining = True
+    admission.draining = True
     _audit(request, "drain")
-    return {"draining": True, "running": services.admission.in_flight}
+    return {"draining": True, "running": admission.in_flight}
 
 
 async def _change_default(
-    state: State, action: str, request: Request, services: Services, facts: Mapping[str, Any] = MappingProxyType({})
+    state: State, action: str, request: Request, changes: PolicyChanges, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     """`facts`: more for the audit."""
-    old, before = services.store.resolve(), services.store.state.default.to_dict()
-    seconds = await _commit(state, services, swap=True)
-    new = services.store.resolve()
+    store = changes.store
+    old, before = store.resolve(), store.state.default.to_dict()
+    seconds = await changes.commit(state, swap=True)
+    new = store.resolve()
     _audit(
         request,
         action,
@@ -133,52 +130,14 @@ async def _change_default(
         old_version=old.policy.version,
         new_version=new.policy.version,
         previous_default=before,
-        default=services.store.state.default.to_dict(),
+        default=store.state.default.to_dict(),
         **facts,
     )
-    return {"default": _default(services), "previous_default": {"target": before} | _now(old), "swap_seconds": seconds}
+    return {"default": _default(store), "previous_default": {"target": before} | _now(old), "swap_seconds": seconds}
 
 
-async def _commit(state: State, services: Services, swap: bool = False) -> float:
-    """Have the engine keep the new default resident, then make the state current. Returns the engine's seconds.
-
-    Nothing has changed when this raises EngineDead, Loading or PolicyTableFull.
-    """
-    store, metrics = services.store, services.metrics
-    if services.engine.state is not EngineState.READY:
-        error = services.admission.unavailable()
-        assert error is not None
-        raise error
-    route = store.resolve(state=state)
-    swap = swap or route.policy != store.resolve().policy
-    started = time.monotonic()
-    try:
-        await services.engine.activate([route.policy])
-        seconds = time.monotonic() - started
-        await asyncio.to_thread(store.commit, state)
-    except Exception:
-        if swap:
-            metrics.policy_swaps.labels("failed").inc()
-        raise
-    if swap:
-        metrics.policy_swaps.labels("ok").inc()
-        metrics.policy_swap_duration.observe(seconds)
-    show_policies(services)
-    return seconds
-
-
-def show_policies(services: Services) -> None:
-    """Bring the routing gauges up to date."""
-    store = services.store
-    route = store.resolve()
-    versions = {name: policy.version for name, policy in store.policies().items()}
-    floor = None if store.objective is None else store.objective.min_accuracy
-    services.metrics.show_policies(versions, route.policy.name, route.accuracy, floor)
-
-
-def _default(services: Services) -> dict[str, Any]:
+def _default(store: PolicyStore) -> dict[str, Any]:
     """The default as it was set, and what it means now."""
-    store = services.store
     return {"target": store.state.default.to_dict(), **_now(store.resolve())}
 
 
@@ -186,9 +145,8 @@ def _now(route: Route) -> dict[str, Any]:
     return {"policy": route.policy.name, "version": route.policy.version, "accuracy": route.accuracy}
 
 
-def _point(point: FrontierPoint, services: Services) -> dict[str, Any]:
-    assert services.store.frontier is not None
-    return {**point.to_dict(), "accuracy": services.store.frontier.position(point.policy)}
+def _point(point: FrontierPoint, frontier: Frontier) -> dict[str, Any]:
+    return {**point.to_dict(), "accuracy": frontier.position(point.policy)}
 
 
 def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:

@@ -146,7 +146,7 @@ async def test_the_last_message_stays_open(tmp_path: Path, template: str | None,
 async def test_fields_over_http(tmp_path: Path) -> None:
     template = "{{ mood }}{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
     async with serving(tmp_path) as server:
-        server.services.tokenizer.chat_template = template + "{% if add_generation_prompt %}a:{% endif %}"
+        server.services.language.tokenizer.chat_template = template + "{% if add_generation_prompt %}a:{% endif %}"
         talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<|eos|>y"}]
 
         async def prompt(**fields: Any) -> str:

@@ -174,8 +174,8 @@ def test_prompt_and_answer_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, 
 async def test_an_answer_that_is_cut_within_a_character_ends_before_it(tmp_path: Path) -> None:
     """What follows the byte C2 in the runner's order is the beginning of one character after another."""
     async with serving(tmp_path) as server:
-        begun = byte_id(server.services.tokenizer, 0xC2)
-        fields = {"prompt": [byte_id(server.services.tokenizer, ord("a")), begun], "logprobs": 1, "echo": True}
+        begun = byte_id(server.services.language.tokenizer, 0xC2)
+        fields = {"prompt": [byte_id(server.services.language.tokenizer, ord("a")), begun], "logprobs": 1, "echo": True}
         for max_tokens, text in ((0, "a"), (1, "a\ufffd"), (3, "a\ufffd\ufffd\ufffd")):
             fields["max_tokens"] = max_tokens
             whole = (await server.complete(**fields))["choices"][0]

@@ -19,7 +19,7 @@ from server.exposition import Histogram as OurHistogram
 from server.launch import exports_each_expert
 from server.metrics import Metrics
 from tests.server.fakes import FAKE_CONFIG
-from tests.server.serving import ADMIN, TOP_K, sample_values, serving
+from tests.server.serving import ADMIN, TOP_K, Parts, sample_values, serving
 
 LAYERS = (0, 2)  # layer 1 is dense
 EXPERTS = 4
@@ -99,13 +99,12 @@ async def test_first_events_count_in_a_rate(tmp_path: Path) -> None:
         assert samples['ladimo_slo_controller_decisions_total{direction="down"}'] == 0
 
 
-async def test_a_stuck_engine_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stuck_engine_shows(tmp_path: Path) -> None:
     """What the engine says of itself stands still when a step hangs; what is counted at the door does not."""
-    monkeypatch.setattr("server.api.routes.ops.SCRAPE_SECONDS", 0.05)
-    async with serving(tmp_path) as server:
+    async with serving(tmp_path, Parts(scrape_seconds=0.05)) as server:
         server.runner.gate.clear()
         request = asyncio.create_task(server.complete("ab", max_tokens=4))
-        await server.until(lambda: server.services.admission.in_flight == 1)
+        await server.submitted(1)
         stuck = await server.metrics()
         assert stuck["ladimo_requests_in_flight"] == 1
         assert stuck["ladimo_requests_waiting"] == 0

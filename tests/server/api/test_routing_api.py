@@ -247,7 +247,7 @@ async def test_a_full_policy_table_refuses_a_swap_and_keeps_a_request_waiting(tm
     async with serving(tmp_path, max_policies=2) as server:
         server.runner.gate.clear()
         held = [asyncio.create_task(server.complete(max_tokens=3, routing=name)) for name in ("full", "fast")]
-        await server.until(lambda: server.services.admission.in_flight == 2)
+        await server.submitted(2)
         swap = asyncio.create_task(put_default(server, policy="balanced"))
         asked = {"prompt": "a", "max_tokens": 3, "routing": "quality"}
         late = asyncio.create_task(server.client.post("/v1/completions", json=asked, headers={"X-Request-Timeout": "0.05"}))

@@ -82,7 +82,7 @@ async def test_a_waiting_priority_request_goes_before_older_ones(tmp_path: Path)
         tasks = []
         for number, tier in enumerate(["default", "flex", "default", "priority"]):
             tasks.append(asyncio.create_task(ask(tier)))
-            await server.until(lambda number=number: server.services.admission.in_flight == number + 1)  # type: ignore[misc]
+            await server.submitted(number + 1)
         server.runner.gate.set()
         await asyncio.gather(*tasks)
         served = [names[request_id.rpartition("-")[0]] for request_id in order]

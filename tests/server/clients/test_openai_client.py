@@ -78,7 +78,7 @@ async def test_errors_become_the_client_s_classes(tmp_path: Path) -> None:
             assert (wrong.value.code, wrong.value.param) == ("invalid_request", "n")
             server.runner.gate.clear()
             held = asyncio.create_task(client.completions.create(model=MODEL, prompt="a", max_tokens=3))
-            await server.until(lambda: server.services.admission.in_flight == 1)
+            await server.submitted(1)
             with pytest.raises(openai.RateLimitError) as full:
                 await client.completions.create(model=MODEL, prompt="a")
             assert full.value.code == "queue_full"

@@ -81,10 +81,10 @@ async def test_a_client_that_closes_its_sending_side_gets_its_answer(tmp_path: P
         release = server.hold_after(0)
         writer.write(request(chunked=chunked))
         if wait:
-            await server.until(lambda: server.services.admission.in_flight == 1)
+            await server.submitted(1)
         writer.write_eof()
         if not wait:
-            await server.until(lambda: server.services.admission.in_flight == 1)
+            await server.submitted(1)
         await asyncio.sleep(0.5)  # two probes
         release.set()
         status, body = await reply(reader)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from server.api.admission import Rates
+from server.app import drain
 from server.engine.messages import RequestStats, StepStats
 from server.engine.request import FinishReason
 from tests.server.serving import MODEL, Parts, Server, events, serving, serving_http
@@ -73,10 +74,9 @@ async def test_a_deadline_must_be_a_time(tmp_path: Path, value: str) -> None:
 
 async def held(server: Server, prompt: list[int]) -> "asyncio.Task[dict[str, Any]]":
     """A request of which the engine has not begun to answer."""
-    before = server.services.admission.in_flight
     server.runner.gate.clear()
     task = asyncio.create_task(server.complete(prompt, max_tokens=1))
-    await server.until(lambda: server.services.admission.in_flight == before + 1)
+    await server.submitted(1)
     return task
 
 
@@ -94,7 +94,8 @@ async def test_prompt_tokens_that_wait_are_bounded(tmp_path: Path) -> None:
         release = server.hold_after(1)
         fields = {"prompt": [5] * 30, "max_tokens": 20}
         running = asyncio.create_task(server.complete(**fields))  # has its first token, so it waits no more
-        await server.until(lambda: admission.in_flight == 1 and admission.waiting_tokens == 0)
+        await server.submitted(1)
+        await server.until(lambda: admission.waiting_tokens == 0)
         waiting = asyncio.create_task(server.complete(**fields))
         await server.until(lambda: admission.waiting_tokens == 30)
         check(await server.client.post("/v1/completions", json=fields), 429, "queue_full")
@@ -135,10 +136,91 @@ async def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once(tmp_path
         assert int(reply.headers["retry-after"]) == 30
         patient = server.client.post("/v1/completions", json=fields, headers={"X-Request-Timeout": "1000"})
         other = asyncio.create_task(patient)
-        await server.until(lambda: server.services.admission.in_flight == 2)
+        await server.submitted(2)
         server.runner.gate.set()
         await asyncio.gather(task, other)
         assert other.result().status_code == 200
+
+
+class SlowTokenizer:
+    """Holds every text back before it is encoded, until `release` is called."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self._go = 0, asyncio.Event()
+        self.release = self._go.set
+        tokenizer = server.services.language.tokenizer
+        encode = tokenizer.encode
+
+        async def slow(*arguments: Any) -> list[int]:
+            self.begun += 1
+            await self._go.wait()
+            return await encode(*arguments)
+
+        monkeypatch.setattr(tokenizer, "encode", slow)
+
+
+async def test_a_full_server_refuses_before_it_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request has its places while its text is encoded."""
+    async with serving(tmp_path, Parts(max_queue=0), max_num_seqs=1) as server:
+        tokenizer = SlowTokenizer(server, monkeypatch)
+        first = asyncio.create_task(server.complete("a", max_tokens=1))
+        await server.until(lambda: tokenizer.begun == 1)
+        async with asyncio.timeout(60):
+            check(await server.client.post("/v1/completions", json={"prompt": "a"}), 429, "queue_full")
+        assert tokenizer.begun == 1
+        tokenizer.release()
+        assert (await first)["choices"][0]["text"] == "b"
+        samples = await server.metrics()
+        assert samples['ladimo_admission_rejections_total{reason="queue_full"}'] == 1
+        assert samples['ladimo_request_failures_total{code="queue_full"}'] == 1
+
+
+async def test_a_drain_waits_for_texts_that_are_being_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as server:
+        tokenizer = SlowTokenizer(server, monkeypatch)
+        taken = asyncio.create_task(server.complete("a", max_tokens=1))
+        await server.until(lambda: tokenizer.begun == 1)
+        draining = asyncio.create_task(drain(server.services.engine, server.services.admission, timeout_seconds=60))
+        await server.until(lambda: server.services.admission.draining)
+        check(await server.client.post("/v1/completions", json={"prompt": "a"}), 503, "draining")
+        tokenizer.release()
+        assert (await taken)["choices"][0]["text"] == "b"
+        await draining
+
+
+async def test_a_client_that_leaves_while_its_text_is_encoded_frees_its_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving_http(tmp_path) as server:
+        tokenizer = SlowTokenizer(server, monkeypatch)
+        asked = asyncio.create_task(server.complete("a", n=3))
+        await server.until(lambda: tokenizer.begun == 1)
+        assert server.services.admission.in_flight == 3
+        asked.cancel()
+        await server.until(lambda: server.services.admission.in_flight == 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": []}),
+        ("/v1/completions", {"prompt": [[]]}),
+        ("/v1/completions", {"prompt": [5] * 100}),
+        ("/v1/completions", {"prompt": "a" * 10_000}),
+        ("/v1/completions", {"prompt": "a", "routing": "unknown"}),
+        ("/v1/completions", {"prompt": "a", "best_of": 7}),
+        ("/v1/completions", {"prompt": "a", "guided_regex": "("}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}),
+        ("/v1/responses", {"input": "a", "model": "unknown"}),
+    ],
+)
+async def test_a_request_that_is_refused_after_its_admission_frees_its_places(
+    tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    async with serving(tmp_path) as server:
+        reply = await server.client.post(path, json=fields)
+        assert reply.status_code in (400, 404), reply.text
+        assert (server.services.admission.in_flight, server.services.admission.waiting_tokens) == (0, 0)
 
 
 async def test_the_official_client_comes_back_when_it_is_told_to(tmp_path: Path) -> None:

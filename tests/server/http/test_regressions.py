@@ -252,7 +252,7 @@ async def test_cve_2025_66448_and_2026_22807_a_checkpoint_runs_no_code_of_its_ow
 )
 async def test_cve_2026_5760_and_2024_34359_a_checkpoint_s_template_runs_in_a_sandbox(tmp_path: Path, template: str) -> None:
     async with serving(tmp_path) as server:
-        server.services.tokenizer.chat_template = template
+        server.services.language.tokenizer.chat_template = template
         for path in ("/v1/chat/completions", "/tokenize"):
             reply = await server.client.post(path, json=CHAT)
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages"), reply.text
@@ -263,7 +263,7 @@ async def test_cve_2025_62426_long_texts_are_worked_on_beside_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tmp_path) as server:
-        tokenizer, threads = server.services.tokenizer, list[str]()
+        tokenizer, threads = server.services.language.tokenizer, list[str]()
         for name in ("_encode", "_decode_long"):
             work = getattr(tokenizer, name)
 

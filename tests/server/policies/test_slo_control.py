@@ -15,7 +15,7 @@ import pytest
 
 from server.engine.batch import Batch
 from server.engine.model_runner import BatchOutput
-from server.policies.controller import DECREASE_FACTOR, DWELL_SECONDS
+from server.policies.controller import DECREASE_FACTOR, DWELL_SECONDS, Control
 from tests.server.fakes import Clock
 from tests.server.serving import ADMIN, Parts, Server, serving
 
@@ -67,12 +67,14 @@ class Load:
 
 
 @asynccontextmanager
-async def controlled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Load]:
+async def controlled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dwell_seconds: float = DWELL_SECONDS
+) -> AsyncIterator[Load]:
     clock = Clock()
     for module in ("server.app", "server.policies.controller", "server.engine.core"):
         monkeypatch.setattr(f"{module}.time", clock)
-    monkeypatch.setattr("server.app.CONTROL_SECONDS", 0.001)
-    async with serving(tmp_path, Parts(max_queue=64), max_num_seqs=STREAMS, num_blocks=257) as server:
+    parts = Parts(max_queue=64, control=Control(interval_seconds=0.001, dwell_seconds=dwell_seconds))
+    async with serving(tmp_path, parts, max_num_seqs=STREAMS, num_blocks=257) as server:
         execute, rows = server.runner.execute, server.runner.table.tables.rows
 
         def timed(batch: Batch) -> BatchOutput:
@@ -124,8 +126,7 @@ async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: P
 
 
 async def test_floors_hold_under_any_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.policies.controller.DWELL_SECONDS", 1.0)
-    async with controlled(tmp_path, monkeypatch) as load:
+    async with controlled(tmp_path, monkeypatch, dwell_seconds=1.0) as load:
         store = load.server.services.store
         await switch_on(load, itl_ms=1.0, min_accuracy=0.4)  # out of reach, whatever is done
 

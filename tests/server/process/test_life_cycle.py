@@ -59,7 +59,7 @@ async def test_overload_is_answered_at_once_and_counted(tmp_path: Path) -> None:
     async with serving(tmp_path, Parts(max_queue=2), max_num_seqs=2) as server:
         server.runner.gate.clear()
         held = [asyncio.create_task(server.complete(**BODY)) for _ in range(4)]
-        await server.until(lambda: server.services.admission.in_flight == 4)
+        await server.submitted(4)
         for _ in range(3):
             reply = await server.client.post("/v1/completions", json=BODY)
             assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
@@ -75,8 +75,8 @@ async def test_overload_is_answered_at_once_and_counted(tmp_path: Path) -> None:
         assert samples['ladimo_request_failures_total{code="queue_full"}'] == 3
 
 
-async def leave(server: Server, phase: str, fields: dict[str, Any]) -> None:
-    """Send a request on a connection of its own and close it in the given phase."""
+async def leave(server: Server, phase: str, fields: dict[str, Any], choices: int) -> None:
+    """Send a request for so many choices on a connection of its own and close it in the given phase."""
     release = server.hold_after(1 if phase == "streaming" else 0)
     async with httpx.AsyncClient(base_url=server.client.base_url) as client:
         if phase == "streaming":
@@ -85,7 +85,7 @@ async def leave(server: Server, phase: str, fields: dict[str, Any]) -> None:
         else:
             body = {**fields, "stream": phase == "before the first token"}
             task = asyncio.create_task(client.post("/v1/completions", json=body))
-            await server.until(lambda: server.services.admission.in_flight > 0)
+            await server.submitted(choices)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
     await server.until(lambda: server.services.admission.in_flight == 0)
@@ -96,12 +96,12 @@ async def leave(server: Server, phase: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("asked", [{"prompt": "a"}, {"prompt": ["a", "b", "c"]}, {"prompt": "a", "n": 3}])
 async def test_a_client_that_leaves_frees_everything(tmp_path: Path, phase: str, asked: dict[str, Any]) -> None:
     async with serving_http(tmp_path, max_num_seqs=2, max_step_tokens=4) as server:
-        await leave(server, phase, {**asked, "max_tokens": 60, "ignore_eos": True})
+        choices = 1 if asked == {"prompt": "a"} else 3
+        await leave(server, phase, {**asked, "max_tokens": 60, "ignore_eos": True}, choices)
         await server.complete("a", max_tokens=1)
         samples = await server.metrics()
         assert samples["ladimo_requests_running"] == samples["ladimo_requests_waiting"] == 0
         assert samples["ladimo_kv_cache_usage_ratio"] == 0
-        choices = 1 if asked == {"prompt": "a"} else 3
         assert samples['ladimo_request_success_total{finish_reason="abort",policy="full"}'] == choices
         assert samples['ladimo_request_success_total{finish_reason="length",policy="full"}'] == 1
         assert samples['ladimo_generation_tokens_total{policy="full"}'] < 60 * choices
@@ -113,7 +113,7 @@ async def test_a_failed_step_ends_every_request_and_is_told(tmp_path: Path, stre
         server.runner.gate.clear()
         fields = {**BODY, "stream": stream}
         held = [asyncio.create_task(server.client.post("/v1/completions", json=fields)) for _ in range(3)]
-        await server.until(lambda: server.services.admission.in_flight == 3)
+        await server.submitted(3)
         failure = RuntimeError("secret detail")
         server.runner.fail_with = failure
         server.runner.gate.set()
@@ -173,13 +173,13 @@ async def test_drain_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> 
     async with serving(tmp_path) as server:
         server.runner.gate.clear()
         held = asyncio.create_task(server.complete(**BODY))
-        await server.until(lambda: server.services.admission.in_flight == 1)
+        await server.submitted(1)
         reply = await server.client.post("/admin/drain", headers=ADMIN)
         assert reply.json() == {"draining": True, "running": 1}
         check_unavailable(await server.client.post("/v1/completions", json=BODY), "draining")
         check_unavailable(await server.client.get("/health/ready"), "draining")
         assert (await server.client.get("/health/live")).status_code == 200
-        waiting = asyncio.create_task(drain(server.services, timeout_seconds=60))
+        waiting = asyncio.create_task(drain(server.services.engine, server.services.admission, timeout_seconds=60))
         await asyncio.sleep(0.01)
         assert not waiting.done()
         server.runner.gate.set()
@@ -192,8 +192,8 @@ async def test_drain_cuts_off_after_its_timeout(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         server.runner.gate.clear()
         held = asyncio.create_task(server.client.post("/v1/completions", json={**BODY, "stream": True}))
-        await server.until(lambda: server.services.admission.in_flight == 1)
-        waiting = asyncio.create_task(drain(server.services, timeout_seconds=0))
+        await server.submitted(1)
+        waiting = asyncio.create_task(drain(server.services.engine, server.services.admission, timeout_seconds=0))
         await asyncio.sleep(0.05)
         server.runner.gate.set()
         await waiting

@@ -44,7 +44,7 @@ async def test_the_event_loop_turns_while_a_long_text_is_encoded_and_decoded() -
 
 async def test_texts_are_bounded(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
-        most = server.services.tokenizer.most_characters(CONTEXT)
+        most = server.services.language.tokenizer.most_characters(CONTEXT)
         assert most == CONTEXT * min(len("<|bos|>"), MAX_CHARACTERS_PER_TOKEN)
         for path, body, status, code, param in [
             ("/tokenize", {"prompt": "x" * MAX_TEXT}, 200, None, None),

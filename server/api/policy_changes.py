@@ -1,0 +1,56 @@
+"""Changes of the policies and of the default: first in the engine, then in the store."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from server.api.admission import Admission
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.metrics import Metrics
+from server.policies.store import PolicyStore, State
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanges:
+    """`lock` is held for as long as one change takes, since each builds on the state that the last one left."""
+
+    store: PolicyStore
+    engine: AsyncEngine
+    admission: Admission
+    metrics: Metrics
+    lock: asyncio.Lock
+
+    async def commit(self, state: State, swap: bool = False) -> float:
+        """Have the engine keep the new default resident, then make the state current. Returns the engine's seconds.
+
+        Nothing has changed when this raises EngineDead, Loading or PolicyTableFull.
+        """
+        store, metrics = self.store, self.metrics
+        if self.engine.state is not EngineState.READY:
+            error = self.admission.unavailable()
+            assert error is not None
+            raise error
+        route = store.resolve(state=state)
+        swap = swap or route.policy != store.resolve().policy
+        started = time.monotonic()
+        try:
+            await self.engine.activate([route.policy])
+            seconds = time.monotonic() - started
+            await asyncio.to_thread(store.commit, state)
+        except Exception:
+            if swap:
+                metrics.policy_swaps.labels("failed").inc()
+            raise
+        if swap:
+            metrics.policy_swaps.labels("ok").inc()
+            metrics.policy_swap_duration.observe(seconds)
+        show_policies(store, metrics)
+        return seconds
+
+
+def show_policies(store: PolicyStore, metrics: Metrics) -> None:
+    """Bring the routing gauges up to date."""
+    route = store.resolve()
+    versions = {name: policy.version for name, policy in store.policies().items()}
+    floor = None if store.objective is None else store.objective.min_accuracy
+    metrics.show_policies(versions, route.policy.name, route.accuracy, floor)
