@@ -197,6 +197,7 @@ async def test_a_client_that_leaves_while_its_text_is_encoded_frees_its_places(
         await server.until(lambda: tokenizer.begun == 1)
         assert server.services.admission.in_flight == 3
         asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
         await server.until(lambda: server.services.admission.in_flight == 0)
 
 
