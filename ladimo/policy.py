@@ -1,7 +1,7 @@
-"""Routing policies and the accuracy/cost frontier: values that are written, hashed, validated and shipped. Plain Python.
+"""Routing policies and the accuracy/cost frontier, as plain values: how they are read, checked, written and hashed.
 
-A policy is one `LayerRule` per expert layer and None per dense layer. `to_rows` turns it into the table of numbers that
-kernels read, so that nothing downstream ever branches on a policy.
+A policy has a `LayerRule` for each expert layer and None for each dense layer. `to_rows` turns a policy into the numbers that
+kernels read. So kernels never need to know which policy they run.
 """
 
 import hashlib
@@ -17,22 +17,25 @@ from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Always in policy JSON. Every other field is there only where it is set: policies that do not use it then have the version
-# that they had before the field existed.
+# Fields that are always in policy JSON. Other fields are written only if they differ from their default. So a new field does
+# not change the version of policies that do not use it.
 ALWAYS_WRITTEN = ("top_k", "mass", "floor", "renormalize", "experts")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """Which of a token's experts run in one layer.
+    """The rule that chooses the experts of a token in one layer. The best expert (rank 0) is always kept.
 
-    top_k: at most this many experts. mass: stop once the kept scores sum to this (None = no limit). floor: drop experts
-    scored below this. renormalize: divide the kept weights by their sum. experts: the experts that may be chosen (None =
-    all). Rank 0 is always kept. batch_experts: at most so many different experts for all decoding tokens of a step together,
-    besides those that the step reads anyway (None = no limit; see `routing.apply_batch_budget`). relative_floor: drop experts
-    scored below this share of the score of rank 0 (0 = none).
+    top_k: keep at most this many experts.
+    mass: stop when the scores of the kept experts sum to this. None = no limit.
+    floor: drop experts with a lower score than this.
+    renormalize: divide the kept weights by their sum.
+    experts: the experts that may be chosen. None = all.
+    batch_experts: at most this many different experts for all decoding tokens of a step together, besides those that the step
+    reads anyway. None = no limit. See `routing.apply_batch_budget`.
+    relative_floor: drop experts whose score is lower than this share of the best score. 0 = drop none.
 
-    Except for `experts`, the fields are the members of `RuleNumber`.
+    All fields but `experts` are members of `RuleNumber`.
     """
 
     top_k: int
@@ -45,20 +48,23 @@ class LayerRule:
 
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
-        """The layer's rule in policy `full`: as many experts as it was distilled for, substitutes never among them. Weights
-        are made to sum to one, except where each of these experts counts with one."""
+        """The rule of the layer in policy `full`: as many experts as it was distilled for, and no substitutes.
+
+        Weights are renormalised to a sum of 1, unless every expert counts with 1 anyway.
+        """
         experts = tuple(range(layer.num_experts - layer.substitutes)) if layer.substitutes else None
         scored = layer.expert_weight == "score" and not layer.fixed_experts
         return cls(layer.num_experts_per_tok, renormalize=scored, experts=experts)
 
     @property
     def limits(self) -> dict[str, float]:
-        """The numbers that may drop one of the `top_k` experts, because of its score or of the batch: those that are set."""
+        """The numbers, by field, that are set and may drop one of the `top_k` experts, by its score or by the batch budget."""
         fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE)
         values = {number.field: getattr(self, number.field) for number in RuleNumber if number not in fixed}
         return {name: value for name, value in values.items() if value != RULE_FIELDS[name].default}
 
     def to_dict(self) -> dict[str, Any]:
+        """The rule as policy JSON."""
         written: dict[str, Any] = {}
         for name, field in RULE_FIELDS.items():
             value = getattr(self, name)
@@ -77,7 +83,7 @@ RULE_FIELDS = {field.name: field for field in fields(LayerRule)}
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """A named rule per layer. Equal content has an equal `version`, on every machine."""
+    """A named policy: one rule per layer, None for a dense layer. Equal content has an equal `version` on every machine."""
 
     name: str
     description: str
@@ -85,7 +91,7 @@ class RoutingPolicy:
 
     @classmethod
     def from_dict(cls, raw: object) -> "RoutingPolicy":
-        """Read policy JSON. Raises ValueError whose message begins with the JSON path of the first wrong field."""
+        """Read policy JSON. Raises ValueError, with the JSON path of the first wrong field at the beginning of its message."""
         if not isinstance(raw, Mapping):
             raise ValueError("policy: must be a JSON object")
         unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers"})
@@ -109,17 +115,18 @@ class RoutingPolicy:
 
     @cached_property
     def version(self) -> str:
-        """First 12 hex digits of the SHA-256 of the canonical JSON (sorted keys, no spaces, UTF-8)."""
+        """The first 12 hex digits of the SHA-256 of the canonical JSON (sorted keys, no spaces, UTF-8)."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @cached_property
     def has_batch_budget(self) -> bool:
-        """Whether what a decoding token computes depends on the others of its step."""
+        """Whether some layer has `batch_experts`. The results of a decoding token then depend on the other tokens of its
+        step."""
         return any(rule is not None and rule.batch_experts is not None for rule in self.layers)
 
     def validate(self, config: ModelConfig) -> None:
-        """Raises ValueError naming the first field that does not fit the model."""
+        """Check the policy against a model. Raises ValueError naming the first field that does not fit."""
         if len(self.layers) != config.num_hidden_layers:
             raise ValueError(f"layers: has {len(self.layers)} entries, the model has {config.num_hidden_layers} layers")
         for index, (rule, layer) in enumerate(zip(self.layers, config.layers, strict=True)):
@@ -138,8 +145,10 @@ class RoutingPolicy:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
-        """Rows [L][len(RuleNumber)] of the rules' numbers, and masks [L][num_experts] of experts that may be chosen. A dense
-        layer has zeros and an empty mask."""
+        """The numbers of the rules, [L][len(RuleNumber)], and the masks of experts that may be chosen, [L][num_experts].
+
+        A dense layer has zeros and an empty mask. `num_experts` is the width of the table.
+        """
         rows, allowed = [], []
         for rule in self.layers:
             if rule is None:
@@ -153,10 +162,11 @@ class RoutingPolicy:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One measured operating point.
+    """A measured point of the frontier: a policy, its cost and its accuracy.
 
-    batch: the batch size whose cost the point was chosen for. experts_per_token: per layer, None where dense.
-    perplexity_ratio: to the dense source on the same text.
+    batch: the batch size for whose cost the point was chosen. active_parameters_ratio: active parameters per token divided by
+    those of the dense model. perplexity_ratio: perplexity divided by that of the dense model on the same text.
+    experts_per_token: the measured mean per layer, None for a dense layer.
     """
 
     batch: int
@@ -174,13 +184,14 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Measured points, cheapest first, perplexity falling as cost rises; the range that the knob walks."""
+    """Measured points, cheapest first. Perplexity falls as the cost rises. A request's `accuracy` chooses among the points."""
 
     points: tuple[FrontierPoint, ...]
 
     @classmethod
     def from_dict(cls, raw: object) -> "Frontier":
-        """Read frontier JSON. Raises ValueError whose message begins with the JSON path of the first wrong field."""
+        """Read frontier JSON. Raises ValueError, with the JSON path of the first wrong field at the beginning of its
+        message."""
         points = raw.get("points") if isinstance(raw, Mapping) else None
         if not isinstance(points, list):
             raise ValueError("points: must be a list")
@@ -190,7 +201,7 @@ class Frontier:
         return {"points": [point.to_dict() for point in self.points]}
 
     def for_batch(self, batch: int) -> "Frontier":
-        """The points chosen for this batch size. Raises ValueError when there are none."""
+        """The points that were chosen for this batch size. Raises ValueError if there are none."""
         points = tuple(point for point in self.points if point.batch == batch)
         if not points:
             known = sorted({point.batch for point in self.points})
@@ -199,26 +210,28 @@ class Frontier:
 
     @property
     def lowest(self) -> float:
+        """The smallest active_parameters_ratio of a point."""
         return min(point.active_parameters_ratio for point in self.points)
 
     @property
     def highest(self) -> float:
+        """The largest active_parameters_ratio of a point."""
         return max(point.active_parameters_ratio for point in self.points)
 
     def choose(self, accuracy: float) -> FrontierPoint:
-        """The knob: the most accurate point whose cost is at most lowest + accuracy * (highest - lowest).
+        """The most accurate point whose cost is at most lowest + accuracy * (highest - lowest).
 
         Raises ValueError unless accuracy is in [0, 1].
         """
         if not 0.0 <= accuracy <= 1.0:  # also refuses NaN
             raise ValueError(f"accuracy must be between 0 and 1, got {accuracy}")
-        # The tolerance keeps a point reachable at the accuracy that `position` reports for it.
+        # The tolerance makes sure that the accuracy that `position` reports for a point chooses this point.
         limit = self.lowest + accuracy * (self.highest - self.lowest) + 1e-9
         affordable = [point for point in self.points if point.active_parameters_ratio <= limit]
         return min(affordable, key=lambda point: (point.perplexity, point.active_parameters_ratio))
 
     def position(self, policy: str) -> float | None:
-        """Where the knob stands when it serves this policy; None when the policy is not on the frontier."""
+        """An accuracy at which `choose` returns this policy; None if the policy is not on the frontier."""
         span = self.highest - self.lowest
         for point in self.points:
             if point.policy == policy:
@@ -227,7 +240,7 @@ class Frontier:
 
 
 def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    """The points that no cheaper or equally cheap point beats, cheapest first: cost and accuracy both strictly rise."""
+    """The points that no other point beats at the same or a lower cost. Cheapest first; cost and accuracy strictly rise."""
     kept: list[FrontierPoint] = []
     for point in sorted(points, key=lambda point: (point.active_parameters_ratio, point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
@@ -267,7 +280,7 @@ def _rule(raw: object, path: str) -> LayerRule | None:
 
 
 def _number(rule: Mapping[str, Any], number: RuleNumber, path: str) -> Any:
-    """A rule's number, or its default where the JSON leaves it out."""
+    """Read a number of a rule, or take its default if the JSON does not have it."""
     default, spec = RULE_FIELDS[number.field].default, number.spec
     value = rule.get(number.field, default)
     if value is None and spec.nullable:
@@ -293,16 +306,16 @@ def _experts(raw: object, path: str) -> tuple[int, ...] | None:
 
 
 def _canonical(value: float) -> float:
-    """The one spelling of equal numbers: 1 becomes 1.0 and -0.0 becomes 0.0, so that equal rules have equal versions."""
+    """Write equal numbers in the same way: 1 becomes 1.0 and -0.0 becomes 0.0. So equal rules have equal versions."""
     return float(value) + 0.0
 
 
 def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """Whether the text can be written in UTF-8. JSON can contain half of a surrogate pair, but UTF-8 cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return abs(value) <= sys.float_info.max  # also false for NaN, infinity and integers that no float can hold
+    return abs(value) <= sys.float_info.max  # also false for NaN, infinity and integers that are too large for a float

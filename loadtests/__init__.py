@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print a table and one JSON line. Committed results lie under results/<hardware>/."""
+"""Benchmarks: commands that print a table and one JSON line. Committed results are in results/<hardware>/."""

@@ -1,11 +1,11 @@
-"""What a shared budget of experts (`batch_experts` of a policy) gives and costs in a decoding batch, on CPU.
+"""Speed and accuracy of a decoding batch under a shared budget of experts (`batch_experts` of a policy), on a CPU.
 
     python -m loadtests.batch_budget_bench MODEL [--text FILE] [--policy full] [--batch 8] [--budgets 2,3,4,6]
 
-The batch's sequences are pieces of the text; each step reads the text's next token of every one, as if it had been drawn, so
-that all rows predict the same tokens under the same history. Rows: the policy as it is, the policy with each budget, and what
-also reads fewer experts: top_k 1. Rounds are interleaved; the speed is the median of the per-round ratios. Without --text it is
-Python's standard library. The last line is one JSON object.
+The sequences of the batch are pieces of the text. Each step reads the next token of each piece, as if it had been drawn. So all
+rows of the table predict the same tokens after the same history. The rows are the policy itself, the policy with each budget,
+and for comparison top_k 1, which also reads fewer experts. Rounds are interleaved, and the speed is the median of the ratios
+per round. The default text is Python's standard library. The last line is one JSON object.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WITHOUT = "no budget"
 
 @dataclass(frozen=True)
 class Run:
-    """Of one pass: nats per token, mean different experts of an expert layer per step, seconds per step."""
+    """One pass: nats per token, mean number of different experts per expert layer and step, seconds per step."""
 
     loss: float
     distinct: float | None
@@ -54,7 +54,7 @@ def variants(policy: RoutingPolicy, budgets: Sequence[int]) -> dict[str, Routing
 
 
 def decode(model: MoeTransformer, policy: RoutingPolicy, tokens: Tensor) -> Run:
-    """Sequences of tokens [B, S] side by side, one token of each per step."""
+    """Decode B sequences `tokens` [B, S] in one batch, one token of each per step."""
     config, (rows, length) = model.config, tokens.shape
     per_row = -(-length // BLOCK_SIZE)
     cache = model.backend.allocate_cache(config, rows * per_row + 1, BLOCK_SIZE)

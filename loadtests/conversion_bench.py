@@ -1,12 +1,12 @@
-"""Every conversion method on the same model, tokens and evaluator, at equal budgets of active parameters.
+"""Compares all conversion methods at equal budgets of active parameters, on the same model, tokens and evaluation.
 
     python -m loadtests.conversion_bench ladimo/demo/model --out bench.json [--text FILE --evaluate FILE] [--tokens 100000]
         [--seeds 0,1,2] [--methods ladimo,cmoe,...] [--plot bench.svg]
 
-Results are added to --out as they come, and what is there already is not done again, so a stopped run goes on. Without --text
-the text is Python's standard library and the evaluation its held-out modules. Where a method has the same number of experts in
-all layers, the last layers get one more as far as the budget allows, so that all come close to it; the table shows what is
-really active.
+Results are added to --out as they come. Results that are there already are not computed again, so a run that was stopped goes
+on. Without --text the text is Python's standard library, and the evaluation uses its held-out modules. Some methods have the
+same number of experts in all layers. For these, the last layers get one more expert as far as the budget allows, so that all
+methods come close to the budget. The table shows the share of parameters that is really active.
 """
 
 import argparse
@@ -40,13 +40,13 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 WHOLE = {"layers": "all", "policies.points": 0}
 TUNED = {"train.steps": 400, "train.expert_lr": 5e-4}
 
-Points = dict[float, Rules]  # what to measure for each budget
+Points = dict[float, Rules]  # the rules to measure for each budget
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to get at every budget. recipe: values by dotted key for a budget, or for all (None) where one conversion serves
-    all. points: what to measure of the finished checkpoint."""
+    """A method with its settings. recipe: recipe values by dotted key for a budget; the budget is None if one conversion serves
+    all budgets. points: the rules to measure on the finished checkpoint."""
 
     recipe: Callable[[float | None, ModelConfig], dict[str, Any]]
     points: Callable[[Path, ModelConfig, float | None], Points]
@@ -90,14 +90,15 @@ def variants(elastic_steps: int) -> dict[str, Variant]:
 
 
 def uniform_experts(config: ModelConfig, num_experts: int, router_per_expert: int, budget: float) -> float:
-    """How many of `num_experts` experts every layer can run within the budget, as a fraction."""
+    """The share of `num_experts` experts that every layer can run within the budget."""
     router = config.num_hidden_layers * num_experts * router_per_expert / config.dense_parameters
     ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers / config.dense_parameters
     return num_experts * (budget - router - (1 - ffn)) / ffn
 
 
 def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Points:
-    """LaDiMo's own way: policy `full` in the least damaging layers, as many as the budget asks for, the rest dense."""
+    """The rule of method ladimo: policy `full` in the least damaging layers, as many as the budget needs. The others stay
+    dense."""
     report = read_json(directory / REPORT)
     order = sorted(report["layers"], key=lambda layer: float(layer["converted_alone_perplexity"]))
     points: Points = {}
@@ -107,13 +108,13 @@ def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Poin
             if cost(config, _full(config, chosen)) <= target:
                 break
             chosen.add(int(layer["layer"]))
-        if cost(config, _full(config, chosen)) <= target:  # else not even all layers save enough
+        if cost(config, _full(config, chosen)) <= target:  # otherwise even all layers together do not save enough
             points[target] = _full(config, chosen)
     return points
 
 
 def by_top_k(directory: Path, config: ModelConfig, budget: float | None) -> Points:
-    """The same number of experts in every layer, one more in the last ones."""
+    """The same number of experts in every layer, and one more in the last layers, as far as the budget allows."""
     points: Points = {}
     for target in BUDGETS if budget is None else (budget,):
         best: Rules | None = None
@@ -133,14 +134,15 @@ def by_full(directory: Path, config: ModelConfig, budget: float | None) -> Point
 
 
 def by_policy(directory: Path, config: ModelConfig, budget: float | None) -> Points:
-    """The policy of each budget; of one that has a routed and a fixed policy the routed one, which the report names last."""
+    """The policy of each budget. If a budget has a fixed and a routed policy, the routed one, which comes last in the
+    report."""
     policies = read_policies(directory, config)
     report = read_json(directory / REPORT)
     return {entry["target"]: policies[entry["policy"]].layers for entry in report["elastic"]["budgets"]}
 
 
 def cost(config: ModelConfig, rules: Rules) -> float:
-    """Active / dense parameters where a layer without a rule runs its dense FFN."""
+    """Active parameters divided by dense ones. A layer without a rule runs its dense FFN."""
     layers = tuple(layer if rule is not None else None for layer, rule in zip(config.layers, rules, strict=True))
     experts = tuple(None if rule is None else float(rule.top_k) for rule in rules)
     return dataclasses.replace(config, layers=layers).active_parameters_ratio(experts)
@@ -153,7 +155,7 @@ def _full(config: ModelConfig, chosen: set[int]) -> Rules:
 
 
 def _spread_top_k(config: ModelConfig, steps: int) -> Rules | None:
-    """1 + steps // L experts in every layer, one more in the last steps % L ones; None when a layer has not so many."""
+    """1 + steps // L experts in every layer, and one more in the last steps % L layers. None if a layer has too few experts."""
     depth = config.num_hidden_layers
 
     def rule(index: int, layer: MoeLayerConfig | None) -> LayerRule:
@@ -169,7 +171,7 @@ def _spread_top_k(config: ModelConfig, steps: int) -> Rules | None:
 def run_variant(
     variant: Variant, source: Path, text: Sequence[Path] | None, tokens: int, seed: int, blocks: Tensor, device: str
 ) -> Iterator[dict[str, Any]]:
-    """One result per budget that the method can reach."""
+    """Convert and measure. Yields one result for each budget that the method can reach."""
     dense = StreamedModel(source, choose_device(device))
     reference: Rules = (None,) * dense.config.num_hidden_layers
     for budget in BUDGETS if variant.each_budget else (None,):
@@ -200,7 +202,8 @@ def run_variant(
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a row per method and tokens, a column per budget: median perplexity ratio, spread over seeds, active share."""
+    """A Markdown table with a row per method and tokens, and a column per budget. Cells have the median perplexity ratio, its
+    spread over seeds, and the active share."""
     rows: dict[tuple[int, str], dict[float, list[dict[str, Any]]]] = {}
     for result in results:
         if "error" not in result:
@@ -227,7 +230,7 @@ def _cell(found: Sequence[dict[str, Any]]) -> str:
 
 
 def comparison(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that `ladimo report --comparison` reads: median and half the distance between the seeds' extremes."""
+    """The entries for `ladimo report --comparison`: the median, and half of the range over the seeds."""
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for result in results:
         if "error" not in result:

@@ -1,10 +1,10 @@
-"""Time and memory of a conversion at a real model's shape, with random weights: both depend on shapes, not on what weights say.
+"""Time and memory of a conversion with the shapes of a real model and random weights. Both depend on shapes only.
 
     python -m loadtests.conversion_scale [--shape llama-2-7b] [--layers N] [--tokens 100000] [--device auto]
 
-Fewer layers than the shape has make a shorter run: a conversion holds one layer at a time, so its peak does not grow with
-depth, and its time grows in proportion. The last line is one JSON object: seconds in all and the peak of the device's memory,
-on a CPU that of the process, hidden states on the host included.
+--layers makes the run shorter. A conversion has one layer in memory at a time, so its peak memory does not depend on the number
+of layers, and its time is proportional to it. The last line is one JSON object with the total seconds and the peak memory of
+the device. On a CPU it is the peak of the process, which includes the hidden states on the host.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from loadtests.common.models import SHAPES
 
 
 def write_random_dense(directory: Path, shape: dict[str, Any]) -> None:
-    """A dense checkpoint in bf16 with normal weights, and a tokenizer of bytes, filled up with unused tokens."""
+    """Write a dense checkpoint in bf16 with normally distributed weights, and a byte tokenizer padded with unused tokens."""
     write_json(directory / "config.json", {**shape, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     generator = torch.Generator().manual_seed(0)
 

@@ -1,10 +1,10 @@
-"""What counting experts costs: decode steps of the engine with and without it, in turn, on the same core.
+"""The cost of counting experts: decode steps of the engine with and without counting, in turn, on the same core.
 
     python -m loadtests.counting_bench MODEL [--batch 1,8] [--policy full] [--rounds 9]
 
-Two figures per batch: the share of a step's time spent in the counting calls themselves, timed inside the counted rounds and
-settling included; and the median ratio of counted to uncounted rounds, which a busy machine blurs. For CPUs: devices run behind
-the calls.
+There are two figures per batch. The first is the share of a step's time that is spent in the counting calls, `settle` included,
+measured inside the rounds with counting. The second is the median ratio of rounds with counting to rounds without; it is noisy
+on a busy machine. For CPUs only, because calls to a GPU return before the work is done.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from server.engine.core import build_core
 
 
 class Clock:
-    """Seconds spent in some functions, of which one may call another."""
+    """Measures the seconds spent in some functions. Nested calls are counted once."""
 
     def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for batch in map(int, args.batch.split(",")):
         core = build_core(args.model, EngineConfig(device="cpu", max_num_seqs=batch, prefix_caching=False))
         prompts = random_prompts(batch, args.prompt, config.vocab_size)
-        serve(core, [policy], prompts, args.tokens)  # warm
+        serve(core, [policy], prompts, args.tokens)  # warm-up
         shares, ratios = [], []
         for number in range(args.rounds):
             seconds: dict[bool, float] = {}

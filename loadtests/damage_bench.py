@@ -1,11 +1,11 @@
-"""Damage per layer: estimated from gradients beside measured, in accuracy, in time, and in what plans are worth.
+"""Compares estimated and measured damage per layer: how well they agree, how long they take, and how good the plans are.
 
 python -m loadtests.damage_bench ladimo/demo/model --out damage.json [--text FILE] [--tokens 100000] [--budgets 0.9,0.8,...]
 
-Every layer is solved as method elastic does it. Then the damage of every width of every layer alone is found in three ways:
-measured, estimated to second order, and as the method does it (estimated, corrected by one measurement per layer where damage
-is large). For every budget each way gives a plan. The plans are evaluated without training on text that nothing else has
-seen.
+Every layer is solved as method elastic does it. Then the damage of every width of every layer is found in three ways: measured,
+estimated to second order, and as the method does it, which is estimated and corrected by one measurement per layer where the
+damage is large. Each way gives a plan for each budget. The plans are evaluated without training, on text that was not used
+before.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def bench(model: Path, text: Path | None, tokens: int, budgets: tuple[float, ...
 
 
 def evaluate(run: Run, probe: Probe, plans: Mapping[str, list[Plan]], blocks: Any) -> list[dict[str, Any]]:
-    """One row per budget and way: the plan, its active parameters, perplexity ratio and divergence, without training."""
+    """One row per budget and way: the plan, its active parameters, its perplexity ratio and its divergence, without
+    training."""
     experts, config = run.recipe.split.experts, run.dense.config
     reference: Rules = (None,) * config.num_hidden_layers
 
@@ -116,7 +117,7 @@ def evaluate(run: Run, probe: Probe, plans: Mapping[str, list[Plan]], blocks: An
 
 
 def agreement(measured: Table, found: Table) -> dict[str, float]:
-    """Of logarithms: their correlation, the mean and the standard deviation of what `found` has too much."""
+    """Compare logarithms of damage: the correlation, and the mean and standard deviation of `found` minus `measured`."""
     pairs = [(math.log(kl), math.log(found[index][n])) for index, own in measured.items() for n, kl in own.items() if kl > 1e-9]
     theirs, ours = zip(*pairs, strict=True)
     apart = [our - their for their, our in pairs]

@@ -1,12 +1,12 @@
-"""Speed of the engine by batch and policy, beside other engines on the dense model, in the same run.
+"""Speed of the engine by batch size and policy, and of other engines on the dense model in the same run.
 
     python -m loadtests.engine_bench models/demo --dense ladimo/demo/model [--batch 1,8] [--policies full,fast] [--dtype NAME]
     python -m loadtests.engine_bench --shape 125m [--quantize int8]
 
-Rounds are interleaved: each measures every row once, in turn. A row's figure is the median of its rounds, its ratio the
-median of the per-round ratios to transformers' `generate` and to llama.cpp. Decode: from the first token on. Prefill: one
-prompt of --prefill tokens until its first token. With --shape the weights are random and the experts partition the FFN. A peer
-that cannot run here is left out with its reason.
+Rounds are interleaved: each round measures every row once. The figure of a row is the median of its rounds. Its ratio is the
+median of its ratios per round to transformers' `generate` and to llama.cpp. Decode is measured from the first token on. Prefill
+is the time from one prompt of --prefill tokens to its first token. With --shape the weights are random, and the experts
+partition the FFN. An engine that cannot run here is left out, and the reason is printed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PEERS = ("generate", "static", "continuous", "llama.cpp")
 
 @dataclass(frozen=True)
 class Subjects:
-    """What is compared: the converted model under its policies, the dense one in our engine, the dense one in transformers."""
+    """The models to compare: the converted model under its policies, and the dense model in our engine and in transformers."""
 
     moe: MoeTransformer
     dense: MoeTransformer
@@ -52,7 +52,7 @@ class Subjects:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one round; `step_seconds` and `distinct` where our engine decoded."""
+    """Seconds of one round. `step_seconds` and `distinct` are only set when our engine decoded."""
 
     seconds: float
     step_seconds: float | None = None
@@ -60,7 +60,7 @@ class Sample:
 
 
 def read_subjects(model: Path, dense: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Subjects:
-    """Raises ValueError for a policy that the checkpoint does not have."""
+    """Load the models. Raises ValueError for a policy that the checkpoint does not have."""
     known = read_policies(model, read_config(model))
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"{model}: there is no policy {missing[0]!r}; there are {', '.join(known)}")
@@ -87,14 +87,14 @@ def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Sub
 
 @dataclass(frozen=True)
 class Rival:
-    """Another engine: seconds of a decode, and of a prefill where that can be measured."""
+    """Another engine. Functions measure the seconds of a decode, and of a prefill if that is possible."""
 
     decode: peers.Peer
     prefill: Callable[[list[list[int]]], float] | None = None
 
 
 def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) -> tuple[dict[str, Rival], dict[str, str]]:
-    """Peers by the name of their row, and why others are missing."""
+    """The other engines by the name of their row, and for those that cannot run the reason."""
     made: dict[str, Rival] = {}
     missing: dict[str, str] = {}
 
@@ -146,17 +146,17 @@ def batch_sizes(args: argparse.Namespace) -> list[int]:
 def make_rows(
     subjects: Subjects, others: dict[str, Rival], batches: Sequence[int], args: argparse.Namespace
 ) -> dict[tuple[str, int, str], Callable[[], Sample]]:
-    """What to measure, by (measure, batch, name)."""
+    """The functions that measure each row, by (measure, batch, name)."""
     sizes = EngineConfig(
         device=args.device,
         max_num_seqs=max(batches),
         max_step_tokens=max(512, args.prefill, max(batches) * args.prompt),
-        prefix_caching=False,  # every round is to do the same work
+        prefix_caching=False,  # all rounds must do the same work
     )
     core, dense_core = assemble_core(subjects.moe, sizes), assemble_core(subjects.dense, sizes)
     dense_policy = RoutingPolicy("dense", "", (None,) * subjects.dense.config.num_hidden_layers)
     engines = {"dense": (dense_core, dense_policy)} | {name: (core, policy) for name, policy in subjects.policies.items()}
-    if BUDGET in engines:  # an engine of its own, as budgets cost every step something
+    if BUDGET in engines:  # in its own engine, because the option for budgets slows down every step
         engines[BUDGET] = (assemble_core(subjects.moe, replace(sizes, batch_budgets=True)), subjects.policies[BUDGET])
     vocab_size = subjects.moe.config.vocab_size
 
@@ -213,10 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bandwidth = copy_bandwidth(device)
     rows = make_rows(subjects, others, batches, args)
     for key, run in list(rows.items()):
-        torch.set_num_threads(threads)  # the engine changes it as it sees fit
+        torch.set_num_threads(threads)  # the engine changes this number
         try:
-            run()  # warm
-        except Exception as error:  # whatever another library raises must not lose the other rows
+            run()  # warm-up
+        except Exception as error:  # an error of another library must not lose the other rows
             if key[2] not in others:
                 raise
             missing[f"{key[2]}, {key[0]} {key[1]}"] = f"{type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
-"""Draws what engine_bench measured: a panel per measure and batch size, a bar per engine or policy.
+"""Draws the results of engine_bench: a panel per measure and batch size, a bar per engine or policy.
 
     python -m loadtests.engine_plot results/HARDWARE/engine_bench_125m.json --out results/HARDWARE/engine_bench_125m.svg
 
-Bars are tokens per second; what is not ours is grey. Pointing at a bar tells the spread.
+Bars are tokens per second. Bars of other engines are grey. The tooltip of a bar shows its spread.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHORT = {**RIVALS, BUDGET: "shared"}
 
 
 def plot(record: Mapping[str, Any]) -> str:
-    """An SVG file."""
+    """The content of the SVG file."""
     panels: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in record["results"]:
         panels.setdefault((row["measure"], row["batch"]), []).append(row)

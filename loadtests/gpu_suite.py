@@ -1,15 +1,15 @@
-"""Everything that only a GPU can tell, in one unattended command: the gpu tests, the kernels, and the engine at a real shape.
+"""All checks and measurements that need a GPU, in one command: the gpu tests, the kernels, and the engine at a real shape.
 
     python -m loadtests.gpu_suite --out results [--only decode,prefill] [--seconds 480]
     python -m loadtests.gpu_suite --dry-run
 
-Each section is a process of its own with a time limit, so that one that fails, hangs or corrupts the device loses nothing
-else; what it had measured by then is kept. Every section prints a table and, last, one JSON line, which is also written to
-OUT/<section>.json. The model has the shape of LLaMA-2-7B (--shape), bf16 random weights made on the device, 8 experts a layer
-that partition the FFN and count with weight one. --dry-run runs all of it on CPU at tiny sizes, to know that it works; its
-figures mean nothing.
+Each section runs in its own process with a time limit. If a section fails, hangs or corrupts the device, the other sections are
+not lost, and the results that it had by then are kept. Every section prints a table and then one JSON line, which is also
+written to OUT/<section>.json. The model has the shape of LLaMA-2-7B (see --shape), random weights in bf16 made on the device,
+and 8 experts per layer, which partition the FFN and count with weight 1. --dry-run runs all sections on a CPU at tiny sizes, to
+check that they work. Its figures mean nothing.
 
-The file is long because it holds one section per measurement around the same bench.
+The file is long because all sections use the same bench, and there is one section per measurement.
 """
 
 import argparse
@@ -46,13 +46,13 @@ from server.engine.request import GenerationRequest, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 FORMATS: tuple[str | None, ...] = (None, "int8", "int4")
-DRY_LIMIT = 240  # seconds, of every section of a dry run
-LEAST_SECONDS = 10  # a section is not begun with less time left
+DRY_LIMIT = 240  # seconds per section of a dry run
+LEAST_SECONDS = 10  # a section does not begin with less time left
 
 
 @dataclass
 class Bench:
-    """One section's surroundings: where it runs, how large, and what it has found so far."""
+    """The settings of one section, and its results so far."""
 
     name: str
     out: Path
@@ -77,7 +77,7 @@ class Bench:
         return dry if self.dry else real
 
     def row(self, **figures: Any) -> None:
-        """Print a line of the table; keep what has been found on disk, whatever happens next."""
+        """Print a row of the table, and save all results so far to disk."""
         self.rows.append(figures)
         print(
             "  ".join(
@@ -106,7 +106,7 @@ class Bench:
     def core(
         self, model: MoeTransformer, max_num_seqs: int, max_model_len: int, tokens: int, step_tokens: int = 8192
     ) -> EngineCore:
-        """An engine with a cache for `tokens` tokens, and graphs for a few batch sizes only: captures take time."""
+        """An engine with a KV cache for `tokens` tokens. It has graphs for few batch sizes only, because captures take time."""
         block_size = 16
         blocks = max(-(-tokens // block_size) + max_num_seqs, -(-max_model_len // block_size)) + 2
         sizes = EngineConfig(
@@ -115,13 +115,14 @@ class Bench:
             kv_cache_blocks=blocks,
             block_size=block_size,
             max_step_tokens=step_tokens,
-            prefix_caching=False,  # every round is to do the same work
+            prefix_caching=False,  # all rounds must do the same work
         )
         buckets = tuple(sorted({size for size in (1, 8, 32, 64, 256) if size < max_num_seqs} | {max_num_seqs}))
         return assemble_core(model, sizes, capturer=Rerun() if self.dry else None, buckets=buckets)
 
     def policies(self) -> dict[str, RoutingPolicy]:
-        """All, half and a quarter of the FFN active, by the router; and a quarter of fixed experts, the same in every row."""
+        """Policies in which all, a half or a quarter of the FFN is active by routing, and one with a fixed quarter of the
+        experts."""
         config = self.config
         return {
             "all": top_k_policy(config, "all", 8),
@@ -132,7 +133,7 @@ class Bench:
 
 
 def decode(bench: Bench) -> None:
-    """Batch 1: time per token by policy, against the bytes it must read at the copy bandwidth of this run."""
+    """Batch 1: time per token by policy, compared to the time to read the necessary bytes at the measured copy bandwidth."""
     prompt, tokens = bench.size(128, 20), bench.size(129, 6)
     bandwidth = copy_bandwidth(bench.device)
     bench.notes |= {"copy_bandwidth_bytes_per_second": bandwidth, "prompt_tokens": prompt, "tokens": tokens}
@@ -173,7 +174,7 @@ def decode(bench: Bench) -> None:
 
 
 def integers(bench: Bench) -> None:
-    """Batch 1 with weights as integers, by policy: time per token, and the weights as they are in the same process."""
+    """Batch 1: time per token by policy, with integer weights and with floating-point weights in the same process."""
     prompt, tokens = bench.size(128, 20), bench.size(65, 6)
     bandwidth = copy_bandwidth(bench.device)
     bench.notes |= {"copy_bandwidth_bytes_per_second": bandwidth, "prompt_tokens": prompt, "tokens": tokens}
@@ -186,7 +187,7 @@ def integers(bench: Bench) -> None:
             quantize_model(model, format)
         core = bench.core(model, 1, prompt + tokens + 16, prompt + tokens)
         rows = {name: partial(serve, core, [policy], prompts, tokens) for name, policy in policies.items()}
-        # A scale of 32 bits per 32 weights: one bit each.
+        # A scale has 32 bits for 32 weights, which is one more bit per weight.
         size = bench.dtype.itemsize if format is None else (int(format.removeprefix("int")) + 1) / 8
         for name, runs in interleaved(rows, bench.size(3, 2)).items():
             seconds = [run.step_seconds for run in runs]
@@ -233,9 +234,9 @@ def prefill(bench: Bench) -> None:
 
 
 def batches(bench: Bench) -> None:
-    """Batches of 32, 64 and 256: tokens per second by policy beside continuous batching of transformers on the dense model.
+    """Batches of 32, 64 and 256: tokens per second by policy, and of transformers' continuous batching on the dense model.
 
-    Both are timed from the first token to the last; prompts that wait are part of it.
+    Both are timed from the first token to the last. This includes the time of prompts that have to wait.
     """
     from loadtests.common.peers import Unavailable, continuous_batching, dense_llama
 
@@ -257,13 +258,13 @@ def batches(bench: Bench) -> None:
             report_batch(bench, size, name, runs, tokens, prompt, bandwidth)
     try:
         peer = continuous_batching(dense_llama(SHAPES[bench.shape], bench.dtype, bench.device))
-        for _ in range(bench.size(3, 1)):  # the first round does not count
+        for _ in range(bench.size(3, 1)):  # the first round is a warm-up
             for size in sizes:
                 prompts = random_prompts(size, prompt, bench.config.vocab_size)
                 peer_of[size].append(peer(prompts, tokens))
     except Unavailable as reason:
         bench.notes["peer"] = f"skipped: {reason}"
-    except Exception as error:  # whatever another library raises must not lose our figures
+    except Exception as error:  # an error of another library must not lose our figures
         bench.notes["peer"] = f"failed: {type(error).__name__}: {error}"
     if "peer" in bench.notes:
         print(f"transformers continuous batching: {bench.notes['peer']}")
@@ -297,14 +298,14 @@ def report_batch(bench: Bench, size: int, name: str, runs: list[Run], tokens: in
 
 
 class Uncounted(RoutingTables):
-    """Tables that are read but not counted in."""
+    """Routing tables that do not count."""
 
     def record(self, expert_ids: torch.Tensor, policy_ids: torch.Tensor) -> None:
         pass
 
 
 def counting(bench: Bench) -> None:
-    """What counting experts costs: the captured step with it and without, in turn."""
+    """The cost of counting experts: the captured step with and without counting, in turn."""
     model = bench.model()
     sizes = (1, 2) if bench.dry else (1, 32, 256)
     bench.notes["goals"] = "share below 0.005"
@@ -342,7 +343,7 @@ def counting(bench: Bench) -> None:
 
 
 def swap(bench: Bench) -> None:
-    """Policies nobody has seen become the resident ones while a batch decodes: what the steps take, and what is captured."""
+    """New policies become resident while a batch decodes: the time of the steps, and the number of new captures."""
     batch, prompt, tokens = bench.size(8, 2), bench.size(128, 12), bench.size(257, 25)
     every = bench.size(10, 4)
     bench.notes |= {"batch": batch, "swap_every_steps": every, "goals": "no capture, no step above 1.2 times the median"}
@@ -378,14 +379,14 @@ def swap(bench: Bench) -> None:
 
 
 def fresh_policies(config: ModelConfig) -> Iterator[RoutingPolicy]:
-    """Policies that differ in a number, so that each is a new version."""
+    """Policies that differ in one number, so each has a new version."""
     for number in range(10**6):
         rule = LayerRule(top_k=1 + number % 8, mass=1 + number / 10**6)
         yield RoutingPolicy(f"fresh {number}", "", tuple(None if layer is None else rule for layer in config.layers))
 
 
 def kernels(bench: Bench) -> None:
-    """Each kernel against the hardware's limits: `loadtests.kernel_bench`."""
+    """Each kernel compared to the limits of the hardware. Runs `loadtests.kernel_bench`."""
     command = [sys.executable, "-m", "loadtests.kernel_bench", *(["--dry-run"] if bench.dry else [])]
     last = ""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -398,7 +399,7 @@ def kernels(bench: Bench) -> None:
 
 
 def gpu_tests(bench: Bench) -> None:
-    """The tests marked gpu. A dry run only collects them."""
+    """Run the tests with the marker gpu. A dry run only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "."]
     command += ["-p", "no:cacheprovider", "-m", "gpu", "tests/gpu", *(["--collect-only"] if bench.dry else ["--tb=short"])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -410,7 +411,7 @@ def gpu_tests(bench: Bench) -> None:
         raise RuntimeError(f"pytest ended with {done.returncode}; see tests.log")
 
 
-# In the order in which they run, each with the seconds it may take.
+# In the order of execution, each with its time limit in seconds.
 SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "decode": (decode, 80),
     "integers": (integers, 50),
@@ -424,7 +425,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
 
 
 def run_section(name: str, out: Path, shape: str, dry: bool) -> int:
-    """In this process. Returns the exit code."""
+    """Run a section in this process. Returns the exit code."""
     bench = Bench(name, out, shape, dry)
     started = time.perf_counter()
     try:
@@ -440,7 +441,7 @@ def run_section(name: str, out: Path, shape: str, dry: bool) -> int:
 
 
 def run_all(names: Sequence[str], out: Path, shape: str, dry: bool, seconds: float) -> dict[str, str]:
-    """Each section in its own process; what became of it, by name."""
+    """Run each section in its own process. Returns the outcome of each by name."""
     started = time.monotonic()
     outcome: dict[str, str] = {}
     for name in names:
@@ -460,7 +461,7 @@ def run_all(names: Sequence[str], out: Path, shape: str, dry: bool, seconds: flo
             outcome[name] = f"stopped after {limit:.0f} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and all processes that it has started
                 process.wait()
         outcome[name] += f" ({time.monotonic() - begun:.0f} s)"
     return outcome

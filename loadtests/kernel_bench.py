@@ -1,13 +1,13 @@
-"""Each kernel against what the hardware allows, measured in the same run: by tokens and experts per token.
+"""Each kernel compared to the limits of the hardware, which are measured in the same run. By tokens and experts per token.
 
     python -m loadtests.kernel_bench [--experts 8] [--sweep]        on a GPU, about a minute
     python -m loadtests.kernel_bench --dry-run                      in Triton's interpreter; its figures mean nothing
 
-Sizes are those of one layer of LLaMA-2-7B in bf16, its FFN cut into equal experts. Calls are timed inside a CUDA graph and go
-round several copies of the weights, so that neither launches nor the L2 cache flatter them. The bound of a call is the larger
-of the bytes it must move over the copy bandwidth and its operations over the matrix rate. `dense` is the whole FFN by torch.
-Rows marked int8 and int4 read weights as integers; their bytes are those of the integers and scales.
---sweep tries other tiles for the expert kernels.
+Sizes are those of one layer of LLaMA-2-7B in bf16, with the FFN divided into equal experts. Calls are timed inside a CUDA
+graph, so launches do not count. They use several copies of the weights in turn, so the L2 cache does not help. The bound of a
+call is the larger of two times: its necessary bytes divided by the copy bandwidth, and its operations divided by the matrix
+rate. `dense` is the whole FFN in torch. Rows marked int8 and int4 read integer weights; their bytes are those of integers and
+scales. --sweep tries other tiles for the expert kernels.
 """
 
 import argparse
@@ -39,7 +39,7 @@ FORMATS: tuple[str, ...] = ("int8", "int4")
 
 @dataclass(frozen=True)
 class Sizes:
-    """One layer, and the numbers of tokens, experts per token, sequences and positions to try."""
+    """The sizes of a layer, and the numbers of tokens, experts per token, sequences and positions to measure."""
 
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -57,8 +57,8 @@ TINY = Sizes(64, 128, 4, 16, copies=2, decode=(1, 3), prefill=(20,), batches=(2,
 
 @dataclass(frozen=True)
 class Result:
-    """One call: `bytes_moved` and `operations` are the least that the answer needs. `dense` is the ratio of the dense FFN's
-    time to this one's."""
+    """One call. `bytes_moved` and `operations` are the minimum that the result needs. `dense` is the time of the dense FFN
+    divided by the time of this call."""
 
     kernel: str
     case: str
@@ -69,7 +69,7 @@ class Result:
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
-    """Seconds of one of `calls`, which run one after another, all of them `repeats` times."""
+    """Mean seconds per call. The calls run one after another, and the whole sequence runs `repeats` times."""
     if device.type != "cuda":
         return seconds_of(lambda: [call() for call in calls], device, rounds=1) / len(calls)
     stream = torch.cuda.Stream()
@@ -104,7 +104,7 @@ class Bench:
         return torch.randn(shape, device=self.device, dtype=self.dtype, generator=self.generator)
 
     def route(self, num_tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
-        """Uniform choices without repetition; every expert counts with one."""
+        """Random different experts for each token, each with weight 1: topk_weights and topk_ids."""
         ids = torch.rand(num_tokens, self.num_experts, device=self.device, generator=self.generator).argsort(dim=-1)
         ids[:, top_k:] = -1
         return (ids >= 0).float(), ids
@@ -145,7 +145,7 @@ class Bench:
         return Result(name, case, seconds, bytes_moved, operations, dense_seconds / seconds)
 
     def stored(self, format: str | None) -> list[tuple[Weights, Weights]]:
-        """The experts' weights, as they are or as integers made of them."""
+        """Copies of the experts' weights, as they are (None) or rounded to an integer format."""
         if format is None:
             return [*self.weights]
         if format not in self.integers:
@@ -155,7 +155,7 @@ class Bench:
         return self.integers[format]
 
     def linear(self, num_rows: int, format: str | None) -> Result:
-        """A dense layer as wide as it is long: its weights as integers, or torch's own product."""
+        """A square linear layer: with integer weights, or torch's product (None)."""
         from ladimo.model.kernels.linear import linear
 
         hidden = self.sizes.hidden_size
@@ -169,7 +169,7 @@ class Bench:
         return Result(name, f"T {num_rows}, {hidden} x {hidden}", seconds, bytes_moved, 2 * hidden * hidden * num_rows)
 
     def dense(self, num_tokens: int) -> Result:
-        """The dense FFN by torch, gate and up in one product, on the same weights."""
+        """The dense FFN in torch with the same weights, and gate and up in one product."""
         x = self.normal(num_tokens, self.sizes.hidden_size)
         pairs = [(gate_up.flatten(0, 1), down.transpose(0, 1).flatten(1)) for gate_up, down in self.weights]
 
@@ -184,7 +184,7 @@ class Bench:
         return Result("dense FFN (torch)", f"T {num_tokens}", seconds, bytes_moved, 2 * parameters * num_tokens, 1.0)
 
     def library_grouped(self, num_tokens: int, top_k: int, dense_seconds: float) -> Result | None:
-        """torch's own grouped matrix products on tokens already sorted by expert: a bound for what sorting could win."""
+        """torch's grouped matrix products, on tokens that are sorted by expert already. A bound for kernels that sort first."""
         if self.device.type != "cuda" or not hasattr(torch, "_grouped_mm"):
             return None
         pairs = num_tokens * top_k
@@ -223,7 +223,7 @@ class Bench:
         return Result("attend_decode", case, seconds, 2 * keys * self.dtype.itemsize, operations)
 
     def small(self, num_tokens: int) -> Iterator[Result]:
-        """What is bound by launches at one token and by memory at many."""
+        """The small kernels. With one token, launches take most of their time; with many tokens, memory does."""
         from ladimo.model.kernels import attention, norm_activation, routing
 
         hidden, width = self.sizes.hidden_size, self.sizes.intermediate_size
@@ -258,7 +258,7 @@ class Bench:
 
 
 def candidate_tiles(num_tokens: int) -> Iterator[tuple[Any, Any]]:
-    """Pairs for `apply_experts`: one of the two differs from the present choice."""
+    """Pairs of tiles for `apply_experts`. In each pair, one tile differs from the present choice."""
     from ladimo.model.kernels.experts import MATVEC_TILES, Tile, grouped_tiles
 
     if num_tokens == 1:
@@ -275,14 +275,14 @@ def candidate_tiles(num_tokens: int) -> Iterator[tuple[Any, Any]]:
 
 
 def sweep(bench: Bench, num_tokens: int, top_k: int, dense_seconds: float) -> None:
-    """The three fastest pairs of tiles and the present one."""
+    """Print the three fastest pairs of tiles, and the present one."""
     found = []
     for tiles in candidate_tiles(num_tokens):
         if bench.out_of_time:
             break
         try:
             found.append((bench.experts(num_tokens, top_k, dense_seconds, tiles), tiles))
-        except Exception as error:  # a tile that does not fit the machine is no candidate
+        except Exception as error:  # the tile does not fit the machine
             print(f"{tiles}: {str(error).splitlines()[0][:120]}")
     present = found[0]
     for result, tiles in [present, *sorted(found, key=lambda pair: pair[0].seconds)[:3]]:
@@ -316,7 +316,7 @@ def measure(bench: Bench, sweeping: bool) -> None:
 
 
 def measure_integers(bench: Bench) -> None:
-    """Where decoding reads fewer bytes for them, and what a prompt pays."""
+    """Integer weights: decode steps, which read fewer bytes, and prompts, which pay for unpacking."""
     sizes = bench.sizes
     for num_tokens in sorted({1, sizes.decode[len(sizes.decode) // 2], sizes.decode[-1], sizes.prefill[0]}):
         dense = bench.dense(num_tokens)
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         parser.error("triton is not installed")
     if args.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads the variable when it is first imported, which may have happened in this process.
+        # Triton reads the variable when it is first imported. This process may have imported it already.
         given = [*(sys.argv[1:] if argv is None else argv)]
         command = [sys.executable, "-m", "loadtests.kernel_bench", *given]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode

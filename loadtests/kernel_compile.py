@@ -1,9 +1,9 @@
-"""Compiles kernels for a GPU that is not there, down to the machine code that ptxas makes, and says what they use.
+"""Compiles the kernels to machine code for a GPU, on a machine without a GPU, and prints the resources that they need.
 
     python -m loadtests.kernel_compile [--capability 90]
 
-One JSON line per compiled kernel: shared memory, registers per thread, bytes spilled. A process with TRITON_INTERPRET=1
-interprets kernels and cannot compile them.
+Prints one JSON line per kernel: shared memory, registers per thread, spilled bytes. It does not work with TRITON_INTERPRET=1,
+because Triton then interprets kernels instead of compiling them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ INTEGERS: tuple[str, ...] = ("int8", "int4")
 
 
 class AbsentGPU(DriverBase):  # type: ignore[misc]
-    """Answers what the compiler asks about the device."""
+    """Stands in for the GPU's driver. It answers the compiler's questions about the device."""
 
     def __init__(self, capability: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AbsentGPU(DriverBase):  # type: ignore[misc]
 
 @contextmanager
 def compile_only(capability: int, compiled: Callable[[str, dict[str, Any], Any], None]) -> Iterator[None]:
-    """Inside, launching a kernel compiles it and hands (name, constants, kernel) to `compiled` instead of running it."""
+    """Inside this context, a launch compiles the kernel and passes (name, constants, kernel) to `compiled`. Nothing runs."""
     run = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def launch_attention(batch: int, heads: int, kv_heads: int, head_dim: int = 128,
 
 
 def launch_all() -> None:
-    """Every kernel in every form that a LLaMA of common shape meets."""
+    """Launch every kernel in all forms that a LLaMA of common shape needs."""
     for num_tokens in (1, 2, 4, 5, 32, 64, 512):
         launch_experts(num_tokens)
     launch_experts(512, 4096, 1792)
@@ -162,7 +162,7 @@ def launch_all() -> None:
 
 
 def usage(kernel: Any, capability: int) -> dict[str, int]:
-    """Registers per thread and bytes spilled, as ptxas tells them."""
+    """Registers per thread and spilled bytes, as ptxas reports them."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()

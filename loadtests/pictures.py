@@ -1,4 +1,4 @@
-"""The documents' pictures, made from a running server and a report: docs/images/page.png and frontier.png.
+"""Makes the pictures of the documents, docs/images/page.png and frontier.png, from a running server and a report.
 
     python -m loadtests.pictures models/demo
 
@@ -55,7 +55,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @contextmanager
 def server(model: Path) -> Iterator[str]:
-    """The address of a server of the model, once it takes requests."""
+    """Run a server for the model. Yields its address when it accepts requests."""
     command = [sys.executable, "-m", "server", str(model), "--port", "0", "--insecure-admin", "--log-level", "ERROR"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -66,7 +66,7 @@ def server(model: Path) -> Iterator[str]:
 
 
 def take_page(driver: webdriver.Chrome, address: str, out: Path) -> None:
-    """The playground after a completion, with the experts, the frontier and the knob."""
+    """Take a picture of the page after a completion, with the experts, the frontier and the accuracy slider."""
     resize(driver, WIDTH, 1400)
     driver.get(address)
     wait = WebDriverWait(driver, WAIT_SECONDS)
@@ -89,7 +89,7 @@ def take_page(driver: webdriver.Chrome, address: str, out: Path) -> None:
 
 
 def take_frontier(driver: webdriver.Chrome, report: Path, out: Path) -> None:
-    """The first chart of the report: perplexity against active parameters."""
+    """Take a picture of the report's first chart: perplexity by active parameters."""
     resize(driver, WIDTH, 1400, scale=2)
     driver.get(report.resolve().as_uri())
     chart = driver.find_element(By.CSS_SELECTOR, "main figure .chart")
@@ -97,7 +97,7 @@ def take_frontier(driver: webdriver.Chrome, report: Path, out: Path) -> None:
 
 
 def resize(driver: webdriver.Chrome, width: int, height: int, scale: int = 1) -> None:
-    """`scale`: picture elements per unit of length."""
+    """Set the size of the window in CSS pixels. `scale`: pixels of the picture per CSS pixel."""
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 

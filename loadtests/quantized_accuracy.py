@@ -1,8 +1,9 @@
-"""What integer weights cost in accuracy: perplexity on a text with the weights as stored, in int8 and in int4, on CPU.
+"""The accuracy of integer weights: perplexity on a text with the stored weights, in int8 and in int4, on a CPU.
 
     python -m loadtests.quantized_accuracy MODEL --text FILE [--policy full] [--tokens 4096]
 
-All three run through the native step that the server uses. The last line is one JSON object; ratios are to the stored weights.
+All three use the compiled step, as the server does. The last line is one JSON object. Ratios are relative to the stored
+weights.
 """
 
 import argparse
@@ -27,7 +28,7 @@ FORMATS: dict[str, str | None] = {"stored": None, "int8": "int8", "int4": "int4"
 
 
 def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) -> float:
-    """Of tokens [N, S], each window on its own."""
+    """The perplexity on N separate windows of tokens [N, S]."""
     config, length = model.config, windows.shape[1]
     num_blocks = -(-length // BLOCK_SIZE)
     cache = model.backend.allocate_cache(config, num_blocks + 1, BLOCK_SIZE)

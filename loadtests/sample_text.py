@@ -1,8 +1,9 @@
-"""Text that a dense model writes itself: calibration and evaluation text for a model whose own training text is not to be had.
+"""Samples text from a dense model. It serves to convert and evaluate a model if its training text is not available.
 
     python -m loadtests.sample_text MODEL OUT.txt [--tokens 200000] [--seed 0]
 
-Sampled at temperature 1 from BOS, window by window, one sample a paragraph; perplexity on it is the model's own entropy.
+Each window is sampled from BOS at temperature 1 and becomes one paragraph. The perplexity on this text is the model's own
+entropy.
 """
 
 import argparse

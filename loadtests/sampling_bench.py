@@ -1,11 +1,12 @@
-"""What drawing the next tokens costs, by batch and kind of request, on a CPU.
+"""The time to draw the next tokens on a CPU, by batch size and kind of request.
 
     python -m loadtests.sampling_bench [MODEL] [--rows 1,8,32] [--vocab 49152]
 
-Logits are normal numbers: times 6 a few tokens hold nearly all, as where a model is sure; times 2 hundreds share it. Beside
-the compiled draw: torch's operators, and a stable sort of each row's whole vocabulary. With MODEL the vocabulary is the model's
-and each figure is also a share of its median decode step, greedy, at that batch. `adjusted`: greedy rows that all have
-penalties, the copy of their logits included.
+Logits are normally distributed numbers times a factor. With factor 6 a few tokens have nearly all of the probability, as when a
+model is sure. With factor 2 hundreds of tokens share it. The compiled draw is compared with torch's operations and with a
+stable sort of the whole vocabulary of each row. With MODEL, the vocabulary is that of the model, and each figure is also given
+as a share of the model's median greedy decode step at the same batch size. `adjusted`: greedy rows with penalties, including
+the copy of their logits.
 """
 
 import argparse
@@ -50,7 +51,7 @@ LOGITS = {"sure": 6.0, "unsure": 2.0}
 
 
 def by_sorting(logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
-    """The whole vocabulary of every row is sorted, whatever it asks for."""
+    """A draw that always sorts the whole vocabulary of every row."""
     if inputs is None:
         return logits.argmax(dim=-1)
     (logits.float() / inputs.temperature.float().unsqueeze(-1)).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -79,7 +80,7 @@ def sequences(params: SamplingParams, rows: int, vocab: int) -> list[EngineSeque
 
 
 def step(draw: Draw, logits: Tensor, rows: Sequence[EngineSequence], adjuster: LogitAdjuster | None) -> None:
-    """What the runner does between the logits and the tokens."""
+    """The work of the model runner between logits and tokens."""
     inputs = make_sampling_inputs(rows, logits.device)
     if adjuster is not None:
         draw(logits, inputs)
@@ -100,7 +101,7 @@ def step_seconds(model: Path, rows: int) -> float:
     policy = next(iter(read_policies(model, config).values()), RoutingPolicy("dense", "", (None,) * config.num_hidden_layers))
     core = build_core(model, EngineConfig(device="cpu", max_num_seqs=rows, prefix_caching=False))
     prompts = random_prompts(rows, 64, config.vocab_size)
-    serve(core, [policy], prompts, 9)  # warm
+    serve(core, [policy], prompts, 9)  # warm-up
     return serve(core, [policy], prompts, 33).step_seconds
 
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load, begun = OtherLoad(), time.perf_counter()
     steps = {rows: None if args.model is None else step_seconds(args.model, rows) for rows in sizes}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the engine, beside the compiled step
+    torch.set_num_threads(1)  # as in the engine with the compiled step
     draws: dict[str, Draw | None] = {"compiled": compiled(), "torch": sample, "sorting": by_sorting}
     adjuster = LogitAdjuster(frozenset(), torch.device("cpu"))
     runs: dict[tuple[int, str, str, str], Callable[[], None]] = {}
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * factor
             for kind, params in KINDS.items():
                 if logits_name == "sure" and not cuts(params):
-                    continue  # costs the same
+                    continue  # it would take the same time
                 asked = sequences(params, rows, vocab)
                 own = adjuster if kind == "adjusted" else None
                 for name, draw in draws.items():

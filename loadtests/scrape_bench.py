@@ -1,11 +1,12 @@
-"""What a scrape of /metrics costs: throughput of a loaded server with and without a scrape every second, and its CPU time.
+"""The cost of scraping /metrics: throughput of a busy server with and without a scrape every second, and CPU time per scrape.
 
     python -m loadtests.scrape_bench MODEL [--clients 4] [--seconds 2] [--rounds 150] [--every 1]
 
-The server is a process of its own. Both arms run under the same load, which never pauses, round by round in turn (AB, BA, AB,
-...). Rounds are short, so that a machine whose speed drifts treats both alike, and many, so that the interval is narrow: the
-figure is scraped over quiet of all rounds together, with a 95% interval from resampling the pairs. The readings between rounds
-are scrapes too, as many in either arm. On a machine that others use, CPU time per token says more than tokens per second.
+The server runs in its own process, under a load that never pauses. Rounds with scrapes and rounds without alternate (AB, BA,
+AB, ...). Rounds are short, so that changes in the machine's speed affect both kinds alike. There are many, so that the interval
+is narrow. The result is the ratio of all rounds with scrapes to all rounds without, with a 95% interval from resampling the
+pairs. The readings between rounds are scrapes, too, but equally many for both kinds. If other programs use the machine, CPU
+time per token says more than tokens per second.
 """
 
 import argparse
@@ -32,7 +33,7 @@ START_SECONDS = 120
 
 @dataclass(frozen=True)
 class Reading:
-    """This process's clock, and the server's tokens and CPU seconds so far."""
+    """The time on this process's clock, and the server's tokens and CPU seconds so far."""
 
     at: float
     tokens: float
@@ -52,7 +53,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio of scraped to quiet, and its 95% interval."""
+    """The ratio of rounds with scrapes to rounds without, and its 95% interval."""
 
     value: float
     low: float
@@ -64,7 +65,7 @@ class Estimate:
 
 @asynccontextmanager
 async def serving(model: Path, flags: Sequence[str]) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server that runs for as long."""
+    """Run a server, and yield a client for it."""
     command = [sys.executable, "-m", "server", str(model), "--port", "0", "--log-level", "ERROR", *flags]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -89,14 +90,14 @@ async def read(client: httpx.AsyncClient) -> Reading:
 
 
 async def load(client: httpx.AsyncClient, policy: str, tokens: int) -> None:
-    """One client: request after request, until cancelled."""
+    """One client, which sends request after request until it is cancelled."""
     body = {"prompt": "def read_lines(path):\n", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "routing": policy}
     while True:
         (await client.post("/v1/completions", json=body)).raise_for_status()
 
 
 async def scrape(client: httpx.AsyncClient, every: float) -> None:
-    """Until cancelled, at a fixed pace."""
+    """Scrape /metrics every `every` seconds, until cancelled."""
     due = time.perf_counter() + every / 2
     while True:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -122,12 +123,12 @@ def throughput(rounds: Sequence[Round]) -> float:
 
 
 def cpu_per_token(rounds: Sequence[Round]) -> float:
-    """Milliseconds of the server's CPU time."""
+    """The server's CPU time per token, in milliseconds."""
     return sum(one.cpu_milliseconds for one in rounds) / sum(one.tokens for one in rounds)
 
 
 def estimate(figure: Callable[[Sequence[Round]], float], pairs: Sequence[tuple[Round, Round]], draws: int = 2000) -> Estimate:
-    """The figure of the second rounds over that of the first; percentile bootstrap over the pairs (Efron, 1979)."""
+    """The figure of the second rounds divided by that of the first, with a percentile bootstrap over pairs (Efron, 1979)."""
 
     def ratio(chosen: Sequence[tuple[Round, Round]]) -> float:
         quiet, scraped = zip(*chosen, strict=True)
@@ -139,7 +140,7 @@ def estimate(figure: Callable[[Sequence[Round]], float], pairs: Sequence[tuple[R
 
 
 async def scrape_milliseconds(client: httpx.AsyncClient, count: int) -> float:
-    """CPU time of one scrape of a server that does nothing else, HTTP included."""
+    """CPU time of one scrape, in milliseconds, HTTP included, while the server does nothing else."""
     begin = await read(client)
     for _ in range(count - 1):
         await client.get("/metrics")
@@ -153,7 +154,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     async with serving(args.model, args.flag) as client:
         clients = [asyncio.create_task(load(client, policies[n % len(policies)], args.tokens)) for n in range(args.clients)]
         try:
-            await one_round(client, ARMS[0], args.seconds, args.every)  # warm
+            await one_round(client, ARMS[0], args.seconds, args.every)  # warm-up
             other, started = OtherLoad(), time.perf_counter()
             for number in range(args.rounds):
                 for arm in ARMS if number % 2 == 0 else reversed(ARMS):

@@ -1,9 +1,10 @@
-"""How long one client's body can hold up another client's stream.
+"""How long the request body of one client can hold up the stream of another client.
 
     python -m loadtests.stall_bench MODEL [--mebibytes 7.7] [--rounds 3]
 
-The server is a process of its own. One client streams all the time; beside it each of the worst bodies is sent in turn. The
-figure is the longest time between two events of an answer while the body is read and answered. The row "quiet" has no body.
+The server runs in its own process. One client streams all the time. Meanwhile each of the worst bodies is sent in turn. The
+figure is the longest time between two events of an answer while the body is read and answered. In the row "quiet" no body is
+sent.
 """
 
 import argparse
@@ -28,7 +29,7 @@ QUIET_SECONDS = 2.0
 
 
 def worst_bodies(size: int, context: int) -> dict[str, bytes]:
-    """Bodies of about `size` bytes for /v1/completions. The last three ask for nothing wrong; `context` is in tokens."""
+    """Bodies of about `size` bytes for /v1/completions. The last three are valid requests. `context` is in tokens."""
 
     def many(item: str, count: int | None = None) -> str:
         return ",".join([item] * (count or size // (len(item) + 1)))
@@ -57,8 +58,10 @@ def worst_bodies(size: int, context: int) -> dict[str, bytes]:
 
 @dataclass
 class Stream:
-    """A client that streams without end, and the longest time between two events of an answer since `restart`. What it waits
-    for an answer's first event does not count: that is a place in the queue."""
+    """A client that streams without end. It measures the longest time between two events of an answer since `restart`.
+
+    The time until the first event of an answer does not count, because the request may wait in the queue.
+    """
 
     client: httpx.AsyncClient
     tokens: int
@@ -70,11 +73,11 @@ class Stream:
         self._last = None if self._last is None else time.perf_counter()
 
     def stop(self) -> float:
-        """The longest wait, the one that is not over included, in seconds."""
+        """The longest wait in seconds, including one that is not over yet."""
         return self.longest if self._last is None else max(self.longest, time.perf_counter() - self._last)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Stream until cancelled."""
         body = {"prompt": "a", "max_tokens": self.tokens, "ignore_eos": True, "stream": True}
         while True:
             async with self.client.stream("POST", "/v1/completions", json=body) as reply:
@@ -87,7 +90,7 @@ class Stream:
 
 
 async def send(url: httpx.URL, body: bytes) -> int:
-    """The status of the answer. On a thread: 8 MiB would hold up the stream's own client."""
+    """Send a body and return the status of the answer. Runs on a thread, because 8 MiB would hold up the streaming client."""
     headers = {"Content-Type": "application/json", **({"Content-Encoding": "gzip"} if body.startswith(b"\x1f\x8b") else {})}
     reply = await asyncio.to_thread(
         httpx.post, url.join("/v1/completions"), content=body, headers=headers, timeout=None, trust_env=False
@@ -103,7 +106,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     async with serving(args.model, args.flag) as client:
         stream = Stream(client, min(args.tokens, context - 8))
         streaming = asyncio.create_task(stream.run())
-        await asyncio.sleep(1)  # warm
+        await asyncio.sleep(1)  # warm-up
         other, started = OtherLoad(), time.perf_counter()
         for _ in range(args.rounds):
             stream.restart()

@@ -4,7 +4,7 @@
     make_dense(path, **config)           a random dense LLaMA written by transformers, tokenizer beside it
     make_moe(path, ...)                  a converted checkpoint: FFNs split into experts, random gates, policies, frontier
 
-Random weights are drawn wide (initializer_range 0.2), so that logits are far apart and greedy decoding is never a coin toss.
+Random weights are drawn wide (initializer_range 0.2), so that logits are far apart and rounding cannot change a greedy token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is one token and every string round-trips; BOS is put in front."""
+    """A tokenizer in which every byte is a token, so every string survives encoding. It adds BOS in front."""
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,8 +82,10 @@ def make_dense(
     max_shard_size: str = "1GB",
     **config: Any,
 ) -> Path:
-    """Write a random dense model of a LLaMA-like family: hidden 32, FFN 96, 3 layers, 4 query over 2 key/value heads; `config`
-    overrides."""
+    """Write a random dense model: hidden size 32, FFN size 96, 3 layers, 4 query heads, 2 key/value heads.
+
+    `model_type` is a family like LLaMA. `config` replaces fields of the configuration.
+    """
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -101,7 +103,7 @@ def make_dense(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**fields, **config}))
-        for name, parameter in model.named_parameters():  # norms and biases start at one and zero, which would hide mistakes
+        for name, parameter in model.named_parameters():  # all norms are 1 and all biases 0 at first, which would hide mistakes
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
@@ -121,11 +123,11 @@ def make_moe(
     layer: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
-    """Write a converted checkpoint of `dense` (or of a fresh `make_dense(seed=seed, **config)`).
+    """Write a converted checkpoint of the model in `dense`; None converts a new `make_dense(seed=seed, **config)`.
 
-    Experts are contiguous slices of the dense FFN; gates are random. `layer` sets further `MoeLayerConfig` fields of every
-    converted layer. Policies: full, quality, balanced, fast; the frontier's costs are exact for its experts per token, its
-    perplexities are made up but in order.
+    The experts are contiguous slices of the dense FFN, and the routers are random. `layer` sets further fields of
+    `MoeLayerConfig` for every expert layer. The policies are full, quality, balanced and fast. On the frontier, the costs are
+    exact for the given experts per token; the perplexities are invented, but in the right order.
     """
     if dense is None:
         with TemporaryDirectory() as temporary:
@@ -157,7 +159,7 @@ def make_moe(
 
 
 def split_ffn(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Contiguous slices of a SwiGLU FFN: [F, D], [F, D], [D, F] -> gate_up_proj [E, 2F/E, D], down_proj [E, D, F/E]."""
+    """Split a SwiGLU FFN into slices: [F, D], [F, D], [D, F] -> gate_up_proj [E, 2F/E, D], down_proj [E, D, F/E]."""
     gates, ups = gate_proj.chunk(num_experts), up_proj.chunk(num_experts)
     gate_up = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
     return gate_up, torch.stack(down_proj.chunk(num_experts, dim=1))
@@ -180,7 +182,7 @@ def _moe_tensors(reader: TensorReader, layers: tuple[MoeLayerConfig | None, ...]
 
 
 def make_policies(layers: Sequence[MoeLayerConfig | None], top_k: int) -> list[RoutingPolicy]:
-    """full, quality, balanced, fast: from every place filled down to one expert per token."""
+    """The policies full, quality, balanced and fast. `full` runs top_k experts per token, and `fast` runs one."""
     rules = {
         "full": LayerRule(top_k=top_k),
         "quality": LayerRule(top_k=top_k, mass=0.8),
@@ -194,7 +196,7 @@ def make_policies(layers: Sequence[MoeLayerConfig | None], top_k: int) -> list[R
 
 
 def rule_row(rule: LayerRule) -> Tensor:
-    """[len(RuleNumber)] float32: the rule's numbers as kernels read them."""
+    """The numbers of the rule as kernels read them: [len(RuleNumber)] float32."""
     return torch.tensor(RoutingPolicy("p", "", (rule,)).to_rows(1)[0][0])
 
 

@@ -1,7 +1,7 @@
-"""Checkpoint directories in Hugging Face layout: dense sources are read, converted models are written and read.
+"""Checkpoint directories in Hugging Face layout. Dense models are read; converted models are written and read.
 
-Only safetensors are read and no code of a checkpoint is ever run. A file is written whole or not at all, and the converter
-renames a finished directory into place.
+Weights are read from safetensors only, and code of a checkpoint is never run. A file is written completely or not at all. The
+converter renames a finished directory into place.
 """
 
 from ladimo.checkpoint.directory import (

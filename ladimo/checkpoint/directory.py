@@ -1,4 +1,4 @@
-"""What lies beside the weights of a checkpoint: configuration, tokenizer, policies and frontier."""
+"""The files of a checkpoint besides its weights: configuration, tokenizer, policies and frontier."""
 
 import shutil
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Fields of a dense source that a converted checkpoint does not keep: a sliding window has no effect in any model that we take,
-# and rotary embeddings are written in one form.
+# Fields of a dense model's config.json that a converted checkpoint does not have. We accept only models in which a sliding
+# window has no effect, and we write rotary embeddings in one form, `rope_parameters`.
 DROPPED_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "rope_theta", "rope_scaling")
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Raises ValueError naming file and field when this is no model that we can run."""
+    """Read config.json. Raises ValueError naming the file and the field if we cannot run the model."""
     raw = read_json(directory / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{directory / 'config.json'}: not a JSON object")
@@ -41,15 +41,16 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files from one directory to another. Raises OSError."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
 
 def read_policies(directory: Path, config: ModelConfig) -> dict[str, RoutingPolicy]:
-    """The checkpoint's named policies, validated. A dense checkpoint has one: "full", a null for every layer.
+    """The policies of a checkpoint by name, validated. A dense checkpoint has only "full", with None for every layer.
 
-    Raises ValueError naming the file.
+    Raises ValueError naming the file that is wrong or missing.
     """
     if not config.moe_layer_indices:
         return {"full": RoutingPolicy("full", "the dense model", (None,) * config.num_hidden_layers)}
@@ -69,7 +70,7 @@ def read_policies(directory: Path, config: ModelConfig) -> dict[str, RoutingPoli
 
 
 def read_frontier(directory: Path) -> Frontier | None:
-    """The measured frontier, or None where the checkpoint has none (a dense model). Raises ValueError naming the file."""
+    """The measured frontier; None if the checkpoint has none, as a dense model. Raises ValueError naming a wrong file."""
     path = directory / FRONTIER
     if not path.exists():
         return None
@@ -83,13 +84,15 @@ def read_frontier(directory: Path) -> Frontier | None:
 
 
 def write_policy(directory: Path, policy: RoutingPolicy) -> None:
+    """Write a policy into the checkpoint, under its name. Raises OSError."""
     write_json(directory / POLICIES / f"{policy.name}.json", policy.to_dict())
 
 
 def moe_config_json(dense: Mapping[str, Any], layers: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """The dense source's config.json turned into the converted checkpoint's, which says what its family left unsaid.
+    """Make the config.json of a converted checkpoint from that of the dense model, `dense`.
 
-    Raises ValueError when the source is of no supported family.
+    It states the defaults of the family explicitly. `layers`: see `moe_layers_to_json`. Raises ValueError if the family is not
+    supported.
     """
     config = read_model_config(dense)
     kept = {name: value for name, value in dense.items() if name not in DROPPED_FIELDS}

@@ -1,4 +1,4 @@
-"""Models from checkpoint directories: whole, one layer at a time, or rounded to integers on the way."""
+"""Loads models from checkpoint directories: as a whole, one layer at a time, or rounded to integers."""
 
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 
 def choose_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
-    """What torch computes in: see `resolve_dtype`. Raises ValueError for a name that is no dtype."""
+    """The dtype in which torch computes the model in `directory`. See `resolve_dtype`; raises ValueError for an unknown
+    name."""
     needed = dtype == "auto" and device.type != "cpu"
     return resolve_dtype(dtype, stored_dtype(directory) if needed else torch.float32, device)
 
 
 def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> MoeTransformer:
-    """The whole model on the back end that this machine serves it with.
+    """Load the whole model on the back end that fits this machine, to serve it.
 
-    Raises ValueError for a checkpoint that cannot be served, or a device, dtype or integer format that cannot be had.
+    `quantize`: an integer format for the weights; None keeps them as they are. Raises ValueError for a checkpoint that cannot
+    be served, and for a device, dtype or integer format that is not available.
     """
     config = read_config(directory)
     backend = choose_backend(config, stored_dtype(directory), device, dtype, quantize)
@@ -35,7 +37,7 @@ def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", qu
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> MoeTransformer:
-    """The whole model, dense or converted, ready to run without gradients."""
+    """Load the whole model, dense or converted, to run it without gradients. Raises ValueError for a broken checkpoint."""
     config = read_config(directory)
     reader = TensorReader(directory)
     with torch.device("meta"):
@@ -47,13 +49,15 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Moe
 
 
 def load_quantized_model(directory: Path, backend: TorchBackend) -> MoeTransformer:
-    """A model whose weights are rounded to the back end's integer format, layer by layer. One layer at most is in memory in its
-    dtype."""
+    """Load a model and round its weights to the back end's integer format, layer by layer.
+
+    At most one layer is in memory in floating point at a time. Raises ValueError for a broken checkpoint.
+    """
     assert backend.quantize is not None
     config = read_config(directory)
     reader = TensorReader(directory)
     model = load_without_layers(reader, config, backend.dtype, backend.device)
-    quantize_model(model, backend.quantize)  # the output head; there are no layers yet
+    quantize_model(model, backend.quantize)  # rounds the output head only, because there are no layers yet
     for index in range(config.num_hidden_layers):
         layer = load_layer(reader, config, index, backend.dtype, backend.device)
         quantize_layers(layer, backend.quantize)
@@ -64,7 +68,7 @@ def load_quantized_model(directory: Path, backend: TorchBackend) -> MoeTransform
 
 
 def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
-    """One layer alone, for work that keeps one layer in memory at a time."""
+    """Load a single layer, for work that has one layer in memory at a time. Raises ValueError for a broken checkpoint."""
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
     reader.load(module, f"model.layers.{layer}.", dtype, device)
@@ -73,7 +77,7 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
 
 
 def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> MoeTransformer:
-    """Embedding, final norm, output head and rotary table; the layers are left out (`model.layers` is empty)."""
+    """Load everything but the layers: embedding, final norm, output head and rotary table. `model.layers` is empty."""
     with torch.device("meta"):
         model = MoeTransformer(config)
     model.model.layers = nn.ModuleList()

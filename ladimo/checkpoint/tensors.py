@@ -1,4 +1,4 @@
-"""Weights in safetensors files: read one tensor at a time, written one shard at a time. No other format is read."""
+"""Reads weights from safetensors files, one tensor at a time, and writes them, one shard at a time. Reads no other format."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,12 +20,12 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorReader:
-    """The tensors of a checkpoint, from one file or shards, each read when asked for.
+    """Reads the tensors of a checkpoint from one file or several shards, each when it is asked for.
 
-    Tensors are asked for by our network's names; the model's family says under which name, and in which rows, they are stored.
+    Methods take the names of our network. The model's family knows under which name, and in which rows, a tensor is stored.
     `files` maps stored names to their files.
 
-    Raises ValueError naming the file when one is missing, truncated or no safetensors file.
+    Raises ValueError naming the file if one is missing, truncated or not in safetensors format.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -54,18 +54,19 @@ class TensorReader:
         return self._locate(name).name in self.files
 
     def unused(self, names: Iterable[str]) -> dict[str, Path]:
-        """Stored tensors that none of our `names` is kept in, with their files."""
+        """The stored tensors, with their files, that hold none of the parameters `names`."""
         used = {self._locate(name).name for name in names}
         return {name: file for name, file in self.files.items() if name not in used}
 
     def file(self, name: str) -> Path:
-        """Where a tensor is stored. Raises ValueError when the checkpoint has no such tensor."""
+        """The file of a tensor. Raises ValueError if the checkpoint has no such tensor."""
         stored = self._locate(name).name
         if stored not in self.files:
             raise ValueError(f"{self.directory}: the checkpoint lacks the tensor {stored}")
         return self.files[stored]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it. Raises ValueError if the checkpoint has no such tensor."""
         stored = self._locate(name)
         with _open(self.file(name)) as handle:
             rows, *rest = handle.get_slice(stored.name).get_shape()
@@ -74,7 +75,7 @@ class TensorReader:
         return (rows, *rest)
 
     def get(self, name: str) -> Tensor:
-        """Raises ValueError when the checkpoint has no such tensor or it cannot be read."""
+        """Read a tensor, in its stored dtype. Raises ValueError if there is no such tensor or it cannot be read."""
         stored, file = self._locate(name), self.file(name)
         with _open(file) as handle:
             try:
@@ -87,7 +88,10 @@ class TensorReader:
         return tensor
 
     def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Fill every parameter of `module` (built on any device) from `prefix` + its name; shapes must match exactly."""
+        """Read every parameter of `module` from the tensor `prefix` + its name. The module may be on the meta device.
+
+        Raises ValueError naming file and tensor if one is missing, or has another shape or an unsupported dtype.
+        """
         tensors = {}
         for name, parameter in module.named_parameters():
             if self.shape(prefix + name) != tuple(parameter.shape):
@@ -96,7 +100,7 @@ class TensorReader:
                     f"config.json asks for {list(parameter.shape)}"
                 )
             stored = self.get(prefix + name)
-            if stored.dtype not in DTYPES.values():  # quantised weights mean nothing without their scales
+            if stored.dtype not in DTYPES.values():  # quantized weights are useless without their scales
                 raise ValueError(
                     f"{self.file(prefix + name)}: {prefix + name} is {stored.dtype}; supported: {', '.join(DTYPES)}"
                 )
@@ -106,7 +110,7 @@ class TensorReader:
 
 
 def _locator(directory: Path) -> Callable[[str], Stored]:
-    """Where the checkpoint's family keeps a tensor that our network calls by a name."""
+    """A function from our name of a tensor to where the checkpoint stores it."""
     raw = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
     if not isinstance(raw, dict) or not renames_weights(raw.get("model_type")):
         return Stored
@@ -124,7 +128,7 @@ def _open(file: Path) -> Any:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype the weights are stored in. Raises ValueError when it is none of bf16, fp16, fp32."""
+    """The dtype of the stored weights. Raises ValueError unless it is bf16, fp16 or fp32."""
     dtype = TensorReader(directory).get("model.norm.weight").dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"{directory}: weights are {dtype}; supported: {', '.join(DTYPES)}")
@@ -132,9 +136,9 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError naming it when it cannot be written."""
+    """Write one safetensors file. Raises OSError naming the file if it cannot be written."""
     file.touch()
-    mode = file.stat().st_mode  # safetensors leaves files that only their owner may read
+    mode = file.stat().st_mode  # safetensors makes files readable for their owner only
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
         file.chmod(mode)
@@ -143,7 +147,10 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30) -> None:
-    """Write model.safetensors, or shards with an index, holding at most one shard in memory."""
+    """Write model.safetensors, or several shards with an index. At most one shard is in memory at a time.
+
+    A shard has at most `max_shard_bytes`, unless a single tensor is larger. Raises OSError.
+    """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = 0
@@ -173,7 +180,7 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_sh
 
 
 def content_hash(directory: Path) -> str:
-    """SHA-256 over config and weight files, names included: says which dense model a checkpoint was made from."""
+    """The SHA-256 of config.json and the weight files, with their names. It identifies the dense model of a conversion."""
     digest = hashlib.sha256()
     for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
         digest.update(f"{file.name}:{file.stat().st_size}\n".encode())

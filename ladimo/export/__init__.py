@@ -1,6 +1,6 @@
-"""Converted models for other programs: one file per target, all of them reading the same `DenseView`.
+"""Exports converted models for other programs. There is one file per target, and every target reads the same `DenseView`.
 
-A target is an object with a name, a line of help and `write`. Another one calls `register`; the command line then knows it.
+A target is an object with a name, a line of help and the method `write`. After `register` the command line knows it.
 """
 
 import shutil
@@ -14,20 +14,20 @@ from ladimo.export.gguf import GgufTarget
 
 
 class Target(Protocol):
-    """Writes the model for one kind of program."""
+    """Writes the model in the format of one kind of program."""
 
     name: str
     help: str
 
     def write(self, view: DenseView, out: Path) -> None:
-        """Fill the empty directory `out`. Raises ValueError for a model that the target cannot hold."""
+        """Write the files into the empty directory `out`. Raises ValueError for a model that the format cannot represent."""
 
 
 _TARGETS: dict[str, Target] = {}
 
 
 def register(target: Target) -> None:
-    """Make a target known under its name. A target of the same name is replaced."""
+    """Make a target known under its name. It replaces an earlier target of the same name."""
     _TARGETS[target.name] = target
 
 
@@ -41,9 +41,9 @@ def targets() -> dict[str, Target]:
 
 
 def export(model: str | Path, out: Path, target: str, policy: str) -> None:
-    """Write `model`, run under the policy of this name, to the directory `out`, which appears whole or not at all.
+    """Write `model` as it runs under the named policy. The directory `out` appears when it is complete, or not at all.
 
-    Raises ValueError when `out` exists, a name is unknown, or the target cannot hold what the policy does.
+    Raises ValueError if `out` exists, a name is unknown, or the target cannot represent the model under this policy.
     """
     if target not in _TARGETS:
         raise ValueError(f"target {target!r}: supported: {', '.join(_TARGETS)}")

@@ -1,4 +1,4 @@
-"""A plain LLaMA directory that transformers, vLLM, SGLang and llama.cpp's converter read without code of ours."""
+"""Export to a plain LLaMA directory, which transformers, vLLM, SGLang and llama.cpp's converter can read without our code."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ from ladimo.export.dense_view import DenseView
 
 
 class DenseTarget:
+    """The target `dense`."""
+
     name = "dense"
     help = "a plain LLaMA in Hugging Face layout, for policies that run the same experts for every token"
 

@@ -1,4 +1,4 @@
-"""A converted model under a policy that runs the same experts for every token: a plain LLaMA of another width.
+"""A converted model as a plain LLaMA. This works for policies that run the same experts for every token.
 
 Legend: D hidden_size, E experts, F moe_intermediate_size, W width of the written FFN.
 """
@@ -22,17 +22,17 @@ OURS = ("moe_layers", "attention_output_bias", "family")
 
 @dataclass(frozen=True, slots=True)
 class FixedExperts:
-    """The experts that a layer runs for every token, and the weight that each counts with."""
+    """The experts that a layer runs for every token, and the weight of each of them."""
 
     experts: tuple[int, ...]
     weight: float
 
 
 class DenseView:
-    """The model as transformers' LlamaForCausalLM would hold it. FFNs narrower than the widest are filled up with zeros, as a
-    LLaMA has one width for all layers.
+    """The model with the configuration and tensors of transformers' LlamaForCausalLM.
 
-    Raises ValueError for a policy that chooses experts by token, and for a family whose modules are not LLaMA's.
+    A LLaMA has one FFN width for all layers, so narrower FFNs are padded with zeros. Raises ValueError for a policy that
+    chooses experts by token, and for a family whose modules are not those of LLaMA.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
@@ -48,7 +48,7 @@ class DenseView:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The value of config.json."""
+        """The content of config.json. Raises ValueError for biases that neither LLaMA nor Qwen2 can have."""
         raw = {name: value for name, value in read_json(self.directory / "config.json").items() if name not in OURS}
         source = self.source
         if source.attention_output_bias != source.attention_bias:
@@ -62,7 +62,7 @@ class DenseView:
         return raw | {"intermediate_size": self.width}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values in transformers' terms, one layer's FFN in memory at a time."""
+        """Yield all tensors with transformers' names. The FFN of one layer is in memory at a time."""
         for name in self._reader.files:
             if ".mlp." not in name:
                 yield name, self._reader.get(name)
@@ -75,6 +75,7 @@ class DenseView:
             yield f"{prefix}down_proj.weight", F.pad(down, (0, idle))
 
     def copy_tokenizer(self, out: Path) -> None:
+        """Copy the tokenizer's files into `out`."""
         copy_tokenizer(self.directory, out)
 
     def _width(self, layer: int) -> int:
@@ -88,7 +89,7 @@ class DenseView:
         return gate, up, down
 
     def _joined_ffn(self, prefix: str, fixed: FixedExperts) -> tuple[Tensor, Tensor, Tensor]:
-        """The experts side by side: gate and up [W, D], down [D, W]."""
+        """Join the experts to one FFN: gate and up [W, D], down [D, W]."""
         chosen = torch.tensor(fixed.experts)
         gate_up = self._reader.get(f"{prefix}experts.gate_up_proj")[chosen]  # [E, 2F, D]
         down = self._reader.get(f"{prefix}experts.down_proj")[chosen]  # [E, D, F]
@@ -97,7 +98,8 @@ class DenseView:
 
 
 def fixed_experts(rule: LayerRule, layer: MoeLayerConfig, where: str) -> FixedExperts:
-    """What a rule runs whatever the token. Raises ValueError, beginning with `where`, when that depends on the token."""
+    """The experts that a rule runs for every token. Raises ValueError if they depend on the token; its message begins with
+    `where`."""
     experts = tuple(range(layer.num_experts)) if rule.experts is None else rule.experts
     if rule.top_k < len(experts):
         raise ValueError(f"{where}: chooses {rule.top_k} of {len(experts)} experts by token; the target has no router")
@@ -105,7 +107,7 @@ def fixed_experts(rule: LayerRule, layer: MoeLayerConfig, where: str) -> FixedEx
         raise ValueError(f"{where}: {' and '.join(rule.limits)} may drop experts of a token; the target has no router")
     if layer.expert_weight == "one":
         return FixedExperts(experts, 1 / len(experts) if rule.renormalize else 1.0)
-    # One expert alone is weighted with one where weights are made to sum to one.
+    # A single expert has weight 1 if the weights of the kept experts are normalised to a sum of 1.
     if len(experts) == 1 and (rule.renormalize or (layer.score_function == "softmax" and layer.score_norm_top_k is None)):
         return FixedExperts(experts, 1.0)
     raise ValueError(f"{where}: weighs experts by token; the target has no router")

@@ -1,7 +1,7 @@
-"""A dense LLaMA as a GGUF file for llama.cpp: what speed and greedy tokens need, without a tokenizer.
+"""Export to a GGUF file for llama.cpp: the weights of a dense LLaMA without a tokenizer, so the model takes token ids.
 
-GGUF's architecture `llama` expects the rows of the query and key projections in the interleaved order of the original LLaMA
-code, where transformers keeps the two halves of each head apart; `_interleaved` is the permutation between them.
+The architecture `llama` of GGUF expects the rows of the query and key projections in the interleaved order of the original
+LLaMA code. transformers stores the two halves of each head one after the other. `_interleaved` changes the order.
 """
 
 import importlib.util
@@ -32,6 +32,8 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 class GgufTarget:
+    """The target `gguf`."""
+
     name = "gguf"
     help = "model.gguf for llama.cpp: weights in bf16 without a tokenizer, so that it takes token ids"
 
@@ -43,9 +45,10 @@ class GgufTarget:
 
 
 def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], weights: str) -> None:
-    """Write the tensors of a dense LLaMA, by transformers' names. `weights`: the type of its matrices, F32, BF16, Q8_0 or Q4_0.
+    """Write a dense LLaMA. `tensors`: its tensors with transformers' names. `weights`: the type of matrices in the file, which
+    is F32, BF16, Q8_0 or Q4_0.
 
-    Raises ValueError for biases and scaled RoPE, which are not written.
+    Raises ValueError for models with biases or scaled RoPE, which are not supported.
     """
     import gguf
 
@@ -88,6 +91,6 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """[heads * head_dim, D]: of each head row i and row i + head_dim / 2 side by side."""
+    """Reorder the rows of [heads * head_dim, D]: in each head, row i + head_dim / 2 follows row i."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return torch.stack(halves.unbind(dim=1), dim=2).view_as(weight)

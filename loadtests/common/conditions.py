@@ -1,4 +1,4 @@
-"""What a number depends on besides the code: hardware, versions, commit, and how much else the machine was doing."""
+"""The conditions of a measurement: hardware, versions, commit, and the load from other processes."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def conditions() -> dict[str, Any]:
-    """Everything that has to stand beside a measurement."""
+    """The conditions to store with every measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
@@ -26,13 +26,13 @@ def conditions() -> dict[str, Any]:
 
 
 class OtherLoad:
-    """Cores that other processes kept busy between two readings; on a shared machine a sample means little without it."""
+    """Measures the load of other processes. On a shared machine a result means little without it."""
 
     def __init__(self) -> None:
         self._total, self._own = _busy_seconds(), _own_seconds()
 
     def cores(self, seconds: float) -> float:
-        """Since construction, which was `seconds` ago."""
+        """The number of cores that others kept busy since the constructor. `seconds`: the time since then."""
         others = (_busy_seconds() - self._total) - (_own_seconds() - self._own)
         return max(0.0, others / seconds)
 

@@ -1,4 +1,4 @@
-"""What the hardware allows, measured where the benchmark runs (bytes and operations per second), and what a step needs."""
+"""The limits of the hardware, measured where the benchmark runs: bytes and operations per second. And the bytes of a step."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from ladimo.model.config import ModelConfig
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """Median seconds of `run`, the device's work included, after one run that does not count."""
+    """Median seconds of `run` after a warm-up. The device's work is included."""
     run()
     samples: list[float] = []
     for _ in range(rounds):
@@ -29,7 +29,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5)
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
-    """Bytes per second of a large copy, read and written bytes together."""
+    """Bytes per second of a large copy. Bytes read and bytes written both count."""
     size = size or (4 * 2**30 if device.type == "cuda" else 2**27)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -53,10 +53,12 @@ def decode_bytes(
     itemsize: int,
     weight_size: float | None = None,
 ) -> float:
-    """Bytes that a decode step must read: every dense weight, `distinct_experts` experts of each expert layer (by layer, None
-    where dense), and the keys and values of `batch` sequences of `context` tokens. `weight_size`: bytes of a weight, where they
-    are not `itemsize`."""
-    weights = float(config.hidden_size * config.vocab_size)  # the output head; of the embedding table a row per token
+    """The bytes that a decode step must read: all dense weights, `distinct_experts` experts per layer (None for a dense layer),
+    and the keys and values of `batch` sequences of `context` tokens.
+
+    `itemsize`: bytes per number. `weight_size`: bytes per weight, if they differ from `itemsize`.
+    """
+    weights = float(config.hidden_size * config.vocab_size)  # the output head; the embedding is not read as a whole
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     for layer, distinct in zip(config.layers, distinct_experts, strict=True):
         weights += 2 * config.hidden_size * (heads + kv_heads)

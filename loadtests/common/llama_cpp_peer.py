@@ -1,4 +1,4 @@
-"""llama.cpp on a dense model, through the C interface that llama-cpp-python binds: several sequences per step, greedy."""
+"""llama.cpp on a dense model: greedy, with several sequences per step. It uses the C interface of llama-cpp-python."""
 
 import time
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import llama_cpp as library
 
-STEP_TOKENS = 512  # of one call of the library, and of one of its matrix products
+STEP_TOKENS = 512  # tokens per call of the library, and per matrix product
 
-Row = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
+Row = tuple[int, int, int, bool]  # token, position, sequence, and whether its logits are wanted
 
 
 class LlamaCpp:
@@ -32,7 +32,7 @@ class LlamaCpp:
         self.batch = library.llama_batch_init(STEP_TOKENS, 0, 1)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Forget everything, read the prompts; the first token of each."""
+        """Clear the cache and compute the prompts. Returns the first token of each."""
         library.llama_memory_clear(library.llama_get_memory(self.context), True)
         rows = [
             (token, position, sequence, position == len(prompt) - 1)
@@ -45,7 +45,7 @@ class LlamaCpp:
         return first
 
     def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        """Seconds from the first tokens on until each prompt has `tokens`."""
+        """Seconds from the first tokens until each prompt has `tokens` tokens."""
         last = self.start(prompts)
         started = time.perf_counter()
         for done in range(tokens - 1):
@@ -61,14 +61,14 @@ class LlamaCpp:
         return time.perf_counter() - started
 
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """The tokens themselves, to see that the file says what the model says."""
+        """The generated tokens, to check that the file gives the same tokens as the model."""
         found = self.start([prompt])
         while len(found) < tokens:
             found += self._step([(found[-1], len(prompt) + len(found) - 1, 0, True)])
         return found
 
     def _step(self, rows: Sequence[Row]) -> list[int]:
-        """Tokens after the rows whose logits are wanted."""
+        """Compute the rows. Returns the next token for each row whose logits are wanted."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for index, (token, position, sequence, wanted) in enumerate(rows):

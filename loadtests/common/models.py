@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, made where they run: speed depends on shapes, not on what the weights say."""
+"""Models with real shapes and random weights, made on the device. Speed depends on shapes, not on the values of weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 
-# Hugging Face fields of dense models.
+# Fields of config.json for dense models.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "vocab_size": 32000,
@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def partitioned_config(shape: str, num_experts: int = 8) -> ModelConfig:
-    """Every FFN cut into equal experts that count with weight one: all of them together are the dense FFN."""
+    """Every FFN is divided into equal experts that count with weight 1. All of them together are the dense FFN."""
     size = SHAPES[shape]["intermediate_size"] // num_experts
     assert size * num_experts == SHAPES[shape]["intermediate_size"]
     layer = MoeLayerConfig(num_experts, num_experts, size, expert_weight="one")
@@ -76,7 +76,7 @@ def dense_config(shape: str) -> ModelConfig:
 
 @torch.no_grad()
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> MoeTransformer:
-    """The model with normal weights; routers are wider than the rest, so that scores differ between tokens."""
+    """A model with normally distributed weights. Those of routers are larger, so that scores differ between tokens."""
     with torch.device("meta"):
         model = MoeTransformer(config)
     generator = torch.Generator(device).manual_seed(seed)
@@ -96,7 +96,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
 
 
 def prepare_to_serve(model: MoeTransformer, quantize: str | None = None) -> None:
-    """Give a model the back end that the server would load it on, its weights rounded if asked for."""
+    """Prepare a model with the back end that the server would use. `quantize` rounds its weights to an integer format."""
     loaded = model.backend
     dtype = next(name for name, value in DTYPES.items() if value == loaded.dtype)
     backend = choose_backend(model.config, loaded.dtype, str(loaded.device), dtype, quantize)
@@ -108,6 +108,6 @@ def prepare_to_serve(model: MoeTransformer, quantize: str | None = None) -> None
 def top_k_policy(
     config: ModelConfig, name: str, top_k: int, experts: tuple[int, ...] | None = None, batch_experts: int | None = None
 ) -> RoutingPolicy:
-    """The same rule in every expert layer: `top_k` of all experts, or of a fixed subset, or of what the batch may read."""
+    """A policy with one rule in every expert layer: `top_k` of all experts, of a fixed subset, or under a batch budget."""
     rule = LayerRule(top_k=top_k, renormalize=False, experts=experts, batch_experts=batch_experts)
     return RoutingPolicy(name, "", tuple(None if layer is None else rule for layer in config.layers))

@@ -1,4 +1,4 @@
-"""Other engines on the dense model, for the same work in the same run. One that cannot run here says why."""
+"""Other engines, which do the same work on the dense model in the same run. An engine that cannot run here says why."""
 
 import importlib.util
 import inspect
@@ -17,23 +17,23 @@ from ladimo.model.families import read_model_config
 if TYPE_CHECKING:
     from loadtests.common.llama_cpp_peer import LlamaCpp
 
-# Prompts and tokens to generate for each -> seconds from the first token on.
+# A function from prompts and the number of tokens to generate to the seconds after the first token.
 Peer = Callable[[Sequence[Sequence[int]], int], float]
 
 
 class Unavailable(Exception):
-    """Why a peer cannot be measured here."""
+    """The engine cannot be measured here. The message says why."""
 
 
 def dense_llama(fields: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' LLaMA of a shape, with random weights made on the device."""
+    """transformers' LLaMA with these config fields and random weights, made on the device."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 
 def generate(model: Any, **options: Any) -> Peer:
-    """`generate`: the time for all tokens less the time for one. `options` are generate's own."""
+    """transformers' `generate`: the time for all tokens minus the time for one. `options` are those of `generate`."""
 
     @torch.inference_mode()
     def run(prompts: Sequence[Sequence[int]], tokens: int) -> float:
@@ -62,7 +62,7 @@ def generate(model: Any, **options: Any) -> Peer:
 
 @torch.inference_mode()
 def forward_seconds(model: Any, prompts: Sequence[Sequence[int]]) -> float:
-    """Until the first token of the prompts is known."""
+    """Seconds until the first token of each prompt is known."""
     ids = torch.tensor(prompts, device=model.device)
     started = time.perf_counter()
     model(ids, logits_to_keep=1).logits.argmax(dim=-1).tolist()
@@ -70,12 +70,12 @@ def forward_seconds(model: Any, prompts: Sequence[Sequence[int]]) -> float:
 
 
 def static_cache(model: Any) -> Peer:
-    """`generate` with a cache of fixed size; on a CUDA device transformers compiles the forward pass by itself."""
+    """`generate` with a cache of fixed size. On a CUDA device transformers then compiles the forward pass."""
     return generate(model, cache_implementation="static")
 
 
 def continuous_batching(model: Any) -> Peer:
-    """`generate_batch`, timed by its own time stamps of the tokens, so that its start does not count. Raises Unavailable."""
+    """transformers' `generate_batch`. It is timed by its own time stamps, so its start does not count. Raises Unavailable."""
     if model.device.type != "cuda":
         raise Unavailable("continuous batching of transformers is measured on CUDA devices only")
     method = getattr(model, "generate_batch", None)
@@ -100,8 +100,10 @@ def continuous_batching(model: Any) -> Peer:
 
 
 def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: int) -> "LlamaCpp":
-    """llama.cpp on the same dense weights, its matrices kept as `weights` (F32, BF16, Q8_0, Q4_0), for `sequences` sequences of
-    `context` tokens. Raises Unavailable."""
+    """llama.cpp with the same dense weights, for `sequences` sequences of `context` tokens.
+
+    `weights`: the type of its matrices, which is F32, BF16, Q8_0 or Q4_0. Raises Unavailable.
+    """
     if missing := [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]:
         raise Unavailable(f"{missing[0]} is not installed (pip install '.[bench]')")
     from loadtests.common.llama_cpp_peer import LlamaCpp
@@ -109,4 +111,4 @@ def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: i
     with TemporaryDirectory() as directory:
         file = Path(directory) / "dense.gguf"
         write_gguf(file, read_model_config(model.config.to_dict()), model.state_dict().items(), weights)
-        return LlamaCpp(file, threads, sequences, context)  # mapped: it stays readable without its name
+        return LlamaCpp(file, threads, sequences, context)  # mapped, so it stays readable after its removal

@@ -1,4 +1,4 @@
-"""Batches of requests through an engine core, and what they took. Nothing but the engine: no HTTP, no other thread."""
+"""Runs batches of requests through an engine core and measures them. There is no HTTP and no other thread."""
 
 import statistics
 import time
@@ -15,10 +15,11 @@ from server.engine.request import GenerationRequest, SamplingParams
 
 @dataclass(frozen=True)
 class Run:
-    """What one batch of requests took. `steps`: the steps in which all of them decoded and nothing else happened.
+    """The measurements of one batch of requests.
 
-    `seconds`: from the first token on; `prefill_seconds`: until every prompt had its first token; `distinct`: mean different
-    experts per step from then on, by layer.
+    steps: the steps in which all requests decoded, and nothing else. seconds: the time after the first tokens.
+    prefill_seconds: the time until every prompt had its first token. distinct: the mean number of different experts per decode
+    step, by layer.
     """
 
     seconds: float
@@ -32,7 +33,7 @@ class Run:
 
 
 def serve(core: EngineCore, policies: Sequence[RoutingPolicy], prompts: list[list[int]], tokens: int) -> Run:
-    """Run the prompts, row i under policies[i % n], to `tokens` tokens each."""
+    """Generate `tokens` tokens for each prompt. Prompt i runs under policies[i % n]."""
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         core.handle(Submit(GenerationRequest(f"r{index}", tuple(prompt), sampling, policies[index % len(policies)])))
@@ -61,7 +62,7 @@ def distinct_histogram(core: EngineCore) -> list[list[int]]:
 
 
 def mean_distinct(before: list[list[int]], after: list[list[int]]) -> list[float | None]:
-    """Mean different experts per step, by layer; None where a layer is dense."""
+    """The mean number of different experts per step, by layer; None for a dense layer."""
     means: list[float | None] = []
     for old, new in zip(before, after, strict=True):
         steps = [b - a for a, b in zip(old, new, strict=True)]
@@ -85,7 +86,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def interleaved(rows: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run]]:
-    """Each row once per round, in turn, after one round that does not count."""
+    """Run each row once per round, in turn. The first round is a warm-up and does not count."""
     for run in rows.values():
         run()
     samples: dict[str, list[Run]] = {name: [] for name in rows}

@@ -1,4 +1,4 @@
-"""An engine without a network: the real scheduler, policy table and threads over a runner that counts upwards."""
+"""An engine without a neural network: the real scheduler, policy table and threads, over a runner that counts upwards."""
 
 import threading
 from collections.abc import Callable
@@ -41,13 +41,13 @@ def fake_policy(name: str, top_k: int = 2, description: str = "") -> RoutingPoli
 
 
 class FakeRunner:
-    """The next token is the last one plus one (modulo the vocabulary); each token runs `top_k` experts, numbers 0 .. top_k - 1.
+    """Draws the last token plus one, modulo the vocabulary. Each token runs the experts 0 .. top_k - 1 of every expert layer.
 
-    Where log-probabilities are asked for, token t has -0.5 and its rivals t + 1, t + 2, ... have -1.5, -2.5, ...; at odd places
-    of a prompt t - 1 has -0.5 and t -1.5.
+    Log-probabilities: token t has -0.5, and t + 1, t + 2, ... have -1.5, -2.5, ... At odd positions of a prompt, t - 1 has -0.5
+    and t has -1.5.
 
-    `gate` holds every step back while it is cleared, `let(n)` lets n steps through and then holds; `fail_with` is raised by the
-    next step.
+    `gate`: every step waits while it is cleared. `let(n)`: n steps may run, and the next one waits. `fail_with`: the next step
+    raises this error.
     """
 
     def __init__(self, table: PolicyTable, vocab_size: int = FAKE_VOCAB) -> None:
@@ -59,6 +59,7 @@ class FakeRunner:
         self.batches: list[list[tuple[str, int]]] = []
 
     def let(self, steps: int) -> None:
+        """Let `steps` steps run, then hold the next one back."""
         self._steps_left = steps
         self.gate.set()
 
@@ -125,7 +126,7 @@ class FakeRunner:
 
 
 class Clock:
-    """Stands in for a module's `time`: passes only when it is told to."""
+    """Replaces the module `time` in a module under test. Its time changes only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -145,7 +146,7 @@ def fake_core(
     eos_token_ids: frozenset[int] = frozenset(),
     config: ModelConfig = FAKE_CONFIG,
 ) -> tuple[EngineCore, FakeRunner]:
-    """An engine core over a FakeRunner, small enough to run out of everything."""
+    """An engine core over a FakeRunner. It is so small that tests can use up its rows, blocks and token budget."""
     table = PolicyTable(config, max_policies + 1, torch.device("cpu"))
     runner = FakeRunner(table, config.vocab_size)
     limits = EngineLimits(max_model_len, max_num_seqs, num_blocks, block_size, config.vocab_size, max_policies)

@@ -1,7 +1,7 @@
-"""A whole server over the fake runner, for HTTP tests: tokens are bytes, and every next byte is the last one plus one.
+"""A whole server over the fake runner, for HTTP tests. Tokens are bytes, and each new byte is the last one plus one.
 
-A completion of "a" is "bcd...". `serving` talks ASGI and has no socket; `serving_http` is uvicorn on a free port, for streams
-and for clients that leave.
+So a completion of "a" is "bcd...". `serving` calls the ASGI application directly, without a socket. `serving_http` runs uvicorn
+on a free port, for tests of streams and of clients that disconnect.
 """
 
 import asyncio
@@ -85,7 +85,7 @@ class Server:
         return body
 
     async def metrics(self) -> dict[str, float]:
-        """Every sample on /metrics by its name and labels as they are written there."""
+        """The samples of /metrics. Keys are names with labels, as they are written on the page."""
         return sample_values((await self.client.get("/metrics")).content)
 
     async def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -103,7 +103,7 @@ class Server:
         await self.until(lambda: len(self.services.engine._streams) == sequences)
 
     def hold_after(self, steps: int) -> threading.Event:
-        """Let the engine do so many more steps and hold the next one back until the returned event is set."""
+        """Let the engine run `steps` more steps. The next step then waits until the returned event is set."""
         execute, left, release = self.runner.execute, steps, threading.Event()
         self.releases.append(release)
 
@@ -118,7 +118,7 @@ class Server:
         return release
 
     def step_by_step(self) -> "Steps":
-        """Hold every step back until it is told to go."""
+        """From now on every step waits for `Steps.go`."""
         execute, steps = self.runner.execute, Steps(self)
 
         def held(batch: Batch) -> BatchOutput:
@@ -130,7 +130,7 @@ class Server:
         return steps
 
     def watch_requests(self) -> dict[str, GenerationRequest]:
-        """What reaches the engine from now on, by request id."""
+        """The requests that reach the engine from now on, by request id. The dictionary is filled as they come."""
         execute, seen = self.runner.execute, dict[str, GenerationRequest]()
 
         def watched(batch: Batch) -> BatchOutput:
@@ -141,7 +141,7 @@ class Server:
         return seen
 
     def say(self, *texts: str) -> None:
-        """From now on the model answers with these texts: each new sequence with the next one, the last one again and again."""
+        """From now on each new sequence is answered with the next of these texts. The last text is then repeated."""
         left, tokens = list(texts), dict[str, Iterator[int]]()
         tokenizer = make_tokenizer()
 
@@ -159,18 +159,18 @@ class Server:
         self.runner.execute = scripted  # type: ignore[method-assign]
 
     def release(self) -> None:
-        """Hold nothing back any more, so that the engine can stop."""
+        """Let all waiting steps run, so that the engine can stop."""
         for event in (self.runner.gate, *self.releases):
             event.set()
 
     async def idle(self) -> None:
-        """Wait until nothing runs and the engine has said so."""
+        """Wait until no request runs, and the engine has handled all its commands."""
         await self.until(lambda: self.services.admission.in_flight == 0)
         await self.services.engine.read_experts()
 
 
 class Steps:
-    """The engine's steps, one at a time."""
+    """Controls the engine's steps, one at a time."""
 
     def __init__(self, server: Server) -> None:
         self.waiting, self.turn = threading.Event(), threading.Semaphore(0)
@@ -181,14 +181,14 @@ class Steps:
         await self._server.until(self.waiting.is_set)
 
     def go(self) -> None:
-        """Let it run."""
+        """Let the waiting step run."""
         self.waiting.clear()
         self.turn.release()
 
 
 @dataclass
 class Parts:
-    """What a test may want other than usual."""
+    """The options of a test server, with their defaults."""
 
     access: Access = Access(admin_key="admin-key")
     max_queue: int = 8
@@ -257,7 +257,7 @@ async def make_server(
 
 @asynccontextmanager
 async def serving(tmp_path: Path, parts: Parts | None = None, **core: Any) -> AsyncIterator[Server]:
-    """A server behind httpx's ASGI transport, which hands over streams only when they are complete."""
+    """A server behind httpx's ASGI transport. Clients get a stream only when it is complete."""
     parts = parts or Parts()
     async with (
         make_server(tmp_path, parts, **core) as (app, services, runner, died),
@@ -275,7 +275,7 @@ async def serving(tmp_path: Path, parts: Parts | None = None, **core: Any) -> As
 
 @asynccontextmanager
 async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) -> AsyncIterator[Server]:
-    """A server on a socket. What the kernel keeps of an answer that nobody reads is little."""
+    """A server on a socket. Its send buffer is small, so a client that does not read soon stops the server from sending."""
     parts = parts or Parts()
     async with make_server(tmp_path, parts, **core) as (app, services, runner, died):
         http = bounded_http(parts.header_timeout, parts.send_timeout)
@@ -308,13 +308,13 @@ async def serving_http(tmp_path: Path, parts: Parts | None = None, **core: Any) 
 
 
 def sample_values(page: bytes) -> dict[str, float]:
-    """The samples of a metrics page by name and labels as they are written there."""
+    """The samples of a metrics page. Keys are names with labels, as they are written on the page."""
     pairs = (line.rsplit(" ", 1) for line in page.decode().splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The JSON of a finished stream's events; asserts that it ended with [DONE]."""
+    """The events of a complete stream, as JSON. Asserts that the stream ends with [DONE]."""
     parts = text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""]
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
