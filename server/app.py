@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def create_app(
         app.include_router(router)
     show_policies(services.store, services.metrics)
     services.metrics.requests_in_flight.set_function(lambda: services.admission.in_flight)
-    services.metrics.heartbeat_age.set_function(lambda: time.monotonic() - services.engine.heartbeat)
+    services.metrics.heartbeat_age.set_function(lambda: services.engine.heartbeat_age)
     for code in statuses():
         services.metrics.request_failures.labels(code)
     return app
@@ -167,7 +166,7 @@ async def _control(store: PolicyStore, metrics: Metrics, latencies: RecentLatenc
     objective, state = None, ControllerState(1.0, 0.0)
     while True:
         await asyncio.sleep(control.interval_seconds)
-        now = time.monotonic()
+        now = latencies.clock()
         if store.objective is None:
             objective = None
             continue

@@ -51,7 +51,7 @@ LLAMA3_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A tokenizer in which every byte is a token, so every string survives encoding. It adds BOS in front."""
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -64,13 +64,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
 
 
-def save_tokenizer(path: Path) -> None:
-    make_tokenizer().save_pretrained(path)
+def save_tokenizer(path: Path, chat_template: str = CHAT_TEMPLATE) -> None:
+    make_tokenizer(chat_template).save_pretrained(path)
 
 
 def make_dense(

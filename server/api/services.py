@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
@@ -14,7 +14,7 @@ from server.api.admission import Admission, Permit
 from server.api.answers.answering import AnswerParts, Tracing
 from server.api.answers.generation import GenerationParts
 from server.api.policy_changes import PolicyChanges
-from server.api.requests.terms import RequestRules
+from server.api.requests.terms import FairQueueing, RequestRules
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.policies.controller import Control
@@ -52,7 +52,7 @@ class Services:
     request_timeout: float | None = None
     strict_fields: bool = False
     telemetry: Tracing | None = None
-    fair_queueing: Literal["key", "user", "none"] = "key"
+    fair_queueing: FairQueueing = "key"
     stall_timeout: float = 120.0
     comment_seconds: float = 10.0
     scrape_seconds: float = SCRAPE_SECONDS

@@ -47,15 +47,21 @@ class EngineState(StrEnum):
 
 
 class AsyncEngine:
-    """The engine for one event loop. Only `heartbeat` may be read from elsewhere.
+    """The engine for one event loop. Only `heartbeat` and its age may be read from elsewhere.
 
-    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step. `heartbeat` is the
-    `time.monotonic()` of the engine loop's last turn, in seconds.
+    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step. `heartbeat` is when
+    the engine loop last turned, in seconds of `clock`.
     """
 
-    def __init__(self, build_core: Callable[[], EngineCore], on_step: Callable[[StepStats], None]) -> None:
+    def __init__(
+        self,
+        build_core: Callable[[], EngineCore],
+        on_step: Callable[[StepStats], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.state = EngineState.LOADING
-        self.heartbeat = time.monotonic()
+        self._clock = clock
+        self.heartbeat = clock()
         self._build_core, self._on_step = build_core, on_step
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
@@ -65,6 +71,11 @@ class AsyncEngine:
         self._dead = asyncio.Event()
         self._cause: BaseException | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine loop's last turn."""
+        return self._clock() - self.heartbeat
 
     @property
     def limits(self) -> EngineLimits:
@@ -221,7 +232,7 @@ class AsyncEngine:
         """Take all commands out of the mailbox; None after Stop. Waits for the first command only when not `busy`."""
         commands: list[Command] = []
         while True:
-            self.heartbeat = time.monotonic()
+            self.heartbeat = self._clock()
             try:
                 block = not busy and not commands
                 command = self._mailbox.get(block=block, timeout=IDLE_HEARTBEAT_SECONDS if block else None)

@@ -59,7 +59,7 @@ class Runner(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A step that has been launched. `wait` returns its output; None if there was nothing to compute. `bucket`: the rows of its
-    CUDA graph, if any. `started`: when the device began to work on it, in `time.monotonic()` seconds."""
+    CUDA graph, if any. `started`: when the device began to work on it, by the core's clock."""
 
     batch: Batch
     wait: Callable[[], BatchOutput] | None
@@ -75,8 +75,10 @@ class EngineCore:
         table: PolicyTable,
         limits: EngineLimits,
         eos_token_ids: frozenset[int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
+        self._clock = clock
         self._runner, self._scheduler, self._table = runner, scheduler, table
         self._row_queue = RowQueue(table)
         self._eos_token_ids = eos_token_ids
@@ -98,7 +100,7 @@ class EngineCore:
             case Abort(request_id, reason):
                 sequence = self._row_queue.remove(request_id) or self._scheduler.remove(request_id)
                 if sequence is not None:
-                    self._retire(sequence, reason, time.monotonic())
+                    self._retire(sequence, reason, self._clock())
                     self._give_rows()
                 return None
             case Activate(call_id, policies):
@@ -125,11 +127,11 @@ class EngineCore:
         self._flight = None if ahead is None else self._launch(ahead)
         result = self._land(flight)
         if self._flight is not None:  # the device was busy with the step before until now
-            self._flight = replace(self._flight, started=time.monotonic())
+            self._flight = replace(self._flight, started=self._clock())
         return result
 
     def _launch(self, batch: Batch) -> _Flight:
-        started = time.monotonic()
+        started = self._clock()
         for sequence, count in batch.scheduled:
             if sequence.scheduled is None:
                 sequence.scheduled = started
@@ -156,7 +158,7 @@ class EngineCore:
             ]
             drawn_ids = [drawn.token_id for drawn in output.drawn]
             outcomes = self._scheduler.update(batch, drawn_ids, self._eos_token_ids)
-            now = time.monotonic()
+            now = self._clock()
             for (sequence, reason), drawn, trace in zip(outcomes, output.drawn, traces, strict=True):
                 first = sequence.first_token is None
                 stats.token(sequence, now)
@@ -182,7 +184,7 @@ class EngineCore:
         return StepResult(
             events,
             StepStats(
-                seconds=time.monotonic() - flight.started,
+                seconds=self._clock() - flight.started,
                 prefill_tokens=sum(count for _, count in flight.batch.prefill),
                 decode_tokens=len(flight.batch.decode),
                 running=len(self._scheduler.running),
@@ -211,7 +213,7 @@ class EngineCore:
                 request=request,
                 policy_row=NONE_ROW,
                 seed=secrets.randbits(63) if seed is None else seed,
-                arrived=time.monotonic(),
+                arrived=self._clock(),
                 expert_counts=[0] * self._table.config.num_hidden_layers,
                 prompt_logprobs=[None] if request.sampling.prompt_logprobs is not None else [],
             )

@@ -8,7 +8,7 @@ BrownoutServe (arXiv 2507.17133), with hysteresis and the minimum time added.
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """The accuracy, 0 to 1, and when it last changed, in `time.monotonic()` seconds."""
+    """The accuracy, 0 to 1, and when it last changed, in seconds of `RecentLatencies.clock`."""
 
     accuracy: float
     changed_at: float
@@ -79,20 +79,21 @@ def _load(objective: Objective, measured: Measured) -> float:
 
 
 class RecentLatencies:
-    """The latencies of the last WINDOW_SECONDS, collected from engine steps."""
+    """The latencies of the last WINDOW_SECONDS, collected from engine steps. `clock` is in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self._itl: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
 
     def observe(self, stats: StepStats) -> None:
         """Add the latencies of one step."""
-        now = time.monotonic()
+        now = self.clock()
         self._itl.extend((now, seconds) for _, seconds in stats.inter_token_seconds)
         self._ttft.extend((now, seconds) for _, seconds in stats.first_token_seconds)
 
     def measured(self, now: float, since: float = -math.inf) -> Measured:
-        """Percentiles of the latencies after `since`, at most WINDOW_SECONDS old. Times are in `time.monotonic()` seconds.
+        """Percentiles of the latencies after `since`, at most WINDOW_SECONDS old. Times are in seconds of `clock`.
 
         `since` is the last change of accuracy. Older samples would make the controller react twice to the same load.
         """

@@ -1,6 +1,7 @@
 """An engine without a neural network: the real scheduler, policy table and threads, over a runner that counts upwards."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -126,12 +127,12 @@ class FakeRunner:
 
 
 class Clock:
-    """Replaces the module `time` in a module under test. Its time changes only when a test sets `now`."""
+    """Replaces `time.monotonic`. Its time changes only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
@@ -145,10 +146,11 @@ def fake_core(
     max_policies: int = 8,
     eos_token_ids: frozenset[int] = frozenset(),
     config: ModelConfig = FAKE_CONFIG,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[EngineCore, FakeRunner]:
     """An engine core over a FakeRunner. It is so small that tests can use up its rows, blocks and token budget."""
     table = PolicyTable(config, max_policies + 1, torch.device("cpu"))
     runner = FakeRunner(table, config.vocab_size)
     limits = EngineLimits(max_model_len, max_num_seqs, num_blocks, block_size, config.vocab_size, max_policies)
     scheduler = Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, max_step_tokens, max_model_len)
-    return EngineCore(runner, scheduler, table, limits, eos_token_ids), runner
+    return EngineCore(runner, scheduler, table, limits, eos_token_ids, clock), runner

@@ -8,11 +8,12 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import uvicorn
@@ -23,6 +24,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
+from server.api.requests.terms import FairQueueing
 from server.api.services import SCRAPE_SECONDS, Services
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
@@ -40,7 +42,7 @@ from server.telemetry import Telemetry
 from server.text.language import Language
 from server.text.tokenizer import Tokenizer
 from server.text.tool_dialects import PLAIN_JSON, ToolDialect
-from tests.factories import EOS_ID, make_tokenizer, save_tokenizer
+from tests.factories import CHAT_TEMPLATE, EOS_ID, make_tokenizer, save_tokenizer
 from tests.server.fakes import FAKE_CONFIG, FakeRunner, fake_core, fake_policy
 
 CONFIG = replace(FAKE_CONFIG, vocab_size=258)
@@ -195,12 +197,14 @@ class Parts:
     max_queue_tokens: int | None = None
     request_timeout: float | None = None
     strict_fields: bool = False
-    fair_queueing: Literal["key", "user", "none"] = "key"
+    fair_queueing: FairQueueing = "key"
     stall_timeout: float = 120.0
     tool_dialect: ToolDialect = PLAIN_JSON
     comment_seconds: float = 10.0
     scrape_seconds: float = SCRAPE_SECONDS
     control: Control = Control()
+    clock: Callable[[], float] = time.monotonic
+    chat_template: str = CHAT_TEMPLATE
     keep_alive_timeout: float = 120.0
     header_timeout: float = HEADER_SECONDS
     send_timeout: float = SEND_SECONDS
@@ -216,11 +220,11 @@ class Parts:
 async def make_server(
     tmp_path: Path, parts: Parts, **core: Any
 ) -> AsyncIterator[tuple[FastAPI, Services, FakeRunner, list[BaseException]]]:
-    save_tokenizer(tmp_path / "tokenizer")
-    sizes: dict[str, Any] = {"config": CONFIG, "max_model_len": CONTEXT, **core}
+    save_tokenizer(tmp_path / "tokenizer", parts.chat_template)
+    sizes: dict[str, Any] = {"config": CONFIG, "max_model_len": CONTEXT, "clock": parts.clock, **core}
     built, runner = fake_core(**sizes)
     num_experts = {index: layer.num_experts for index, layer in enumerate(CONFIG.layers) if layer is not None}
-    metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies()
+    metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies(parts.clock)
 
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
@@ -230,7 +234,7 @@ async def make_server(
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
-    engine = AsyncEngine(lambda: parts.build(built), on_step)
+    engine = AsyncEngine(lambda: parts.build(built), on_step, parts.clock)
     admission = Admission(engine, parts.max_queue, on_reject, parts.max_queue_tokens)
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     services = Services(

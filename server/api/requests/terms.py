@@ -16,6 +16,8 @@ from server.policies.store import PolicyStore
 from server.policies.targets import AUTO
 from server.policies.tiers import DEFAULT
 
+FairQueueing = Literal["key", "user", "none"]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
@@ -26,7 +28,7 @@ class RequestRules:
     model_name: str
     request_timeout: float | None
     strict_fields: bool
-    fair_queueing: Literal["key", "user", "none"]
+    fair_queueing: FairQueueing
 
 
 def make_terms(body: GenerationFields, prompts: int, request: Request, permit: Permit, rules: RequestRules) -> Terms:
@@ -48,7 +50,7 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     )
 
 
-def _flow(body: GenerationFields, request: Request, fair_queueing: Literal["key", "user", "none"]) -> str:
+def _flow(body: GenerationFields, request: Request, fair_queueing: FairQueueing) -> str:
     """For whom the request is, as far as turns go."""
     caller: str = request.state.caller
     match fair_queueing:

@@ -2,7 +2,6 @@
 
 import asyncio
 import platform
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ router = APIRouter(route_class=JsonRoute)
 async def live(engine: EngineDep, stall_timeout: StallTimeoutDep) -> Response:
     """Alive: loading counts, a dead or stalled engine does not. The engine's loop turns twice a second while idle, and between
     any two steps however long a prompt is."""
-    state, age = engine.state, time.monotonic() - engine.heartbeat
+    state, age = engine.state, engine.heartbeat_age
     if state is EngineState.DEAD or (state is EngineState.READY and age > stall_timeout):
         return error_response(Dead(f"the engine is {state} and last turned {age:.0f} s ago", retry_after=30))
     return JSONResponse({"status": str(state)})

@@ -274,9 +274,8 @@ TOOL_TEMPLATE = (
 )
 
 
-async def test_a_template_that_knows_tools_gets_them_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.factories.CHAT_TEMPLATE", TOOL_TEMPLATE)
-    async with tool_server(tmp_path) as server:
+async def test_a_template_that_knows_tools_gets_them_as_they_are(tmp_path: Path) -> None:
+    async with tool_server(tmp_path, chat_template=TOOL_TEMPLATE) as server:
         text = await prompt_of(server, messages=CONVERSATION, tools=[WEATHER])
         listed, *lines = text.split("\n")
         assert json.loads(listed) == [WEATHER]

@@ -67,13 +67,9 @@ class Load:
 
 
 @asynccontextmanager
-async def controlled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dwell_seconds: float = DWELL_SECONDS
-) -> AsyncIterator[Load]:
+async def controlled(tmp_path: Path, dwell_seconds: float = DWELL_SECONDS) -> AsyncIterator[Load]:
     clock = Clock()
-    for module in ("server.app", "server.policies.controller", "server.engine.core"):
-        monkeypatch.setattr(f"{module}.time", clock)
-    parts = Parts(max_queue=64, control=Control(interval_seconds=0.001, dwell_seconds=dwell_seconds))
+    parts = Parts(max_queue=64, control=Control(interval_seconds=0.001, dwell_seconds=dwell_seconds), clock=clock)
     async with serving(tmp_path, parts, max_num_seqs=STREAMS, num_blocks=257) as server:
         execute, rows = server.runner.execute, server.runner.table.tables.rows
 
@@ -92,8 +88,8 @@ async def switch_on(load: Load, **objective: float) -> None:
     assert reply.status_code == 200, reply.text
 
 
-async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with controlled(tmp_path, monkeypatch) as load:
+async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as load:
         store = load.server.services.store
         await switch_on(load)
         async with load.of(1):
@@ -125,8 +121,8 @@ async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: P
         assert (await load.server.complete("a"))["routing"]["policy"] == "full"
 
 
-async def test_floors_hold_under_any_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with controlled(tmp_path, monkeypatch, dwell_seconds=1.0) as load:
+async def test_floors_hold_under_any_load(tmp_path: Path) -> None:
+    async with controlled(tmp_path, dwell_seconds=1.0) as load:
         store = load.server.services.store
         await switch_on(load, itl_ms=1.0, min_accuracy=0.4)  # out of reach, whatever is done
 
@@ -146,8 +142,8 @@ async def test_floors_hold_under_any_load(tmp_path: Path, monkeypatch: pytest.Mo
         assert (samples["ladimo_routing_accuracy"], samples["ladimo_routing_accuracy_floor"]) == (0.4, 0.4)
 
 
-async def test_new_targets_and_another_default_take_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with controlled(tmp_path, monkeypatch) as load:
+async def test_new_targets_and_another_default_take_over_at_once(tmp_path: Path) -> None:
+    async with controlled(tmp_path) as load:
         store = load.server.services.store
         await switch_on(load, itl_ms=1.0, min_accuracy=0.7)
         async with load.of(STREAMS):

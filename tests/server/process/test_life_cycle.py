@@ -144,11 +144,9 @@ async def test_a_failed_step_in_mid_stream_is_an_error_event_and_done(tmp_path: 
         assert (await server.metrics())['ladimo_request_failures_total{code="engine_dead"}'] == 1
 
 
-async def test_a_stuck_step_is_not_alive_and_a_long_prompt_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stuck_step_is_not_alive_and_a_long_prompt_is(tmp_path: Path) -> None:
     clock = Clock()
-    monkeypatch.setattr("server.api.routes.ops.time", clock)
-    monkeypatch.setattr("server.engine.async_engine.time", clock)
-    async with serving(tmp_path, Parts(stall_timeout=10.0), max_step_tokens=1) as server:
+    async with serving(tmp_path, Parts(stall_timeout=10.0, clock=clock), max_step_tokens=1) as server:
 
         async def alive() -> bool:
             return (await server.client.get("/health/live")).status_code == 200
