@@ -1,7 +1,7 @@
 """Automatic control: sets the accuracy of the default from measured latencies.
 
 While a target is missed, the accuracy is multiplied by a factor below 1. While all targets are met with room to spare, it rises
-in small steps. In between it stays (hysteresis). Two changes are at least DWELL_SECONDS apart. The rule is that of
+in small steps. In between it stays (hysteresis). Two changes are at least `Control.dwell_seconds` apart. The rule is that of
 BrownoutServe (arXiv 2507.17133), with hysteresis and the minimum time added.
 """
 
@@ -30,7 +30,7 @@ Direction = Literal["down", "hold", "up"]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """How often the accuracy is decided, and the least time between two changes of it."""
+    """The timing in seconds: between two decisions, and the minimum between two changes of the accuracy."""
 
     interval_seconds: float = 1.0
     dwell_seconds: float = DWELL_SECONDS

@@ -1,4 +1,4 @@
-"""How the served model reads and writes."""
+"""The parts of a model that read and write text."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from server.text.tool_dialects import ToolDialect
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Texts and chats as tokens, how the model writes calls of tools, and what constrains its answers."""
+    """The tokenizer, the form of the model's tool calls, and the compiler of grammars for structured output."""
 
     tokenizer: Tokenizer
     tool_dialect: ToolDialect
