@@ -110,6 +110,7 @@ class RoutingPolicy:
         return cls(name=name, description=description, layers=rules)
 
     def to_dict(self) -> dict[str, Any]:
+        """The policy as JSON. `from_dict` reads it back."""
         layers = [None if rule is None else rule.to_dict() for rule in self.layers]
         return {"name": self.name, "description": self.description, "layers": layers}
 
@@ -177,6 +178,7 @@ class FrontierPoint:
     experts_per_token: tuple[float | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """The point as JSON."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
             "experts_per_token": list(self.experts_per_token)
         }
@@ -198,6 +200,7 @@ class Frontier:
         return cls(tuple(_point(point, f"points[{index}]") for index, point in enumerate(points)))
 
     def to_dict(self) -> dict[str, Any]:
+        """The frontier as JSON. `from_dict` reads it back."""
         return {"points": [point.to_dict() for point in self.points]}
 
     def for_batch(self, batch: int) -> "Frontier":

@@ -59,47 +59,69 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
+    """The request has a wrong field, or a value that this server does not allow."""
+
     status, type, code = 400, "invalid_request_error", "invalid_request"
 
 
 class UnsupportedParameter(BadRequest):
+    """A known or unknown field that this server does not support."""
+
     code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(BadRequest):
+    """The prompt and the answer do not fit into the context."""
+
     code = "context_length_exceeded"
 
 
 class InvalidPolicy(BadRequest):
+    """The JSON of a policy or of a default is wrong."""
+
     code = "invalid_policy"
 
 
 class NoFrontier(BadRequest):
+    """An accuracy was asked for, but the checkpoint has no measured frontier."""
+
     code = "no_frontier"
 
 
 class Unauthorized(ServiceError):
+    """The key is missing or wrong."""
+
     status, type, code = 401, "authentication_error", "invalid_api_key"
     headers = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(ServiceError):
+    """The admin routes are closed, or closed to this caller."""
+
     status, type, code = 403, "permission_error", "admin_forbidden"
 
 
 class NotFound(ServiceError):
+    """There is no such route or file."""
+
     status, type, code = 404, "not_found_error", "not_found"
 
 
 class UnknownModel(NotFound):
+    """There is no model of this name."""
+
     code = "model_not_found"
 
 
 class UnknownPolicy(NotFound):
+    """There is no policy of this name."""
+
     code = "unknown_policy"
 
 
 class MethodNotAllowed(ServiceError):
+    """The route does not have this method."""
+
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
@@ -111,66 +133,96 @@ class RequestTimeout(ServiceError):
 
 
 class Conflict(ServiceError):
+    """The action does not fit the current state."""
+
     status, type, code = 409, "conflict_error", "conflict"
 
 
 class PolicyInUse(Conflict):
+    """The policy is the default, or a service tier uses it."""
+
     code = "policy_in_use"
 
 
 class NoPreviousDefault(Conflict):
+    """There is no earlier default to roll back to."""
+
     code = "no_previous_default"
 
 
 class TableFull(Conflict):
+    """Requests hold so many rows of the policy table that the new default gets none."""
+
     code = "policy_table_full"
 
 
 class PreconditionFailed(ServiceError):
+    """The condition of If-Match or If-None-Match does not hold."""
+
     status, type, code = 412, "invalid_request_error", "precondition_failed"
 
 
 class BodyTooLarge(ServiceError):
+    """The body is too large, before or after decompression."""
+
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
 
 class UnsupportedMediaType(ServiceError):
+    """The body has another type or encoding than the route reads."""
+
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class QueueFull(ServiceError):
+    """Too many sequences or prompt tokens are waiting."""
+
     status, type, code = 429, "rate_limit_error", "queue_full"
 
 
 class HeadersTooLarge(ServiceError):
+    """The headers are too large."""
+
     status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
 class ClientDisconnected(ServiceError):
+    """The client left before it had its answer."""
+
     status, type, code = 499, "invalid_request_error", "client_disconnected"
 
 
 class InternalError(ServiceError):
-    pass
+    """A fault of the server."""
 
 
 class Unavailable(ServiceError):
+    """The server cannot answer now."""
+
     status, code = 503, "unavailable"
 
 
 class Loading(Unavailable):
+    """The model is still loading."""
+
     code = "loading"
 
 
 class Draining(Unavailable):
+    """The server is shutting down and accepts no new requests."""
+
     code = "draining"
 
 
 class Dead(Unavailable):
+    """The engine has stopped."""
+
     code = "engine_dead"
 
 
 class DeadlineExceeded(ServiceError):
+    """The request was not finished before its deadline."""
+
     status, code = 504, "deadline_exceeded"
     headers = {"X-Should-Retry": "false"}  # otherwise OpenAI's clients would repeat the request
 

@@ -67,10 +67,12 @@ class HistogramSeries:
         self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
 
     def observe(self, value: float) -> None:
+        """Count one observation."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def write(self) -> str:
+        """The lines of all buckets, the count and the sum."""
         return self._row.write_counts(self._counts, self._sum)
 
 
@@ -94,9 +96,11 @@ class Histogram:
         return found
 
     def observe(self, value: float) -> None:
+        """Count one observation. Only for a histogram without a label."""
         self._series[""].observe(value)
 
     def write(self) -> str:
+        """The histogram with its HELP and TYPE lines."""
         return self._header + "".join(one.write() for one in self._series.values())
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 
 def resolve_directory(model: str | Path) -> Path:
-    """The directory of a model. A hub id is downloaded first. Raises ValueError if there is neither a directory nor a
-    download."""
+    """The directory of a model. A hub id is downloaded first. Raises ValueError if neither works."""
     path = Path(model)
     if path.is_dir():
         return path

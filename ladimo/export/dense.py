@@ -13,6 +13,7 @@ class DenseTarget:
     help = "a plain LLaMA in Hugging Face layout, for policies that run the same experts for every token"
 
     def write(self, view: DenseView, out: Path) -> None:
+        """Write config.json, the weights and the tokenizer. Raises ValueError for a model that is no LLaMA."""
         write_json(out / "config.json", view.config)
         write_tensors(out, view.tensors())
         view.copy_tokenizer(out)

@@ -38,6 +38,7 @@ class GgufTarget:
     help = "model.gguf for llama.cpp: weights in bf16 without a tokenizer, so that it takes token ids"
 
     def write(self, view: DenseView, out: Path) -> None:
+        """Write model.gguf in bf16. Raises ValueError if the package gguf is missing, and as `write_gguf` does."""
         if importlib.util.find_spec("gguf") is None:
             raise ValueError("target 'gguf': the package gguf is not installed (pip install 'ladimo[bench]')")
         config = read_model_config(view.config)

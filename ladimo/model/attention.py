@@ -14,6 +14,8 @@ from ladimo.model.paged_attention import apply_rope, attend_prefill, attend_whol
 
 
 class Attention(BackendModule):
+    """The attention of one layer, with its four projections. `layer` is the number of the layer, from 0."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer

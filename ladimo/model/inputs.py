@@ -69,6 +69,8 @@ class StepInputs:
 
 
 class StepOutput(NamedTuple):
+    """The outputs of one step."""
+
     logits: Tensor  # [R, V]
     expert_ids: Tensor | None  # [L, T, E]; -1 = no expert, so a dense layer has only -1; None for a dense model
 

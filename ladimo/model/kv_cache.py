@@ -13,6 +13,8 @@ from ladimo.model.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
+    """Keys and values of all blocks."""
+
     # [L, num_blocks, block_size, G, C]. The native back end orders the numbers within a block in its own way.
     k: Tensor
     v: Tensor  # same shape

@@ -21,6 +21,7 @@ class RMSNorm(BackendModule):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         return self.backend.rms_norm(hidden_states, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,7 @@ class GatedMLP(BackendModule):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
         hidden = self.backend.silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states))
         out: Tensor = self.down_proj(hidden)
         return out

@@ -26,9 +26,11 @@ class QuantizedLinear(BackendModule):
 
     @property
     def quantized(self) -> QuantizedWeights:
+        """The weights [N, K]."""
         return _kept(self, "weight", self.cols, self.format)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
         return self.backend.linear(x, self.quantized, self.bias)
 
 
@@ -44,10 +46,12 @@ class QuantizedExperts(nn.Module):
 
     @property
     def gate_up_proj(self) -> QuantizedWeights:
+        """The weights [E, 2F, D]."""
         return _kept(self, "gate_up", self.hidden_size, self.format)
 
     @property
     def down_proj(self) -> QuantizedWeights:
+        """The weights [E, D, F]."""
         return _kept(self, "down", self.moe_intermediate_size, self.format)
 
 

@@ -25,6 +25,7 @@ class Router(nn.Module):
         self.register_parameter(SELECTION_BIAS, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states [T, D] -> router logits [T, E]."""
         raise NotImplementedError
 
 
@@ -56,10 +57,10 @@ class MlpRouter(Router):
 
 
 class GluRouter(Router):
-    """|silu(gate_proj x) * up_proj x|, both weights [E, D]. Each expert has one representative neuron, whose activation is its
-    logit.
+    """|silu(gate_proj x) * up_proj x|, both weights [E, D].
 
-    This is the analytical router of CMoE (arXiv 2502.04416).
+    The logit of an expert is the activation of its representative neuron. This is the analytical router of CMoE (arXiv
+    2502.04416).
     """
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:

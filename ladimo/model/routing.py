@@ -62,8 +62,7 @@ def select_experts(
 
 
 def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
-    """Narrow the masks of decoding tokens, so that these share experts. Tokens then choose again under the returned masks [T,
-    E].
+    """Narrow the masks of decoding tokens, so that they share experts. Returns masks [T, E]; tokens then choose again.
 
     topk_weights and topk_ids [T, K] are the first choice, `rows` [T, len(RuleNumber)] and `allowed` [T, E] the tokens' rules.
     The first `num_decode` tokens are the decoding ones.

@@ -17,6 +17,8 @@ from ladimo.model.moe import ExpertLayer
 
 
 class DecoderLayer(nn.Module):
+    """One layer: attention, then a dense FFN or an expert layer, each with a norm before it. `layer` counts from 0."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 
 class EngineState(StrEnum):
+    """LOADING until `start` returns, then READY, and DEAD after an error or `stop`."""
+
     LOADING = "loading"
     READY = "ready"
     DEAD = "dead"
@@ -79,6 +81,7 @@ class AsyncEngine:
 
     @property
     def limits(self) -> EngineLimits:
+        """The limits of the engine. Must not be read before it is ready."""
         assert self._limits is not None, "known once the engine is ready"
         return self._limits
 

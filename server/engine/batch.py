@@ -28,10 +28,12 @@ class Batch:
 
     @property
     def scheduled(self) -> list[tuple[Sequence, int]]:
+        """All sequences with the number of their tokens in this step, decode first."""
         return [(sequence, 1) for sequence in self.decode] + self.prefill
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens that this step computes."""
         return len(self.decode) + sum(count for _, count in self.prefill)
 
     @property

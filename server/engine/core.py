@@ -68,6 +68,8 @@ class _Flight:
 
 
 class EngineCore:
+    """Carries out commands and runs steps. All methods must be called on one thread."""
+
     def __init__(
         self,
         runner: Runner,
@@ -89,6 +91,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` has something to compute or to report."""
         return self._scheduler.has_work or bool(self._finished) or self._flight is not None
 
     def handle(self, command: Command) -> Report | None:

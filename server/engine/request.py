@@ -136,6 +136,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of prompt and output together."""
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     def prefix_keys(self, count: int, block_size: int) -> list[bytes]:

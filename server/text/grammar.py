@@ -85,6 +85,7 @@ class Grammar:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def start(self) -> "GrammarState":
+        """The state at the beginning of a text."""
         return GrammarState(self._matcher.deep_copy(), self._vocab_size)
 
 

@@ -168,6 +168,7 @@ class Tokenizer:
         }
 
     def close(self) -> None:
+        """Drop all waiting work and end the threads."""
         self._lanes.close()
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -180,7 +180,7 @@ class ToolParser:
         self._place, self._line_start = _Place.AFTER, True
 
     def _not_a_call(self) -> None:
-        """Return what has been held back as text."""
+        """Add what has been held back to the pieces, as text."""
         self._say(self._space + self._marker + "".join(self._call))
         self._place, self._space, self._marker, self._call = _Place.TEXT, "", "", []
 

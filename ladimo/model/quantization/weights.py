@@ -50,6 +50,7 @@ class QuantizedWeights:
 
     @property
     def bits(self) -> int:
+        """Bits per weight, without scales."""
         return self.format.bits
 
     @property

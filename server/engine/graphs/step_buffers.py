@@ -43,6 +43,8 @@ class StepBuffers:
     def allocate(
         cls, config: ModelConfig, rows: int, blocks_per_row: int, dtype: torch.dtype, device: torch.device
     ) -> "StepBuffers":
+        """Buffers for steps of up to `rows` rows, with `blocks_per_row` blocks in the block table."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 

@@ -24,6 +24,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
+        """Blocks that no sequence holds, published ones included."""
         return len(self._empty) + len(self._idle)
 
     @property
@@ -32,6 +33,7 @@ class BlockManager:
         return 1 - self.num_free / (self.num_blocks - 1)
 
     def blocks_for(self, num_tokens: int) -> int:
+        """The number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def extend(self, block_table: list[int], num_tokens: int) -> bool:

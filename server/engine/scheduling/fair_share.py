@@ -20,6 +20,7 @@ class FairShare:
 
     @property
     def num_flows(self) -> int:
+        """The number of flows that are present."""
         return len(self._present)
 
     def enter(self, flow: str) -> None:

@@ -24,6 +24,7 @@ class RowQueue:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
+        """Add a sequence. `take` must be called afterwards."""
         insort(self._waiting, sequence, key=attrgetter("rank"))
 
     def remove(self, request_id: str) -> Sequence | None:

@@ -43,9 +43,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether a sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        """Add a sequence that has a row of the policy table. It waits until `schedule` admits it."""
         self.share.enter(sequence.request.flow)
         insort(self.waiting, sequence, key=attrgetter("rank"))
 
