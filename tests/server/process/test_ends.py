@@ -138,9 +138,8 @@ def free_port() -> int:
     ],
 )
 def test_an_address_that_cannot_be_had_is_one_line_before_anything_is_loaded(
-    host: str, complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    host: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("server.logs.configure", lambda level: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

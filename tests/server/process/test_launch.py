@@ -21,12 +21,6 @@ from server.settings import read_settings
 from tests.factories import make_dense, make_moe
 
 
-@pytest.fixture(autouse=True)
-def untouched_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command in this process leaves pytest's logging alone: its handlers would outlive the test."""
-    monkeypatch.setattr("server.logs.configure", lambda level: None)
-
-
 def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADIMO_PORT", "9001")
     monkeypatch.setenv("LADIMO_API_KEY", "a,b")
@@ -264,8 +258,10 @@ def running_server(model: Path, *flags: str) -> Iterator[tuple["subprocess.Popen
 
 @pytest.mark.slow
 def test_sigterm_lets_a_stream_finish_and_exits_0(moe_dir: Path) -> None:
-    with running_server(moe_dir, "--shutdown-timeout", "60") as (server, url):
-        body = {"prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    # Two choices in turn, so that the stream outlives the question after it, on a busy machine too.
+    with running_server(moe_dir, "--shutdown-timeout", "60", "--max-num-seqs", "1") as (server, url):
+        body = {"prompt": "a", "n": 2, "max_tokens": 240, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         with httpx.stream("POST", f"{url}v1/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             assert next(lines).startswith("data: ")
@@ -275,7 +271,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(moe_dir: Path) -> None:
                 assert time.monotonic() < deadline
             assert ready.json()["error"]["code"] == "draining"
             events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        assert events[-1]["usage"]["completion_tokens"] == 240
+        assert events[-1]["usage"]["completion_tokens"] == 2 * 240
         assert server.wait(30) == 0
 
 

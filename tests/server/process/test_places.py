@@ -41,20 +41,17 @@ def public() -> Iterator[Path]:
         yield Path(name)
 
 
-def refusal(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("server.logs.configure", lambda level: None)
+def refusal(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["no-such-model", "--port", "0", "--policies-dir", str(directory)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ladimo-server: --policies-dir {directory}: ")
     return line
 
 
-def test_a_policies_directory_that_is_a_file_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policies_directory_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert "it is a file" in refusal(tmp_path / "file", capsys, monkeypatch)
-    assert "Not a directory" in refusal(tmp_path / "file/below", capsys, monkeypatch)
+    assert "it is a file" in refusal(tmp_path / "file", capsys)
+    assert "Not a directory" in refusal(tmp_path / "file/below", capsys)
 
 
 @other_users
@@ -66,13 +63,11 @@ def test_a_policies_directory_that_cannot_be_written_is_refused(public: Path) ->
     assert "cannot be written (Permission denied)" in done.stderr
 
 
-def test_a_policies_directory_serves_one_server_at_a_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policies_directory_serves_one_server_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = start("-c", HOLD, str(tmp_path / "new/state"), "600")
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    assert "another server uses it" in refusal(tmp_path / "new/state", capsys, monkeypatch)
+    assert "another server uses it" in refusal(tmp_path / "new/state", capsys)
     process.kill()  # without a chance to clean up
     process.communicate()
     with held(tmp_path / "new/state"), held(None):
