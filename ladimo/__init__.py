@@ -1,4 +1,4 @@
-"""LaDiMo: turn a dense LLaMA into a Mixture-of-Experts by layer-wise distillation.
+"""LaDiMo: turn a dense LLaMA into a Mixture-of-Experts checkpoint that runs at several costs.
 
 Importing the package registers the checkpoint type "ladimo_llama" with transformers.
 """

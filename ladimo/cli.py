@@ -1,4 +1,4 @@
-"""The `ladimo` command: parse, call, print. Exit codes: 0 done, 1 failed, 2 bad usage."""
+"""The command `ladimo`: parses arguments, calls the library, prints results. Exit codes: 0 done, 1 failed, 2 bad usage."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ logger = logging.getLogger("ladimo")
 
 
 class ProgressHandler(logging.Handler):
-    """Lines on stderr that leave progress bars whole."""
+    """Writes log lines to stderr without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -249,7 +249,7 @@ def run_policies(options: argparse.Namespace) -> None:
         {
             **policy.to_dict(),
             "version": policy.version,
-            # Figures belong to the rules that were measured, not to a policy that was edited since.
+            # Figures belong to the measured rules. They are not shown for a policy that was edited later.
             "figures": figures if (figures := measured.get(name)) and figures["version"] == policy.version else None,
         }
         for name, policy in policies.items()

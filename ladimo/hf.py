@@ -1,7 +1,7 @@
-"""transformers' view of a converted checkpoint: `AutoModelForCausalLM.from_pretrained(MODEL)` after `import ladimo`.
+"""Converted checkpoints in transformers: after `import ladimo`, `AutoModelForCausalLM.from_pretrained(MODEL)` loads them.
 
-A LlamaForCausalLM whose converted layers hold our `ExpertLayer`, run under policy `full` (each layer's own number of experts)
-unless `set_policy` is called or `from_pretrained` gets a policy's name. Generation, caches and saving are transformers' own.
+The model is a LlamaForCausalLM in which converted layers have our `ExpertLayer`. It runs under policy `full`, unless
+`from_pretrained` gets the name of a policy or `set_policy` is called. Generation, caches and saving are those of transformers.
 """
 
 import json
@@ -23,10 +23,10 @@ from ladimo.policy import LayerRule, RoutingPolicy
 
 
 class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's configuration and three fields.
+    """LLaMA's configuration with three more fields.
 
-    `moe_layers` has one entry per layer, null where the FFN stayed dense. `attention_output_bias` says whether the attention's
-    output projection has a bias; null means as `attention_bias` says. `family` is the dense model's type.
+    `moe_layers` has one entry per layer, None for a layer with a dense FFN. `attention_output_bias`: whether the output
+    projection of the attention has a bias; None means the same as `attention_bias`. `family`: the type of the dense model.
     """
 
     model_type = MOE_TYPE
@@ -36,7 +36,7 @@ class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
-    """An ExpertLayer called as transformers calls an FFN: hidden states [B, S, D] in and out, the rule held as state."""
+    """An ExpertLayer that transformers can call as an FFN: hidden states [B, S, D] -> [B, S, D]. Its rule is an attribute."""
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(hidden_size, layer)
@@ -91,8 +91,11 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, name: str, *arguments: Any, policy: str | None = None, **options: Any) -> Any:
-        """transformers' own, and `policy`: the name of a policy of the checkpoint to run under, for programs that can pass
-        options but not call `set_policy`. Raises ValueError when the checkpoint has no such policy."""
+        """Load a checkpoint, as transformers does. `policy`: the name of one of its policies, to run under.
+
+        This option is for programs that can pass options but cannot call `set_policy`. Raises ValueError if the checkpoint has
+        no such policy.
+        """
         loaded = super().from_pretrained(name, *arguments, **options)
         if policy is not None:
             model = loaded[0] if options.get("output_loading_info") else loaded
@@ -100,7 +103,7 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return loaded
 
     def set_policy(self, rules: Sequence[LayerRule | None]) -> None:
-        """Run under these rules, one per layer, None where the layer is dense. Raises ValueError when they do not fit."""
+        """Run under these rules, one per layer, None for a dense layer. Raises ValueError if they do not fit the model."""
         RoutingPolicy("policy", "", tuple(rules)).validate(read_model_config(self.config.to_dict()))
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
@@ -108,7 +111,7 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
 
 def _read_policy(name: str, policy: str) -> RoutingPolicy:
-    """One policy file of a directory or a hub id."""
+    """Read a policy from a directory or a hub id. Raises ValueError."""
     try:
         file = cached_file(name, f"routing/policies/{policy}.json")
         raw = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -118,6 +121,6 @@ def _read_policy(name: str, policy: str) -> RoutingPolicy:
 
 
 def register() -> None:
-    """Make the type known to transformers' Auto classes. Safe to call twice."""
+    """Register the model type with transformers' Auto classes. Safe to call twice."""
     AutoConfig.register(MOE_TYPE, LadimoLlamaConfig, exist_ok=True)
     AutoModelForCausalLM.register(LadimoLlamaConfig, LadimoLlamaForCausalLM, exist_ok=True)
