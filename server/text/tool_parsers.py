@@ -54,7 +54,7 @@ class ToolParser:
         forced: bool = False,
         single: bool = False,
     ) -> None:
-        assert dialect.opening.rfind(dialect.opening[:1]) <= 0  # so that `_text` need not look back
+        assert dialect.opening.rfind(dialect.opening[:1]) <= 0  # so that `_step_text` need not look back
         self._dialect, self._names, self._forced, self._single = dialect, frozenset(names), forced, single
         headers = {_without_spaces(dialect.header(name)): name for name in names}
         self._headers = headers if constrained or forced else {}

@@ -27,7 +27,7 @@ def num_parts(batch: int, num_kv_heads: int, max_context: int) -> int:
 
 
 def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
-    """See the reference."""
+    """Attention with one query per sequence, q [B, H, C] -> [B, H, C]. See the reference."""
     batch, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     per_group = heads // kv_heads
@@ -185,7 +185,7 @@ def rotate_and_store(
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> Tensor:
-    """See the reference."""
+    """Rotate q and k, and store k and v in the cache. Returns the rotated q [T, H, C]. See the reference."""
     num_tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     cos, sin = rope

@@ -34,7 +34,7 @@ def matmul_tile(num_rows: int) -> Tile:
 
 
 def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """See the reference. `tile` replaces the default choice, which depends on the number of rows."""
+    """x [..., K] -> [..., N]. See the reference. `tile` replaces the default choice, which depends on the number of rows."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     num_rows, num_inputs = rows.shape
     if num_rows >= WHOLE_ROWS:
