@@ -80,7 +80,8 @@ def apply_experts(
     down_proj: Weights,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
-    """Run the chosen experts, [T, D] -> [T, D]. See the reference. `tiles` replaces the default choice, which depends on the number of tokens."""
+    """Run the chosen experts, [T, D] -> [T, D]. See the reference. `tiles` replaces the default choice, which depends on the
+    number of tokens."""
     num_tokens = hidden_states.shape[0]
     run = _matvec if num_tokens == 1 else _grouped
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
