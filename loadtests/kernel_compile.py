@@ -2,8 +2,8 @@
 
     python -m loadtests.kernel_compile [--capability 90]
 
-Prints one JSON line per kernel: shared memory, registers per thread, spilled bytes. It does not work with TRITON_INTERPRET=1,
-because Triton then interprets kernels instead of compiling them.
+Prints one JSON line per compiled kernel: shared memory, registers per thread, spilled bytes. It does not work with
+TRITON_INTERPRET=1, because Triton then interprets kernels instead of compiling them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
-from ladimo.model.quantization import Weights, quantize_weights
+from ladimo.model.quantization import GROUP, QuantizedWeights, Weights, find_format
 from ladimo.model.rule import RuleNumber
 
 INTEGERS: tuple[str, ...] = ("int8", "int4")
@@ -81,23 +81,32 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def meta_weights(*shape: int, format: str | None = None) -> Weights:
+    """Weights without values, as `format` stores them; None: in bf16. `quantize_weights` would take seconds for the same."""
+    if format is None:
+        return meta(*shape)
+    *lead, cols = shape
+    parts = 8 // find_format(format).bits
+    padded = triton.cdiv(cols, GROUP * parts) * GROUP * parts
+    data = meta(*lead, padded // parts, dtype=torch.int8)
+    return QuantizedWeights(data, meta(*lead, padded // GROUP, dtype=torch.float32), cols, find_format(format))
+
+
 def launch_experts(
     num_tokens: int, hidden_size: int = 4096, size: int = 1376, num_experts: int = 8, format: str | None = None
 ) -> None:
-    def weights(*shape: int) -> Weights:
-        return meta(*shape) if format is None else quantize_weights(meta(*shape), format)
-
     experts.apply_experts(
         meta(num_tokens, hidden_size),
         meta(num_tokens, num_experts, dtype=torch.float32),
         meta(num_tokens, num_experts, dtype=torch.int64),
-        weights(num_experts, 2 * size, hidden_size),
-        weights(num_experts, hidden_size, size),
+        meta_weights(num_experts, 2 * size, hidden_size, format=format),
+        meta_weights(num_experts, hidden_size, size, format=format),
     )
 
 
 def launch_linear(num_rows: int, format: str, num_inputs: int = 4096, num_outputs: int = 4096, bias: bool = False) -> None:
-    weights = quantize_weights(meta(num_outputs, num_inputs), format)
+    weights = meta_weights(num_outputs, num_inputs, format=format)
+    assert isinstance(weights, QuantizedWeights)
     linear.linear(meta(num_rows, num_inputs), weights, meta(num_outputs) if bias else None)
 
 
@@ -178,7 +187,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90)
 
+    compiled: set[str] = set()
+
     def report(name: str, constants: dict[str, Any], kernel: Any) -> None:
+        if kernel.hash in compiled:  # launched before, with the same constants
+            return
+        compiled.add(kernel.hash)
         line = {"kernel": name, "shared": kernel.metadata.shared, **usage(kernel, capability), "constants": constants}
         print(json.dumps(line), flush=True)
 

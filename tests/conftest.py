@@ -24,3 +24,16 @@ def moe_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte; BOS is 256, EOS 257."""
     return make_tokenizer()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep our order of files. Its own puts files of few tests last, and some of those take longest."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests run first, so that no worker is left with a long file at the end. The order in a file stays."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -77,6 +77,7 @@ def stream(client: httpx.Client, **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+@pytest.mark.slow
 def test_the_main_job(checkpoint: Path, address: str) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert [layer is not None for layer in config["moe_layers"]] == [True, False, True]

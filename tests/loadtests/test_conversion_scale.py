@@ -7,6 +7,7 @@ import pytest
 from loadtests.conversion_scale import main
 
 
+@pytest.mark.slow
 def test_a_tiny_shape_is_converted_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--shape", "tiny", "--layers", "1", "--tokens", "2000", "--device", "cpu"])
     record = json.loads(capsys.readouterr().out.splitlines()[-1])

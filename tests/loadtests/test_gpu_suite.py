@@ -46,6 +46,7 @@ def test_integers_need_fewer_bytes(tmp_path: Path) -> None:
         assert needed["as they are", policy] > 2 * needed["int8", policy] > 2 * needed["int4", policy]
 
 
+@pytest.mark.slow
 def test_needs_no_web_framework(tmp_path: Path) -> None:
     """The whole command, as where there are torch, transformers and pytest only: a JSON line per section, and one last."""
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in (*ABSENT, "pytest_asyncio"))

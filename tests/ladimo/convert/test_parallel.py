@@ -119,6 +119,7 @@ def test_errors_travel(error: Exception, kind: type[Exception], message: str) ->
     assert message in arrived.__notes__[0]
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     """Else they would go on writing beside the run that resumes. The worker holds a pipe's end; its closing is its death."""
     script = tmp_path / "parent.py"
@@ -152,6 +153,7 @@ def hold_open(fifo: Path) -> None:
         signal.pause()
 
 
+@pytest.mark.slow
 def test_layers_trained_side_by_side_are_those_trained_in_turn(source: Path, text: Path, tmp_path: Path) -> None:
     """Byte for byte, where every layer gets one thread."""
     weights = {}
