@@ -1,6 +1,6 @@
 """Time and memory of a conversion with the shapes of a real model and random weights. Both depend on shapes only.
 
-    python -m loadtests.conversion_scale [--shape llama-2-7b] [--layers N] [--tokens 100000] [--device auto]
+    python -m loadtests.conversion_scale [--shape llama-2-7b] [--layers N] [--tokens 100000] [--recipe FILE] [--device auto]
 
 --layers makes the run shorter. A conversion has one layer in memory at a time, so its peak memory does not depend on the number
 of layers, and its time is proportional to it. The last line is one JSON object with the total seconds and the peak memory of
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ladimo.checkpoint import choose_device, read_config, write_json, write_tensors
 from ladimo.convert.pipeline import convert
-from ladimo.convert.recipe import Recipe
+from ladimo.convert.recipe import Recipe, load_recipe
 from ladimo.convert.source import model_parameters
 from loadtests.common.conditions import conditions
 from loadtests.common.models import SHAPES
@@ -56,11 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="of the model, if not as many as the shape has")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--method", default="elastic")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE.toml", help="the other values of the conversion, if not the defaults"
+    )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)
     shape = {**SHAPES[args.shape]}
     shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
     device = choose_device(args.device)
+    recipe = load_recipe(args.recipe) if args.recipe else Recipe()
     with TemporaryDirectory() as temporary:
         dense, out = Path(temporary) / "dense", Path(temporary) / "moe"
         dense.mkdir()
@@ -69,12 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.monotonic()
-        convert(str(dense), out, Recipe().override({"method": args.method, "tokens": args.tokens}), None, args.device)
+        convert(str(dense), out, recipe.override({"method": args.method, "tokens": args.tokens}), None, args.device)
         seconds = time.monotonic() - started
     peak, layers = _peak_bytes(device), shape["num_hidden_layers"]
     print(f"{layers} layers of {args.shape} in {seconds:.0f} s, {seconds / layers:.1f} s a layer; peak {peak / 2**30:.1f} GiB")
     record = {"benchmark": "conversion_scale", "shape": args.shape, "layers": layers, "method": args.method}
-    record |= {"tokens": args.tokens, "device": str(device), "seconds": seconds, "peak_bytes": peak}
+    record |= {
+        "recipe": args.recipe and str(args.recipe),
+        "tokens": args.tokens,
+        "device": str(device),
+        "seconds": seconds,
+        "peak_bytes": peak,
+    }
     print(json.dumps({**record, "peak_bytes_before": written, **conditions()}))
 
 

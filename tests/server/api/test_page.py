@@ -380,3 +380,14 @@ def test_every_look_is_accessible_and_fits(page: Page, scheme: str, width: int) 
     page.look(f"{scheme}-{width}")
     page.check_accessible()
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+@needs_chromium
+def test_the_api_s_page_lists_the_routes_and_asks_no_other_server(page: Page) -> None:
+    page.driver.get(f"{page.url}docs")
+    page.until(lambda: page.all(".opblock-summary-path"))
+    paths = {element.get_attribute("data-path") for element in page.all(".opblock-summary-path")}
+    assert {"/v1/completions", "/v1/chat/completions", "/health"} <= paths
+    asked = page.driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
+    assert asked
+    assert all(address.startswith((page.url, "data:")) for address in asked), asked
