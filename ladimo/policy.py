@@ -24,8 +24,6 @@ ALWAYS_WRITTEN = ("top_k", "mass", "floor", "renormalize", "experts")
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """The rule that chooses the experts of a token in one layer. The best expert (rank 0) is always kept.
-
     top_k: keep at most this many experts.
     mass: stop when the scores of the kept experts sum to this. None = no limit.
     floor: drop experts with a lower score than this.
@@ -34,8 +32,8 @@ class LayerRule:
     batch_experts: at most this many different experts for all decoding tokens of a step together, besides those that the step
     reads anyway. None = no limit. See `routing.apply_batch_budget`.
     relative_floor: drop experts whose score is lower than this share of the best score. 0 = drop none.
-
-    All fields but `experts` are members of `RuleNumber`.
+    bits, attention_bits: how many bits are read of the experts' weights, and of the attention's. None = all. See
+    `ladimo.model.nested`.
     """
 
     top_k: int
@@ -45,6 +43,8 @@ class LayerRule:
     experts: tuple[int, ...] | None = None
     batch_experts: int | None = None
     relative_floor: float = 0.0
+    bits: int | None = None
+    attention_bits: int | None = None
 
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
@@ -59,7 +59,7 @@ class LayerRule:
     @property
     def limits(self) -> dict[str, float]:
         """The numbers, by field, that are set and may drop one of the `top_k` experts, by its score or by the batch budget."""
-        fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE)
+        fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE, RuleNumber.BITS, RuleNumber.ATTENTION_BITS)
         values = {number.field: getattr(self, number.field) for number in RuleNumber if number not in fixed}
         return {name: value for name, value in values.items() if value != RULE_FIELDS[name].default}
 
@@ -83,18 +83,20 @@ RULE_FIELDS = {field.name: field for field in fields(LayerRule)}
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """A named policy: one rule per layer, None for a dense layer. Equal content has an equal `version` on every machine."""
+    """A named policy: one rule per layer, None for a dense layer. `head_bits`: how many bits are read of the output head's
+    weights, None for all. Equal content has an equal `version` on every machine."""
 
     name: str
     description: str
     layers: tuple[LayerRule | None, ...]
+    head_bits: int | None = None
 
     @classmethod
     def from_dict(cls, raw: object) -> "RoutingPolicy":
         """Read policy JSON. Raises ValueError, with the JSON path of the first wrong field at the beginning of its message."""
         if not isinstance(raw, Mapping):
             raise ValueError("policy: must be a JSON object")
-        unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers"})
+        unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers", "head_bits"})
         if unknown:
             raise ValueError(f"{unknown[0]}: unknown field")
         name = raw.get("name")
@@ -107,12 +109,13 @@ class RoutingPolicy:
         if not isinstance(layers, list):
             raise ValueError("layers: must be a list with one entry per layer")
         rules = tuple(_rule(entry, f"layers[{index}]") for index, entry in enumerate(layers))
-        return cls(name=name, description=description, layers=rules)
+        return cls(name, description, rules, _checked(raw.get("head_bits"), RuleNumber.BITS.spec, "head_bits"))
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON. `from_dict` reads it back."""
         layers = [None if rule is None else rule.to_dict() for rule in self.layers]
-        return {"name": self.name, "description": self.description, "layers": layers}
+        written = {"name": self.name, "description": self.description, "layers": layers}
+        return written if self.head_bits is None else {**written, "head_bits": self.head_bits}
 
     @cached_property
     def version(self) -> str:
@@ -130,6 +133,7 @@ class RoutingPolicy:
         """Check the policy against a model. Raises ValueError naming the first field that does not fit."""
         if len(self.layers) != config.num_hidden_layers:
             raise ValueError(f"layers: has {len(self.layers)} entries, the model has {config.num_hidden_layers} layers")
+        _check_bits(self.head_bits, config, "head_bits")
         for index, (rule, layer) in enumerate(zip(self.layers, config.layers, strict=True)):
             path = f"layers[{index}]"
             if layer is None or rule is None:
@@ -142,22 +146,26 @@ class RoutingPolicy:
                 value = getattr(rule, number.field)
                 if number.spec.of_experts and value is not None and value > layer.num_experts:
                     raise ValueError(f"{path}.{number.field}: is {value}, the layer has {layer.num_experts} experts")
+            _check_bits(rule.bits, config, f"{path}.bits")
+            _check_bits(rule.attention_bits, config, f"{path}.attention_bits")
             if rule.experts is not None and max(rule.experts) >= layer.num_experts:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
-        """The numbers of the rules, [L][len(RuleNumber)], and the masks of experts that may be chosen, [L][num_experts].
+        """The numbers of the rules, [L + 1][len(RuleNumber)], and the masks of experts that may be chosen, [L][num_experts].
 
-        A dense layer has zeros and an empty mask. `num_experts` is the width of the table.
+        A dense layer chooses no expert and is read whole. The last row is the output head's, of which only BITS counts.
+        `num_experts` is the width of the table.
         """
         rows, allowed = [], []
         for rule in self.layers:
             if rule is None:
-                rows.append([0.0] * len(RuleNumber))
+                rows.append(_whole_row())
                 allowed.append([False] * num_experts)
             else:
                 rows.append([number.encode(getattr(rule, number.field)) for number in RuleNumber])
                 allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
+        rows.append(_whole_row(self.head_bits))
         return rows, allowed
 
 
@@ -278,19 +286,34 @@ def _rule(raw: object, path: str) -> LayerRule | None:
     unknown = sorted(str(key) for key in set(raw) - RULE_FIELDS.keys())
     if unknown:
         raise ValueError(f"{path}.{unknown[0]}: unknown field")
-    numbers = {number.field: _number(raw, number, path) for number in RuleNumber}
+    numbers = {
+        name: _checked(raw.get(name, field.default), number.spec, f"{path}.{name}")
+        for number in RuleNumber
+        for name, field in [(number.field, RULE_FIELDS[number.field])]
+    }
     return LayerRule(experts=_experts(raw.get("experts"), f"{path}.experts"), **numbers)
 
 
-def _number(rule: Mapping[str, Any], number: RuleNumber, path: str) -> Any:
-    """Read a number of a rule, or take its default if the JSON does not have it."""
-    default, spec = RULE_FIELDS[number.field].default, number.spec
-    value = rule.get(number.field, default)
+def _checked(value: Any, spec: Spec, path: str) -> Any:
+    """A number of policy JSON. `path` names it in errors."""
     if value is None and spec.nullable:
         return None
     if value is MISSING or not _fits(value, spec):
-        raise ValueError(f"{path}.{number.field}: must be {'null or ' * spec.nullable}{spec}")
+        raise ValueError(f"{path}: must be {'null or ' * spec.nullable}{spec}")
     return spec.kind(value)
+
+
+def _check_bits(bits: int | None, config: ModelConfig, path: str) -> None:
+    if bits is not None and bits not in config.nested_bits:
+        known = "".join(f"{known}, " for known in config.nested_bits)
+        raise ValueError(f"{path}: is {bits}; this checkpoint's weights can be read at {known}null (all bits)")
+
+
+def _whole_row(bits: int | None = None) -> list[float]:
+    """A row that chooses no expert and reads so many bits of everything."""
+    row = [0.0] * len(RuleNumber)
+    row[RuleNumber.BITS] = row[RuleNumber.ATTENTION_BITS] = RuleNumber.encode(bits)
+    return row
 
 
 def _fits(value: Any, spec: Spec) -> bool:

@@ -3,6 +3,7 @@
     save_tokenizer(path)                 a byte-level tokenizer: one token per byte, then BOS and EOS
     make_dense(path, **config)           a random dense LLaMA written by transformers, tokenizer beside it
     make_moe(path, ...)                  a converted checkpoint: FFNs split into experts, random gates, policies, frontier
+    make_nested(path, ...)               one set of weights at 4 bits, 8 bits and whole
 
 Random weights are drawn wide (initializer_range 0.2), so that logits are far apart and rounding cannot change a greedy token.
 """
@@ -28,8 +29,12 @@ from ladimo.checkpoint import (
     write_policy,
     write_tensors,
 )
+from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
+from ladimo.model.nested import NESTED_BITS, codes_to_rounding
+from ladimo.model.nested_layers import TIED_HEAD, nested_matrices
 from ladimo.model.router import make_router, weight_dtype
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -111,6 +116,10 @@ def make_dense(
     return path
 
 
+# An exact split of an FFN: its experts run in the order of their numbers, each with the weight one.
+EXACT = {"router": "none", "expert_weight": "one"}
+
+
 def make_moe(
     path: Path,
     *,
@@ -155,6 +164,32 @@ def make_moe(
     write_tensors(path, _moe_tensors(TensorReader(dense), layers, seed), max_shard_bytes)
     copy_tokenizer(dense, path)
     _write_policies(path, layers, top_k)
+    return path
+
+
+def make_nested(path: Path, *, dense: Path | None = None, num_experts: int = 4, **config: Any) -> Path:
+    """Write a checkpoint of one set of weights at 4 bits, 8 bits and whole: every layer an exact split of its FFN, in which a
+    policy's top_k says how many of the experts run, and rounding to the nearest in the place of a conversion's choice."""
+    make_moe(path, dense=dense, num_experts=num_experts, top_k=num_experts, dense_layers=(), layer=EXACT, **config)
+    reader = TensorReader(path)
+    with torch.device("meta"):
+        model = MoeTransformer(read_config(path))
+    tensors = {name: reader.get(name) for name in reader.files}
+    for matrix in (*nested_matrices(model), *([TIED_HEAD] if model.lm_head is None else [])):
+        weights = tensors[matrix.weight]
+        flat = weights.flatten(0, -2)
+        scales = choose_scales(flat)
+        rounding = codes_to_rounding(round_nearest(flat, scales), flat, scales)
+        tensors[matrix.rounding] = rounding.view(*weights.shape[:-1], -1)
+        tensors[matrix.scales] = scales.view(*weights.shape[:-1], -1)
+    write_tensors(path, iter(tensors.items()))
+    raw = read_json(path / "config.json")
+    write_json(path / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})
+    rules = {"full": {}, "quality": {"bits": 8, "attention_bits": 8}, "fast": {"bits": 4, "attention_bits": 8}}
+    for name, bits in {**rules, "balanced": {"bits": 8, "attention_bits": 4}}.items():
+        rule = LayerRule(num_experts, renormalize=False, **bits)
+        head_bits = None if name == "full" else 8 if name == "quality" else 4
+        write_policy(path, RoutingPolicy(name, "", (rule,) * model.config.num_hidden_layers, head_bits))
     return path
 
 

@@ -96,7 +96,7 @@ def moe_config_json(dense: Mapping[str, Any], layers: list[dict[str, Any] | None
     """
     config = read_model_config(dense)
     kept = {name: value for name, value in dense.items() if name not in DROPPED_FIELDS}
-    stated = {name: value for name, value in asdict(config).items() if name not in ("rope", "layers")}
+    stated = {name: value for name, value in asdict(config).items() if name not in ("rope", "layers", "nested_bits")}
     return {
         **kept,
         **stated,

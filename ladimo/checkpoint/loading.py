@@ -10,6 +10,7 @@ from ladimo.checkpoint.tensors import TensorReader, stored_dtype
 from ladimo.model.backends.choose import choose_backend, on_device, resolve_dtype
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
+from ladimo.model.nested_layers import nest_layers, nested_head
 from ladimo.model.quantized_layers import quantize_layers, quantize_model
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
@@ -28,6 +29,8 @@ def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", qu
     be served, and for a device, dtype or integer format that is not available.
     """
     config = read_config(directory)
+    if quantize is not None and config.nested_bits:
+        raise ValueError(f"quantize {quantize}: the checkpoint has 4 and 8 bits of its own; a policy's `bits` choose them")
     backend = choose_backend(config, stored_dtype(directory), device, dtype, quantize)
     if quantize is not None and not backend.quantizes_as_it_packs:
         return load_quantized_model(directory, backend)
@@ -43,6 +46,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Moe
     with torch.device("meta"):
         model = MoeTransformer(config)
     reader.load(model, "", dtype, device)
+    if config.nested_bits:
+        _nest(model, reader)
     model.rotary.materialise(device)
     on_device(device, dtype).prepare(model)
     return model.eval()
@@ -72,6 +77,8 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
     reader.load(module, f"model.layers.{layer}.", dtype, device)
+    if config.nested_bits:
+        nest_layers(module, lambda name: reader.get(f"model.layers.{layer}.{name}"))
     on_device(device, dtype).prepare(module)
     return module.eval()
 
@@ -82,6 +89,15 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
         model = MoeTransformer(config)
     model.model.layers = nn.ModuleList()
     reader.load(model, "", dtype, device)
+    if config.nested_bits:
+        _nest(model, reader)
     model.rotary.materialise(device)
     on_device(device, dtype).prepare(model)
     return model.eval()
+
+
+def _nest(model: MoeTransformer, reader: TensorReader) -> None:
+    """Give the model's layers, and its output head, the precisions that the checkpoint keeps."""
+    if model.lm_head is None:
+        model.lm_head = nested_head(model.model.embed_tokens.weight, reader.get)  # type: ignore[assignment]
+    nest_layers(model, reader.get)

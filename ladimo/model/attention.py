@@ -28,13 +28,18 @@ class Attention(BackendModule):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
-        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        inputs: StepInputs,
+        kv_cache: KVCache | None,
+        bits: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, C]. Writes keys and values into the
-        cache."""
-        q = self.q_proj(hidden_states).view(-1, self.num_heads, self.head_dim)
-        k = self.k_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden_states).view(-1, self.num_kv_heads, self.head_dim)
+        cache. `bits`: where the projections are nested, how many bits [T] each token reads of them."""
+        q = self.q_proj(hidden_states, *bits).view(-1, self.num_heads, self.head_dim)
+        k = self.k_proj(hidden_states, *bits).view(-1, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(hidden_states, *bits).view(-1, self.num_kv_heads, self.head_dim)
         if kv_cache is None:
             out = attend_whole(apply_rope(q, *rope), apply_rope(k, *rope), v, inputs.num_sequences)
         else:
@@ -43,7 +48,7 @@ class Attention(BackendModule):
                 q, k, v, rope, kv_cache.k[self.layer], kv_cache.v[self.layer], inputs.slot_mapping
             )
             out = self._attend_paged(q, inputs, kv_cache)
-        projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim))
+        projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim), *bits)
         return projected
 
     def _attend_paged(self, q: Tensor, inputs: StepInputs, kv_cache: KVCache) -> Tensor:

@@ -117,7 +117,8 @@ class ModelConfig:
 
     layers: one entry per layer; None for a layer that keeps its dense FFN. attention_bias: whether the query, key and value
     projections have biases. attention_output_bias: the same for the output projection. family: the model type of the dense
-    model, which decides the modules of a layer.
+    model, which decides the modules of a layer. nested_bits: the lower precisions that every weight matrix can be read at,
+    none or 4 and 8 (`ladimo.model.nested`).
     """
 
     vocab_size: int
@@ -135,6 +136,7 @@ class ModelConfig:
     rope: RopeConfig
     layers: tuple[MoeLayerConfig | None, ...]
     family: str = "llama"
+    nested_bits: tuple[int, ...] = ()
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:

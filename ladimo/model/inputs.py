@@ -82,7 +82,7 @@ class RoutingTables:
     Row 0 is the policy "none" for padding: it keeps no expert.
     """
 
-    rows: Tensor  # [P, L, len(RuleNumber)] float32: the numbers of each rule, in the order of RuleNumber
+    rows: Tensor  # [P, L + 1, len(RuleNumber)] float32: the numbers of each rule in the order of RuleNumber, then the head's
     allowed: Tensor  # [P, L, E] bool: the experts that may be chosen
     expert_tokens: Tensor  # [P, L, E] int64: how often the expert was chosen under the policy
     distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer ran
@@ -95,7 +95,7 @@ class RoutingTables:
     ) -> "RoutingTables":
         """Tables in which every row is the policy "none". See `batch_budgets` above."""
         return cls(
-            rows=torch.zeros(num_policies, num_layers, len(RuleNumber), device=device),
+            rows=torch.zeros(num_policies, num_layers + 1, len(RuleNumber), device=device),
             allowed=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.bool, device=device),
             expert_tokens=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.int64, device=device),
             distinct_experts=torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device),
@@ -110,7 +110,7 @@ class RoutingTables:
             target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
     def rules(self, policy_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The rules [T, L, len(RuleNumber)] and masks [T, L, E] of each token, gathered once for all layers of a step."""
+        """The rules [T, L + 1, len(RuleNumber)] and masks [T, L, E] of each token, gathered once for all layers of a step."""
         return self.rows[policy_ids], self.allowed[policy_ids]
 
     def record(self, expert_ids: Tensor, policy_ids: Tensor) -> None:

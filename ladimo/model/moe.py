@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.nested import NestedWeights, by_precision
+from ladimo.model.quantization import Weights
 from ladimo.model.router import make_router
+from ladimo.model.rule import RuleNumber
 
 
 class Experts(nn.Module):
@@ -40,6 +43,14 @@ class ExpertLayer(BackendModule):
         if num_budgeted:
             shared = self.backend.apply_batch_budget(topk_weights, topk_ids, rows, allowed, num_budgeted)
             topk_weights, topk_ids = self.backend.select_experts(router_logits, rows, shared, self.config, bias)
-        experts = self.experts
-        out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, experts.gate_up_proj, experts.down_proj)
-        return out, topk_ids
+        gate_up: Weights | NestedWeights = self.experts.gate_up_proj
+        down: Weights | NestedWeights = self.experts.down_proj
+        if not isinstance(gate_up, NestedWeights) or not isinstance(down, NestedWeights):
+            return self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down), topk_ids
+
+        def run(tokens: Tensor, bits: float) -> Tensor:
+            weights = gate_up.at(bits, hidden_states.dtype), down.at(bits, hidden_states.dtype)
+            return self.backend.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights)
+
+        tokens = torch.arange(len(hidden_states), device=hidden_states.device)
+        return by_precision(rows[:, RuleNumber.BITS], run, tokens), topk_ids

@@ -51,6 +51,8 @@ class RuleNumber(IntEnum):
     RELATIVE_FLOOR = Spec(float, highest=1.0)
     RENORMALIZE = Spec(bool)
     BATCH_EXPERTS = Spec(int, lowest=1, nullable=True, of_experts=True)
+    BITS = Spec(int, lowest=1, highest=16, nullable=True)
+    ATTENTION_BITS = Spec(int, lowest=1, highest=16, nullable=True)
 
     @property
     def field(self) -> str:

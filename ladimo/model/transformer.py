@@ -14,6 +14,7 @@ from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import RMSNorm, RotaryEmbedding
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.rule import RuleNumber
 
 
 class DecoderLayer(nn.Module):
@@ -21,7 +22,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.nested = layer, bool(config.nested_bits)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         family = find_family(config.family)
         self.self_attn = family.attention(config, layer)
@@ -51,7 +52,8 @@ class DecoderLayer(nn.Module):
         `rules` are those of `RoutingTables.rules`. Their batch budgets apply to the first `num_budgeted` tokens. A dense layer
         needs no rules and returns None for the experts.
         """
-        attended = self._attention(hidden_states, rope, inputs, kv_cache)
+        bits = (rules[0][:, self.layer, RuleNumber.ATTENTION_BITS],) if self.nested and rules is not None else ()
+        attended = self._attention(hidden_states, rope, inputs, kv_cache, *bits)
         ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         if not isinstance(self.mlp, ExpertLayer):
             return hidden_states + self.mlp(ffn_inputs), None
@@ -62,9 +64,16 @@ class DecoderLayer(nn.Module):
         return hidden_states + out, topk_ids
 
     def _attention(
-        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        inputs: StepInputs,
+        kv_cache: KVCache | None,
+        *bits: Tensor,
     ) -> Tensor:
-        attended: Tensor = self.self_attn(self.input_layernorm(hidden_states), rope, inputs, kv_cache)
+        normed = self.input_layernorm(hidden_states)
+        # A family's own attention knows no bits.
+        attended: Tensor = self.self_attn(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
         return attended
 
 
@@ -97,24 +106,28 @@ class MoeTransformer(BackendModule):
         """
         hidden_states = self.model.embed_tokens(inputs.input_ids)
         rope = self.rotary(inputs.positions, hidden_states.dtype)
-        rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices else None
+        rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices or self.config.nested_bits else None
         num_budgeted = inputs.num_decode if tables.batch_budgets else 0
         expert_ids: list[Tensor | None] = []
         for layer in self.model.layers:
             hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted)
             expert_ids.append(topk_ids)
+        bits = rules[0][:, -1, RuleNumber.BITS] if self.config.nested_bits and rules is not None else None
         if inputs.logit_indices is not None:
             hidden_states = hidden_states[inputs.logit_indices]
-        return StepOutput(self.logits(hidden_states), self._stack(expert_ids))
+            bits = None if bits is None else bits[inputs.logit_indices]
+        return StepOutput(self.logits(hidden_states, bits), self._stack(expert_ids))
 
     def step(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
         """One step over the KV cache. The back end runs `forward`, or its own compiled code for the same."""
         return self.backend.step(self, inputs, kv_cache, tables)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm and output head: [R, D] -> [R, V]."""
+    def logits(self, hidden_states: Tensor, bits: Tensor | None = None) -> Tensor:
+        """Final norm and output head: [R, D] -> [R, V]. `bits` [R]: of a nested head that each token wants, None for all."""
         normed: Tensor = self.model.norm(hidden_states)
-        logits: Tensor = F.linear(normed, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(normed)
+        if self.lm_head is None:
+            return F.linear(normed, self.model.embed_tokens.weight)
+        logits: Tensor = self.lm_head(normed) if bits is None else self.lm_head(normed, bits)
         return logits
 
     def _stack(self, expert_ids: list[Tensor | None]) -> Tensor | None:

@@ -42,9 +42,12 @@ static void router_logits(const State *s, const float *normed, float *logits) {
     }
 }
 
-static inline int64_t rule_index(const State *s, int64_t t) { return s->step->policy_ids[t] * s->model->num_layers + s->layer_index; }
-static inline const float *rule_of(const State *s, int64_t t) { return s->step->rows + rule_index(s, t) * RULE_NUMBERS; }
-static inline const uint8_t *mask_of(const State *s, int64_t t) { return s->step->allowed + rule_index(s, t) * s->model->max_experts; }
+static inline const float *rule_of(const State *s, int64_t t) {
+    return s->step->rows + (s->step->policy_ids[t] * (s->model->num_layers + 1) + s->layer_index) * RULE_NUMBERS;
+}
+static inline const uint8_t *mask_of(const State *s, int64_t t) {
+    return s->step->allowed + (s->step->policy_ids[t] * s->model->num_layers + s->layer_index) * s->model->max_experts;
+}
 static inline int64_t *ids_of(const State *s, int64_t t) {
     return s->step->expert_ids + (s->layer_index * s->step->num_tokens + t) * s->model->max_experts;
 }

@@ -65,7 +65,7 @@ typedef struct {
     int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel, batch_budgets;
     const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
     const Segment *segments;
-    const float *rows;       // [P, L, RULE_NUMBERS]
+    const float *rows;       // [P, L + 1, RULE_NUMBERS]
     const uint8_t *allowed;  // [P, L, E]
     void *k_cache, *v_cache;
     float *logits;        // [R, V]

@@ -114,6 +114,8 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if not find_family(config.family).is_llama_inside:
         raise Unsupported(f"family {config.family} has modules that it does not know")
+    if config.nested_bits:
+        raise Unsupported("it does not read weights at several precisions")
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f"the weights are {dtype}")
     format = stored_format(dtype, quantize)

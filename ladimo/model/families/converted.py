@@ -6,6 +6,7 @@ from typing import Any
 
 from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.families.family import Family
+from ladimo.model.nested import NESTED_BITS
 
 
 class Converted(Family):
@@ -16,7 +17,10 @@ class Converted(Family):
         family = raw.get("family", "llama")
         if not isinstance(family, str):
             raise ValueError(f"family must be a string, got {family!r}")
-        return replace(super().read_config(raw), family=family)
+        nested_bits = raw.get("nested_bits") or []
+        if nested_bits not in ([], list(NESTED_BITS)):
+            raise ValueError(f"nested_bits must be null, [] or {list(NESTED_BITS)}, got {nested_bits!r}")
+        return replace(super().read_config(raw), family=family, nested_bits=tuple(nested_bits))
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         entries = raw.get("moe_layers")

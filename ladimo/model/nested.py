@@ -1,0 +1,131 @@
+"""One set of weights at several precisions: the weights themselves, and two planes of four bits each, one below the other.
+
+    4 bits: scale * high             high in -8 .. 7, chosen by the conversion
+    8 bits: scale * (high + low / STEPS)   low in -8 .. 7, what the high plane leaves of the weight, rounded
+
+A group of 32 columns of a row shares a scale. Whoever wants 8 bits reads the high plane, as everybody does, and the low plane
+beside it: a batch of both reads each plane once. The policy's rule says which precision a token gets (`RuleNumber.BITS`).
+
+A checkpoint keeps the weights, the scales and, per weight, two bits: how far its `high` lies from rounding the weight down. The
+planes follow from these.
+
+Nested integer formats: MatQuant (arXiv 2502.06786), Any-Precision LLM (arXiv 2402.10517). Here the planes are chosen by error
+feedback (GPTQ, arXiv 2210.17323), and the top is the source, unchanged.
+
+Legend: N rows (outputs), K columns (inputs), P columns filled up with zeros to whole groups, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.model.quantization import GROUP, QuantizedWeights, find_format
+
+NESTED_BITS = (4, 8)
+STEPS = 8  # of the low plane in one of the high plane: its ends reach one whole step up and down
+LOWEST, HIGHEST = -8, 7
+SCALE_DTYPE = torch.bfloat16
+# `high` minus the weight rounded down, as two bits say it.
+OFFSETS = (-1, 2)
+# A weight's share of the bytes of its planes: integers and scales.
+BYTES = {bits: bits / 8 + SCALE_DTYPE.itemsize / GROUP for bits in NESTED_BITS}
+
+
+@dataclass(frozen=True, slots=True)
+class NestedWeights:
+    """Matrices [..., N, K] at 4 bits (`high`), 8 bits (`high` and `low`) and whole (`full`)."""
+
+    full: Tensor
+    high: QuantizedWeights
+    low: QuantizedWeights
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.full.shape
+
+    def at(self, bits: float, dtype: torch.dtype) -> Tensor:
+        """The matrices that so many bits stand for; more than 8 are the weights themselves."""
+        if bits > max(NESTED_BITS):
+            return self.full
+        high = self.high.to_dtype(torch.float32)
+        return (high if bits <= min(NESTED_BITS) else high + self.low.to_dtype(torch.float32)).to(dtype)
+
+
+def codes_to_rounding(high: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """What a checkpoint keeps of the high plane: integers [N, P], weights [N, K] and scales [N, P / 32] -> uint8 [N, P / 4].
+
+    Byte j of a row holds columns 4 j to 4 j + 3, the first in its lowest bits.
+    """
+    offset = high - rounded_down(weights, scales) - OFFSETS[0]
+    assert int(offset.min()) >= 0 and int(offset.max()) <= OFFSETS[1] - OFFSETS[0], "beyond what two bits can say"
+    parts = offset.to(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
+    packed: Tensor = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    return packed
+
+
+def rounding_to_codes(rounding: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of `codes_to_rounding`: integers [N, P] in int8."""
+    parts = torch.stack([rounding >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    return (rounded_down(weights, scales) + parts.to(torch.int8) + OFFSETS[0]).to(torch.int8)
+
+
+def rounded_down(weights: Tensor, scales: Tensor) -> Tensor:
+    """The high plane's integers at or below the weights [N, K], int8 [N, P]. Exact: IEEE division gives the same everywhere."""
+    padded = F.pad(weights.float(), (0, -weights.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    codes: Tensor = (padded / scales.float().unsqueeze(-1)).floor().clamp(LOWEST, HIGHEST)
+    return codes.flatten(-2).to(torch.int8)
+
+
+def low_plane(weights: Tensor, high: Tensor, scales: Tensor) -> Tensor:
+    """The integers int8 [N, P] that bring the high plane [N, P] nearest to the weights [N, K]."""
+    padded = F.pad(weights.float(), (0, -weights.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    steps: Tensor = (padded / scales.float().unsqueeze(-1) - high.unflatten(-1, (-1, GROUP))) * STEPS
+    return steps.round().clamp(LOWEST, HIGHEST).flatten(-2).to(torch.int8)
+
+
+def read_planes(weights: Tensor, rounding: Tensor, scales: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
+    """Stored weights [..., N, K], rounding [..., N, P / 4] and scales [..., N, P / 32] -> the high and the low plane.
+
+    Raises ValueError when the shapes do not belong together.
+    """
+    *lead, cols = weights.shape
+    groups = -(-cols // GROUP)
+    if list(rounding.shape) != [*lead, groups * GROUP // 4] or rounding.dtype != torch.uint8:
+        raise ValueError(f"rounding is {rounding.dtype} {list(rounding.shape)}, must be uint8 {[*lead, groups * GROUP // 4]}")
+    if list(scales.shape) != [*lead, groups] or not scales.is_floating_point():
+        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be floating point {[*lead, groups]}")
+    format = find_format("int4")
+    flat, flat_scales = weights.flatten(0, -2), scales.flatten(0, -2).float()
+    high = rounding_to_codes(rounding.flatten(0, -2), flat, flat_scales)
+    low = low_plane(flat, high, flat_scales)
+    idle = groups % 2  # a row of the int4 format is whole groups in pairs
+
+    def plane(integers: Tensor, step: Tensor) -> QuantizedWeights:
+        data, steps = format.to_bytes(F.pad(integers, (0, idle * GROUP))), F.pad(step, (0, idle))
+        return QuantizedWeights(data.view(*lead, -1), steps.view(*lead, -1), cols, format)
+
+    return plane(high, flat_scales), plane(low, flat_scales / STEPS)
+
+
+def by_precision(bits: Tensor, tokens: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
+    """Run tokens at each precision that is wanted: `tokens(x [n, ...], bits)` for those of x [T, ...] that want it, bits [T].
+
+    The reference. On a CPU it reads only the precisions that some token wants. On a device all tokens run at all precisions,
+    without waiting for it, so that a step can be captured.
+    """
+    wanted = torch.where(bits <= NESTED_BITS[0], 4.0, torch.where(bits <= NESTED_BITS[1], 8.0, torch.inf))
+    if x.device.type != "cpu":
+        at4, at8, whole = (tokens(x, value) for value in (4.0, 8.0, torch.inf))
+        wanted = wanted.view(-1, *[1] * (whole.ndim - 1))
+        return torch.where(wanted == 4, at4, torch.where(wanted == 8, at8, whole))
+    present = wanted.unique().tolist()
+    if len(present) == 1:
+        return tokens(x, present[0])
+    parts = [(rows, tokens(x[rows], value)) for value in present for rows in [(wanted == value).nonzero().flatten()]]
+    out = parts[0][1].new_empty(len(x), *parts[0][1].shape[1:])
+    for rows, part in parts:
+        out[rows] = part
+    return out

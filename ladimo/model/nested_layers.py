@@ -1,0 +1,145 @@
+"""Layers whose weights can be read at several precisions, in the places of loaded ones; see `ladimo.model.nested`.
+
+Each token says how many bits it wants. Without that the whole weights are read.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ladimo.model.backends.torch_backend import BackendModule
+from ladimo.model.moe import Experts
+from ladimo.model.nested import NestedWeights, by_precision, read_planes
+from ladimo.model.quantization import QuantizedWeights, find_format
+from ladimo.model.router import Router
+
+# Of a matrix `name`: the tensors that a checkpoint keeps beside it.
+ROUNDING, SCALES = "rounding", "scales"
+
+# The stored tensor of a name that is relative to the module.
+Get = Callable[[str], Tensor]
+Planes = tuple[QuantizedWeights, QuantizedWeights]  # high and low
+
+
+class Matrix(NamedTuple):
+    """A nested matrix by the names that a checkpoint has for its weights, its rounding and its scales."""
+
+    weight: str
+    rounding: str
+    scales: str
+
+
+TIED_HEAD = Matrix("model.embed_tokens.weight", f"lm_head.{ROUNDING}", f"lm_head.{SCALES}")
+
+
+class NestedLinear(BackendModule):
+    """In the place of nn.Linear: weight and bias as they were, and the planes in buffers."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, planes: Planes) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        _keep(self, "weight", planes)
+
+    @property
+    def nested(self) -> NestedWeights:
+        return _kept(self, "weight", self.weight)
+
+    def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        """x [T, K] at each token's bits [T] -> [T, N]."""
+        if bits is None:
+            return F.linear(x, self.weight, self.bias)
+        weights = self.nested
+        return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), self.bias), x)
+
+
+class NestedExperts(nn.Module):
+    """In the place of `Experts`."""
+
+    def __init__(self, experts: Experts, gate_up: Planes, down: Planes) -> None:
+        super().__init__()
+        self.gate_up_whole, self.down_whole = experts.gate_up_proj, experts.down_proj
+        _keep(self, "gate_up", gate_up)
+        _keep(self, "down", down)
+
+    @property
+    def gate_up_proj(self) -> NestedWeights:
+        return _kept(self, "gate_up", self.gate_up_whole)
+
+    @property
+    def down_proj(self) -> NestedWeights:
+        return _kept(self, "down", self.down_whole)
+
+
+@torch.no_grad()
+def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
+    """Replace the dense and the expert layers inside `module` by nested ones. `get` gives a stored tensor by its name from
+    `module` on. Raises ValueError when a checkpoint's tensors do not fit each other."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Linear):
+            planes = _read(get, _matrix(f"{path}.weight"), child.weight.device)
+            setattr(module, name, NestedLinear(child.weight, child.bias, planes))
+        elif isinstance(child, Experts):
+            device = child.down_proj.device
+            gate_up, down = (_read(get, _matrix(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
+            setattr(module, name, NestedExperts(child, gate_up, down))
+        elif not isinstance(child, Router):
+            nest_layers(child, get, f"{path}.")
+
+
+@torch.no_grad()
+def nested_head(embedding: Tensor, get: Get) -> NestedLinear:
+    """The output head of a model whose head is its embedding [V, D]."""
+    return NestedLinear(embedding, None, _read(get, TIED_HEAD, embedding.device))
+
+
+def nested_matrices(module: nn.Module, prefix: str = "") -> Iterator[Matrix]:
+    """What `nest_layers` replaces inside `module`. An output head that is the embedding is not among them: see `TIED_HEAD`."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Linear):
+            yield _matrix(f"{path}.weight")
+        elif isinstance(child, Experts):
+            yield from (_matrix(f"{path}.{part}_proj") for part in ("gate_up", "down"))
+        elif not isinstance(child, Router):
+            yield from nested_matrices(child, f"{path}.")
+
+
+def _matrix(weight: str) -> Matrix:
+    """The matrix whose weights have this name: rounding of x.weight is x.rounding, of x_proj it is x_rounding."""
+    stem = weight.removesuffix("weight") if weight.endswith(".weight") else weight.removesuffix("proj")
+    return Matrix(weight, stem + ROUNDING, stem + SCALES)
+
+
+def _read(get: Get, matrix: Matrix, device: torch.device) -> Planes:
+    try:
+        high, low = read_planes(get(matrix.weight), get(matrix.rounding), get(matrix.scales))
+    except ValueError as error:
+        raise ValueError(f"{matrix.weight}: {error}") from error
+    return _to(high, device), _to(low, device)
+
+
+def _to(weights: QuantizedWeights, device: torch.device) -> QuantizedWeights:
+    return replace(weights, data=weights.data.to(device), scales=weights.scales.to(device))
+
+
+def _keep(module: nn.Module, name: str, planes: Planes) -> None:
+    for plane, weights in zip(("high", "low"), planes, strict=True):
+        module.register_buffer(f"{name}_{plane}", weights.data)
+        module.register_buffer(f"{name}_{plane}_scales", weights.scales)
+
+
+def _kept(module: nn.Module, name: str, full: Tensor) -> NestedWeights:
+    cols, format = full.shape[-1], find_format("int4")
+    high, low = (
+        QuantizedWeights(module.get_buffer(f"{name}_{plane}"), module.get_buffer(f"{name}_{plane}_scales"), cols, format)
+        for plane in ("high", "low")
+    )
+    return NestedWeights(full, high, low)

@@ -1,0 +1,187 @@
+"""One set of weights at 4 bits, at 8 bits and whole: what a checkpoint keeps, and what each token of a batch reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from ladimo.checkpoint import (
+    TensorReader,
+    load_model,
+    load_to_serve,
+    read_config,
+    read_json,
+    read_policies,
+    write_json,
+    write_tensors,
+)
+from ladimo.convert.rounding.gptq import choose_scales, round_nearest, round_with_feedback
+from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.nested import GROUP, STEPS, codes_to_rounding, low_plane, read_planes, rounding_to_codes
+from ladimo.model.transformer import MoeTransformer
+from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import make_dense, make_nested
+
+
+def matrix(rows: int, cols: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 5), st.integers(1, 80), st.integers(0, 1000))
+def test_rounding_survives_the_checkpoint(rows: int, cols: int, seed: int) -> None:
+    weights = matrix(rows, cols, seed).bfloat16()
+    scales = choose_scales(weights)
+    codes = round_nearest(weights, scales)
+    assert torch.equal(rounding_to_codes(codes_to_rounding(codes, weights, scales), weights, scales), codes)
+
+
+def test_the_planes_stand_for_the_weights() -> None:
+    weights = matrix(6, 70)
+    scales = choose_scales(weights)
+    codes = round_nearest(weights, scales)
+    high, low = read_planes(weights, codes_to_rounding(codes, weights, scales), scales)
+    steps = scales.float().repeat_interleave(GROUP, dim=1)[:, :70]
+    assert torch.equal(high.to_dtype(torch.float32), codes[:, :70] * steps)
+    both = high.to_dtype(torch.float32) + low.to_dtype(torch.float32)
+    # Weights that the scales cut off are further away than half a step of the low plane.
+    inside = (weights / steps).abs() < 7
+    assert ((both - weights).abs() <= steps.abs() / STEPS / 2 * 1.001)[inside].all()
+    assert (both - weights).square().mean() < (high.to_dtype(torch.float32) - weights).square().mean() / 20
+
+
+def test_shapes_that_do_not_belong_together() -> None:
+    weights = matrix(4, 64)
+    scales = choose_scales(weights)
+    rounding = codes_to_rounding(round_nearest(weights, scales), weights, scales)
+    with pytest.raises(ValueError, match="rounding is torch.uint8"):
+        read_planes(matrix(4, 96), rounding, scales)
+    with pytest.raises(ValueError, match="scales are"):
+        read_planes(weights, rounding, scales[:, :1])
+
+
+def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
+    weights, mixing = matrix(48, 96, 1), matrix(96, 96, 2)
+    inputs = matrix(2000, 96, 3) @ mixing  # correlated, as real inputs are
+    scales = choose_scales(weights)
+    codes = round_with_feedback(weights, scales, inputs.T @ inputs)
+    steps = scales.float().repeat_interleave(GROUP, dim=1)
+
+    def error(codes: Tensor) -> float:
+        return F.linear(inputs, codes * steps - weights).square().mean().item()
+
+    assert error(codes) < 0.7 * error(round_nearest(weights, scales))
+    # What the format can say, so that the low plane reaches the weight again wherever the scale does not cut it off.
+    restored = rounding_to_codes(codes_to_rounding(codes, weights, scales), weights, scales)
+    assert torch.equal(restored, codes)
+    low = low_plane(weights, codes, scales)
+    assert error(codes + low / STEPS) < 0.1 * error(codes)
+
+
+def logits(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> Tensor:
+    config = model.config
+    tables = RoutingTables.empty(len(policies) + 1, config.num_hidden_layers, config.max_num_experts, "cpu")
+    for row, policy in enumerate(policies, start=1):
+        policy.validate(config)
+        tables.write(row, *policy.to_rows(config.max_num_experts))
+    inputs = StepInputs.whole_sequences(ids)
+    inputs = StepInputs(**{**{name: getattr(inputs, name) for name in inputs.__dataclass_fields__}, "policy_ids": policy_ids})
+    return model(inputs, None, tables).logits
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied head", "head of its own"])
+def nested_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_nested(tmp_path_factory.mktemp("nested"), tie_word_embeddings=request.param)
+
+
+def bits_policy(model: MoeTransformer, name: str, bits: int | None, attention: int | None, head: int | None) -> RoutingPolicy:
+    rule = LayerRule(4, renormalize=False, bits=bits, attention_bits=attention)
+    return RoutingPolicy(name, "", (rule,) * model.config.num_hidden_layers, head)
+
+
+def test_the_top_is_the_dense_model(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    nested = load_model(make_nested(tmp_path / "nested", dense=dense), torch.float32, torch.device("cpu"))
+    ids = torch.arange(24).view(2, 12)
+    ours = logits(nested, [bits_policy(nested, "full", None, None, None)], ids, torch.ones(24, dtype=torch.int64))
+    source = load_model(dense, torch.float32, torch.device("cpu"))
+    theirs = source(
+        StepInputs.whole_sequences(ids), None, RoutingTables.empty(2, source.config.num_hidden_layers, 1, "cpu")
+    ).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_each_part_has_bits_of_its_own(nested_dir: Path) -> None:
+    """Fewer bits of any part change the logits, and 8 bits change them less than 4."""
+    model = load_model(nested_dir, torch.float32, torch.device("cpu"))
+    ids, ones = torch.arange(40).view(2, 20), torch.ones(40, dtype=torch.int64)
+    whole = logits(model, [bits_policy(model, "full", None, None, None)], ids, ones)
+
+    def distance(*bits: int | None) -> float:
+        return (logits(model, [bits_policy(model, "p", *bits)], ids, ones) - whole).norm().item()
+
+    for part in range(3):
+        at4, at8 = (distance(*(bits if place == part else None for place in range(3))) for bits in (4, 8))
+        assert 0 < at8 < at4 / 3
+
+
+def test_tokens_of_a_batch_read_what_their_policies_say(nested_dir: Path) -> None:
+    model = load_model(nested_dir, torch.float32, torch.device("cpu"))
+    policies = list(read_policies(nested_dir, model.config).values())
+    ids = torch.arange(24).repeat(len(policies), 1)
+    rows = torch.arange(1, len(policies) + 1).repeat_interleave(24)
+    together = logits(model, policies, ids, rows).view(len(policies), 24, -1)
+    for place in range(len(policies)):
+        alone = logits(model, policies, ids[:1], torch.full((24,), place + 1))
+        torch.testing.assert_close(together[place], alone, atol=1e-4, rtol=1e-4)
+    assert len({tuple(row[-1].tolist()) for row in together}) == len(policies)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda policy: policy["layers"][1].update(bits=5), r"layers\[1\].bits: is 5; .* 4, 8, null"),
+        (lambda policy: policy["layers"][0].update(attention_bits=16), r"layers\[0\].attention_bits: is 16"),
+        (lambda policy: policy.update(head_bits=2), "head_bits: is 2"),
+        (lambda policy: policy.update(head_bits="4"), "head_bits: must be null or an integer"),
+    ],
+)
+def test_bits_that_the_checkpoint_does_not_have(
+    nested_dir: Path, change: Callable[[dict[str, object]], None], message: str
+) -> None:
+    config = read_config(nested_dir)
+    raw = read_policies(nested_dir, config)["fast"].to_dict()
+    change(raw)
+    with pytest.raises(ValueError, match=message):
+        RoutingPolicy.from_dict(raw).validate(config)
+
+
+def test_bits_are_refused_where_there_is_one_precision(moe_dir: Path) -> None:
+    config = read_config(moe_dir)
+    rule = LayerRule(2, bits=4)
+    with pytest.raises(ValueError, match=r"layers\[0\].bits: is 4; .* read at null"):
+        RoutingPolicy("p", "", (rule, None, rule)).validate(config)
+
+
+def test_a_checkpoint_with_its_own_integers_is_not_rounded_again(nested_dir: Path) -> None:
+    with pytest.raises(ValueError, match="quantize int4: the checkpoint has 4 and 8 bits of its own"):
+        load_to_serve(nested_dir, "cpu", quantize="int4")
+
+
+def test_a_broken_checkpoint_names_the_matrix(tmp_path: Path) -> None:
+    directory = make_nested(tmp_path / "nested")
+    raw = read_json(directory / "config.json")
+    write_json(directory / "config.json", {**raw, "nested_bits": [4]})
+    with pytest.raises(ValueError, match=r"nested_bits must be null, \[\] or \[4, 8\]"):
+        read_config(directory)
+    write_json(directory / "config.json", {**raw, "nested_bits": [4, 8]})
+    reader = TensorReader(directory)
+    tensors = {name: reader.get(name) for name in reader.files}
+    name = "model.layers.0.self_attn.q_proj.scales"
+    write_tensors(directory, iter({**tensors, name: tensors[name][:1]}.items()))
+    with pytest.raises(ValueError, match="self_attn.q_proj.weight: scales are"):
+        load_model(directory, torch.float32, torch.device("cpu"))
