@@ -185,7 +185,11 @@ def make_nested(path: Path, *, dense: Path | None = None, num_experts: int = 4, 
     write_tensors(path, iter(tensors.items()))
     raw = read_json(path / "config.json")
     write_json(path / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})
-    rules = {"full": {}, "quality": {"bits": 8, "attention_bits": 8}, "fast": {"bits": 4, "attention_bits": 8}}
+    rules: dict[str, dict[str, Any]] = {
+        "full": {},
+        "quality": {"bits": 8, "attention_bits": 8},
+        "fast": {"bits": 4, "attention_bits": 8},
+    }
     for name, bits in {**rules, "balanced": {"bits": 8, "attention_bits": 4}}.items():
         rule = LayerRule(num_experts, renormalize=False, **bits)
         head_bits = None if name == "full" else 8 if name == "quality" else 4

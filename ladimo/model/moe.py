@@ -45,8 +45,10 @@ class ExpertLayer(BackendModule):
             topk_weights, topk_ids = self.backend.select_experts(router_logits, rows, shared, self.config, bias)
         gate_up: Weights | NestedWeights = self.experts.gate_up_proj
         down: Weights | NestedWeights = self.experts.down_proj
-        if not isinstance(gate_up, NestedWeights) or not isinstance(down, NestedWeights):
+        if not isinstance(gate_up, NestedWeights):
+            assert not isinstance(down, NestedWeights)
             return self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down), topk_ids
+        assert isinstance(down, NestedWeights)
 
         def run(tokens: Tensor, bits: float) -> Tensor:
             weights = gate_up.at(bits, hidden_states.dtype), down.at(bits, hidden_states.dtype)

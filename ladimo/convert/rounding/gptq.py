@@ -28,7 +28,8 @@ def choose_scales(weights: Tensor) -> Tensor:
         error = ((groups / scale).round().clamp(LOWEST, HIGHEST) * scale - groups).square().sum(dim=2, keepdim=True)
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
-    return scales.squeeze(2).to(SCALE_DTYPE)
+    chosen: Tensor = scales.squeeze(2)
+    return chosen.to(SCALE_DTYPE)
 
 
 def round_nearest(weights: Tensor, scales: Tensor) -> Tensor:
@@ -73,7 +74,8 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     mean = damped.diagonal().mean().clamp(min=1e-12)
     damped = damped + torch.diag(torch.full((len(damped),), DAMPING * float(mean), dtype=torch.float64))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _padded(weights: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest, round_with_feedback
-from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.nested import GROUP, STEPS, codes_to_rounding, low_plane, read_planes, rounding_to_codes
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
+from ladimo.model.nested import STEPS, codes_to_rounding, low_plane, read_planes, rounding_to_codes
+from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import make_dense, make_nested
@@ -90,7 +91,8 @@ def logits(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, po
         tables.write(row, *policy.to_rows(config.max_num_experts))
     inputs = StepInputs.whole_sequences(ids)
     inputs = StepInputs(**{**{name: getattr(inputs, name) for name in inputs.__dataclass_fields__}, "policy_ids": policy_ids})
-    return model(inputs, None, tables).logits
+    output: StepOutput = model(inputs, None, tables)
+    return output.logits
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied head", "head of its own"])
@@ -122,7 +124,7 @@ def test_each_part_has_bits_of_its_own(nested_dir: Path) -> None:
     whole = logits(model, [bits_policy(model, "full", None, None, None)], ids, ones)
 
     def distance(*bits: int | None) -> float:
-        return (logits(model, [bits_policy(model, "p", *bits)], ids, ones) - whole).norm().item()
+        return float((logits(model, [bits_policy(model, "p", *bits)], ids, ones) - whole).norm())
 
     for part in range(3):
         at4, at8 = (distance(*(bits if place == part else None for place in range(3))) for bits in (4, 8))
