@@ -46,7 +46,7 @@ class _HiddenStatesExpertLayer(ExpertLayer):
         flat = hidden_states.flatten(0, -2)
         policy = RoutingPolicy("layer", "", (self.rule,))
         rows, allowed = policy.to_rows(self.config.num_experts)
-        row = torch.tensor(rows, device=flat.device).expand(len(flat), -1)
+        row = torch.tensor(rows[0], device=flat.device).expand(len(flat), -1)
         mask = torch.tensor(allowed, device=flat.device).expand(len(flat), -1)
         out, _ = super().forward(flat, row, mask)
         return out.view_as(hidden_states)

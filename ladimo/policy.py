@@ -24,6 +24,8 @@ ALWAYS_WRITTEN = ("top_k", "mass", "floor", "renormalize", "experts")
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
+    """The rule that chooses the experts of a token in one layer. The best expert (rank 0) is always kept.
+
     top_k: keep at most this many experts.
     mass: stop when the scores of the kept experts sum to this. None = no limit.
     floor: drop experts with a lower score than this.

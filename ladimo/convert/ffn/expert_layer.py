@@ -14,7 +14,7 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     """Inputs [T, D] -> router_logits [T, E], and of the rule's top_k places topk_weights and topk_ids [T, K]."""
     rows, allowed = RoutingPolicy("rule", "", (rule,)).to_rows(layer.config.num_experts)
     router_logits = layer.gate(inputs)
-    row = torch.tensor(rows, device=inputs.device).expand(len(inputs), -1)
+    row = torch.tensor(rows[0], device=inputs.device).expand(len(inputs), -1)
     mask = torch.tensor(allowed, device=inputs.device).expand(len(inputs), -1)
     topk_weights, topk_ids = select_experts(router_logits, row, mask, layer.config, layer.gate.e_score_correction_bias)
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
