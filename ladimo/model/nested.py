@@ -6,8 +6,8 @@
 A group of 32 columns of a row shares a scale. Whoever wants 8 bits reads the high plane, as everybody does, and the low plane
 beside it: a batch of both reads each plane once. The policy's rule says which precision a token gets (`RuleNumber.BITS`).
 
-A checkpoint keeps the weights, the scales and, per weight, two bits: how far its `high` lies from rounding the weight down. The
-planes follow from these.
+A checkpoint keeps the weights, the scales and, per weight, one bit: whether `high` is the weight rounded up or rounded down.
+The planes follow from these.
 
 Nested integer formats: MatQuant (arXiv 2502.06786), Any-Precision LLM (arXiv 2402.10517). Here the planes are chosen by error
 feedback (GPTQ, arXiv 2210.17323), and the top is the source, unchanged.
@@ -28,8 +28,6 @@ NESTED_BITS = (4, 8)
 STEPS = 8  # of the low plane in one of the high plane: its ends reach one whole step up and down
 LOWEST, HIGHEST = -8, 7
 SCALE_DTYPE = torch.bfloat16
-# `high` minus the weight rounded down, as two bits say it.
-OFFSETS = (-1, 2)
 # A weight's share of the bytes of its planes: integers and scales.
 BYTES = {bits: bits / 8 + SCALE_DTYPE.itemsize / GROUP for bits in NESTED_BITS}
 
@@ -55,21 +53,20 @@ class NestedWeights:
 
 
 def codes_to_rounding(high: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
-    """What a checkpoint keeps of the high plane: integers [N, P], weights [N, K] and scales [N, P / 32] -> uint8 [N, P / 4].
+    """What a checkpoint keeps of the high plane: integers [N, P], weights [N, K] and scales [N, P / 32] -> uint8 [N, P / 8].
 
-    Byte j of a row holds columns 4 j to 4 j + 3, the first in its lowest bits.
+    Byte j of a row holds columns 8 j to 8 j + 7, the first in its lowest bit. A set bit is a weight rounded up.
     """
-    offset = high - rounded_down(weights, scales) - OFFSETS[0]
-    assert int(offset.min()) >= 0 and int(offset.max()) <= OFFSETS[1] - OFFSETS[0], "beyond what two bits can say"
-    parts = offset.to(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
-    packed: Tensor = parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
-    return packed
+    up = high - rounded_down(weights, scales)
+    assert int(up.min()) >= 0 and int(up.max()) <= 1, "neither rounded down nor up"
+    shifted: Tensor = up.to(torch.uint8).unflatten(-1, (-1, 8)) << torch.arange(8, dtype=torch.uint8)
+    return shifted.sum(dim=-1, dtype=torch.uint8)
 
 
 def rounding_to_codes(rounding: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     """The inverse of `codes_to_rounding`: integers [N, P] in int8."""
-    parts = torch.stack([rounding >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
-    return (rounded_down(weights, scales) + parts.to(torch.int8) + OFFSETS[0]).to(torch.int8)
+    up = (rounding.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
+    return rounded_down(weights, scales) + up.to(torch.int8)
 
 
 def rounded_down(weights: Tensor, scales: Tensor) -> Tensor:
@@ -87,14 +84,14 @@ def low_plane(weights: Tensor, high: Tensor, scales: Tensor) -> Tensor:
 
 
 def read_planes(weights: Tensor, rounding: Tensor, scales: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
-    """Stored weights [..., N, K], rounding [..., N, P / 4] and scales [..., N, P / 32] -> the high and the low plane.
+    """Stored weights [..., N, K], rounding [..., N, P / 8] and scales [..., N, P / 32] -> the high and the low plane.
 
     Raises ValueError when the shapes do not belong together.
     """
     *lead, cols = weights.shape
     groups = -(-cols // GROUP)
-    if list(rounding.shape) != [*lead, groups * GROUP // 4] or rounding.dtype != torch.uint8:
-        raise ValueError(f"rounding is {rounding.dtype} {list(rounding.shape)}, must be uint8 {[*lead, groups * GROUP // 4]}")
+    if list(rounding.shape) != [*lead, groups * GROUP // 8] or rounding.dtype != torch.uint8:
+        raise ValueError(f"rounding is {rounding.dtype} {list(rounding.shape)}, must be uint8 {[*lead, groups * GROUP // 8]}")
     if list(scales.shape) != [*lead, groups] or not scales.is_floating_point():
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be floating point {[*lead, groups]}")
     format = find_format("int4")
