@@ -8,12 +8,13 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.nested import WHOLE_BYTES, bytes_per_weight
 from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -170,6 +171,22 @@ class RoutingPolicy:
         rows.append(_whole_row(self.head_bits))
         return rows, allowed
 
+    def bytes_ratio(self, config: ModelConfig, experts_per_token: Sequence[float | None]) -> float | None:
+        """`FrontierPoint.bytes_ratio` when layer i runs experts_per_token[i] experts; None for a model of one precision."""
+        if not config.nested_bits:
+            return None
+        whole = WHOLE_BYTES * (config.dense_parameters + config.head_parameters)
+        read = bytes_per_weight(self.head_bits) * config.head_parameters
+        for rule, layer, experts in zip(self.layers, config.layers, experts_per_token, strict=True):
+            attention_bits, bits = (None, None) if rule is None else (rule.attention_bits, rule.bits)
+            ffn = (
+                config.ffn_parameters
+                if layer is None or experts is None
+                else layer.active_parameters(config.hidden_size, experts)
+            )
+            read += bytes_per_weight(attention_bits) * config.attention_parameters + bytes_per_weight(bits) * ffn
+        return read / whole
+
 
 @dataclass(frozen=True)
 class FrontierPoint:
@@ -177,7 +194,8 @@ class FrontierPoint:
 
     batch: the batch size for whose cost the point was chosen. active_parameters_ratio: active parameters per token divided by
     those of the dense model. perplexity_ratio: perplexity divided by that of the dense model on the same text.
-    experts_per_token: the measured mean per layer, None for a dense layer.
+    experts_per_token: the measured mean per layer, None for a dense layer. bytes_ratio: weight bytes that a decode step of one
+    token reads, divided by those of the dense model at 16 bits, output head included; None where all policies read all bits.
     """
 
     batch: int
@@ -186,12 +204,20 @@ class FrontierPoint:
     perplexity: float
     perplexity_ratio: float
     experts_per_token: tuple[float | None, ...]
+    bytes_ratio: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What the knob walks: bytes where the policies differ in bits, else active parameters."""
+        return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
 
     def to_dict(self) -> dict[str, Any]:
         """The point as JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "experts_per_token": list(self.experts_per_token)
-        }
+        written = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        written["experts_per_token"] = list(self.experts_per_token)
+        if self.bytes_ratio is None:
+            del written["bytes_ratio"]
+        return written
 
 
 @dataclass(frozen=True)
@@ -223,13 +249,13 @@ class Frontier:
 
     @property
     def lowest(self) -> float:
-        """The smallest active_parameters_ratio of a point."""
-        return min(point.active_parameters_ratio for point in self.points)
+        """The smallest cost of a point."""
+        return min(point.cost for point in self.points)
 
     @property
     def highest(self) -> float:
-        """The largest active_parameters_ratio of a point."""
-        return max(point.active_parameters_ratio for point in self.points)
+        """The largest cost of a point."""
+        return max(point.cost for point in self.points)
 
     def choose(self, accuracy: float) -> FrontierPoint:
         """The most accurate point whose cost is at most lowest + accuracy * (highest - lowest).
@@ -240,22 +266,22 @@ class Frontier:
             raise ValueError(f"accuracy must be between 0 and 1, got {accuracy}")
         # The tolerance makes sure that the accuracy that `position` reports for a point chooses this point.
         limit = self.lowest + accuracy * (self.highest - self.lowest) + 1e-9
-        affordable = [point for point in self.points if point.active_parameters_ratio <= limit]
-        return min(affordable, key=lambda point: (point.perplexity, point.active_parameters_ratio))
+        affordable = [point for point in self.points if point.cost <= limit]
+        return min(affordable, key=lambda point: (point.perplexity, point.cost))
 
     def position(self, policy: str) -> float | None:
         """An accuracy at which `choose` returns this policy; None if the policy is not on the frontier."""
         span = self.highest - self.lowest
         for point in self.points:
             if point.policy == policy:
-                return 1.0 if span == 0 else (point.active_parameters_ratio - self.lowest) / span
+                return 1.0 if span == 0 else (point.cost - self.lowest) / span
         return None
 
 
 def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
     """The points that no other point beats at the same or a lower cost. Cheapest first; cost and accuracy strictly rise."""
     kept: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda point: (point.active_parameters_ratio, point.perplexity)):
+    for point in sorted(points, key=lambda point: (point.cost, point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
             kept.append(point)
     return tuple(kept)
@@ -264,6 +290,7 @@ def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
 def _point(raw: object, path: str) -> FrontierPoint:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: must be an object")
+    raw = {"bytes_ratio": None, **raw}
     wrong = sorted(str(key) for key in set(raw) ^ set(FrontierPoint.__dataclass_fields__))
     if wrong:
         raise ValueError(f"{path}.{wrong[0]}: missing or unknown field")
@@ -274,6 +301,8 @@ def _point(raw: object, path: str) -> FrontierPoint:
     for name in ("active_parameters_ratio", "perplexity", "perplexity_ratio"):
         if not (_is_number(raw[name]) and raw[name] > 0):
             raise ValueError(f"{path}.{name}: must be a number above 0")
+    if raw["bytes_ratio"] is not None and not (_is_number(raw["bytes_ratio"]) and raw["bytes_ratio"] > 0):
+        raise ValueError(f"{path}.bytes_ratio: must be null or a number above 0")
     experts = raw["experts_per_token"]
     if not isinstance(experts, list) or not all(x is None or (_is_number(x) and x >= 0) for x in experts):
         raise ValueError(f"{path}.experts_per_token: must be a list of null or numbers of at least 0")

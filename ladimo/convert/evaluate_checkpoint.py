@@ -14,7 +14,8 @@ from ladimo.convert.data.calibration import Encoder, evaluation_blocks
 from ladimo.convert.evaluation.likelihoods import likelihoods
 from ladimo.convert.evaluation.measure import figures, measure, num_scored
 from ladimo.convert.evaluation.tasks import PROTOCOL, EncodedTask, encode_task, read_task, score_task, task_files
-from ladimo.convert.evaluation.variants import Rules
+from ladimo.convert.evaluation.variants import Rules, variant_of
+from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.provenance import find_dense_source
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.policy import RoutingPolicy
@@ -46,12 +47,16 @@ def evaluate_checkpoint(
     blocks = evaluation_blocks(encoder, text, tokens)
     encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
     model, experts = own, None
-    source = find_dense_source(directory, dense) if own.config.moe_layer_indices else None
+    nested = bool(own.config.nested_bits)  # holds its dense source itself
+    source = find_dense_source(directory, dense) if own.config.moe_layer_indices and not nested else None
     if source is not None:
         model, experts = StreamedModel(source, own.device), own.experts
-    variants = [entry.layers for entry in chosen]
+    variants = [variant_of(entry, own.config) for entry in chosen]
     reference: Rules | None = None
-    if model.config.moe_layer_indices:
+    if nested:
+        model, experts, reference = own, None, ConvertedModel.nested(own).reference
+        variants.append(reference)
+    elif model.config.moe_layer_indices:
         logger.warning("the dense source is not at hand: figures relative to it are null (--dense DIR says where it is)")
     else:
         reference = (None,) * model.config.num_hidden_layers
@@ -63,7 +68,7 @@ def evaluate_checkpoint(
         "text": str(text),
         "tokens": num_scored(blocks),
         "dense": {"perplexity": perplexity},
-        "policies": [figures(entry, measured[entry.layers], own.config, perplexity) for entry in chosen],
+        "policies": [figures(entry, measured[variant_of(entry, own.config)], own.config, perplexity) for entry in chosen],
     }
     if encoded:
         result["tasks"] = _task_entries(model, experts, encoded, chosen, reference)
@@ -79,13 +84,14 @@ def _task_entries(
 ) -> list[dict[str, Any]]:
     """One entry per task: what it is, and its scores under every policy and of the dense source (None without one)."""
     continuations = [one for task in tasks for one in task.continuations]
-    variants = [policy.layers for policy in policies] + ([] if reference is None else [reference])
+    own = {policy.name: variant_of(policy, model.config) for policy in policies}
+    variants = [*own.values(), *([] if reference is None else [reference])]
     found = likelihoods(model, experts, continuations, variants)
     entries, place = [], 0
     for task in tasks:
-        own = slice(place, place + len(task.continuations))
-        place = own.stop
-        scores = {variant: score_task(task.items, values[own]) for variant, values in found.items()}
+        here = slice(place, place + len(task.continuations))
+        place = here.stop
+        scores = {variant: score_task(task.items, values[here]) for variant, values in found.items()}
         entries.append(
             {
                 "task": task.task.name,
@@ -97,7 +103,7 @@ def _task_entries(
                 "truncated": task.truncated,
                 "dense": None if reference is None else scores[reference],
                 "policies": [
-                    {"policy": policy.name, "version": policy.version, **scores[policy.layers]} for policy in policies
+                    {"policy": policy.name, "version": policy.version, **scores[own[policy.name]]} for policy in policies
                 ],
             }
         )

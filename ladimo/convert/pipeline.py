@@ -101,6 +101,8 @@ def measured(run: Run, converted: Converted, blocks: Tensor) -> MeasuredPolicies
 
     def make() -> dict[str, Any]:
         model = ConvertedModel(run.dense, run.experts, run.config(converted.layers))
+        if converted.own is not None:
+            model = ConvertedModel.nested(converted.own)
         return measure_frontier(model, converted.candidates(model), blocks).to_dict()
 
     return MeasuredPolicies.from_dict(run.workspace.stage("policies", make))
@@ -111,9 +113,14 @@ def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted
     config, source = run.config(converted.layers), run.dense.directory
 
     def write(directory: Path) -> None:
-        raw = read_json(source / "config.json")
-        write_json(directory / "config.json", moe_config_json(raw, moe_layers_to_json(config.layers)))
-        write_tensors(directory, tensors(run, config))
+        if converted.own is None:
+            raw = read_json(source / "config.json")
+            write_json(directory / "config.json", moe_config_json(raw, moe_layers_to_json(config.layers)))
+            write_tensors(directory, tensors(run, config))
+        else:
+            reader = converted.own.reader
+            write_json(directory / "config.json", read_json(reader.directory / "config.json"))
+            write_tensors(directory, ((name, reader.get(name)) for name in reader.files))
         copy_tokenizer(source, directory)
         for policy in points.policies:
             write_policy(directory, policy)

@@ -62,14 +62,17 @@ class StreamedModel:
         embed = self.ends.model.embed_tokens
         return torch.cat([embed(blocks[rows].to(self.device)).cpu() for rows in chunks(blocks)])
 
-    def attend(self, layer: DecoderLayer, hidden_states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def attend(
+        self, layer: DecoderLayer, hidden_states: Tensor, bits: int | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunk by chunk of hidden states [B, S, D]: the sequences it covers, its hidden states after attention [T, D] and the
-        FFN's inputs [T, D], on the device."""
+        FFN's inputs [T, D], on the device. `bits`: of a nested layer's attention weights that are read, None for all."""
         for rows in chunks(hidden_states):
             chunk = hidden_states[rows].to(self.device)
             inputs = StepInputs.whole_sequences(torch.zeros(chunk.shape[:2], dtype=torch.int64, device=self.device))
             rope = self.ends.rotary(inputs.positions, self.dtype)
-            attended = layer.attend(chunk.flatten(0, 1), rope, inputs, None)
+            wanted = () if bits is None else (torch.full_like(inputs.positions, bits),)
+            attended = layer.attend(chunk.flatten(0, 1), rope, inputs, None, *wanted)
             yield rows, attended, layer.post_attention_layernorm(attended)
 
     def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, GatedMLP, Tensor, Tensor]]:

@@ -88,6 +88,10 @@ class MoeLayerConfig:
         }[self.router]
         return weights + self.num_experts * self.selection_bias
 
+    def active_parameters(self, hidden_size: int, experts: float) -> float:
+        """The number of parameters of the router and of so many experts."""
+        return self.router_parameters(hidden_size) + experts * 3 * hidden_size * self.moe_intermediate_size
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -151,26 +155,34 @@ class ModelConfig:
     @property
     def dense_parameters(self) -> int:
         """The parameters of the dense model that one token uses, without embeddings and output head."""
-        ffn = 3 * self.hidden_size * self.intermediate_size
-        return self.num_hidden_layers * (self._attention_parameters + ffn) + self.hidden_size
+        return self.num_hidden_layers * (self.attention_parameters + self.ffn_parameters) + self.hidden_size
 
     def active_parameters_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
         """Active parameters per token divided by `dense_parameters`. Layer i runs `experts_per_token[i]` experts.
 
         Routers count as active; embeddings and the output head do not count. Entries of dense layers are ignored.
         """
-        active = float(self.num_hidden_layers * self._attention_parameters + self.hidden_size)
+        active = float(self.num_hidden_layers * self.attention_parameters + self.hidden_size)
         for layer, experts in zip(self.layers, experts_per_token, strict=True):
             if layer is None:
-                active += 3 * self.hidden_size * self.intermediate_size
+                active += self.ffn_parameters
             else:
                 assert experts is not None
-                expert = 3 * self.hidden_size * layer.moe_intermediate_size
-                active += layer.router_parameters(self.hidden_size) + experts * expert
+                active += layer.active_parameters(self.hidden_size, experts)
         return active / self.dense_parameters
 
     @property
-    def _attention_parameters(self) -> int:
+    def ffn_parameters(self) -> int:
+        """Of one dense FFN."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the output head, be it the embedding or not."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def attention_parameters(self) -> int:
         """The parameters of the attention and the two norms of one layer."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = self.attention_bias * (heads + 2 * kv_heads) + self.attention_output_bias * self.hidden_size

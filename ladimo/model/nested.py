@@ -28,8 +28,7 @@ NESTED_BITS = (4, 8)
 STEPS = 8  # of the low plane in one of the high plane: its ends reach one whole step up and down
 LOWEST, HIGHEST = -8, 7
 SCALE_DTYPE = torch.bfloat16
-# A weight's share of the bytes of its planes: integers and scales.
-BYTES = {bits: bits / 8 + SCALE_DTYPE.itemsize / GROUP for bits in NESTED_BITS}
+WHOLE_BYTES = 2  # of a weight that is not rounded, in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,11 @@ class NestedWeights:
             return self.full
         high = self.high.to_dtype(torch.float32)
         return (high if bits <= min(NESTED_BITS) else high + self.low.to_dtype(torch.float32)).to(dtype)
+
+
+def bytes_per_weight(bits: int | None) -> float:
+    """Bytes that are read for a weight at so many bits, its share of the scale included. None: all bits."""
+    return WHOLE_BYTES if bits is None else bits / 8 + SCALE_DTYPE.itemsize / GROUP
 
 
 def codes_to_rounding(high: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

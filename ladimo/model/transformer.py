@@ -33,10 +33,16 @@ class DecoderLayer(nn.Module):
         )
 
     def attend(
-        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], inputs: StepInputs, kv_cache: KVCache | None
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        inputs: StepInputs,
+        kv_cache: KVCache | None,
+        *bits: Tensor,
     ) -> Tensor:
-        """The first half of the layer: the hidden states [T, D] plus their attention."""
-        return hidden_states + self._attention(hidden_states, rope, inputs, kv_cache)
+        """The first half of the layer: the hidden states [T, D] plus their attention. `bits` [T]: of a nested layer's attention
+        weights that each token reads."""
+        return hidden_states + self._attention(hidden_states, rope, inputs, kv_cache, *bits)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladimo.convert.evaluation.variants import PASS_BYTES, Rules, run_variants
+from ladimo.convert.evaluation.variants import PASS_BYTES, Rules, logits, run_variants
 from ladimo.convert.streamed_model import CHUNK_TOKENS, ExpertSource, StreamedModel
 
 LOGIT_ROWS = 1024  # rows of logits [., V] in memory at once
@@ -57,7 +57,7 @@ def likelihoods(
             for batch, hidden_states in zip(batches, states.pop(variant), strict=True):
                 places = [(row, number) for row, ids in enumerate(batch) for number in asked[ids]]
                 own = [(row, continuations[number]) for row, number in places]
-                scored = _score_rows(model, hidden_states, own, logit_rows)
+                scored = _score_rows(model, variant, hidden_states, own, logit_rows)
                 found[variant] |= {number: value for (_, number), value in zip(places, scored, strict=True)}
     return {variant: [values[number] for number in range(len(continuations))] for variant, values in found.items()}
 
@@ -88,14 +88,14 @@ def _pad(batch: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def _score_rows(
-    model: StreamedModel, hidden_states: Tensor, places: Sequence[tuple[int, Continuation]], logit_rows: int
+    model: StreamedModel, variant: Rules, hidden_states: Tensor, places: Sequence[tuple[int, Continuation]], logit_rows: int
 ) -> Iterator[Likelihood]:
     """Hidden states [B, S, D] of the inputs, and which row of them each continuation is read from."""
     rows = [hidden_states[row, one.start - 1 : len(one.ids) - 1] for row, one in places]
     targets = torch.tensor([token for _, one in places for token in one.ids[one.start :]])
     log_probs, greedy = [], []
     for part, target in zip(torch.cat(rows).split(logit_rows), targets.split(logit_rows), strict=True):
-        logp = model.ends.logits(part.to(model.device)).float().log_softmax(dim=-1).cpu()
+        logp = logits(model, variant, part.to(model.device)).float().log_softmax(dim=-1).cpu()
         log_probs.append(logp.gather(1, target[:, None])[:, 0])
         greedy.append(logp.argmax(dim=-1) == target)
     lengths = [len(row) for row in rows]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.convert.evaluation.variants import Rules, run_variants
+from ladimo.convert.evaluation.variants import Rules, logits, run_variants
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import RoutingPolicy
@@ -63,6 +63,7 @@ def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig
         "perplexity": measurement.perplexity,
         "perplexity_ratio": None if dense is None else measurement.perplexity / dense,
         "active_parameters_ratio": config.active_parameters_ratio(measurement.experts_per_token),
+        "bytes_ratio": policy.bytes_ratio(config, measurement.experts_per_token),
         "experts_per_token": list(measurement.experts_per_token),
         "next_token_agreement": measurement.next_token_agreement,
         "kl": measurement.kl,
@@ -82,7 +83,7 @@ def _score(
 
     def log_probs(variant: Rules, row: slice) -> Tensor:
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
-        return model.ends.logits(hidden_states).float().log_softmax(dim=-1)
+        return logits(model, variant, hidden_states).float().log_softmax(dim=-1)
 
     for index in range(len(blocks)):  # one sequence at a time: logits are wide
         row = slice(index, index + 1)

@@ -4,7 +4,7 @@ A variant is one choice per layer: None for the dense FFN, or the rule that the 
 to a layer share their hidden states up to there. Legend: B sequences, S positions, D hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from ladimo.convert.ffn.expert_layer import route, run_experts
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
+from ladimo.model.config import ModelConfig
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
-from ladimo.policy import LayerRule
+from ladimo.policy import LayerRule, RoutingPolicy
 
 PASS_BYTES = 2**31  # hidden states on the host in one pass over the layers, all variants together
-Rules = tuple[LayerRule | None, ...]  # one per layer, None where dense
+# One rule per layer, None where dense. A nested model has one more, whose `bits` are the output head's.
+Rules = tuple[LayerRule | None, ...]
 DISTINCT_BATCH = 32  # tokens of a batch whose different experts are counted
 
 
@@ -49,7 +51,32 @@ def run_variants(
             advanced |= new_states
             per_layer |= counts
         states = advanced
-    return states, {variant: tuple(per_layer[variant[: index + 1]] for index in range(len(variant))) for variant in wanted}
+    layers = range(model.config.num_hidden_layers)
+    # The output head of a variant has not run yet.
+    ended = {variant: states[variant[: len(layers)]] for variant in wanted}
+    return ended, {variant: tuple(per_layer[variant[: index + 1]] for index in layers) for variant in wanted}
+
+
+def variant_of(policy: RoutingPolicy, config: ModelConfig) -> Rules:
+    """The policy as a variant of the model."""
+    return (*policy.layers, LayerRule(1, bits=policy.head_bits)) if config.nested_bits else policy.layers
+
+
+def policy_of(name: str, description: str, rules: Rules, config: ModelConfig) -> RoutingPolicy:
+    """The inverse of `variant_of`."""
+    if not config.nested_bits:
+        return RoutingPolicy(name, description, rules)
+    head = rules[-1]
+    assert head is not None
+    return RoutingPolicy(name, description, rules[:-1], head.bits)
+
+
+def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> Tensor:
+    """Final norm and output head of a variant: [R, D] -> [R, V]."""
+    head = variant[-1] if model.config.nested_bits else None
+    if head is None or head.bits is None:
+        return model.ends.logits(hidden_states)
+    return model.ends.logits(hidden_states, torch.full((len(hidden_states),), head.bits, device=hidden_states.device))
 
 
 def _advance(
@@ -63,17 +90,18 @@ def _advance(
     states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
     ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
     for number, hidden_states in enumerate(batches):
-        for rows, attended, ffn_inputs in model.attend(layer, hidden_states):
-            for branch in branches:
-                rule = branch[-1]
-                if rule is None:
-                    out = layer.mlp(ffn_inputs)
-                else:
-                    assert expert_layer is not None
-                    _, topk_weights, topk_ids = route(expert_layer, ffn_inputs, rule)
-                    out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids)
-                    ids[branch].append(topk_ids.to("cpu", torch.int16))
-                states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
+        for bits, same in _by_attention_bits(branches):
+            for rows, attended, ffn_inputs in model.attend(layer, hidden_states, bits):
+                for branch in same:
+                    rule = branch[-1]
+                    if rule is None:
+                        out = layer.mlp(ffn_inputs)
+                    else:
+                        assert expert_layer is not None
+                        _, topk_weights, topk_ids = route(expert_layer, ffn_inputs, rule)
+                        out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.bits)
+                        ids[branch].append(topk_ids.to("cpu", torch.int16))
+                    states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
     ran: dict[Rules, Ran | None] = {}
     for branch in branches:
         ran[branch] = None
@@ -84,6 +112,13 @@ def _advance(
             distinct = distinct_experts(every, needed, expert_layer.config.num_experts)
             ran[branch] = Ran(needed.float().mean().item(), distinct)
     return states, ran
+
+
+def _by_attention_bits(branches: Sequence[Rules]) -> Iterator[tuple[int | None, list[Rules]]]:
+    """The branches whose attention reads the same bits."""
+    wanted = [None if branch[-1] is None else branch[-1].attention_bits for branch in branches]
+    for bits in dict.fromkeys(wanted):
+        yield bits, [branch for branch, own in zip(branches, wanted, strict=True) if own == bits]
 
 
 def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:

@@ -1,11 +1,14 @@
 """Running one expert layer under a rule, and its error. Legend: T tokens, D hidden_size, E experts, K experts per token."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.nested import NestedWeights
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -20,9 +23,14 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
 
 
-def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-    """[T, D] -> [T, D]. Grouped by expert on every device: there are many tokens, gradients, and no graph to capture."""
-    return apply_experts_grouped(inputs, topk_weights, topk_ids, layer.experts.gate_up_proj, layer.experts.down_proj)
+def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:
+    """[T, D] -> [T, D]. Grouped by expert on every device: there are many tokens, gradients, and no graph to capture.
+    `bits`: of nested weights that are read, None for all."""
+    weights: list[Tensor] = []
+    for stored in (layer.experts.gate_up_proj, layer.experts.down_proj):
+        nested: Tensor | NestedWeights = stored
+        weights.append(nested.at(bits or math.inf, inputs.dtype) if isinstance(nested, NestedWeights) else nested)
+    return apply_experts_grouped(inputs, topk_weights, topk_ids, *weights)
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:

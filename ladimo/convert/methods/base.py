@@ -20,6 +20,7 @@ from ladimo.convert.recipe import Recipe
 from ladimo.convert.report.document import MethodView
 from ladimo.convert.report.record import Report
 from ladimo.convert.run import Run
+from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.policy import RoutingPolicy
 
@@ -29,13 +30,15 @@ class Converted:
     """What a method has made. layers: the converted layers' configurations, their weights in the workspace. entries: one record
     per candidate layer for report.json, with at least "layer", "converted" and "seconds". report: further keys of report.json.
     candidates: policies of the model, at least full, quality, balanced and fast.
-    seconds: of training besides the entries'."""
+    seconds: of training besides the entries'. own: a checkpoint, whole but for its policies. It is measured
+    in the place of the dense source with these layers, and published."""
 
     layers: Mapping[int, MoeLayerConfig]
     entries: list[dict[str, Any]]
     candidates: Callable[[ConvertedModel], Candidates]
     report: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    own: StreamedModel | None = None
 
 
 class Method(ABC):

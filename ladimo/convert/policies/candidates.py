@@ -9,25 +9,38 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules
+from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, variant_of
 from ladimo.convert.policies.choose import Option, interpolate, named_policies, spread
 from ladimo.convert.policies.routing_profile import LayerProfile, RuleProfile
 from ladimo.convert.policies.sensitivity import rule_damages
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
-from ladimo.policy import LayerRule
+from ladimo.policy import LayerRule, RoutingPolicy
 
 GUARD_STEPS = 64  # solutions between the dearest and the cheapest, among which a perplexity guard is searched
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A converted model as it is measured: its dense source, its expert layers and its configuration."""
+    """A converted model as it is measured: its dense source, its expert layers and its configuration. A nested model holds its
+    dense source itself, under policy `full`: `dense` is then the model."""
 
     dense: StreamedModel
     experts: ExpertSource
     config: ModelConfig
+
+    @classmethod
+    def nested(cls, own: StreamedModel) -> "ConvertedModel":
+        return cls(own, own.experts, own.config)
+
+    @property
+    def reference(self) -> Rules:
+        """The dense model as a variant."""
+        if not self.config.nested_bits:
+            return (None,) * self.config.num_hidden_layers
+        full = (None if layer is None else LayerRule.full(layer) for layer in self.config.layers)
+        return variant_of(RoutingPolicy("full", "", tuple(full)), self.config)
 
 
 @dataclass(frozen=True, slots=True)

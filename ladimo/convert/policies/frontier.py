@@ -1,15 +1,15 @@
 """Policies measured end to end, and the frontier of those that nothing cheaper beats."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from ladimo.convert.evaluation.measure import Measurement, figures, measure
-from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules
+from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, policy_of, variant_of
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.choose import NAMED
 from ladimo.model.config import ModelConfig
@@ -49,7 +49,7 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
     """Measure each candidate on token blocks [B, S]. There are two frontiers: of points chosen by what one token reads, and by
     what a batch of 32 tokens reads."""
     chosen, config = dict(candidates.rules), model.config
-    reference: Rules = (None,) * config.num_hidden_layers
+    reference = model.reference
     measured = measure(model.dense, model.experts, blocks, [reference, *chosen.values()], reference)
     perplexity = measured[reference].perplexity
     if candidates.guard is not None:
@@ -58,31 +58,47 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
             logger.warning("no policy keeps the perplexity within %g times the dense one", candidates.guard.ratio)
         else:
             chosen[candidates.guard.name] = found
+    costs = {rules: policy_cost(rules, measurement, config) for rules, measurement in measured.items()}
     # The named policies were predicted to get cheaper in this order. A measurement on other text may disagree.
     for better, cheaper in pairwise(NAMED):
-        costs = [config.active_parameters_ratio(measured[chosen[name]].experts_per_token) for name in (better, cheaper)]
-        if costs[1] > costs[0]:
+        if costs[chosen[cheaper]] > costs[chosen[better]]:
             chosen[cheaper] = chosen[better]
-    policies = [RoutingPolicy(name, describe_rules(rules), rules) for name, rules in chosen.items()]
-    entries = [figures(policy, measured[policy.layers], config, perplexity) for policy in policies]
+    policies = {
+        rules: policy_of(name, describe_rules(rules, config), rules, config) for name, rules in reversed(chosen.items())
+    }
+    named = [policy_of(name, describe_rules(rules, config), rules, config) for name, rules in chosen.items()]
+    entries = [figures(policy, measured[variant_of(policy, config)], config, perplexity) for policy in named]
     points = tuple(point for batch in (1, DISTINCT_BATCH) for point in _frontier(policies, measured, config, perplexity, batch))
-    return MeasuredPolicies(policies, entries, Frontier(points), perplexity)
+    return MeasuredPolicies(named, entries, Frontier(points), perplexity)
+
+
+def policy_cost(rules: Rules, measurement: Measurement, config: ModelConfig) -> float:
+    """What the knob walks; see `FrontierPoint.cost`."""
+    ratio = policy_of("rules", "", rules, config).bytes_ratio(config, measurement.experts_per_token)
+    return config.active_parameters_ratio(measurement.experts_per_token) if ratio is None else ratio
 
 
 def rule_name(rule: LayerRule | None) -> str:
-    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3"."""
+    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3", and so are
+    bits: "TOP1 at 4 bits, attention at 8"."""
     if rule is None:
         return "dense"
+    if rule.bits is not None or rule.attention_bits is not None:
+        name = rule_name(replace(rule, bits=None, attention_bits=None))
+        return f"{name} at {rule.bits or 'all'} bits, attention at {rule.attention_bits or 'all'}"
     if not rule.limits and rule.experts is not None and rule.top_k >= len(rule.experts):
         return f"{len(rule.experts)} fixed"
     name = f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
     return name + "".join(f" {limit} {value:g}" for limit, value in rule.limits.items() if limit != "mass")
 
 
-def describe_rules(rules: Rules) -> str:
-    """Such as "TOP2 in 3 layers, DYN(0.8) in 2 layers"."""
-    names = [rule_name(rule) for rule in rules if rule is not None]
+def describe_rules(rules: Rules, config: ModelConfig) -> str:
+    """Such as "TOP2 in 3 layers, DYN(0.8) in 2 layers". Of a nested model with the output head's bits."""
+    policy = policy_of("rules", "", rules, config)
+    names = [rule_name(rule) for rule in policy.layers if rule is not None]
     counts = [f"{name} in {names.count(name)} layer{'s' * (names.count(name) > 1)}" for name in dict.fromkeys(names)]
+    if config.nested_bits:
+        counts.append(f"output head at {policy.head_bits or 'all'} bits")
     return ", ".join(counts)
 
 
@@ -95,8 +111,7 @@ def _cheapest_within(
         middle = (low + high) // 2
         rules = guard.path[middle]
         if rules not in measured:
-            reference: Rules = (None,) * len(rules)
-            measured |= measure(model.dense, model.experts, blocks, [rules, reference], reference)
+            measured |= measure(model.dense, model.experts, blocks, [rules, model.reference], model.reference)
         if measured[rules].perplexity <= guard.ratio * perplexity:
             low = middle
         else:
@@ -105,7 +120,7 @@ def _cheapest_within(
 
 
 def _frontier(
-    policies: Sequence[RoutingPolicy],
+    policies: Mapping[Rules, RoutingPolicy],
     measured: Mapping[Rules, Measurement],
     config: ModelConfig,
     perplexity: float,
@@ -114,21 +129,26 @@ def _frontier(
     """Policies that nothing cheaper beats at this batch size. Equal rules under two names are one point, under the first
     name."""
     points = {
-        policy.layers: FrontierPoint(
+        rules: FrontierPoint(
             batch=batch,
             policy=policy.name,
-            active_parameters_ratio=config.active_parameters_ratio(measured[policy.layers].experts_per_token),
-            perplexity=measured[policy.layers].perplexity,
-            perplexity_ratio=measured[policy.layers].perplexity / perplexity,
-            experts_per_token=measured[policy.layers].experts_per_token,
+            active_parameters_ratio=config.active_parameters_ratio(measured[rules].experts_per_token),
+            perplexity=measured[rules].perplexity,
+            perplexity_ratio=measured[rules].perplexity / perplexity,
+            experts_per_token=measured[rules].experts_per_token,
+            bytes_ratio=policy.bytes_ratio(config, measured[rules].experts_per_token),
         )
-        for policy in reversed(policies)
+        for rules, policy in policies.items()
     }
     if batch == 1:
         return pareto(points.values())
-    reads = {point.policy: config.active_parameters_ratio(measured[rules].distinct_experts) for rules, point in points.items()}
+    reads = {
+        point.policy: policies[rules].bytes_ratio(config, measured[rules].distinct_experts)
+        or config.active_parameters_ratio(measured[rules].distinct_experts)
+        for rules, point in points.items()
+    }
     kept: list[FrontierPoint] = []
     for point in sorted(points.values(), key=lambda point: (reads[point.policy], point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
             kept.append(point)
-    return pareto(kept)  # and by active parameters, which is what the knob walks
+    return pareto(kept)  # and by cost, which is what the knob walks

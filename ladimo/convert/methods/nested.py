@@ -1,0 +1,248 @@
+"""Method nested: one set of weights at several precisions. Every policy reads a part of the same bytes.
+
+1. One pass over the dense model gathers the second moments of what every matrix multiplies (`rounding.moments`).
+2. Every matrix gets two planes of four bits each (`ladimo.model.nested`). The high plane is chosen with error feedback
+   (`rounding.gptq`). The weights themselves stay, so that policy `full` is the dense model.
+3. The damage of reading 4 instead of 8 bits is measured for each FFN, each attention and the output head alone. The solver
+   takes the changes in the order of damage per byte that they save.
+
+Nothing is trained. No FFN is split: each is one expert, whose bits the policy chooses.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ladimo.checkpoint import copy_tokenizer, moe_config_json, read_json, write_json, write_tensors
+from ladimo.convert.data.calibration import Calibration
+from ladimo.convert.evaluation.measure import measure
+from ladimo.convert.evaluation.variants import Rules, policy_of
+from ladimo.convert.methods.base import Converted, Method
+from ladimo.convert.methods.registry import register
+from ladimo.convert.policies.candidates import Candidates, ConvertedModel
+from ladimo.convert.recipe import Recipe, require
+from ladimo.convert.rounding.gptq import choose_scales, round_with_feedback
+from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
+from ladimo.convert.run import Run
+from ladimo.convert.source import model_parameters
+from ladimo.convert.streamed_model import StreamedModel
+from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
+from ladimo.model.nested import NESTED_BITS, codes_to_rounding
+from ladimo.model.nested_layers import ROUNDING, SCALES
+from ladimo.policy import LayerRule, RoutingPolicy
+
+LOW, HIGH = NESTED_BITS
+HEAD = "lm_head.weight"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NestedRecipe:
+    """damage_tokens: held-out tokens on which the damage of each change is measured. points: how many policies the solver adds
+    between 8 bits everywhere and 4 bits everywhere."""
+
+    damage_tokens: int = 4096
+    points: int = 5
+
+    def __post_init__(self) -> None:
+        require(self.damage_tokens >= 1, "nested.damage_tokens", "must be at least 1", self.damage_tokens)
+        require(self.points >= 0, "nested.points", "must be at least 0", self.points)
+
+
+@register
+class Nested(Method):
+    name = "nested"
+    options = NestedRecipe
+
+    def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
+        """Raises ValueError when only some layers are asked for."""
+        if recipe.layers not in ("auto", "all"):
+            raise ValueError(f"layers: is {recipe.layers}; method nested rounds every layer")
+        return recipe
+
+    def describe(self, recipe: Recipe) -> str:
+        return (
+            "One set of weights at three precisions: 4 bits, 8 bits (a second plane of 4 bits below the first) and whole. The "
+            "4-bit integers are the weights rounded up or down with error feedback (GPTQ, arXiv 2210.17323), a scale per row "
+            "and 32 columns. Nothing is trained. A policy chooses the bits of every FFN, every attention and the output head."
+        )
+
+    def convert(self, run: Run, calibration: Calibration) -> Converted:
+        round_layers(run, calibration.fit)
+        own = nested_model(run)
+        entries = [
+            {"layer": index, "converted": True, "seconds": run.workspace.finished_record(index)["seconds"]}
+            for index in range(run.dense.config.num_hidden_layers)
+        ]
+        damages = run.workspace.stage("damages", lambda: measured_damages(own, calibration.holdout, run.recipe))
+        layers = {index: layer for index, layer in enumerate(own.config.layers) if layer is not None}
+        points = run.recipe.section(NestedRecipe).points
+        return Converted(layers, entries, lambda model: bit_candidates(model.config, damages, points), damages, own=own)
+
+    def reprofile(
+        self, recipe: Recipe, model: ConvertedModel, stored: Mapping[str, RoutingPolicy], blocks: Tensor, report: dict[str, Any]
+    ) -> Candidates:
+        damages = measured_damages(model.dense, blocks, recipe)
+        report |= damages
+        return bit_candidates(model.config, damages, recipe.section(NestedRecipe).points)
+
+
+def round_layers(run: Run, blocks: Tensor) -> None:
+    """Each layer's matrices with their planes into the workspace, then the output head's. Token blocks [B, S] give the second
+    moments. A layer that is done is not rounded again."""
+    reader, depth = run.dense.reader, run.dense.config.num_hidden_layers
+    if run.workspace.layer_record(depth - 1) is not None and (run.workspace.directory / "head.json").exists():
+        return
+    passing = layer_moments(run.dense, blocks)
+    hidden_states: Tensor | None = None
+    while hidden_states is None:
+        try:
+            index, moments = next(passing)
+        except StopIteration as over:
+            hidden_states = over.value
+            break
+        if run.workspace.layer_record(index) is None:
+            started = time.monotonic()
+            run.workspace.save_tensors(f"layers/{index}/model.safetensors", dict(_layer(run, index, moments)))
+            layer = MoeLayerConfig(1, 1, run.dense.config.intermediate_size, expert_weight="one", router="none")
+            run.workspace.finish_layer(index, layer, {"seconds": time.monotonic() - started})
+
+    def head() -> dict[str, Any]:
+        assert hidden_states is not None
+        name = "model.embed_tokens.weight" if run.dense.config.tie_word_embeddings else HEAD
+        planes = _planes(HEAD, reader.get(name), head_moments(run.dense, hidden_states))
+        run.workspace.save_tensors("head.safetensors", dict(planes))
+        return {}
+
+    run.workspace.stage("head", head)
+
+
+def nested_model(run: Run) -> StreamedModel:
+    """The nested checkpoint without policies, written once into the workspace, as a model to measure."""
+    directory, source = run.workspace.directory / "nested", run.dense
+    layers = tuple(run.workspace.layer_config(index) for index in range(source.config.num_hidden_layers))
+    config = dataclasses.replace(source.config, layers=layers)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        stored = [run.workspace.layer_reader(index) for index in range(len(layers))]
+        kept = {name: reader for reader in stored for name in reader.files}
+        for name, _ in model_parameters(config):
+            yield name, kept[name].get(name) if name in kept else source.reader.get(name)
+        for name in kept:
+            if name.endswith((ROUNDING, SCALES)):
+                yield name, kept[name].get(name)
+        yield from run.workspace.load_tensors("head.safetensors").items()
+
+    def write() -> dict[str, Any]:
+        directory.mkdir(exist_ok=True)
+        write_tensors(directory, tensors())
+        copy_tokenizer(source.directory, directory)
+        raw = moe_config_json(read_json(source.directory / "config.json"), moe_layers_to_json(layers))
+        write_json(directory / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})
+        return {}
+
+    run.workspace.stage("nested", write)
+    return StreamedModel(directory, source.device)
+
+
+def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> dict[str, Any]:
+    """By how much the KL divergence from the whole model grows, in nats per token, when one part reads 4 bits and all others 8:
+    for each layer's FFN and attention, and for the head. A record of JSON values."""
+    few = blocks[: max(1, round(recipe.section(NestedRecipe).damage_tokens / blocks.shape[1]))]
+    depth = model.config.num_hidden_layers
+    whole, base = _same(model.config, None), _same(model.config, HIGH)
+    changed = {
+        **{("ffn", index): _changed(base, index, bits=LOW) for index in range(depth)},
+        **{("attention", index): _changed(base, index, attention_bits=LOW) for index in range(depth)},
+        ("head", 0): _changed(base, depth, bits=LOW),
+    }
+    measured = measure(model, None, few, [whole, base, *changed.values()], whole)
+
+    def damage(part: str, index: int) -> float:
+        lost, least = measured[changed[part, index]].kl, measured[base].kl
+        assert lost is not None and least is not None
+        return max(lost - least, 0.0)
+
+    return {
+        "damage_ffn": [damage("ffn", index) for index in range(depth)],
+        "damage_attention": [damage("attention", index) for index in range(depth)],
+        "damage_head": damage("head", 0),
+    }
+
+
+def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], points: int) -> Candidates:
+    """The named policies, and `points` others between 8 and 4 bits. Of all changes from 8 to 4 bits, those with the least
+    damage per saved byte come first."""
+    depth = config.num_hidden_layers
+    changes = [
+        *((damages["damage_ffn"][i] / config.ffn_parameters, i, "bits") for i in range(depth)),
+        *((damages["damage_attention"][i] / config.attention_parameters, i, "attention_bits") for i in range(depth)),
+        (damages["damage_head"] / config.head_parameters, depth, "bits"),
+    ]
+    path = [_same(config, HIGH)]
+    for _, index, name in sorted(changes):
+        path.append(_changed(path[-1], index, **{name: LOW}))
+    costs = [_cost(rules, config) for rules in path]
+
+    def near(share: float) -> Rules:
+        """The solution whose bytes are nearest to this share of the way down."""
+        wanted = costs[0] + share * (costs[-1] - costs[0])
+        return path[min(range(len(path)), key=lambda place: abs(costs[place] - wanted))]
+
+    rules = {"full": _same(config, None), "quality": path[0], "balanced": near(0.5), "fast": path[-1]}
+    for point in range(1, points + 1):
+        found = near(point / (points + 1))
+        if found not in rules.values():
+            rules[f"bytes-{100 * _cost(found, config):.1f}"] = found
+    return Candidates(rules)
+
+
+def _same(config: ModelConfig, bits: int | None) -> Rules:
+    """So many bits of everything."""
+    layers = [LayerRule.full(layer) for layer in config.layers if layer is not None]
+    rules = [dataclasses.replace(rule, bits=bits, attention_bits=bits) for rule in layers]
+    return (*rules, LayerRule(1, bits=bits))
+
+
+def _changed(rules: Rules, index: int, **numbers: int) -> Rules:
+    rule = rules[index]
+    assert rule is not None
+    return (*rules[:index], dataclasses.replace(rule, **numbers), *rules[index + 1 :])
+
+
+def _cost(rules: Rules, config: ModelConfig) -> float:
+    ratio = policy_of("rules", "", rules, config).bytes_ratio(config, (1.0,) * config.num_hidden_layers)
+    assert ratio is not None
+    return ratio
+
+
+def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, Tensor]]:
+    """One layer's expert and all its planes, under the names of the checkpoint."""
+    get, prefix = run.dense.reader.get, f"model.layers.{index}."
+    inputs = {"q_proj": moments.attention, "k_proj": moments.attention, "v_proj": moments.attention, "o_proj": moments.output}
+    for projection, seen in inputs.items():
+        name = f"{prefix}self_attn.{projection}.weight"
+        yield from _planes(name, get(name), seen)
+    gate, up, down = (get(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+    experts = {"gate_up_proj": (torch.cat((gate, up)), moments.ffn), "down_proj": (down, moments.hidden)}
+    for part, (weights, seen) in experts.items():
+        name = f"{prefix}mlp.experts.{part}"
+        yield name, weights[None]
+        for beside, tensor in _planes(name, weights, seen):
+            yield beside, tensor[None]
+
+
+def _planes(name: str, weights: Tensor, moments: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint keeps beside the matrix of this name."""
+    stem = name.removesuffix("weight").removesuffix("proj")
+    scales = choose_scales(weights)
+    codes = round_with_feedback(weights, scales, moments)
+    yield stem + ROUNDING, codes_to_rounding(codes, weights, scales)
+    yield stem + SCALES, scales
