@@ -191,5 +191,6 @@ static void attend_item(const void *job, int64_t chunk) {
 static void project_token(const void *job, int64_t t) {
     const State *s = job;
     int64_t width = s->model->heads * s->model->head_dim;
-    write_activations(s->projected + t * s->attended_bytes, s->attended + t * width, width, s->activations);
+    int64_t kind = activations_at(attention_precision(s, t), s->activations);
+    write_activations(s->projected + t * s->attended_bytes, s->attended + t * width, width, kind);
 }

@@ -23,14 +23,16 @@ from pathlib import Path
 from shutil import which
 
 from ladimo.model.cpu.cache import cache_directories, make_private
+from ladimo.model.nested import STEPS
 from ladimo.model.rule import RuleNumber
 
 SOURCES = Path(__file__).parent
 SHIPPED = Path(__file__).with_name("compiled")
 # No -ffast-math: the results of a token must not depend on its batch, and that needs a fixed order of sums.
 OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
-# The columns of a policy's row, so that the C code uses the same definition as Python.
-MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
+# The columns of a policy's row, and the steps of nested weights, so that the C code uses the same definitions as Python.
+RULE_MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
+MACROS = (*RULE_MACROS, f"-DNESTED_STEPS={STEPS}")
 COMMON_FLAGS = (*OPTIONS, *MACROS)
 FLAGS = (*COMMON_FLAGS, "-march=native")
 COMPILERS = ("gcc", "cc", "clang")

@@ -6,7 +6,7 @@
 
 // The product m x for one token. Writes out[16 * panels].
 static void multiply_token(const Matrix *m, const void *x, float *out) {
-    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, block, 1, &x, out + block * PANELS * ROWS);
+    for (int64_t block = 0; block < num_blocks(m); block++) multiply(m, WHOLE, block, 1, &x, out + block * PANELS * ROWS);
 }
 
 // The router logits [E] of a token, from its normed hidden states [D] in fp32.
@@ -42,9 +42,6 @@ static void router_logits(const State *s, const float *normed, float *logits) {
     }
 }
 
-static inline const float *rule_of(const State *s, int64_t t) {
-    return s->step->rows + (s->step->policy_ids[t] * (s->model->num_layers + 1) + s->layer_index) * RULE_NUMBERS;
-}
 static inline const uint8_t *mask_of(const State *s, int64_t t) {
     return s->step->allowed + (s->step->policy_ids[t] * s->model->num_layers + s->layer_index) * s->model->max_experts;
 }
@@ -110,7 +107,7 @@ static void post_norm_token(const void *job, int64_t t) {
     const Layer *l = s->layer;
     float normed[m->hidden];
     normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(experts_precision(s, t), s->activations));
     if (!m->max_experts) return;
     int64_t *ids = ids_of(s, t);
     if (!l->num_experts) {
@@ -158,27 +155,36 @@ static void share_experts(const State *s) {
     }
 }
 
-// Sort the pairs of tokens and experts by expert. In a dense layer every token runs the only expert.
+static inline int64_t *pairs_of(const State *s, int64_t e) { return s->first_pair + e * PRECISIONS; }
+static inline int64_t count_pairs(const State *s, int64_t e) { return pairs_of(s, e)[PRECISIONS] - pairs_of(s, e)[0]; }
+
+// Sort the pairs of tokens and experts by expert, and those of an expert by precision. In a dense layer every token runs the only
+// expert, whole.
 static void sort_pairs(State *s) {
     const Layer *l = s->layer;
     int64_t tokens = s->step->num_tokens, width = s->model->max_experts, experts = l->num_experts;
     if (!experts) {
-        s->first_pair[0] = 0, s->first_pair[1] = tokens;
+        for (int64_t p = 0; p <= PRECISIONS; p++) s->first_pair[p] = p == PRECISIONS ? tokens : 0;
         for (int64_t t = 0; t < tokens; t++) s->pair_token[t] = (int32_t)t, s->pair_weight[t] = 1.0f;
         return;
     }
-    const int64_t *ids = s->step->expert_ids + s->layer_index * tokens * width;
-    memset(s->first_pair, 0, (experts + 1) * sizeof(int64_t));
-    for (int64_t i = 0; i < tokens * width; i++)
-        if (ids[i] >= 0) s->first_pair[ids[i] + 1]++;
-    for (int64_t e = 0; e < experts; e++) s->first_pair[e + 1] += s->first_pair[e];
-    int64_t next[experts];
+    memset(s->first_pair, 0, (experts * PRECISIONS + 1) * sizeof(int64_t));
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t *ids = ids_of(s, t), precision = experts_precision(s, t);
+        for (int64_t rank = 0; rank < width; rank++)
+            if (ids[rank] >= 0) pairs_of(s, ids[rank])[precision + 1]++;
+    }
+    for (int64_t i = 0; i < experts * PRECISIONS; i++) s->first_pair[i + 1] += s->first_pair[i];
+    int64_t next[experts * PRECISIONS];
     memcpy(next, s->first_pair, sizeof next);
-    for (int64_t i = 0; i < tokens * width; i++) {
-        if (ids[i] < 0) continue;
-        int64_t pair = next[ids[i]]++;
-        s->pair_token[pair] = (int32_t)(i / width);
-        s->pair_weight[pair] = s->weights[i];
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t *ids = ids_of(s, t), precision = experts_precision(s, t);
+        for (int64_t rank = 0; rank < width; rank++) {
+            if (ids[rank] < 0) continue;
+            int64_t pair = next[ids[rank] * PRECISIONS + precision]++;
+            s->pair_token[pair] = (int32_t)t;
+            s->pair_weight[pair] = s->weights[t * width + rank];
+        }
     }
 }
 
@@ -187,11 +193,11 @@ static void sort_pairs(State *s) {
 static int64_t group_tokens(const Engine *engine, State *s) {
     int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0, blocks = 0;
     sort_pairs(s);
-    for (int64_t e = 0; e < experts; e++) blocks += s->first_pair[e + 1] > s->first_pair[e] ? num_blocks(&s->layer->gate_up) : 0;
+    for (int64_t e = 0; e < experts; e++) blocks += count_pairs(s, e) ? num_blocks(&s->layer->gate_up) : 0;
     s->span = span_of(engine, blocks, s->step->num_tokens);
     for (int64_t e = 0; e < experts; e++) {
         s->first_chunk[e] = chunks;
-        chunks += ceil_div(num_blocks(&s->layer->gate_up), s->span) * ceil_div(s->first_pair[e + 1] - s->first_pair[e], TOKEN_BLOCK);
+        chunks += ceil_div(num_blocks(&s->layer->gate_up), s->span) * ceil_div(count_pairs(s, e), TOKEN_BLOCK);
     }
     return s->first_chunk[experts] = chunks;
 }
@@ -206,20 +212,19 @@ static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t c
     round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
 }
 
-static void gate_up_block(const State *s, const Matrix *matrix, int64_t block, int64_t begin, int64_t end) {
+static void gate_up_block(const State *s, const Matrix *matrix, const int64_t *pairs, int64_t block, int64_t begin) {
     int64_t half = panels_of(matrix, block) / 2, size = s->layer->expert_size;
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
-    for (int64_t pair = begin, n; pair < end; pair += n) {
-        n = least(TILE, end - pair);
-        for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[pair + i] * s->hidden_bytes;
-        multiply(matrix, block, n, x, sums);
+    FOR_TILES(pairs, begin, begin + TOKEN_BLOCK) {
+        for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[at + i] * s->hidden_bytes;
+        multiply(matrix, precision, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
             float product[PANELS / 2 * ROWS];
-            uint8_t *inner = s->inner + (pair + i) * s->inner_bytes;
+            uint8_t *inner = s->inner + (at + i) * s->inner_bytes;
             const vf *gate = (const vf *)(sums + i * 2 * half * ROWS), *up = gate + half * VECTORS;
             for (int64_t v = 0; v < half * VECTORS; v++) ((vf *)product)[v] = silu(gate[v]) * up[v];
-            write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, s->activations);
+            write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, activations_at(precision, s->activations));
         }
     }
 }
@@ -230,10 +235,11 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     while (s->first_chunk[e + 1] <= chunk) e++;
     chunk -= s->first_chunk[e];
     Matrix matrix = expert_matrix(&s->layer->gate_up, e);
-    int64_t end = s->first_pair[e + 1], token_blocks = ceil_div(end - s->first_pair[e], TOKEN_BLOCK);
-    int64_t begin = s->first_pair[e] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
+    const int64_t *pairs = pairs_of(s, e);
+    int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK);
+    int64_t begin = pairs[0] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
     for (int64_t block = first; block < least(first + s->span, num_blocks(&matrix)); block++)
-        gate_up_block(s, &matrix, block, begin, least(end, begin + TOKEN_BLOCK));
+        gate_up_block(s, &matrix, pairs, block, begin);
 }
 
 // 64 rows of the output, for all experts and tokens. One thread adds up each row, in the order of the experts.
@@ -245,16 +251,15 @@ static void down_chunk(const void *job, int64_t block) {
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t e = 0; e < experts; e++) {
-        int64_t end = s->first_pair[e + 1];
-        if (s->first_pair[e] == end) continue;
+        const int64_t *pairs = pairs_of(s, e);
+        if (!count_pairs(s, e)) continue;
         Matrix matrix = expert_matrix(&s->layer->down, e);
         int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row);
-        for (int64_t pair = s->first_pair[e], n; pair < end; pair += n) {
-            n = least(TILE, end - pair);
-            for (int64_t i = 0; i < n; i++) x[i] = s->inner + (pair + i) * s->inner_bytes;
-            multiply(&matrix, block, n, x, sums);
+        FOR_TILES(pairs, pairs[0], pairs[PRECISIONS]) {
+            for (int64_t i = 0; i < n; i++) x[i] = s->inner + (at + i) * s->inner_bytes;
+            multiply(&matrix, precision, block, n, x, sums);
             for (int64_t i = 0; i < n; i++) {
-                float *target = s->x + s->pair_token[pair + i] * m->hidden + row, weight = s->pair_weight[pair + i];
+                float *target = s->x + s->pair_token[at + i] * m->hidden + row, weight = s->pair_weight[at + i];
                 for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
             }
         }

@@ -22,6 +22,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #define UNROLL _Pragma("GCC unroll 8")
 

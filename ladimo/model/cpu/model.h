@@ -24,11 +24,15 @@
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)
 
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
+// How many bits of a matrix a token reads. See nested.py.
+enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
 
-// A packed matrix. `rows` does not count padding; `panels` includes it. `scales`: one number for each row and GROUP columns.
+// A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
+// besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, of the
+// integers in `data` or of the planes.
 typedef struct {
-    const uint8_t *data;
+    const uint8_t *data, *high, *low;
     const float *scales;
     int64_t rows, panels, cols, kind;
 } Matrix;

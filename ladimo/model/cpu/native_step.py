@@ -4,6 +4,7 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -14,24 +15,29 @@ from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
-from ladimo.model.cpu.packing import KINDS, Packed, columns_multiple, pack, pack_gate_up, padded_size
+from ladimo.model.cpu.packing import KINDS, Packed, Planes, columns_multiple, pack, pack_down, pack_gate_up, planes_of
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
-from ladimo.model.moe import ExpertLayer
+from ladimo.model.moe import ExpertLayer, Experts
+from ladimo.model.nested_layers import NestedExperts, NestedLinear
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
+# Whole weights, and their planes if they are nested.
+Whole = tuple[Tensor, Planes | None]
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
 WAKE_THREADS_FROM = 10**6
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("scales", c_void_p)] + [(name, c_int64) for name in ("rows", "panels", "cols", "kind")]
+    _fields_ = [(name, c_void_p) for name in ("data", "high", "low", "scales")] + [
+        (name, c_int64) for name in ("rows", "panels", "cols", "kind")
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -114,14 +120,14 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if not find_family(config.family).is_llama_inside:
         raise Unsupported(f"family {config.family} has modules that it does not know")
-    if config.nested_bits:
-        raise Unsupported("it does not read weights at several precisions")
+    if config.nested_bits and quantize is not None:
+        raise Unsupported(f"the weights have integers of their own, which {quantize} cannot replace")
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f"the weights are {dtype}")
     format = stored_format(dtype, quantize)
     if format not in KINDS:
         raise Unsupported("the kernel does not know this format")
-    multiple = columns_multiple(format)
+    multiple = columns_multiple(format, nested=bool(config.nested_bits))
     for name, size in (("hidden_size", config.hidden_size), ("attention width", config.num_attention_heads * config.head_dim)):
         if size % multiple:
             raise Unsupported(f"{name} {size} is not a multiple of {multiple}")
@@ -162,7 +168,7 @@ class NativeStep:
             self._fill_layer(target, layer, format)
             if release:
                 _release(layer)
-        head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+        head = (model.model.embed_tokens.weight, None) if model.lm_head is None else _weights(model.lm_head)
         self._layers = layers
         self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
         self._rope = model.rotary.table.float().contiguous()
@@ -179,10 +185,10 @@ class NativeStep:
             embedding=self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
-            head=self._matrix(pack(head, format)),
+            head=self._matrix(pack(head[0], format, head[1])),
             layers=layers,
         )
-        self._multiply_adds = config.dense_parameters + head.numel()  # per token, an upper estimate
+        self._multiply_adds = config.dense_parameters + head[0].numel()  # per token, an upper estimate
         if release and model.lm_head is not None:
             _release(model.lm_head)
         try:
@@ -247,30 +253,32 @@ class NativeStep:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
-        target.qkv = self._matrix(pack(torch.cat([linear.weight for linear in projections]), format))
+        weights, planes = zip(*(_weights(linear) for linear in projections), strict=True)
+        target.qkv = self._matrix(pack(torch.cat(weights), format, _stack_rows(planes)))
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
-        target.o = self._matrix(pack(attention.o_proj.weight, format))
+        weights, planes = _weights(attention.o_proj)
+        target.o = self._matrix(pack(weights, format, planes))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())
         if isinstance(layer.mlp, GatedMLP):
+            # A dense FFN is always read whole, because a rule of a dense layer has no bits.
             gate_up = torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))[None]
-            self._fill_experts(target, gate_up, layer.mlp.down_proj.weight[None], format)
+            self._fill_experts(target, (gate_up, None), (layer.mlp.down_proj.weight[None], None), format)
             return
         assert isinstance(layer.mlp, ExpertLayer)
         moe = layer.mlp.config
-        self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
+        self._fill_experts(target, *_expert_weights(layer.mlp.experts), format)
         self._fill_router(target, layer.mlp.gate)
         target.num_experts = moe.num_experts
         target.sigmoid = moe.score_function == "sigmoid"
         target.score_norm_top_k = moe.score_norm_top_k or 0
         target.weight_one = moe.expert_weight == "one"
 
-    def _fill_experts(self, target: _Layer, gate_up: Tensor, down: Tensor, format: str) -> None:
-        target.expert_size = padded_size(down.shape[2], format)
-        target.gate_up = self._matrix(pack_gate_up(gate_up, format))
-        idle = target.expert_size - down.shape[2]
-        target.down = self._matrix(pack(F.pad(down, (0, idle)), format))
+    def _fill_experts(self, target: _Layer, gate_up: Whole, down: Whole, format: str) -> None:
+        target.gate_up = self._matrix(pack_gate_up(gate_up[0], format, gate_up[1]))
+        target.down = self._matrix(pack_down(down[0], format, down[1]))
+        target.expert_size = target.down.cols
 
     def _fill_router(self, target: _Layer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
@@ -290,9 +298,9 @@ class NativeStep:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 
     def _matrix(self, packed: Packed) -> _Matrix:
+        parts = (packed.data, packed.high, packed.low, packed.scales)
         return _Matrix(
-            self._keep(packed.data),
-            None if packed.scales is None else self._keep(packed.scales),
+            *(None if part is None else self._keep(part) for part in parts),
             packed.rows,
             packed.panels,
             packed.cols,
@@ -303,6 +311,24 @@ class NativeStep:
         return self._arena.keep(tensor)
 
 
+def _weights(linear: nn.Module) -> Whole:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight, planes_of(linear.nested) if isinstance(linear, NestedLinear) else None
+
+
+def _expert_weights(experts: Experts | NestedExperts) -> tuple[Whole, Whole]:
+    if isinstance(experts, Experts):
+        return (experts.gate_up_proj, None), (experts.down_proj, None)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    return (gate_up.full, planes_of(gate_up)), (down.full, planes_of(down))
+
+
+def _stack_rows(planes: Sequence[Planes | None]) -> Planes | None:
+    """The planes of several matrices as those of one, which has all their rows."""
+    known = [one for one in planes if one is not None]
+    return Planes(*(torch.cat(parts) for parts in zip(*known, strict=True))) if known else None
+
+
 def _release(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.new_empty(0)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.new_empty(0)

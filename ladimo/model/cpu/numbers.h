@@ -44,6 +44,9 @@ static inline int64_t activations_beside(int64_t weights) {
     return weights == FLOAT32 || weights == BFLOAT16 ? FLOAT32 : INT8;
 }
 
+// The kind of the activations of a token that reads at this precision. `whole`: the kind beside whole weights.
+static inline int64_t activations_at(int64_t precision, int64_t whole) { return precision == WHOLE ? whole : INT8; }
+
 // The bytes of `size` activations of a kind.
 static inline int64_t activation_bytes(int64_t size, int64_t kind) {
     return kind == FLOAT32 ? 4 * size : kind == BFLOAT16 ? 2 * size : size + size / GROUP * 8;

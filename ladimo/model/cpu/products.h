@@ -224,31 +224,59 @@ static const Tile TILES[4][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LI
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
 static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
-static inline int64_t panel_bytes(const Matrix *m) {
+static inline int64_t panel_bytes(const Matrix *m, int64_t kind) {
     static const int64_t half_bytes[] = {8, 4, 2, 1};
-    return ROWS * m->cols * half_bytes[m->kind] / 2;
+    return ROWS * m->cols * half_bytes[kind] / 2;
 }
 
 // The matrix of expert e. `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     Matrix one = *m;
-    one.data += e * m->panels * panel_bytes(m);
+    one.data += e * m->panels * panel_bytes(m, m->kind);
     if (m->scales) one.scales += e * m->panels * ROWS * (m->cols / GROUP);
+    if (m->high) one.high += e * m->panels * panel_bytes(m, INT4);
+    if (m->low) one.low += e * m->panels * panel_bytes(m, INT4);
     return one;
 }
 
-// Multiply block number `block` with n tokens (at most TILE). Writes out[n][16 * panels of the block].
-static inline void multiply(const Matrix *m, int64_t block, int64_t n, const void *const *x, float *out) {
+// Multiply block number `block` of `data`, which is the matrix itself or one of its planes.
+static inline void multiply_data(
+    const Matrix *m, const uint8_t *data, int64_t kind, int64_t block, int64_t n, const void *const *x, float *out
+) {
     const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
-    const uint8_t *data = m->data + block * PANELS * panel_bytes(m);
-    TILES[m->kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
+    data += block * PANELS * panel_bytes(m, kind);
+    TILES[kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
 }
 
-// A product: target[t] = m x[t] (+ bias). With `add`, it is added to the target.
+// Multiply block number `block` with n tokens (at most TILE), which all read at this precision. Writes out[n][16 * panels of the
+// block].
+static inline void multiply(const Matrix *m, int64_t precision, int64_t block, int64_t n, const void *const *x, float *out) {
+    if (precision == WHOLE) {
+        multiply_data(m, m->data, m->kind, block, n, x, out);
+        return;
+    }
+    multiply_data(m, m->high, INT4, block, n, x, out);
+    if (precision == BITS4) return;
+    float low[TILE * PANELS * ROWS];
+    multiply_data(m, m->low, INT4, block, n, x, low);
+    for (int64_t v = 0; v < n * panels_of(m, block) * VECTORS; v++) ((vf *)out)[v] += ((vf *)low)[v] * (1.0f / NESTED_STEPS);
+}
+
+// For each tile of the rows begin .. end - 1: the rows at .. at + n - 1, at most TILE, which all read at `precision`. The rows are
+// sorted by precision; those at precision p begin at first[p]. So a block's plane is read from memory once, for all tiles.
+#define FOR_TILES(first, begin, end)                                                                                              \
+    for (int64_t precision = 0; precision < PRECISIONS; precision++)                                                              \
+        for (int64_t at = greatest(begin, (first)[precision]), last = least(end, (first)[precision + 1]), n = least(TILE, last - at); \
+             at < last; at += n, n = least(TILE, last - at))
+
+// A product: target[t] = m x[t] (+ bias). With `add`, it is added to the target. `order` are the tokens, sorted by the precision
+// at which they read m; those at precision p begin at first_row[p].
 typedef struct {
     const Matrix *m;
     const uint8_t *x;
-    int64_t x_stride, tokens;  // x_stride in bytes
+    int64_t x_stride;  // in bytes
+    const int32_t *order;
+    const int64_t *first_row;
     float *target;
     int64_t target_stride;
     const float *bias;
@@ -264,16 +292,14 @@ static int64_t span_of(const Engine *engine, int64_t blocks, int64_t tokens) {
 }
 
 static void product_block(const Product *j, int64_t block, int64_t begin) {
-    int64_t row = block * PANELS * ROWS, end = least(j->tokens, begin + TOKEN_BLOCK);
-    int64_t width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
+    int64_t row = block * PANELS * ROWS, width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
-    for (int64_t t = begin, n; t < end; t += n) {
-        n = least(TILE, end - t);
-        for (int64_t i = 0; i < n; i++) x[i] = j->x + (t + i) * j->x_stride;
-        multiply(j->m, block, n, x, sums);
+    FOR_TILES(j->first_row, begin, begin + TOKEN_BLOCK) {
+        for (int64_t i = 0; i < n; i++) x[i] = j->x + j->order[at + i] * j->x_stride;
+        multiply(j->m, precision, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
-            float *target = j->target + (t + i) * j->target_stride + row;
+            float *target = j->target + j->order[at + i] * j->target_stride + row;
             const float *sum = sums + i * width;
             if (j->bias)
                 for (int64_t c = 0; c < rows; c++) sums[i * width + c] += j->bias[row + c];
@@ -287,12 +313,13 @@ static void product_block(const Product *j, int64_t block, int64_t begin) {
 
 static void product_chunk(const void *job, int64_t chunk) {
     const Product *j = job;
-    int64_t token_blocks = ceil_div(j->tokens, TOKEN_BLOCK), first = chunk / token_blocks * j->span;
+    int64_t token_blocks = ceil_div(j->first_row[PRECISIONS], TOKEN_BLOCK), first = chunk / token_blocks * j->span;
     for (int64_t block = first; block < least(first + j->span, num_blocks(j->m)); block++)
         product_block(j, block, chunk % token_blocks * TOKEN_BLOCK);
 }
 
 static void product(Engine *engine, Product job) {
-    job.span = span_of(engine, num_blocks(job.m), job.tokens);
-    run(engine, product_chunk, &job, ceil_div(num_blocks(job.m), job.span) * ceil_div(job.tokens, TOKEN_BLOCK));
+    int64_t tokens = job.first_row[PRECISIONS];
+    job.span = span_of(engine, num_blocks(job.m), tokens);
+    run(engine, product_chunk, &job, ceil_div(num_blocks(job.m), job.span) * ceil_div(tokens, TOKEN_BLOCK));
 }

@@ -9,23 +9,51 @@ typedef struct {
     const Model *model;
     const Step *step;
     const Layer *layer;
-    int64_t layer_index;
-    int64_t activations;                                // the kind of the activations, see `activations_beside`
-    int64_t hidden_bytes, attended_bytes, inner_bytes;  // bytes of one entry of `normed`, `projected` and `inner`
+    int64_t layer_index;                                // behind the last layer: the rules' row of the output head
+    int64_t activations;                                // the kind of the activations beside whole weights, see `activations_beside`
+    int64_t hidden_bytes, attended_bytes, inner_bytes;  // bytes of one entry of `normed`, `projected` and `inner`, at any precision
     float *x, *qkv;               // hidden states [D]; queries, keys and values [(H + 2 G) C]
     float *attended;              // output of attention [H C]
     uint8_t *normed, *projected;  // inputs of the next product: [D] and [H C], as activations
     uint8_t *inner;               // [pairs, F], as activations
     float *weights;               // [E], weights of the chosen experts by rank
     float *router_logits;         // [E], only if the step has batch budgets
-    int32_t *pair_token;          // [pairs], tokens sorted by expert; those of expert e begin at first_pair[e]
+    int32_t *order;               // the tokens of a product, or the rows of logits, sorted by precision
+    int64_t first_row[PRECISIONS + 1];  // those at precision p begin at order[first_row[p]]
+    int32_t *pair_token;          // [pairs], tokens sorted by expert, and by precision; see first_pair
     float *pair_weight;           // [pairs], the weight of the expert's output for this token
-    int64_t *first_pair;          // [E + 1]
+    int64_t *first_pair;          // [E * PRECISIONS + 1]: the first pair of expert e at precision p is number e * PRECISIONS + p
     int64_t *first_chunk;         // [E + 1]: the first chunk of expert e in the gate and up products
     int64_t span;                 // number of blocks of such a chunk
     int64_t *query_items;         // {row, start, length, position} of tokens that attend together, see `query_items`
     int64_t num_items;
 } State;
+
+static inline const float *rule_of(const State *s, int64_t t) {
+    return s->step->rows + (s->step->policy_ids[t] * (s->model->num_layers + 1) + s->layer_index) * RULE_NUMBERS;
+}
+
+// The precision at which token t reads a matrix. `number`: which number of its rule says so.
+static inline int64_t precision_of(const State *s, const Matrix *m, int64_t t, int number) {
+    if (!m->high) return WHOLE;
+    float bits = rule_of(s, t)[number];
+    return bits <= 4 ? BITS4 : bits <= 8 ? BITS8 : WHOLE;
+}
+static inline int64_t attention_precision(const State *s, int64_t t) { return precision_of(s, &s->layer->qkv, t, RULE_ATTENTION_BITS); }
+static inline int64_t experts_precision(const State *s, int64_t t) { return precision_of(s, &s->layer->gate_up, t, RULE_BITS); }
+static inline int64_t token_of(const State *s, int64_t r) { return s->step->logit_indices ? s->step->logit_indices[r] : r; }
+static inline int64_t head_precision(const State *s, int64_t r) { return precision_of(s, &s->model->head, token_of(s, r), RULE_BITS); }
+
+// Sort `count` rows by their precision into `order`.
+static void sort_rows(State *s, int64_t count, int64_t (*precision)(const State *, int64_t)) {
+    int64_t n = 0;
+    for (int64_t p = 0; p < PRECISIONS; p++) {
+        s->first_row[p] = n;
+        for (int64_t r = 0; r < count; r++)
+            if (precision(s, r) == p) s->order[n++] = (int32_t)r;
+    }
+    s->first_row[PRECISIONS] = n;
+}
 
 // RMSNorm of x [size], with weight [size].
 static void normalise(const float *x, const float *weight, int64_t size, double eps, float *out) {

@@ -9,8 +9,12 @@
 // crosses lanes. A block is up to four panels, which are interleaved, so that a block is one continuous stream of memory. Vectors
 // are as wide as the processor's registers. A pass over a block computes as many rows as fit into the registers.
 //
-// The compiler's command line must define RULE_NUMBERS, the number of numbers in a rule, and the column of each (RULE_TOP_K, ...).
-// See rule.py and build.py.
+// A nested matrix has several precisions: its policy says for each token which one it reads. The tokens of a product are sorted by
+// precision, so that each plane of a block is read from memory once, and only if a token wants it. Beside the planes, activations
+// are rounded to 8 bits, as they are beside integer weights.
+//
+// The compiler's command line must define RULE_NUMBERS, the number of numbers in a rule, and the column of each (RULE_TOP_K, ...),
+// and NESTED_STEPS. See rule.py, nested.py and build.py.
 //
 // Legend: T tokens, D hidden size, H query heads, G key/value heads, C head_dim, E experts, F expert size, K columns.
 
@@ -22,7 +26,7 @@ static void input_norm_token(const void *job, int64_t t) {
     const Model *m = s->model;
     float normed[m->hidden];
     normalise(s->x + t * m->hidden, s->layer->input_norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, s->activations);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(attention_precision(s, t), s->activations));
 }
 
 static void run_layer(Engine *engine, State *s) {
@@ -30,12 +34,13 @@ static void run_layer(Engine *engine, State *s) {
     const Layer *l = s->layer;
     s->inner_bytes = activation_bytes(l->expert_size, s->activations);
     int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    sort_rows(s, tokens, attention_precision);
     run(engine, input_norm_token, s, tokens);
-    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, tokens, s->qkv, qkv_width, l->qkv_bias, 0, 1});
+    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width, l->qkv_bias, 0, 1});
     run(engine, store_token, s, tokens);
     run(engine, attend_item, s, s->num_items * m->kv_heads);
     run(engine, project_token, s, tokens);
-    product(engine, (Product){&l->o, s->projected, s->attended_bytes, tokens, s->x, m->hidden, l->o_bias, 1, 1});
+    product(engine, (Product){&l->o, s->projected, s->attended_bytes, s->order, s->first_row, s->x, m->hidden, l->o_bias, 1, 1});
     run(engine, post_norm_token, s, tokens);
     if (s->step->batch_budgets && l->num_experts) share_experts(s);
     int64_t chunks = group_tokens(engine, s);
@@ -53,10 +58,10 @@ static void embed_token(const void *job, int64_t t) {
 static void final_norm_row(const void *job, int64_t r) {
     const State *s = job;
     const Model *m = s->model;
-    const float *x = s->x + (s->step->logit_indices ? s->step->logit_indices[r] : r) * m->hidden;
+    const float *x = s->x + token_of(s, r) * m->hidden;
     float normed[m->hidden];
     normalise(x, m->norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, s->activations);
+    write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, activations_at(head_precision(s, r), s->activations));
 }
 
 // List the groups of tokens that attend together. A decoding token is a group by itself. The tokens of a prompt form groups of
@@ -105,9 +110,10 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     s->inner = carve(&at, inner);
     s->weights = carve(&at, tokens * m->max_experts * sizeof(float));
     s->router_logits = carve(&at, s->step->batch_budgets ? tokens * m->max_experts * sizeof(float) : 0);
+    s->order = carve(&at, rows * sizeof(int32_t));
     s->pair_token = carve(&at, pairs * sizeof(int32_t));
     s->pair_weight = carve(&at, pairs * sizeof(float));
-    s->first_pair = carve(&at, (experts + 1) * sizeof(int64_t));
+    s->first_pair = carve(&at, (experts * PRECISIONS + 1) * sizeof(int64_t));
     s->first_chunk = carve(&at, (experts + 1) * sizeof(int64_t));
     s->query_items = carve(&at, s->num_items * 4 * sizeof(int64_t));
     return at;
@@ -132,8 +138,13 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
         run_layer(engine, &state);
     }
     if (step->num_logits) {
+        state.layer_index = model->num_layers;
+        sort_rows(&state, step->num_logits, head_precision);
         run(engine, final_norm_row, &state, step->num_logits);
-        product(engine, (Product){&model->head, state.normed, state.hidden_bytes, step->num_logits, step->logits, model->vocab, NULL, 0, 1});
+        product(
+            engine,
+            (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, NULL, 0, 1}
+        );
     }
     set_awake(engine, 0);
     return 0;
