@@ -285,9 +285,8 @@ def run_report(options: argparse.Namespace) -> None:
 def print_figures(entries: Sequence[dict[str, Any]], dense: float | None) -> None:
     # Where policies read fewer bits, their cost is the bytes that they read.
     cost = "bytes_ratio" if any(entry.get("bytes_ratio") for entry in entries) else "active_parameters_ratio"
-    print(
-        f"{'policy':<12} {'bytes' if cost == 'bytes_ratio' else 'active':>7} {'perplexity':>11} {'to dense':>9} {'agreement':>10}"
-    )
+    title = "bytes" if cost == "bytes_ratio" else "active"
+    print(f"{'policy':<12} {title:>7} {'perplexity':>11} {'to dense':>9} {'agreement':>10}")
     print(f"{'dense':<12} {'100.0%':>7} {_cell(dense, '.3f'):>11} {'1.000':>9}")
     for entry in entries:
         cells = (

@@ -175,7 +175,8 @@ class RoutingPolicy:
         """`FrontierPoint.bytes_ratio` when layer i runs experts_per_token[i] experts; None for a model of one precision."""
         if not config.nested_bits:
             return None
-        whole = WHOLE_BYTES * (config.dense_parameters + config.head_parameters)
+        layer_parameters = config.attention_parameters + config.ffn_parameters
+        whole = WHOLE_BYTES * (config.num_hidden_layers * layer_parameters + config.head_parameters)
         read = bytes_per_weight(self.head_bits) * config.head_parameters
         for rule, layer, experts in zip(self.layers, config.layers, experts_per_token, strict=True):
             attention_bits, bits = (None, None) if rule is None else (rule.attention_bits, rule.bits)

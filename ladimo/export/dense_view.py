@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family
+from ladimo.model.nested_layers import ROUNDING, SCALES, TIED_HEAD, matrix_named, read_matrix
 from ladimo.policy import LayerRule, RoutingPolicy
 
-OURS = ("moe_layers", "attention_output_bias", "family")
+OURS = ("moe_layers", "attention_output_bias", "family", "nested_bits")
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class DenseView:
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
         if not find_family(config.family).is_llama_inside:
             raise ValueError(f"{directory}: a {config.family} model is no LLaMA inside")
-        self.directory, self.source = directory, config
+        self.directory, self.source, self._policy = directory, config, policy
         self._reader = TensorReader(directory)
         self._fixed = [
             None if rule is None or layer is None else fixed_experts(rule, layer, f"policy {policy.name!r}, layer {index}")
@@ -59,13 +61,19 @@ class DenseView:
             del raw["attention_bias"]
         else:
             raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": source.attention_bias}
+        if self._policy.head_bits is not None:
+            raw["tie_word_embeddings"] = False  # the head is rounded, the embedding is not
         return raw | {"intermediate_size": self.width}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors with transformers' names. The FFN of one layer is in memory at a time."""
+        """Yield all tensors with transformers' names, at the bits that the policy reads. The FFN of one layer is in memory at a
+        time."""
         for name in self._reader.files:
-            if ".mlp." not in name:
-                yield name, self._reader.get(name)
+            if ".mlp." not in name and name != HEAD and not name.endswith((ROUNDING, SCALES)):
+                yield name, self._get(name)
+        if self._policy.head_bits is not None or not self.source.tie_word_embeddings:
+            head = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(HEAD)
+            yield HEAD, read_matrix(self._reader.get, head, self._policy.head_bits)
         for layer, fixed in enumerate(self._fixed):
             prefix = f"model.layers.{layer}.mlp."
             gate, up, down = self._dense_ffn(prefix) if fixed is None else self._joined_ffn(prefix, fixed)
@@ -78,6 +86,14 @@ class DenseView:
         """Copy the tokenizer's files into `out`."""
         copy_tokenizer(self.directory, out)
 
+    def _get(self, name: str) -> Tensor:
+        """A layer's tensor at the bits that the policy reads."""
+        parts = name.split(".")
+        rule = self._policy.layers[int(parts[2])] if parts[1:2] == ["layers"] else None
+        if rule is None or not parts[-2 if parts[-1] == "weight" else -1].endswith("_proj"):
+            return self._reader.get(name)
+        return read_matrix(self._reader.get, matrix_named(name), rule.attention_bits if "self_attn" in parts else rule.bits)
+
     def _width(self, layer: int) -> int:
         fixed, moe = self._fixed[layer], self.source.layers[layer]
         if fixed is None or moe is None:
@@ -85,14 +101,14 @@ class DenseView:
         return len(fixed.experts) * moe.moe_intermediate_size
 
     def _dense_ffn(self, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, down = (self._reader.get(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+        gate, up, down = (self._get(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
         return gate, up, down
 
     def _joined_ffn(self, prefix: str, fixed: FixedExperts) -> tuple[Tensor, Tensor, Tensor]:
         """Join the experts to one FFN: gate and up [W, D], down [D, W]."""
         chosen = torch.tensor(fixed.experts)
-        gate_up = self._reader.get(f"{prefix}experts.gate_up_proj")[chosen]  # [E, 2F, D]
-        down = self._reader.get(f"{prefix}experts.down_proj")[chosen]  # [E, D, F]
+        gate_up = self._get(f"{prefix}experts.gate_up_proj")[chosen]  # [E, 2F, D]
+        down = self._get(f"{prefix}experts.down_proj")[chosen]  # [E, D, F]
         gate, up = gate_up.chunk(2, dim=1)
         return gate.flatten(0, 1), up.flatten(0, 1), (down * fixed.weight).transpose(0, 1).flatten(1)
 

@@ -84,11 +84,11 @@ def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
-            planes = _read(get, _matrix(f"{path}.weight"), child.weight.device)
+            planes = _read(get, matrix_named(f"{path}.weight"), child.weight.device)
             setattr(module, name, NestedLinear(child.weight, child.bias, planes))
         elif isinstance(child, Experts):
             device = child.down_proj.device
-            gate_up, down = (_read(get, _matrix(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
+            gate_up, down = (_read(get, matrix_named(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
             setattr(module, name, NestedExperts(child, gate_up, down))
         elif not isinstance(child, Router):
             nest_layers(child, get, f"{path}.")
@@ -105,17 +105,25 @@ def nested_matrices(module: nn.Module, prefix: str = "") -> Iterator[Matrix]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
-            yield _matrix(f"{path}.weight")
+            yield matrix_named(f"{path}.weight")
         elif isinstance(child, Experts):
-            yield from (_matrix(f"{path}.{part}_proj") for part in ("gate_up", "down"))
+            yield from (matrix_named(f"{path}.{part}_proj") for part in ("gate_up", "down"))
         elif not isinstance(child, Router):
             yield from nested_matrices(child, f"{path}.")
 
 
-def _matrix(weight: str) -> Matrix:
+def matrix_named(weight: str) -> Matrix:
     """The matrix whose weights have this name: rounding of x.weight is x.rounding, of x_proj it is x_rounding."""
     stem = weight.removesuffix("weight") if weight.endswith(".weight") else weight.removesuffix("proj")
     return Matrix(weight, stem + ROUNDING, stem + SCALES)
+
+
+def read_matrix(get: Get, matrix: Matrix, bits: int | None) -> Tensor:
+    """The weights [..., N, K] that so many bits stand for, in the stored dtype; None for all bits."""
+    weights = get(matrix.weight)
+    if bits is None:
+        return weights
+    return NestedWeights(weights, *_read(get, matrix, weights.device)).at(bits, weights.dtype)
 
 
 def _read(get: Get, matrix: Matrix, device: torch.device) -> Planes:

@@ -52,6 +52,7 @@ async function run(article, prompt, body) {
   if (routing) {
     pairs.push(["policy", routing.policy], ["version", routing.version], ["chosen by", routing.reason],
       ["accuracy", fixed(routing.accuracy, 2)], ["active parameters", percent(routing.active_parameters_ratio)],
+      ...(routing.bytes_ratio == null ? [] : [["weight bytes", percent(routing.bytes_ratio)]]),
       ["experts per token", fixed(routing.experts_per_token, 2)]);
     article.querySelector("h3").textContent = routing.policy;
   }

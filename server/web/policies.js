@@ -4,11 +4,15 @@ import { administer, byId, fixed, get, percent } from "./api.js";
 const SVG = "http://www.w3.org/2000/svg";
 let routing = null;
 
+// What a policy costs: bytes where policies read fewer bits, else active parameters.
+const cost = figures => figures?.bytes_ratio ?? figures?.active_parameters_ratio;
+const costName = points => points.some(point => point.bytes_ratio != null) ? "weight bytes" : "active parameters";
+
 // The point the knob serves at an accuracy: the most accurate of those that are cheap enough.
 function choose(points, accuracy) {
-  const costs = points.map(point => point.active_parameters_ratio);
+  const costs = points.map(cost);
   const low = Math.min(...costs), high = Math.max(...costs), limit = low + accuracy * (high - low) + 1e-9;
-  const allowed = points.filter(point => point.active_parameters_ratio <= limit);
+  const allowed = points.filter(point => cost(point) <= limit);
   return allowed.reduce((best, point) => (point.perplexity < best.perplexity ? point : best));
 }
 
@@ -27,13 +31,14 @@ function fillMenu(id, names) {
 }
 
 function fillTable() {
+  byId("cost-name").textContent = costName(routing.frontier ?? []);
   byId("policies").replaceChildren(...routing.policies.map(policy => {
     const row = document.createElement("tr"), figures = policy.figures, name = document.createElement("th");
     name.scope = "row";
     name.textContent = policy.name + (policy.name === routing.default.policy ? " (default)" : "");
     row.append(name);
     for (const [text, className] of [
-      [policy.version, "muted"], [fixed(policy.accuracy, 2), "number"], [percent(figures?.active_parameters_ratio), "number"],
+      [policy.version, "muted"], [fixed(policy.accuracy, 2), "number"], [percent(cost(figures)), "number"],
       [fixed(figures?.perplexity_ratio, 3), "number"], [policy.description, "muted"],
     ]) {
       const cell = row.insertCell();
@@ -66,7 +71,7 @@ export function drawFrontier() {
     return value => from + (value - low) / span * (to - from);
   };
   const ratio = point => point.perplexity_ratio ?? point.perplexity;
-  const costs = points.map(point => point.active_parameters_ratio), ratios = points.map(ratio);
+  const costs = points.map(cost), ratios = points.map(ratio);
   const x = scale(costs, left + 16, right - 16), y = scale(ratios, bottom - 12, top + 12);
   const add = (name, attributes, text) => {
     const element = svg.appendChild(document.createElementNS(SVG, name));
@@ -75,13 +80,13 @@ export function drawFrontier() {
     return element;
   };
   svg.replaceChildren();
-  const sorted = [...points].sort((a, b) => a.active_parameters_ratio - b.active_parameters_ratio);
-  add("polyline", { points: sorted.map(p => `${x(p.active_parameters_ratio)},${y(ratio(p))}`).join(" ") });
+  const sorted = [...points].sort((a, b) => cost(a) - cost(b));
+  add("polyline", { points: sorted.map(p => `${x(cost(p))},${y(ratio(p))}`).join(" ") });
   for (const point of sorted) {
-    const cx = x(point.active_parameters_ratio), cy = y(ratio(point));
+    const cx = x(cost(point)), cy = y(ratio(point));
     const dot = add("circle", { cx, cy, r: point === chosen ? 7 : 4, class: point === chosen ? "chosen" : "point" });
     const title = dot.appendChild(document.createElementNS(SVG, "title"));
-    title.textContent = `${point.policy}: ${percent(point.active_parameters_ratio)} active, ratio ${fixed(ratio(point), 3)}`;
+    title.textContent = `${point.policy}: ${percent(cost(point))} of the ${costName(points)}, ratio ${fixed(ratio(point), 3)}`;
     if (point.policy === routing.default.policy) add("circle", { cx, cy, r: 10, class: "current" });
     if (points.length <= 8 || point === chosen) {
       const atEnd = cx > right - 90;
@@ -89,13 +94,13 @@ export function drawFrontier() {
     }
   }
   add("text", { x: left, y: 242 }, percent(Math.min(...costs)));
-  add("text", { x: right, y: 242, "text-anchor": "end" }, percent(Math.max(...costs)) + " active parameters");
+  add("text", { x: right, y: 242, "text-anchor": "end" }, `${percent(Math.max(...costs))} ${costName(points)}`);
   add("text", { x: 0, y: y(Math.max(...ratios)) + 4 }, Math.max(...ratios).toFixed(2));
   add("text", { x: 0, y: y(Math.min(...ratios)) + 4 }, Math.min(...ratios).toFixed(2));
   add("text", { x: 0, y: 10 }, "perplexity over the dense source's");
   byId("frontier-note").textContent =
-    `Accuracy ${Number(byId("accuracy").value).toFixed(2)} serves ${chosen.policy}: ${percent(chosen.active_parameters_ratio)} of the ` +
-    `parameters active, perplexity ratio ${fixed(chosen.perplexity_ratio, 3)}. Measured for batch ${routing.frontier_batch}.`;
+    `Accuracy ${Number(byId("accuracy").value).toFixed(2)} serves ${chosen.policy}: ${percent(cost(chosen))} of the ` +
+    `${costName(points)}, perplexity ratio ${fixed(chosen.perplexity_ratio, 3)}. Measured for batch ${routing.frontier_batch}.`;
   svg.setAttribute("aria-label", `Frontier of ${points.length} points. ${byId("frontier-note").textContent}`);
 }
 

@@ -1,6 +1,7 @@
 """Models written for other programs say what our network says under the policy, or are refused by name."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ladimo.checkpoint import load_model, read_config, read_json, read_policies,
 from ladimo.export.dense_view import DenseView
 from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import VOCAB_SIZE, make_moe
+from tests.factories import VOCAB_SIZE, make_moe, make_nested
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
@@ -58,6 +59,18 @@ def test_dense_is_the_same_model(moe: Path, tmp_path: Path, policy: str, width: 
     assert (raw["model_type"], raw["intermediate_size"]) == ("llama", width)
     assert (ours(moe, policy) - theirs(tmp_path / "out")).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([104, 105])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool) -> None:
+    """Also where the head is rounded and the embedding, which it was, is not."""
+    nested = make_nested(tmp_path / "nested", tie_word_embeddings=tied)
+    written = []
+    for policy in ("full", "balanced", "fast"):
+        export.export(nested, tmp_path / policy, "dense", policy)
+        written.append(theirs(tmp_path / policy))
+        assert (ours(nested, policy) - written[-1]).abs().max() < 1e-4
+    assert min((a - b).abs().max() for a, b in itertools.combinations(written, 2)) > 0.01
 
 
 def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:

@@ -57,13 +57,14 @@ def measure(
 
 def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig, dense: float | None) -> dict[str, object]:
     """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the dense source's perplexity."""
+    read = policy.bytes_ratio(config, measurement.experts_per_token)
     return {
         "policy": policy.name,
         "version": policy.version,
         "perplexity": measurement.perplexity,
         "perplexity_ratio": None if dense is None else measurement.perplexity / dense,
         "active_parameters_ratio": config.active_parameters_ratio(measurement.experts_per_token),
-        "bytes_ratio": policy.bytes_ratio(config, measurement.experts_per_token),
+        **({} if read is None else {"bytes_ratio": read}),
         "experts_per_token": list(measurement.experts_per_token),
         "next_token_agreement": measurement.next_token_agreement,
         "kl": measurement.kl,

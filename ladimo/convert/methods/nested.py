@@ -95,33 +95,25 @@ class Nested(Method):
 
 
 def round_layers(run: Run, blocks: Tensor) -> None:
-    """Each layer's matrices with their planes into the workspace, then the output head's. Token blocks [B, S] give the second
-    moments. A layer that is done is not rounded again."""
-    reader, depth = run.dense.reader, run.dense.config.num_hidden_layers
-    if run.workspace.layer_record(depth - 1) is not None and (run.workspace.directory / "head.json").exists():
-        return
-    passing = layer_moments(run.dense, blocks)
-    hidden_states: Tensor | None = None
-    while hidden_states is None:
-        try:
-            index, moments = next(passing)
-        except StopIteration as over:
-            hidden_states = over.value
-            break
-        if run.workspace.layer_record(index) is None:
-            started = time.monotonic()
-            run.workspace.save_tensors(f"layers/{index}/model.safetensors", dict(_layer(run, index, moments)))
-            layer = MoeLayerConfig(1, 1, run.dense.config.intermediate_size, expert_weight="one", router="none")
-            run.workspace.finish_layer(index, layer, {"seconds": time.monotonic() - started})
+    """Put each layer's matrices with their planes into the workspace, then the output head's. Token blocks [B, S] give the
+    second moments. A layer that is done is not rounded again."""
+    workspace, config = run.workspace, run.dense.config
+
+    def use(index: int, moments: LayerMoments) -> None:
+        if workspace.layer_record(index) is not None:
+            return
+        started = time.monotonic()
+        workspace.save_tensors(f"layers/{index}/model.safetensors", dict(_layer(run, index, moments)))
+        layer = MoeLayerConfig(1, 1, config.intermediate_size, expert_weight="one", router="none")
+        workspace.finish_layer(index, layer, {"seconds": time.monotonic() - started})
 
     def head() -> dict[str, Any]:
-        assert hidden_states is not None
-        name = "model.embed_tokens.weight" if run.dense.config.tie_word_embeddings else HEAD
-        planes = _planes(HEAD, reader.get(name), head_moments(run.dense, hidden_states))
-        run.workspace.save_tensors("head.safetensors", dict(planes))
+        hidden_states = layer_moments(run.dense, blocks, use)
+        weights = run.dense.reader.get("model.embed_tokens.weight" if config.tie_word_embeddings else HEAD)
+        workspace.save_tensors("head.safetensors", dict(_planes(HEAD, weights, head_moments(run.dense, hidden_states))))
         return {}
 
-    run.workspace.stage("head", head)
+    workspace.stage("head", head)
 
 
 def nested_model(run: Run) -> StreamedModel:
@@ -211,7 +203,7 @@ def _same(config: ModelConfig, bits: int | None) -> Rules:
     return (*rules, LayerRule(1, bits=bits))
 
 
-def _changed(rules: Rules, index: int, **numbers: int) -> Rules:
+def _changed(rules: Rules, index: int, **numbers: Any) -> Rules:
     rule = rules[index]
     assert rule is not None
     return (*rules[:index], dataclasses.replace(rule, **numbers), *rules[index + 1 :])

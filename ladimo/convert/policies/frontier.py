@@ -58,10 +58,10 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
             logger.warning("no policy keeps the perplexity within %g times the dense one", candidates.guard.ratio)
         else:
             chosen[candidates.guard.name] = found
-    costs = {rules: policy_cost(rules, measurement, config) for rules, measurement in measured.items()}
     # The named policies were predicted to get cheaper in this order. A measurement on other text may disagree.
     for better, cheaper in pairwise(NAMED):
-        if costs[chosen[cheaper]] > costs[chosen[better]]:
+        first, second = (policy_cost(chosen[name], measured[chosen[name]], config) for name in (better, cheaper))
+        if second > first:
             chosen[cheaper] = chosen[better]
     policies = {
         rules: policy_of(name, describe_rules(rules, config), rules, config) for name, rules in reversed(chosen.items())

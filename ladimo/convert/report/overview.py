@@ -12,22 +12,22 @@ LIMITS = (1.01, 1.03, 1.05, 1.1, 1.2)  # perplexity ratios that quality guards a
 
 
 def lead(report: Report) -> list[str]:
-    ordered = sorted(report.policies, key=lambda entry: entry.active_parameters_ratio)
+    ordered = sorted(report.policies, key=lambda entry: entry.cost)
     converted, depth = sum(layer.converted for layer in report.layers), report.num_hidden_layers
     tokens = sum(count for split, count in report.conditions.tokens.items() if split != "evaluation")
     cheapest, best = ordered[0], min(ordered, key=lambda entry: entry.perplexity_ratio)
     text = [
         f"{converted} of the {depth} layers of {source_name(report)} were converted by method {report.method.name}, "
         f"with {tokens:,} tokens of text and {duration(report.conditions.training_seconds)} of training. "
-        f"At its most accurate the model runs {percent(best.active_parameters_ratio)} of the dense model's parameters per "
-        f"token and has {best.perplexity_ratio:.3f} times its perplexity; at its cheapest "
-        f"{percent(cheapest.active_parameters_ratio)} and {cheapest.perplexity_ratio:.3f}."
+        f"At its most accurate a token costs {percent(best.cost)} of the dense model's {best.cost_name} "
+        f"and has {best.perplexity_ratio:.3f} times its perplexity; at its cheapest "
+        f"{percent(cheapest.cost)} and {cheapest.perplexity_ratio:.3f}."
     ]
     limit = report.recipe.get("max_perplexity_ratio") or 1.03
     within = cheapest_within(report.policies, limit)
     text.append(
         f"Within {100 * (limit - 1):.3g}% of the dense perplexity the cheapest measured policy is {within.policy}, which "
-        f"saves {percent(1 - within.active_parameters_ratio)} of the active parameters."
+        f"saves {percent(1 - within.cost)} of the {within.cost_name}."
         if within
         else f"No measured policy stays within {100 * (limit - 1):.3g}% of the dense perplexity."
     )
@@ -38,19 +38,20 @@ def tile(entry: Policy) -> Tile:
     notes = [f"{entry.perplexity_ratio:.3f} × the dense perplexity"]
     if entry.next_token_agreement is not None:
         notes.append(f"{percent(entry.next_token_agreement)} same next token")
-    return Tile(entry.policy, percent(entry.active_parameters_ratio), ["of the parameters active", *notes])
+    return Tile(entry.policy, percent(entry.cost), [f"of the {entry.cost_name}", *notes])
 
 
 def frontier_section(report: Report) -> Section:
     points, policies = report.frontier.points, {entry.policy: entry for entry in report.policies}
     batches = sorted({point.batch for point in points})
     everything = [point_of(entry) for entry in report.policies]
-    x_axis = covering("active parameters", [point.x for point in everything], "%")
+    cost = report.policies[0].cost_name
+    x_axis = covering(cost, [point.x for point in everything], "%")
     y_axis = covering("perplexity / dense", [1.0, *(point.y for point in everything)])
     figures = []
     for batch in batches:
         own = [point.policy for point in points if point.batch == batch]
-        own.sort(key=lambda name: policies[name].active_parameters_ratio)
+        own.sort(key=lambda name: policies[name].cost)
         series = [
             Series("frontier", [point_of(policies[name], name if name in NAMED else "") for name in own]),
             Series("beaten", [point_of(entry) for name, entry in policies.items() if name not in own], FAINT, line=False),
@@ -59,9 +60,9 @@ def frontier_section(report: Report) -> Section:
             f"Frontier at batch {batch}", [one for one in series if one.points], x_axis, y_axis, guides=[(1.0, "dense model")]
         )
         caption = (
-            "Nothing that reads fewer parameters for one token is as accurate."
+            f"Nothing that reads fewer {cost} for one token is as accurate."
             if batch == 1
-            else f"Nothing that reads fewer parameters for {batch} tokens at once is as accurate."
+            else f"Nothing that reads fewer {cost} for {batch} tokens at once is as accurate."
         )
         figures.append(Figure(chart, caption))
     asked = report.recipe.get("max_perplexity_ratio")
@@ -70,7 +71,7 @@ def frontier_section(report: Report) -> Section:
         found = cheapest_within(report.policies, limit)
         name = f"{limit:g}{' (asked for)' if limit == asked else ''}"
         rows.append([name, *([found.policy, *figures_of(found)] if found else ["none", "", "", "", ""])])
-    header = ["perplexity / dense at most", "cheapest policy", "active", "perplexity / dense", "same next token", "KL (nats)"]
+    header = ["perplexity / dense at most", "cheapest policy", cost, "perplexity / dense", "same next token", "KL (nats)"]
     guard = Table(header, rows, "Quality guards: the cheapest measured policy within a limit.")
     text = "Each point is a policy, measured end to end on the evaluation text; grey ones are beaten at this batch size."
     return Section("What it costs, what it keeps", [text], [*figures, guard])
@@ -81,13 +82,13 @@ def policies_section(report: Report) -> Section:
     for point in report.frontier.points:
         batches[point.policy].append(str(point.batch))
     rows = [
-        [entry.policy, percent(entry.active_parameters_ratio), f"{entry.perplexity:.3f}", *figures_of(entry)[1:]]
+        [entry.policy, percent(entry.cost), f"{entry.perplexity:.3f}", *figures_of(entry)[1:]]
         + [", ".join(batches[entry.policy]) or "no", entry.description]
         for entry in report.policies
     ]
     header = [
         "policy",
-        "active",
+        report.policies[0].cost_name,
         "perplexity",
         "perplexity / dense",
         "same next token",
@@ -100,19 +101,19 @@ def policies_section(report: Report) -> Section:
 
 
 def point_of(entry: Policy, label: str = "") -> Point:
-    active, ratio = 100 * entry.active_parameters_ratio, entry.perplexity_ratio
-    return Point(active, ratio, f"{entry.policy}: {active:.1f}% active, {ratio:.4f} × the dense perplexity", label)
+    cost, ratio = 100 * entry.cost, entry.perplexity_ratio
+    return Point(cost, ratio, f"{entry.policy}: {cost:.1f}% {entry.cost_name}, {ratio:.4f} × the dense perplexity", label)
 
 
 def cheapest_within(policies: Sequence[Policy], limit: float) -> Policy | None:
     within = [entry for entry in policies if entry.perplexity_ratio <= limit]
-    return min(within, key=lambda entry: (entry.active_parameters_ratio, entry.perplexity_ratio), default=None)
+    return min(within, key=lambda entry: (entry.cost, entry.perplexity_ratio), default=None)
 
 
 def figures_of(entry: Policy) -> list[str]:
     agreement, kl = entry.next_token_agreement, entry.kl
     return [
-        percent(entry.active_parameters_ratio),
+        percent(entry.cost),
         f"{entry.perplexity_ratio:.3f}",
         "" if agreement is None else percent(agreement),
         "" if kl is None else f"{kl:.4f}",

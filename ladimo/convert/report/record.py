@@ -65,6 +65,17 @@ class Policy:
     description: str
     rules: list[Rule | None]
     rule_names: list[str]
+    bytes_ratio: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """As `FrontierPoint.cost`."""
+        return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
+
+    @property
+    def cost_name(self) -> str:
+        """What the cost counts."""
+        return "active parameters" if self.bytes_ratio is None else "weight bytes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def choose_scales(weights: Tensor) -> Tensor:
 
 def round_nearest(weights: Tensor, scales: Tensor) -> Tensor:
     """The nearest integers int8 [N, P]."""
-    groups = _padded(weights).unflatten(1, (-1, GROUP)) / scales.float().unsqueeze(2)
+    groups: Tensor = _padded(weights).unflatten(1, (-1, GROUP)) / scales.float().unsqueeze(2)
     return groups.round().clamp(LOWEST, HIGHEST).flatten(1).to(torch.int8)
 
 

@@ -3,7 +3,8 @@
 Legend: B sequences, S positions, T tokens, D hidden_size, F intermediate_size, H query heads, C head_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,47 +26,42 @@ class LayerMoments:
     hidden: Tensor
 
 
-def layer_moments(model: StreamedModel, blocks: Tensor) -> Iterator[tuple[int, LayerMoments]]:
-    """Run token blocks [B, S] through a dense model and yield each layer's moments. Returns the hidden states after the last
-    layer [B, S, D] as the generator's value."""
+def layer_moments(model: StreamedModel, blocks: Tensor, use: Callable[[int, LayerMoments], None]) -> Tensor:
+    """Run token blocks [B, S] through a dense model and give each layer's number and moments to `use`. Returns the hidden
+    states after the last layer [B, S, D]."""
     hidden_states = model.embed(blocks)
     for index in track(range(model.config.num_hidden_layers), "layers"):
         layer, mlp = model.layer(index), model.mlp(index)
         attention = layer.self_attn
         assert isinstance(attention, Attention)
-        with _Watched(attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj) as sums:
+        with _watched(attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj) as sums:
             for rows, attended, ffn_inputs in model.attend(layer, hidden_states):
                 hidden_states[rows] = (attended + mlp(ffn_inputs)).view(hidden_states[rows].shape).cpu()
-        yield index, LayerMoments(*sums)
+        use(index, LayerMoments(*sums))
     return hidden_states
 
 
 def head_moments(model: StreamedModel, hidden_states: Tensor) -> Tensor:
     """Of the output head's input [D, D], from the hidden states after the last layer [B, S, D]."""
-    normed = model.ends.model.norm(hidden_states.flatten(0, 1).to(model.device))
+    normed: Tensor = model.ends.model.norm(hidden_states.flatten(0, 1).to(model.device))
     return (normed.t() @ normed).float().cpu()
 
 
-class _Watched:
+@contextmanager
+def _watched(*layers: nn.Linear) -> Iterator[list[Tensor]]:
     """While it is open: adds up x x^T of what the linear layers are given."""
+    sums = [torch.zeros(layer.in_features, layer.in_features) for layer in layers]
 
-    def __init__(self, *layers: nn.Linear) -> None:
-        self._layers = layers
-        self._sums: list[Tensor] = [torch.zeros(layer.in_features, layer.in_features) for layer in layers]
+    def watch(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0].flatten(0, -2).float()
+            total.add_((x.t() @ x).cpu())
 
-    def __enter__(self) -> list[Tensor]:
-        def watch(total: Tensor) -> "nn.modules.module._EnhancedModule":  # type: ignore[name-defined]
-            def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-                x = given[0].flatten(0, -2).float()
-                total.add_((x.t() @ x).cpu())
+        return add
 
-            return add
-
-        self._hooks = [
-            layer.register_forward_pre_hook(watch(total)) for layer, total in zip(self._layers, self._sums, strict=True)
-        ]
-        return self._sums
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks = [layer.register_forward_pre_hook(watch(total)) for layer, total in zip(layers, sums, strict=True)]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
             hook.remove()

@@ -21,7 +21,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Planes(NamedTuple):
-    """The planes of nested weights as numbers: integers int8 [..., N, K], and the scales fp32 [..., N, K / S] of the high one."""
+    """The planes of nested weights as numbers: integers int8 [..., N, K], and the high one's scales fp32 [..., N, K / S]."""
 
     high: Tensor
     low: Tensor

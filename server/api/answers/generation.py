@@ -254,14 +254,17 @@ class Generation:
             for layer in range(config.num_hidden_layers)
         )
         layers = [experts for experts in measured if experts is not None]
-        return {
-            "policy": self.route.policy.name,
-            "version": self.route.policy.version,
+        policy = self.route.policy
+        written = {
+            "policy": policy.name,
+            "version": policy.version,
             "accuracy": self.route.accuracy,
             "active_parameters_ratio": config.active_parameters_ratio(measured),
             "experts_per_token": sum(layers) / len(layers) if layers else None,
             "reason": self.route.reason,
         }
+        read = policy.bytes_ratio(config, measured)
+        return written if read is None else {**written, "bytes_ratio": read}
 
 
 def make_generation(

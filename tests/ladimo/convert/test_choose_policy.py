@@ -61,7 +61,7 @@ def test_sure_layers_run_one_expert_and_torn_layers_two() -> None:
     assert (mixed.top_k, mixed.mass) == (2, 0.8)
     assert torn == LayerRule(top_k=2)
     assert [rule_name(rule) for rule in (sure, mixed, torn, None)] == ["TOP1", "DYN(0.8)", "TOP2", "dense"]
-    assert describe_rules((torn, None, mixed, torn)) == "TOP2 in 2 layers, DYN(0.8) in 1 layer"
+    assert describe_rules((torn, None, mixed, torn), model(4)) == "TOP2 in 2 layers, DYN(0.8) in 1 layer"
 
 
 def test_names_of_rules_say_their_limits() -> None:

@@ -1,0 +1,159 @@
+"""Method nested: the checkpoint that it writes, the policies that it chooses, and that both are measured as they are served."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ladimo.checkpoint import TensorReader, load_model, read_config, read_frontier, read_json, read_policies
+from ladimo.convert.data.calibration import Encoder, evaluation_blocks
+from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
+from ladimo.convert.evaluation.measure import measure
+from ladimo.convert.evaluation.variants import variant_of
+from ladimo.convert.methods.nested import bit_candidates
+from ladimo.convert.pipeline import convert
+from ladimo.convert.reprofile import reprofile
+from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
+from ladimo.convert.streamed_model import StreamedModel
+from ladimo.model.attention import Attention
+from ladimo.model.config import ModelConfig
+from ladimo.model.inputs import StepInputs
+from ladimo.policy import RoutingPolicy
+from tests.factories import make_dense
+from tests.ladimo.convert.conftest import Made, killed, make_text, small_recipe
+from tests.ladimo.stepping import make_tables
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head of its own", "tied head"])
+def nested(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("nested")
+    dense = make_dense(
+        root / "dense",
+        max_position_embeddings=32,
+        intermediate_size=90,
+        tie_word_embeddings=request.param,
+        dtype=torch.bfloat16,
+    )
+    recipe = small_recipe(method="nested")
+    text = make_text(root / "text.txt")
+    assert convert(str(dense), root / "out", recipe, [text])
+    return Made(dense, text, root / "out", recipe)
+
+
+def test_the_checkpoint_holds_the_source_and_little_more(nested: Made) -> None:
+    dense, own = TensorReader(nested.dense), TensorReader(nested.out)
+    for name in dense.files:
+        if ".mlp." not in name:
+            assert torch.equal(dense.get(name), own.get(name)), name
+    down = own.get("model.layers.1.mlp.experts.down_proj")
+    assert torch.equal(down[0], dense.get("model.layers.1.mlp.down_proj.weight"))
+    sizes = [sum(tensor.nbytes for tensor in map(reader.get, reader.files)) for reader in (dense, own)]
+    assert sizes[1] < 1.25 * sizes[0]
+    assert read_config(nested.out).nested_bits == (4, 8)
+    assert not list(nested.out.parent.glob("*.partial"))
+
+
+def test_full_is_the_dense_model(nested: Made) -> None:
+    ids = torch.arange(32).view(1, 32)
+    logits = []
+    for directory in (nested.dense, nested.out):
+        model = load_model(directory, torch.float32, CPU)
+        full = read_policies(directory, model.config)["full"]
+        logits.append(model(StepInputs.whole_sequences(ids), None, make_tables(model, [full])).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_policies_are_cheaper_in_bytes_and_keep_their_promise(nested: Made) -> None:
+    """The figures are those of the model as it is loaded to serve, bits of the head included."""
+    model = load_model(nested.out, torch.float32, CPU)
+    policies, frontier = read_policies(nested.out, model.config), read_frontier(nested.out)
+    report = read_json(nested.out / "report.json")
+    entries = {entry["policy"]: entry for entry in report["policies"]}
+    costs = [entries[name]["bytes_ratio"] for name in ("full", "quality", "balanced", "fast")]
+    assert costs[0] == pytest.approx(1, abs=1e-6)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[1] == pytest.approx(0.53, abs=0.01)
+    assert costs[3] == pytest.approx(0.28, abs=0.01)
+    assert frontier is not None
+    assert all(point.bytes_ratio == entries[point.policy]["bytes_ratio"] for point in frontier.points)
+    chosen = frontier.for_batch(1).choose(0.0)
+    assert chosen.bytes_ratio == min(entry["bytes_ratio"] for entry in entries.values())
+    blocks = evaluation_blocks(Encoder(nested.out, model.config), nested.text, 200)
+    found = evaluate_checkpoint(str(nested.out), nested.text, tokens=200)
+    for entry in found["policies"]:
+        tables = make_tables(model, [policies[entry["policy"]]])
+        logits = model(StepInputs.whole_sequences(blocks), None, tables).logits.view(*blocks.shape, -1)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
+        assert entry["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3), entry["policy"]
+
+
+def test_the_report_speaks_of_bytes(nested: Made) -> None:
+    said = (nested.out / "report.md").read_text()
+    assert "of the dense model's weight bytes" in said
+    assert "active parameters" not in said.split("## Policies")[0]
+
+
+def test_a_stopped_conversion_goes_on_to_the_same_result(nested: Made, tmp_path: Path) -> None:
+    for pattern in ("*/layers/1/done.json", "*/head.json", "*/nested.json", "*/damages.json"):
+        with killed.at(pattern):
+            convert(str(nested.dense), tmp_path / "out", nested.recipe, [nested.text])
+    assert convert(str(nested.dense), tmp_path / "out", nested.recipe, [nested.text])
+    for name in ("model.safetensors", "routing/frontier.json", "routing/policies/balanced.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (nested.out / name).read_bytes()
+
+
+def test_profile_chooses_again(nested: Made, tmp_path: Path) -> None:
+    before = {name: policy.version for name, policy in read_policies(nested.out, read_config(nested.out)).items()}
+    report = reprofile(str(nested.out), make_text(tmp_path / "other.txt", seed=3))
+    after = read_policies(nested.out, read_config(nested.out))
+    assert after["full"].version == before["full"]
+    assert {entry["policy"] for entry in report["policies"]} >= {"full", "quality", "balanced", "fast"}
+
+
+def test_moments_are_of_what_each_matrix_multiplies(nested: Made) -> None:
+    """With these moments the error of a changed matrix is what the model's own inputs give."""
+    model = StreamedModel(nested.dense, CPU)
+    blocks = torch.arange(64).view(2, 32)
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, given: seen.update({name: given[0].flatten(0, -2)})
+
+    attention, mlp = model.layer(1).self_attn, model.mlp(1)
+    assert isinstance(attention, Attention)
+    parts = {"attention": attention.v_proj, "output": attention.o_proj, "ffn": mlp.up_proj, "hidden": mlp.down_proj}
+    hooks = [part.register_forward_pre_hook(watch(name)) for name, part in parts.items()]
+    moments: dict[int, LayerMoments] = {}
+    hidden_states = layer_moments(model, blocks, moments.__setitem__)
+    for hook in hooks:
+        hook.remove()
+    for name, inputs in seen.items():
+        torch.testing.assert_close(getattr(moments[1], name), inputs.t() @ inputs, rtol=1e-4, atol=1e-3)
+    assert head_moments(model, hidden_states).shape == (model.config.hidden_size,) * 2
+    measured = measure(model, None, blocks, [(None,) * model.config.num_hidden_layers])
+    assert math.isfinite(next(iter(measured.values())).perplexity)
+
+
+def test_the_solver_takes_the_least_damage_per_byte_first(nested: Made) -> None:
+    config: ModelConfig = read_config(nested.out)
+    depth = config.num_hidden_layers
+    damages = {"damage_ffn": [0.5, 0.0, 0.2], "damage_attention": [0.1, 0.3, 0.9], "damage_head": 0.7}
+    rules = bit_candidates(config, damages, points=20).rules
+    policies = [RoutingPolicy(name, "", variant[:depth]) for name, variant in rules.items()]
+    assert len({policy.version for policy in policies}) == len(policies)
+    ordered = sorted(rules.values(), key=lambda variant: -sum((rule.bits or 16) == 4 for rule in variant if rule))
+    few = min((variant for variant in rules.values() if variant[1] and variant[1].bits == 4), key=lambda v: str(v).count("=4"))
+    assert few[1] is not None and few[1].bits == 4  # the FFN without damage goes first
+    assert variant_of(RoutingPolicy("p", "", ordered[0][:depth], 4), config) == ordered[0]
+
+
+def test_only_some_layers_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="layers: is 0; method nested rounds every layer"):
+        convert(str(source), tmp_path / "out", small_recipe(method="nested", layers="0"), [text])
+    assert not list(tmp_path.iterdir())
