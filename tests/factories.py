@@ -167,10 +167,12 @@ def make_moe(
     return path
 
 
-def make_nested(path: Path, *, dense: Path | None = None, num_experts: int = 4, **config: Any) -> Path:
+def make_nested(
+    path: Path, *, dense: Path | None = None, num_experts: int = 4, dense_layers: Sequence[int] = (), **config: Any
+) -> Path:
     """Write a checkpoint of one set of weights at 4 bits, 8 bits and whole: every layer an exact split of its FFN, in which a
     policy's top_k says how many of the experts run, and rounding to the nearest in the place of a conversion's choice."""
-    make_moe(path, dense=dense, num_experts=num_experts, top_k=num_experts, dense_layers=(), layer=EXACT, **config)
+    make_moe(path, dense=dense, num_experts=num_experts, top_k=num_experts, dense_layers=dense_layers, layer=EXACT, **config)
     reader = TensorReader(path)
     with torch.device("meta"):
         model = MoeTransformer(read_config(path))
@@ -193,7 +195,8 @@ def make_nested(path: Path, *, dense: Path | None = None, num_experts: int = 4, 
     for name, bits in {**rules, "balanced": {"bits": 8, "attention_bits": 4}}.items():
         rule = LayerRule(num_experts, renormalize=False, **bits)
         head_bits = None if name == "full" else 8 if name == "quality" else 4
-        write_policy(path, RoutingPolicy(name, "", (rule,) * model.config.num_hidden_layers, head_bits))
+        layers = tuple(None if layer is None else rule for layer in model.config.layers)
+        write_policy(path, RoutingPolicy(name, "", layers, head_bits))
     return path
 
 

@@ -21,7 +21,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Planes(NamedTuple):
-    """The planes of nested weights as numbers: integers int8 [..., N, K], and the high one's scales fp32 [..., N, K / S]."""
+    """The planes of nested weights: integers int8 [..., N, K], and scales fp32 [..., N, K / S], which are those of `high`."""
 
     high: Tensor
     low: Tensor

@@ -1,9 +1,5 @@
 """The compiled forward step against torch, and what it promises beyond: a token's bits depend on its own sequence alone."""
 
-import ctypes
-import platform
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +10,16 @@ from torch.nn import functional as F
 
 from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.config import ModelConfig
-from ladimo.model.cpu import build, native_step
-from ladimo.model.cpu.cache import cache_directories
+from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.cpu.packing import pack
 from ladimo.model.inputs import RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.quantization import GROUP, dequantize, find_format, quantize
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE, make_dense, make_moe
+from tests.ladimo.native import Cached, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
@@ -43,49 +38,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "mqa_wide_heads": {"head_dim": 80, "num_key_value_heads": 1},
 }
-
-
-# What the compiler is told besides: each set leaves vectors of another width, so that every processor's code is tested on one.
-WIDTHS = {
-    "as_wide_as_can_be": (),
-    "no_bf16_products": ("-mno-avx512bf16", "-mno-avx512vnni"),
-    "avx2": ("-mno-avx512f", "-mno-avx512bf16", "-mno-avx512vnni"),
-    "sse": ("-mno-avx2",),
-}
-
-
-@pytest.fixture(params=WIDTHS)
-def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the kernel for vectors of this width."""
-    flags = WIDTHS[request.param]
-    if not flags:
-        return
-    if platform.machine() != "x86_64":
-        pytest.skip("the flags are those of x86")
-    narrow = ctypes.CDLL(str(build.compiled(cache_directories()[0], (*build.FLAGS, *flags))))
-    monkeypatch.setattr(native_step, "library", lambda: narrow)
-
-
-class Cached(Stepper):
-    """A stepper of a native step: its cache has the step's dtype."""
-
-    def __init__(self, model: MoeTransformer, step: NativeStep, policies: Sequence[RoutingPolicy], block_size: int = 4) -> None:
-        super().__init__(model, make_tables(model, policies), block_size, num_blocks=256)
-        self.native = step
-        self.kv_cache = KVCache(self.kv_cache.k.to(step.dtype), self.kv_cache.v.to(step.dtype))
-
-    @torch.no_grad()
-    def step(self, decode: Sequence[Row] = (), prefill: Sequence[tuple[Row, int]] = ()) -> list[Tensor]:
-        logits, _ = self.native(self.inputs(decode, prefill), self.kv_cache, self.tables)
-        counts = [1] * len(decode) + [count for _, count in prefill]
-        for row, count in zip([*decode, *(row for row, _ in prefill)], counts, strict=True):
-            row.computed += count
-        return list(logits.split(counts))
-
-
-def prompts(count: int, length: int = 60) -> list[list[int]]:
-    generator = random.Random(1)
-    return [[generator.randrange(VOCAB_SIZE) for _ in range(length)] for _ in range(count)]
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:

@@ -21,7 +21,7 @@ from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.pool import Pool
 from server.engine.sampling.sampler import SamplingInputs, sample, uniform
 from tests.ladimo.model.test_capture import DEVICE, NoHostCopies, NoHostValues, fake
-from tests.ladimo.model.test_cpu import WIDTHS
+from tests.ladimo.native import WIDTHS
 
 Sample = Callable[[Tensor, SamplingInputs | None], Tensor]
 LARGEST_UNIFORM = 1 - 2.0**-53

@@ -1,0 +1,250 @@
+"""The compiled CPU step over nested weights: each token reads its own precision, and has the same bits in any company."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ladimo.checkpoint import load_model, load_to_serve, read_policies
+from ladimo.model.backends.torch_backend import TorchBackend
+from ladimo.model.cpu import build
+from ladimo.model.cpu.native_step import NativeStep, Unsupported
+from ladimo.model.inputs import StepInputs
+from ladimo.model.nested import NESTED_BITS
+from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.quantization import GROUP
+from ladimo.model.transformer import MoeTransformer
+from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import EXACT, make_moe, make_nested
+from tests.ladimo.native import Cached, prompts
+from tests.ladimo.stepping import Row, Stepper, make_tables
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
+
+# Beside the plain one: experts that need padding and experts that need none, several blocks per matrix, biases, a dense layer.
+MODELS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "wider": {"hidden_size": 96, "intermediate_size": 512, "num_attention_heads": 6},
+    "unpadded": {"num_experts": 3, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "dense_layer": {"dense_layers": (1,)},
+}
+BITS = (4, 8, None)
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:
+    """The model, with the four policies of its checkpoint, and one whose bits differ from layer to layer."""
+    model = load_model(path, dtype, torch.device("cpu"))
+    rules = tuple(
+        None if layer is None else LayerRule(2, renormalize=False, bits=BITS[index % 3], attention_bits=BITS[(index + 1) % 3])
+        for index, layer in enumerate(model.config.layers)
+    )
+    return model, [*read_policies(path, model.config).values(), RoutingPolicy("mixed", "", rules, 8)]
+
+
+def round_groups(x: Tensor) -> Tensor:
+    """Round activations [T, K] to 8 bits per group, as the step does beside planes."""
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / 127
+    return ((groups / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def round_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of a nested layer: the inputs of the tokens that read planes, rounded."""
+    if len(args) == 1:
+        return args
+    x, bits = args
+    return torch.where(bits[:, None] <= max(NESTED_BITS), round_groups(x), x), bits
+
+
+class RoundedBackend(TorchBackend):
+    """Torch on the weights that the planes stand for, with activations rounded as the compiled step rounds them."""
+
+    @staticmethod
+    def apply_experts(  # type: ignore[override]
+        hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> Tensor:
+        whole = isinstance(gate_up_proj, nn.Parameter)
+        out = torch.zeros_like(hidden_states)
+        inputs = hidden_states if whole else round_groups(hidden_states)
+        for expert in range(len(down_proj)):
+            gate, up = F.linear(inputs, gate_up_proj[expert]).chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+            weight = torch.where(topk_ids == expert, topk_weights, 0).sum(dim=1, keepdim=True)
+            out += weight * F.linear(inner if whole else round_groups(inner), down_proj[expert])
+        return out
+
+
+def round_like_the_step(model: MoeTransformer) -> None:
+    RoundedBackend().prepare(model)
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            module.register_forward_pre_hook(round_inputs)
+
+
+def all_logits(steps: Stepper, num_policies: int) -> list[Tensor]:
+    """Logits [60, V] per policy, of the same prompt: in chunks and decoded, all policies in each step."""
+    rows = [Row(list(prompts(1)[0]), 1 + index) for index in range(num_policies)]
+    parts = [steps.step(prefill=[(row, 7 + row.policy) for row in rows])]
+    parts.append(steps.step(prefill=[(row, 40 - row.policy) for row in rows]))
+    parts += [steps.step(decode=rows) for _ in range(13)]
+    return [torch.cat(list(own)) for own in zip(*parts, strict=True)]
+
+
+def check_every_policy(path: Path, threads: int) -> None:
+    """Each policy is near torch with the same rounding, and far from what torch computes under the other policies.
+
+    A sum that lies between two integers may be rounded the other way. That moves a few tokens, so the median is compared.
+    """
+    model, policies = load(path)
+    native = all_logits(Cached(model, NativeStep(model, "float32", threads, wake_threads_from=0), policies), len(policies))
+    round_like_the_step(model)
+    expected = all_logits(Stepper(model, make_tables(model, policies), num_blocks=256), len(policies))
+    for place, ours in enumerate(native):
+        distances = [float((ours - theirs).norm(dim=1).median()) for theirs in expected]
+        assert distances.pop(place) < min(distances) / 50
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_policy_reads_its_own_precision(tmp_path: Path, name: str, threads: int) -> None:
+    check_every_policy(make_nested(tmp_path, **MODELS[name]), threads)
+
+
+@pytest.mark.usefixtures("width")
+def test_every_precision_in_vectors_of_every_width(tmp_path: Path) -> None:
+    check_every_policy(make_nested(tmp_path, **MODELS["wider"]), 2)
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    """The planes are the same in both dtypes, because the weights are stored in bf16 anyway."""
+    directory = make_nested(tmp_path, dtype=torch.bfloat16)
+    logits = []
+    for dtype, format in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        model, policies = load(directory, dtype)
+        logits.append(all_logits(Cached(model, NativeStep(model, format, 2), policies), len(policies)))
+    for exact, near in zip(*logits, strict=True):
+        assert F.cosine_similarity(exact, near, dim=-1).median() > 0.999
+        assert not torch.equal(exact, near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["plain", "wider", "dense_layer"])
+@pytest.mark.usefixtures("width")
+def test_whole_weights_are_those_of_a_checkpoint_without_planes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """In every bit: whoever reads all bits does not notice the planes."""
+    whole = LayerRule(4, renormalize=False)
+
+    def logits(directory: Path) -> Tensor:
+        model = load_model(directory, dtype, torch.device("cpu"))
+        policy = RoutingPolicy("whole", "", tuple(None if layer is None else whole for layer in model.config.layers))
+        steps = Cached(model, NativeStep(model, str(dtype).removeprefix("torch."), 2), [policy])
+        row = Row(list(prompts(1)[0]))
+        return torch.cat(steps.step(prefill=[(row, 59)]) + steps.step(decode=[row]))
+
+    fields = {"dense_layers": (), **MODELS[name]}
+    plain = make_moe(tmp_path / "plain", top_k=4, layer=EXACT, **fields)
+    assert torch.equal(logits(make_nested(tmp_path / "nested", **fields)), logits(plain))
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("width")
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -> None:
+    """Alone or among tokens of all precisions, in one chunk or several, decoded or recomputed, on one thread or three."""
+    dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+    model, policies = load(make_nested(tmp_path, intermediate_size=256), dtype)
+    sequences = prompts(10)
+
+    def rows() -> list[Row]:
+        return [Row(list(tokens), 1 + index % len(policies)) for index, tokens in enumerate(sequences)]
+
+    alone = Cached(model, NativeStep(model, format, 1), policies)
+    expected = []
+    for row in rows():
+        first = alone.step(prefill=[(row, 30)])
+        expected.append(torch.cat(first + [alone.step(decode=[row])[0] for _ in range(30)]))
+    together = Cached(model, NativeStep(model, format, 3, wake_threads_from=0), policies, block_size=16)
+    chunked = rows()
+    chunks: list[list[Tensor]] = [[] for _ in chunked]
+    counts = torch.tensor([[7] * 10, [1, 20, 3, 8, 1, 1, 5, 2, 9, 30], [43, 30, 17, 3, 2, 1, 1, 9, 40, 20]])
+    for counts_of_step in [*counts.tolist(), (60 - counts.sum(dim=0)).tolist()]:
+        asked = list(zip(chunked, counts_of_step, strict=True))
+        for own, logits in zip(chunks, together.step(prefill=asked), strict=True):
+            own.append(logits)
+    for own, whole in zip(chunks, expected, strict=True):
+        assert torch.equal(torch.cat(own), whole)
+    again = rows()
+    together.step(prefill=[(row, 30) for row in again])
+    for place in range(30, 40):
+        for logits, whole in zip(together.step(decode=again), expected, strict=True):
+            assert torch.equal(logits[0], whole[place])
+
+
+def test_only_wanted_logits(tmp_path: Path) -> None:
+    """The head's precision is that of the row's token, not that of the row's number."""
+    model, policies = load(make_nested(tmp_path))
+    steps = Cached(model, NativeStep(model, "float32", 1), policies)
+    inputs = steps.inputs(prefill=[(Row(list(prompts(1)[0]), 1 + index), 12) for index in range(len(policies))])
+    whole = steps.native(inputs, steps.kv_cache, steps.tables).logits
+    wanted = torch.tensor([59, 0, 30, 13, 40, 24])
+    some = StepInputs(**{**{f: getattr(inputs, f) for f in inputs.__slots__}, "logit_indices": wanted})
+    assert torch.equal(steps.native(some, steps.kv_cache, steps.tables).logits, whole[wanted])
+
+
+def test_a_precision_that_no_token_wants_is_not_read(tmp_path: Path) -> None:
+    """4 bits read neither the low plane nor the whole weights, and 8 bits do not read the whole ones."""
+    model, _ = load(make_nested(tmp_path))
+    layers = range(model.config.num_hidden_layers)
+    policies = [
+        RoutingPolicy(
+            f"bits{bits}", "", tuple(LayerRule(4, renormalize=False, bits=bits, attention_bits=bits) for _ in layers), bits
+        )
+        for bits in NESTED_BITS
+    ]
+
+    def logits() -> list[Tensor]:
+        return all_logits(Cached(model, NativeStep(model, "float32", 2), policies), len(policies))
+
+    before = logits()
+    for module in model.modules():
+        if isinstance(module, NestedLinear | NestedExperts):
+            for weights in module.parameters(recurse=False):
+                if weights.ndim > 1:
+                    weights.fill_(torch.nan)
+    assert all(torch.equal(*pair) for pair in zip(before, logits(), strict=True))
+    for name, buffer in model.named_buffers():
+        if name.endswith("_low"):
+            buffer.fill_(0x77)
+    at4, at8 = logits()
+    assert torch.equal(at4, before[0])
+    assert not torch.equal(at8, before[1])
+
+
+def test_the_compiled_step_serves_nested_checkpoints(tmp_path: Path) -> None:
+    """Ready to serve, the model has freed its weights and planes, and computes what it computed before."""
+    directory = make_nested(tmp_path, tie_word_embeddings=True)
+    model, policies = load(directory)
+    steps = Cached(model, NativeStep(model, "float32", 2), policies)
+    inputs = steps.inputs(prefill=[(Row(list(prompts(1)[0]), 1 + index), 20) for index in range(len(policies))])
+    expected = steps.native(inputs, steps.kv_cache, steps.tables)
+    served = load_to_serve(directory, "cpu")
+    assert served.backend.name == "native"
+    assert served.lm_head is not None
+    for part in (served.model.layers, served.lm_head):
+        assert all(tensor.numel() == 0 for tensor in part.state_dict().values())
+    assert torch.equal(served.step(inputs, steps.kv_cache, steps.tables).logits, expected.logits)
+
+
+def test_sizes_that_the_planes_cannot_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = make_nested(tmp_path, hidden_size=48)
+    assert load_to_serve(directory, "cpu").backend.name == "torch"
+    assert "hidden_size 48 is not a multiple of 32" in caplog.text
+
+
+def test_integer_formats_do_not_replace_the_planes(tmp_path: Path) -> None:
+    model, _ = load(make_nested(tmp_path))
+    with pytest.raises(Unsupported, match="integers of their own, which int4 cannot replace"):
+        NativeStep(model, "int4", 1)
