@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig
-from ladimo.model.nested import WHOLE_BYTES, bytes_per_weight
+from ladimo.model.nested import KEY_VALUE_BITS, WHOLE_BYTES, bytes_per_weight
 from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -185,7 +185,10 @@ class RoutingPolicy:
                 if layer is None or experts is None
                 else layer.active_parameters(config.hidden_size, experts)
             )
-            read += bytes_per_weight(attention_bits) * config.attention_parameters + bytes_per_weight(bits) * ffn
+            careful = None if attention_bits is None else max(attention_bits, KEY_VALUE_BITS)
+            queries = config.attention_parameters - config.key_value_parameters
+            read += bytes_per_weight(attention_bits) * queries + bytes_per_weight(careful) * config.key_value_parameters
+            read += bytes_per_weight(bits) * ffn
         return read / whole
 
 

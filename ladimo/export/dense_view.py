@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family
+from ladimo.model.nested import KEY_VALUE_BITS
 from ladimo.model.nested_layers import ROUNDING, SCALES, TIED_HEAD, matrix_named, read_matrix
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -92,7 +93,10 @@ class DenseView:
         rule = self._policy.layers[int(parts[2])] if parts[1:2] == ["layers"] else None
         if rule is None or not parts[-2 if parts[-1] == "weight" else -1].endswith("_proj"):
             return self._reader.get(name)
-        return read_matrix(self._reader.get, matrix_named(name), rule.attention_bits if "self_attn" in parts else rule.bits)
+        bits = rule.attention_bits if "self_attn" in parts else rule.bits
+        if bits is not None and parts[-2] in ("k_proj", "v_proj"):
+            bits = max(bits, KEY_VALUE_BITS)
+        return read_matrix(self._reader.get, matrix_named(name), bits)
 
     def _width(self, layer: int) -> int:
         fixed, moe = self._fixed[layer], self.source.layers[layer]

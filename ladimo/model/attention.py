@@ -10,6 +10,7 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.nested import KEY_VALUE_BITS
 from ladimo.model.paged_attention import apply_rope, attend_prefill, attend_whole
 
 
@@ -36,10 +37,12 @@ class Attention(BackendModule):
         bits: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, C]. Writes keys and values into the
-        cache. `bits`: where the projections are nested, how many bits [T] each token reads of them."""
+        cache. `bits`: where the projections are nested, how many bits [T] each token reads of them; of keys and values at least
+        `KEY_VALUE_BITS`."""
         q = self.q_proj(hidden_states, *bits).view(-1, self.num_heads, self.head_dim)
-        k = self.k_proj(hidden_states, *bits).view(-1, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden_states, *bits).view(-1, self.num_kv_heads, self.head_dim)
+        careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
+        k = self.k_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
         if kv_cache is None:
             out = attend_whole(apply_rope(q, *rope), apply_rope(k, *rope), v, inputs.num_sequences)
         else:

@@ -182,6 +182,11 @@ class ModelConfig:
         return self.vocab_size * self.hidden_size
 
     @property
+    def key_value_parameters(self) -> int:
+        """The weights of the key and value projections of one layer."""
+        return 2 * self.hidden_size * self.num_key_value_heads * self.head_dim
+
+    @property
     def attention_parameters(self) -> int:
         """The parameters of the attention and the two norms of one layer."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim

@@ -172,10 +172,10 @@ def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> di
 def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], points: int) -> Candidates:
     """The named policies, and `points` others between 8 and 4 bits. Of all changes from 8 to 4 bits, those with the least
     damage per saved byte come first."""
-    depth = config.num_hidden_layers
+    depth, queries = config.num_hidden_layers, config.attention_parameters - config.key_value_parameters
     changes = [
         *((damages["damage_ffn"][i] / config.ffn_parameters, i, "bits") for i in range(depth)),
-        *((damages["damage_attention"][i] / config.attention_parameters, i, "attention_bits") for i in range(depth)),
+        *((damages["damage_attention"][i] / queries, i, "attention_bits") for i in range(depth)),
         (damages["damage_head"] / config.head_parameters, depth, "bits"),
     ]
     path = [_same(config, HIGH)]

@@ -30,11 +30,11 @@ enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
 
 // A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
 // besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, of the
-// integers in `data` or of the planes.
+// integers in `data` or of the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
 typedef struct {
     const uint8_t *data, *high, *low;
     const float *scales;
-    int64_t rows, panels, cols, kind;
+    int64_t rows, panels, cols, kind, careful_row;
 } Matrix;
 
 // One layer. gate_up and down hold the matrices of all E experts, one after another; a dense FFN is one expert. In gate_up, each

@@ -28,6 +28,7 @@ from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
+NO_ROW = 2**62  # behind the last row of any matrix
 # Whole weights, and their planes if they are nested.
 Whole = tuple[Tensor, Planes | None]
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
@@ -36,7 +37,7 @@ WAKE_THREADS_FROM = 10**6
 
 class _Matrix(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("data", "high", "low", "scales")] + [
-        (name, c_int64) for name in ("rows", "panels", "cols", "kind")
+        (name, c_int64) for name in ("rows", "panels", "cols", "kind", "careful_row")
     ]
 
 
@@ -253,12 +254,14 @@ class NativeStep:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
-        weights, planes = zip(*(_weights(linear) for linear in projections), strict=True)
-        target.qkv = self._matrix(pack(torch.cat(weights), format, _stack_rows(planes)))
+        parts = [_weights(linear) for linear in projections]
+        packed = pack(torch.cat([weight for weight, _ in parts]), format, _stack_rows([planes for _, planes in parts]))
+        # Keys and values are never read at fewer than KEY_VALUE_BITS.
+        target.qkv = self._matrix(packed, careful_row=len(attention.q_proj.weight))
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
-        weights, planes = _weights(attention.o_proj)
-        target.o = self._matrix(pack(weights, format, planes))
+        output, output_planes = _weights(attention.o_proj)
+        target.o = self._matrix(pack(output, format, output_planes))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())
         if isinstance(layer.mlp, GatedMLP):
@@ -297,7 +300,7 @@ class NativeStep:
         if router.e_score_correction_bias is not None:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 
-    def _matrix(self, packed: Packed) -> _Matrix:
+    def _matrix(self, packed: Packed, careful_row: int = NO_ROW) -> _Matrix:
         parts = (packed.data, packed.high, packed.low, packed.scales)
         return _Matrix(
             *(None if part is None else self._keep(part) for part in parts),
@@ -305,6 +308,7 @@ class NativeStep:
             packed.panels,
             packed.cols,
             KINDS.index(packed.format),
+            careful_row,
         )
 
     def _keep(self, tensor: Tensor) -> int:

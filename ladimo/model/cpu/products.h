@@ -256,10 +256,12 @@ static inline void multiply(const Matrix *m, int64_t precision, int64_t block, i
         return;
     }
     multiply_data(m, m->high, INT4, block, n, x, out);
-    if (precision == BITS4) return;
+    int64_t width = panels_of(m, block) * ROWS, careful = precision == BITS8 ? 0 : m->careful_row - block * PANELS * ROWS;
+    if (careful >= width) return;
     float low[TILE * PANELS * ROWS];
     multiply_data(m, m->low, INT4, block, n, x, low);
-    for (int64_t v = 0; v < n * panels_of(m, block) * VECTORS; v++) ((vf *)out)[v] += ((vf *)low)[v] * (1.0f / NESTED_STEPS);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t row = greatest(careful, 0); row < width; row++) out[i * width + row] += low[i * width + row] * (1.0f / NESTED_STEPS);
 }
 
 // For each tile of the rows begin .. end - 1: the rows at .. at + n - 1, at most TILE, which all read at `precision`. The rows are

@@ -105,7 +105,7 @@ def check_every_policy(path: Path, threads: int) -> None:
     expected = all_logits(Stepper(model, make_tables(model, policies), num_blocks=256), len(policies))
     for place, ours in enumerate(native):
         distances = [float((ours - theirs).norm(dim=1).median()) for theirs in expected]
-        assert distances.pop(place) < min(distances) / 50
+        assert distances.pop(place) < min(distances) / 5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -195,7 +195,7 @@ def test_only_wanted_logits(tmp_path: Path) -> None:
 
 
 def test_a_precision_that_no_token_wants_is_not_read(tmp_path: Path) -> None:
-    """4 bits read neither the low plane nor the whole weights, and 8 bits do not read the whole ones."""
+    """4 bits read neither the low plane, but of keys and values, nor the whole weights. 8 bits do not read the whole ones."""
     model, _ = load(make_nested(tmp_path))
     layers = range(model.config.num_hidden_layers)
     policies = [
@@ -216,7 +216,7 @@ def test_a_precision_that_no_token_wants_is_not_read(tmp_path: Path) -> None:
                     weights.fill_(torch.nan)
     assert all(torch.equal(*pair) for pair in zip(before, logits(), strict=True))
     for name, buffer in model.named_buffers():
-        if name.endswith("_low"):
+        if name.endswith("_low") and "k_proj" not in name and "v_proj" not in name:
             buffer.fill_(0x77)
     at4, at8 = logits()
     assert torch.equal(at4, before[0])
