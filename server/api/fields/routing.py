@@ -55,6 +55,7 @@ class PolicyBody(Strict):
     name: str | None = Field(None, pattern=f"^{NAME_PATTERN.pattern}$", description="As in the path, if given.")
     description: str = Field("", max_length=MAX_DESCRIPTION, description="One line, without control characters.")
     layers: list[LayerRuleBody | None]  # type: ignore[valid-type]
+    head_bits: int | None = Field(None, ge=1, le=16, description="How many bits of the output head are read; all if null.")
     version: str | None = _read_only()
     source: str | None = _read_only()
     accuracy: float | None = _read_only()

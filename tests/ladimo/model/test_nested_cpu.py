@@ -1,6 +1,7 @@
 """The compiled CPU step over nested weights: each token reads its own precision, and has the same bits in any company."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.ladimo.stepping import Row, Stepper, make_tables
 pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
 
 # Beside the plain one: experts that need padding and experts that need none, several blocks per matrix, biases, a dense layer.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
     "wider": {"hidden_size": 96, "intermediate_size": 512, "num_attention_heads": 6},
@@ -47,9 +48,10 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer
 
 def round_groups(x: Tensor) -> Tensor:
     """Round activations [T, K] to 8 bits per group, as the step does beside planes."""
-    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    groups: Tensor = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     step = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / 127
-    return ((groups / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+    rounded: Tensor = (groups / step).round() * step
+    return rounded.flatten(-2)[..., : x.shape[-1]]
 
 
 def round_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -145,7 +147,7 @@ def test_whole_weights_are_those_of_a_checkpoint_without_planes(tmp_path: Path, 
         row = Row(list(prompts(1)[0]))
         return torch.cat(steps.step(prefill=[(row, 59)]) + steps.step(decode=[row]))
 
-    fields = {"dense_layers": (), **MODELS[name]}
+    fields: dict[str, Any] = {"dense_layers": (), **MODELS[name]}
     plain = make_moe(tmp_path / "plain", top_k=4, layer=EXACT, **fields)
     assert torch.equal(logits(make_nested(tmp_path / "nested", **fields)), logits(plain))
 
