@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig
-from ladimo.model.nested import KEY_VALUE_BITS, WHOLE_BYTES, bytes_per_weight
+from ladimo.model.precision import KEY_VALUE_BITS, WHOLE_BYTES, bytes_per_weight
 from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

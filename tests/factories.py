@@ -31,8 +31,9 @@ from ladimo.checkpoint import (
 )
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import NESTED_BITS, codes_to_rounding
+from ladimo.model.nested import codes_to_rounding
 from ladimo.model.nested_layers import TIED_HEAD, nested_matrices
+from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy

@@ -68,7 +68,7 @@ WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prom
 TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ("ladimo", None, ("server", *WEB)),
     ("ladimo.model", ("torch", "triton", "ladimo.model"), ()),
-    ("ladimo.policy", ("ladimo.model.config", "ladimo.model.rule"), ()),
+    ("ladimo.policy", ("ladimo.model.config", "ladimo.model.precision", "ladimo.model.rule"), ()),
     (
         "ladimo.checkpoint",
         ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy", "ladimo.checkpoint"),

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json
 from ladimo.model.config import ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family
-from ladimo.model.nested import KEY_VALUE_BITS
 from ladimo.model.nested_layers import ROUNDING, SCALES, TIED_HEAD, matrix_named, read_matrix
+from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
 
 OURS = ("moe_layers", "attention_output_bias", "family", "nested_bits")

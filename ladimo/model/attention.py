@@ -10,8 +10,8 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.kv_cache import KVCache
-from ladimo.model.nested import KEY_VALUE_BITS
 from ladimo.model.paged_attention import apply_rope, attend_prefill, attend_whole
+from ladimo.model.precision import KEY_VALUE_BITS
 
 
 class Attention(BackendModule):

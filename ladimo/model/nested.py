@@ -22,16 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.quantization import GROUP, QuantizedWeights, find_format
+from ladimo.model.precision import GROUP, NESTED_BITS
+from ladimo.model.quantization import QuantizedWeights, find_format
 
-NESTED_BITS = (4, 8)
 STEPS = 8  # of the low plane in one of the high plane: its ends reach one whole step up and down
 LOWEST, HIGHEST = -8, 7
 SCALE_DTYPE = torch.bfloat16
-# Keys and values are read at no fewer bits than this: they are few weights, and every later token looks at what they give. On
-# SmolLM2 the 2.5% of the weights that make values cost 5% of perplexity at 4 bits.
-KEY_VALUE_BITS = 8
-WHOLE_BYTES = 2  # of a weight that is not rounded, in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +48,6 @@ class NestedWeights:
             return self.full
         high = self.high.to_dtype(torch.float32)
         return (high if bits <= min(NESTED_BITS) else high + self.low.to_dtype(torch.float32)).to(dtype)
-
-
-def bytes_per_weight(bits: int | None) -> float:
-    """Bytes that are read for a weight at so many bits, its share of the scale included. None: all bits."""
-    return WHOLE_BYTES if bits is None else bits / 8 + SCALE_DTYPE.itemsize / GROUP
 
 
 def codes_to_rounding(high: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

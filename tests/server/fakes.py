@@ -104,7 +104,7 @@ class FakeRunner:
     def _experts(self, sequence: Sequence, count: int) -> list[TokenExperts]:
         if sequence.request.trace is None:
             return []
-        top_k = self.table.tables.rows[sequence.policy_row, :, 0].long().tolist()
+        top_k = self.table.tables.rows[sequence.policy_row, :-1, 0].long().tolist()
         return [tuple(tuple(range(top_k[layer])) for layer in self.table.config.moe_layer_indices)] * count
 
     def _prompt_logprobs(self, sequence: Sequence, count: int) -> list[TokenLogprobs]:
@@ -120,7 +120,7 @@ class FakeRunner:
         return TokenLogprobs(token_id, -0.5 - shift, tuple(ranked))
 
     def _count(self, row: int, num_tokens: int) -> list[int]:
-        top_k = self.table.tables.rows[row, :, 0].long()
+        top_k = self.table.tables.rows[row, :-1, 0].long()
         for layer, k in enumerate(top_k.tolist()):
             self.table.tables.expert_tokens[row, layer, :k] += num_tokens
         return (top_k * num_tokens).tolist()

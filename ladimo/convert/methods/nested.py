@@ -33,8 +33,9 @@ from ladimo.convert.run import Run
 from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import NESTED_BITS, codes_to_rounding
+from ladimo.model.nested import codes_to_rounding
 from ladimo.model.nested_layers import ROUNDING, SCALES
+from ladimo.model.precision import NESTED_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
 
 LOW, HIGH = NESTED_BITS

@@ -6,7 +6,7 @@ from typing import Any
 
 from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.families.family import Family
-from ladimo.model.nested import NESTED_BITS
+from ladimo.model.precision import NESTED_BITS
 
 
 class Converted(Family):

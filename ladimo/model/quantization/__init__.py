@@ -8,7 +8,8 @@ experts out of a stack, and without that a step does not get cheaper when it run
 the integers as they read them, and dense layers use the same format.
 """
 
-from ladimo.model.quantization.formats import GROUP, Format, find_format, format_names, register
+from ladimo.model.precision import GROUP
+from ladimo.model.quantization.formats import Format, find_format, format_names, register
 from ladimo.model.quantization.int4 import Int4
 from ladimo.model.quantization.int8 import Int8
 from ladimo.model.quantization.weights import (

@@ -10,8 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-GROUP = 32  # columns that share a scale
-
 
 class Format(Protocol):
     """Integers of `bits` bits from `lowest` to `highest`. Each row has a scale per `GROUP` columns, and there is no offset."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.quantization.formats import GROUP, Format, find_format
+from ladimo.model.precision import GROUP
+from ladimo.model.quantization.formats import Format, find_format
 
 # So many rows are rounded at a time, because the search for scales needs several fp32 copies of them.
 ROWS_AT_ONCE = 1024

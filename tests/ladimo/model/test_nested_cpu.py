@@ -13,8 +13,8 @@ from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep, Unsupported
 from ladimo.model.inputs import StepInputs
-from ladimo.model.nested import NESTED_BITS
 from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.precision import NESTED_BITS
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
