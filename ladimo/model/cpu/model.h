@@ -23,7 +23,8 @@
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)
 
-enum Kind { FLOAT32, BFLOAT16, INT8, INT4 };
+// BOTH_PLANES is no matrix's kind: it stands for the two planes of a nested matrix, which are read together.
+enum Kind { FLOAT32, BFLOAT16, INT8, INT4, BOTH_PLANES };
 // How many bits of a matrix a token reads. See nested.py.
 enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };

@@ -9,8 +9,9 @@
 
 #include "numbers.h"
 
-typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out);
-#define TILE_ARGUMENTS const uint8_t *w, const float *scales, int64_t cols, const void *const *x, float *out
+// w: the block's weights, or its high plane. low: its low plane, or NULL.
+#define TILE_ARGUMENTS const uint8_t *w, const uint8_t *low, const float *scales, int64_t cols, const void *const *x, float *out
+typedef void (*Tile)(TILE_ARGUMENTS);
 #define MOST 8  // vectors in a pass, at most
 #define IN_REGISTERS(v, held) (vectors % (v) == 0 && (held) <= (int)REGISTERS)
 #define LARGEST(fits) (fits(8) ? 8 : fits(6) ? 6 : fits(4) ? 4 : fits(3) ? 3 : fits(2) ? 2 : 1)
@@ -29,7 +30,7 @@ typedef void (*Tile)(const uint8_t *w, const float *scales, int64_t cols, const 
 #define FLOAT_SUMS(v) IN_REGISTERS(v, n == 1 ? (v) + 4 : (v) * n + (v) + 1)
 
 static inline __attribute__((always_inline)) void tile_fp32(const int r, const int n, TILE_ARGUMENTS) {
-    (void)scales;
+    (void)low, (void)scales;
     const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
     FOR_STRETCHES(32) for (int first = 0; first < vectors; first += pass) {
         LOAD_SUMS;
@@ -50,7 +51,7 @@ static inline __attribute__((always_inline)) void tile_fp32(const int r, const i
 
 // Two columns at a time: a lane of 32 bits has two weights of a row, the first one in the lower half.
 static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
-    (void)scales;
+    (void)low, (void)scales;
     const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
     FOR_STRETCHES(16) for (int first = 0; first < vectors; first += pass) {
         LOAD_SUMS;
@@ -132,34 +133,47 @@ static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFF
 #define INTEGER_SUMS(v) IN_REGISTERS(v, 2 * (v) * n + 3)
 
 // Integer weights are stored with their offset added. A lane has four columns of int8, or eight columns of int4. The first four of
-// these are in the lower halves of its bytes.
-static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int bits, TILE_ARGUMENTS) {
-    const int vectors = r * VECTORS, words = GROUP * bits / 32;
+// these are in the lower halves of its bytes. Both planes together are integers of 8 bits, as they are stored: with 128 added.
+#define BOTH(high, low) ((high) * NESTED_STEPS + (low) + 0x01010101u * (128 - OFFSET(4) * (NESTED_STEPS + 1)))
+
+static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int kind, TILE_ARGUMENTS) {
+    const int vectors = r * VECTORS, bits = kind == INT4 ? 4 : 8, words = GROUP * (kind == INT8 ? 8 : 4) / 32;
     const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
+    const float step = kind == BOTH_PLANES ? 1.0f / NESTED_STEPS : 1.0f;
     FOR_STRETCHES(bits) for (int first = 0; first < vectors; first += pass) {
         LOAD_SUMS;
-        const vu *at = (const vu *)w + begin / GROUP * words * vectors + first;
-        const vu *next = (const vu *)w + end / GROUP * words * vectors + first * (end - begin) / GROUP * words;
+        const int64_t here = begin / GROUP * words * vectors + first;
+        const int64_t there = end / GROUP * words * vectors + first * (end - begin) / GROUP * words;
+        const vu *at = (const vu *)w + here, *next = (const vu *)w + there;
+        const vu *low_at = kind == BOTH_PLANES ? (const vu *)low + here : at, *low_next = kind == BOTH_PLANES ? (const vu *)low + there : next;
         const vf *scale = (const vf *)scales + begin / GROUP * vectors + first;
         for (int64_t g = begin / GROUP; g < end / GROUP; g++, scale += vectors) {
             vi part[TILE][MOST] = {0};
-            for (int k = 0; k < words; k++, at += vectors) {
+            for (int k = 0; k < words; k++, at += vectors, low_at += vectors) {
                 FETCH_AHEAD(next, (g - begin / GROUP) * words + k);
+                if (kind == BOTH_PLANES) FETCH_AHEAD(low_next, (g - begin / GROUP) * words + k);
                 FOR_VECTORS {
                     vu weight = at[v];
-                    if (bits == 8) {
+                    if (kind == INT8) {
                         FOR_TOKENS part[t][v] = dot_int8(part[t][v], weight, ((const int32_t *)x[t])[g * 8 + k]);
+                        continue;
+                    }
+                    vu lower = weight & 0x0f0f0f0f, upper = weight >> 4 & 0x0f0f0f0f;
+                    if (kind == INT4) {
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     } else {
-                        vu low = weight & 0x0f0f0f0f, high = weight >> 4 & 0x0f0f0f0f;
-                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], low, ((const int32_t *)x[t])[g * 8 + 2 * k]);
-                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], high, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
+                        vu rest = low_at[v];
+                        lower = BOTH(lower, rest & 0x0f0f0f0f), upper = BOTH(upper, rest >> 4 & 0x0f0f0f0f);
+                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     }
                 }
             }
             FOR_TOKENS {
                 Rounded columns = rounded(x[t], cols);
                 FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], bits), vf) *
-                                         (scale[v] * columns.scales[g]);
+                                         (scale[v] * (columns.scales[g] * step));
             }
         }
         FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
@@ -167,11 +181,15 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
 }
 
 static inline __attribute__((always_inline)) void tile_int8(const int r, const int n, TILE_ARGUMENTS) {
-    tile_integer(r, n, 8, w, scales, cols, x, out);
+    tile_integer(r, n, INT8, w, low, scales, cols, x, out);
 }
 
 static inline __attribute__((always_inline)) void tile_int4(const int r, const int n, TILE_ARGUMENTS) {
-    tile_integer(r, n, 4, w, scales, cols, x, out);
+    tile_integer(r, n, INT4, w, low, scales, cols, x, out);
+}
+
+static inline __attribute__((always_inline)) void tile_both(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, BOTH_PLANES, w, low, scales, cols, x, out);
 }
 
 // Round group number `group` of x to 8 bits.
@@ -205,7 +223,7 @@ static void write_activations(void *out, const float *x, int64_t size, int64_t k
 }
 
 #define DEFINE(kind, r, n) \
-    static void tile_##kind##_##r##_##n(TILE_ARGUMENTS) { tile_##kind(r, n, w, scales, cols, x, out); }
+    static void tile_##kind##_##r##_##n(TILE_ARGUMENTS) { tile_##kind(r, n, w, low, scales, cols, x, out); }
 #define DEFINE_PANELS(kind, r) \
     DEFINE(kind, r, 1) DEFINE(kind, r, 2) DEFINE(kind, r, 3) DEFINE(kind, r, 4) DEFINE(kind, r, 5) DEFINE(kind, r, 6)
 #define DEFINE_KIND(kind) DEFINE_PANELS(kind, 1) DEFINE_PANELS(kind, 2) DEFINE_PANELS(kind, 3) DEFINE_PANELS(kind, 4)
@@ -213,19 +231,21 @@ DEFINE_KIND(fp32)
 DEFINE_KIND(bf16)
 DEFINE_KIND(int8)
 DEFINE_KIND(int4)
+DEFINE_KIND(both)
 #define LIST_PANELS(kind, r)                                                                                              \
     {                                                                                                                     \
         tile_##kind##_##r##_1, tile_##kind##_##r##_2, tile_##kind##_##r##_3, tile_##kind##_##r##_4, tile_##kind##_##r##_5, \
             tile_##kind##_##r##_6                                                                                         \
     }
 #define LIST_KIND(kind) {LIST_PANELS(kind, 1), LIST_PANELS(kind, 2), LIST_PANELS(kind, 3), LIST_PANELS(kind, 4)}
-static const Tile TILES[4][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4)};
+static const Tile TILES[5][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4), LIST_KIND(both)};
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
 static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
+// The bytes of a panel of this kind; of BOTH_PLANES, those in each plane.
 static inline int64_t panel_bytes(const Matrix *m, int64_t kind) {
-    static const int64_t half_bytes[] = {8, 4, 2, 1};
+    static const int64_t half_bytes[] = {8, 4, 2, 1, 1};
     return ROWS * m->cols * half_bytes[kind] / 2;
 }
 
@@ -239,29 +259,28 @@ static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     return one;
 }
 
-// Multiply block number `block` of `data`, which is the matrix itself or one of its planes.
-static inline void multiply_data(
-    const Matrix *m, const uint8_t *data, int64_t kind, int64_t block, int64_t n, const void *const *x, float *out
-) {
+// Multiply block number `block` with n tokens (at most TILE), and read all its rows at this precision. Writes
+// out[n][16 * panels of the block].
+static inline void multiply_at(const Matrix *m, int64_t precision, int64_t block, int64_t n, const void *const *x, float *out) {
+    int64_t kind = precision == WHOLE ? m->kind : precision == BITS8 ? BOTH_PLANES : INT4;
+    int64_t begin = block * PANELS * panel_bytes(m, kind);
+    const uint8_t *data = precision == WHOLE ? m->data : m->high, *low = precision == BITS8 ? m->low + begin : NULL;
     const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
-    data += block * PANELS * panel_bytes(m, kind);
-    TILES[kind][panels_of(m, block) - 1][n - 1](data, scales, m->cols, x, out);
+    TILES[kind][panels_of(m, block) - 1][n - 1](data + begin, low, scales, m->cols, x, out);
 }
 
-// Multiply block number `block` with n tokens (at most TILE), which all read at this precision. Writes out[n][16 * panels of the
-// block].
+// The same for tokens that ask for this precision: the careful rows are read at 8 bits or more.
 static inline void multiply(const Matrix *m, int64_t precision, int64_t block, int64_t n, const void *const *x, float *out) {
-    if (precision == WHOLE) {
-        multiply_data(m, m->data, m->kind, block, n, x, out);
+    int64_t width = panels_of(m, block) * ROWS, careful = m->careful_row - block * PANELS * ROWS;
+    if (precision != BITS4 || careful >= width) {
+        multiply_at(m, precision, block, n, x, out);
         return;
     }
-    multiply_data(m, m->high, INT4, block, n, x, out);
-    int64_t width = panels_of(m, block) * ROWS, careful = precision == BITS8 ? 0 : m->careful_row - block * PANELS * ROWS;
-    if (careful >= width) return;
-    float low[TILE * PANELS * ROWS];
-    multiply_data(m, m->low, INT4, block, n, x, low);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t row = greatest(careful, 0); row < width; row++) out[i * width + row] += low[i * width + row] * (1.0f / NESTED_STEPS);
+    multiply_at(m, BITS8, block, n, x, out);
+    if (careful <= 0) return;
+    float others[TILE * PANELS * ROWS];
+    multiply_at(m, BITS4, block, n, x, others);
+    for (int64_t i = 0; i < n; i++) memcpy(out + i * width, others + i * width, careful * sizeof(float));
 }
 
 // For each tile of the rows begin .. end - 1: the rows at .. at + n - 1, at most TILE, which all read at `precision`. The rows are
