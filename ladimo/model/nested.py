@@ -90,8 +90,8 @@ def read_planes(weights: Tensor, rounding: Tensor, scales: Tensor) -> tuple[Quan
     groups = -(-cols // GROUP)
     if list(rounding.shape) != [*lead, groups * GROUP // 8] or rounding.dtype != torch.uint8:
         raise ValueError(f"rounding is {rounding.dtype} {list(rounding.shape)}, must be uint8 {[*lead, groups * GROUP // 8]}")
-    if list(scales.shape) != [*lead, groups] or not scales.is_floating_point():
-        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be floating point {[*lead, groups]}")
+    if list(scales.shape) != [*lead, groups] or scales.dtype != SCALE_DTYPE:
+        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be {SCALE_DTYPE} {[*lead, groups]}")
     format = find_format("int4")
     flat, flat_scales = weights.flatten(0, -2), scales.flatten(0, -2).float()
     high = rounding_to_codes(rounding.flatten(0, -2), flat, flat_scales)

@@ -23,18 +23,17 @@
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)
 
-// BOTH_PLANES is no matrix's kind: it stands for the two planes of a nested matrix, which are read together.
-enum Kind { FLOAT32, BFLOAT16, INT8, INT4, BOTH_PLANES };
+// The last two are no matrix's kind: they stand for the high plane of a nested matrix, and for its two planes together.
+enum Kind { FLOAT32, BFLOAT16, INT8, INT4, HIGH_PLANE, BOTH_PLANES };
 // How many bits of a matrix a token reads. See nested.py.
 enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
 
 // A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
-// besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, of the
-// integers in `data` or of the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
+// besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, in fp32 for
+// the integers in `data`, in bf16 for the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
 typedef struct {
-    const uint8_t *data, *high, *low;
-    const float *scales;
+    const uint8_t *data, *high, *low, *scales;
     int64_t rows, panels, cols, kind, careful_row;
 } Matrix;
 

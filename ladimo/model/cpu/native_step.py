@@ -4,7 +4,6 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 """
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
@@ -15,22 +14,20 @@ from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
-from ladimo.model.cpu.packing import KINDS, Packed, Planes, columns_multiple, pack, pack_down, pack_gate_up, planes_of
+from ladimo.model.cpu.packing import KINDS, Packed, Source, columns_multiple, pack, pack_down, pack_gate_up, stack_rows
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
-from ladimo.model.moe import ExpertLayer, Experts
-from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.moe import ExpertLayer
+from ladimo.model.nested_layers import NestedLinear
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
 NO_ROW = 2**62  # behind the last row of any matrix
-# Whole weights, and their planes if they are nested.
-Whole = tuple[Tensor, Planes | None]
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
 WAKE_THREADS_FROM = 10**6
 
@@ -169,7 +166,7 @@ class NativeStep:
             self._fill_layer(target, layer, format)
             if release:
                 _release(layer)
-        head = (model.model.embed_tokens.weight, None) if model.lm_head is None else _weights(model.lm_head)
+        head = model.model.embed_tokens.weight if model.lm_head is None else _weights(model.lm_head)
         self._layers = layers
         self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
         self._rope = model.rotary.table.float().contiguous()
@@ -186,10 +183,10 @@ class NativeStep:
             embedding=self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
-            head=self._matrix(pack(head[0], format, head[1])),
+            head=self._matrix(pack(head, format)),
             layers=layers,
         )
-        self._multiply_adds = config.dense_parameters + head[0].numel()  # per token, an upper estimate
+        self._multiply_adds = config.dense_parameters + head.shape.numel()  # per token, an upper estimate
         if release and model.lm_head is not None:
             _release(model.lm_head)
         try:
@@ -254,33 +251,31 @@ class NativeStep:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
-        parts = [_weights(linear) for linear in projections]
-        packed = pack(torch.cat([weight for weight, _ in parts]), format, _stack_rows([planes for _, planes in parts]))
+        packed = pack(stack_rows([_weights(linear) for linear in projections]), format)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
         target.qkv = self._matrix(packed, careful_row=len(attention.q_proj.weight))
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
-        output, output_planes = _weights(attention.o_proj)
-        target.o = self._matrix(pack(output, format, output_planes))
+        target.o = self._matrix(pack(_weights(attention.o_proj), format))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())
         if isinstance(layer.mlp, GatedMLP):
             # A dense FFN is always read whole, because a rule of a dense layer has no bits.
             gate_up = torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))[None]
-            self._fill_experts(target, (gate_up, None), (layer.mlp.down_proj.weight[None], None), format)
+            self._fill_experts(target, gate_up, layer.mlp.down_proj.weight[None], format)
             return
         assert isinstance(layer.mlp, ExpertLayer)
         moe = layer.mlp.config
-        self._fill_experts(target, *_expert_weights(layer.mlp.experts), format)
+        self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
         self._fill_router(target, layer.mlp.gate)
         target.num_experts = moe.num_experts
         target.sigmoid = moe.score_function == "sigmoid"
         target.score_norm_top_k = moe.score_norm_top_k or 0
         target.weight_one = moe.expert_weight == "one"
 
-    def _fill_experts(self, target: _Layer, gate_up: Whole, down: Whole, format: str) -> None:
-        target.gate_up = self._matrix(pack_gate_up(gate_up[0], format, gate_up[1]))
-        target.down = self._matrix(pack_down(down[0], format, down[1]))
+    def _fill_experts(self, target: _Layer, gate_up: Source, down: Source, format: str) -> None:
+        target.gate_up = self._matrix(pack_gate_up(gate_up, format))
+        target.down = self._matrix(pack_down(down, format))
         target.expert_size = target.down.cols
 
     def _fill_router(self, target: _Layer, router: Router) -> None:
@@ -315,22 +310,8 @@ class NativeStep:
         return self._arena.keep(tensor)
 
 
-def _weights(linear: nn.Module) -> Whole:
-    assert isinstance(linear.weight, Tensor)
-    return linear.weight, planes_of(linear.nested) if isinstance(linear, NestedLinear) else None
-
-
-def _expert_weights(experts: Experts | NestedExperts) -> tuple[Whole, Whole]:
-    if isinstance(experts, Experts):
-        return (experts.gate_up_proj, None), (experts.down_proj, None)
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    return (gate_up.full, planes_of(gate_up)), (down.full, planes_of(down))
-
-
-def _stack_rows(planes: Sequence[Planes | None]) -> Planes | None:
-    """The planes of several matrices as those of one, which has all their rows."""
-    known = [one for one in planes if one is not None]
-    return Planes(*(torch.cat(parts) for parts in zip(*known, strict=True))) if known else None
+def _weights(linear: nn.Linear | NestedLinear) -> Source:
+    return linear.nested if isinstance(linear, NestedLinear) else linear.weight
 
 
 def _release(module: nn.Module) -> None:

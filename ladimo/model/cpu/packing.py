@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.nested import NestedWeights
+from ladimo.model.nested import SCALE_DTYPE, NestedWeights
 from ladimo.model.quantization import GROUP, QuantizedWeights, find_format, quantize
 
 LANES, PANELS = 16, 4
@@ -20,22 +20,15 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+Source = Tensor | NestedWeights  # matrices to be packed: [N, K], or a stack [E, N, K]
+
+
 class Planes(NamedTuple):
-    """The planes of nested weights: integers int8 [..., N, K], and scales fp32 [..., N, K / S], which are those of `high`."""
+    """The planes of nested weights: integers int8 [..., N, K], and scales [..., N, K / S], which are those of `high`."""
 
     high: Tensor
     low: Tensor
     scales: Tensor
-
-
-def planes_of(weights: NestedWeights) -> Planes:
-    """The planes of matrices [..., N, K]. The last group of a row may have fewer than S columns."""
-    groups = -(-weights.shape[-1] // GROUP)
-    return Planes(_integers(weights.high), _integers(weights.low), weights.high.scales[..., :groups])
-
-
-def _integers(plane: QuantizedWeights) -> Tensor:
-    return plane.format.to_integers(plane.data)[..., : plane.cols]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +36,7 @@ class Packed:
     """One packed matrix, or several of the same shape in a row.
 
     `rows`, `panels` and `cols` are those of one matrix. `scales` has P * 16 * K / S numbers for each matrix; None for
-    floating-point formats without planes. `high` and `low` are the planes of nested weights.
+    floating-point formats without planes. `high` and `low` are the planes of nested weights; their scales are in bf16.
     """
 
     data: Tensor
@@ -56,35 +49,37 @@ class Packed:
     low: Tensor | None = None
 
 
-def pack(weights: Tensor, format: str, planes: Planes | None = None) -> Packed:
-    """Pack a matrix [N, K] or a stack [E, N, K], with its planes if it is nested. K must be even, and for integer formats and
-    planes a multiple of `GROUP`."""
-    rows, cols = weights.shape[-2:]
-    assert cols % columns_multiple(format, nested=planes is not None) == 0
-    data, scales = _join([_pack_one(matrix, format) for matrix in _in_panels(weights)])
-    packed = Packed(data, scales, rows, -(-rows // LANES), cols, format)
-    if planes is None:
-        return packed
-    assert scales is None, "planes go beside whole weights"
-    steps = list(_in_panels(planes.scales))
-    high, scales = _join([_pack_integers(*one, "int4") for one in zip(_in_panels(planes.high), steps, strict=True)])
-    low, _ = _join([_pack_integers(*one, "int4") for one in zip(_in_panels(planes.low), steps, strict=True)])
-    return replace(packed, scales=scales, high=high, low=low)
+def pack(weights: Source, format: str) -> Packed:
+    """Pack weights in `format`, and besides, if they are nested, their planes. K must be even, and for integer formats and for
+    nested weights a multiple of `GROUP`."""
+    return _pack(_full(weights), format, _planes(weights))
 
 
-def pack_gate_up(gate_up: Tensor, format: str, planes: Planes | None = None) -> Packed:
+def pack_gate_up(gate_up: Source, format: str) -> Packed:
     """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows."""
-    size = padded_size(gate_up.shape[1] // 2, format, nested=planes is not None)
-    planes = planes and Planes(*(_pair_panels(plane, size) for plane in planes))
-    return pack(_pair_panels(gate_up, size), format, planes)
+    full, planes = _full(gate_up), _planes(gate_up)
+    size = padded_size(full.shape[1] // 2, format, nested=planes is not None)
+    if planes is not None:
+        planes = Planes(*(_pair_panels(part, size) for part in planes))
+    return _pack(_pair_panels(full, size), format, planes)
 
 
-def pack_down(down: Tensor, format: str, planes: Planes | None = None) -> Packed:
+def pack_down(down: Source, format: str) -> Packed:
     """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds."""
-    idle = padded_size(down.shape[2], format, nested=planes is not None) - down.shape[2]
+    full, planes = _full(down), _planes(down)
+    idle = padded_size(full.shape[2], format, nested=planes is not None) - full.shape[2]
     if planes is not None:
         planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
-    return pack(F.pad(down, (0, idle)), format, planes)
+    return _pack(F.pad(full, (0, idle)), format, planes)
+
+
+def stack_rows(matrices: Sequence[Source]) -> Source:
+    """Matrices [N, K] as one, which has the rows of all. Either all of them are nested or none."""
+    full = torch.cat([_full(one) for one in matrices])
+    nested = [one for one in matrices if isinstance(one, NestedWeights)]
+    if not nested:
+        return full
+    return NestedWeights(full, _stack_planes([one.high for one in nested]), _stack_planes([one.low for one in nested]))
 
 
 def columns_multiple(format: str, nested: bool) -> int:
@@ -96,6 +91,41 @@ def padded_size(size: int, format: str, nested: bool) -> int:
     """The neurons of an expert, after padding with zeros to whole panels and whole groups."""
     multiple = max(LANES, columns_multiple(format, nested))
     return -(-size // multiple) * multiple
+
+
+def _full(weights: Source) -> Tensor:
+    return weights.full if isinstance(weights, NestedWeights) else weights
+
+
+def _planes(weights: Source) -> Planes | None:
+    """The planes as numbers; None if the weights are not nested. The last group of a row may have fewer than S columns."""
+    if not isinstance(weights, NestedWeights):
+        return None
+    groups = -(-weights.shape[-1] // GROUP)
+    return Planes(_integers(weights.high), _integers(weights.low), weights.high.scales[..., :groups])
+
+
+def _integers(plane: QuantizedWeights) -> Tensor:
+    return plane.format.to_integers(plane.data)[..., : plane.cols]
+
+
+def _stack_planes(planes: Sequence[QuantizedWeights]) -> QuantizedWeights:
+    data, scales = (torch.cat(parts) for parts in zip(*((one.data, one.scales) for one in planes), strict=True))
+    return replace(planes[0], data=data, scales=scales)
+
+
+def _pack(weights: Tensor, format: str, planes: Planes | None) -> Packed:
+    rows, cols = weights.shape[-2:]
+    assert cols % columns_multiple(format, nested=planes is not None) == 0
+    parts = [_pack_one(matrix, format) for matrix in _in_panels(weights)]
+    scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
+    packed = Packed(torch.cat([data for data, _ in parts]), scales, rows, -(-rows // LANES), cols, format)
+    if planes is None:
+        return packed
+    assert scales is None, "planes go beside whole weights"
+    high, low = (torch.cat([_pack_integers(one, "int4") for one in _in_panels(plane)]) for plane in (planes.high, planes.low))
+    scales = torch.cat([_interleave(one.to(SCALE_DTYPE), torch.int16) for one in _in_panels(planes.scales)])
+    return replace(packed, scales=scales, high=high, low=low)
 
 
 def _pair_panels(gate_up: Tensor, size: int) -> Tensor:
@@ -112,33 +142,27 @@ def _in_panels(weights: Tensor) -> Iterator[Tensor]:
         yield F.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
 
 
-def _join(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """The bytes of all matrices one after another, and their scales, if they have scales."""
-    scales = [part for _, part in parts if part is not None]
-    return torch.cat([data for data, _ in parts]), torch.cat(scales) if scales else None
-
-
 def _pack_one(matrix: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
     """Pack one matrix [16 P, K]. Returns its bytes and its scales (None for floating-point formats)."""
     if format in FLOATS:
         return _interleave(matrix.to(FLOATS[format])).view(torch.uint8), None
-    return _pack_integers(*quantize(matrix, find_format(format)), format)
+    integers, scales = quantize(matrix, find_format(format))
+    return _pack_integers(integers, format), _interleave(scales).view(torch.float32)
 
 
-def _pack_integers(integers: Tensor, scales: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Pack one matrix of integers [16 P, K] and its scales [16 P, K / S]."""
+def _pack_integers(integers: Tensor, format: str) -> Tensor:
+    """The bytes of one matrix of integers, int8 [16 P, K]."""
     if format == "int4":  # of each 8 columns, the first four go to the lower halves of the bytes
         low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
         words = (low | high << 4).flatten(1)
     else:
         words = integers.view(torch.uint8) ^ 0x80  # adds 128
-    return _interleave(words).view(torch.uint8), _interleave(scales).view(torch.float32)
+    return _interleave(words).view(torch.uint8)
 
 
-def _interleave(matrix: Tensor) -> Tensor:
-    """[16 P, ...] -> flat words of 32 bits. In each block, the first words of all its rows come first, then the second ones,
-    and so on."""
-    words = matrix.contiguous().view(torch.int32)
+def _interleave(matrix: Tensor, word: torch.dtype = torch.int32) -> Tensor:
+    """[16 P, ...] -> flat words. In each block, the first words of all its rows come first, then the second ones, and so on."""
+    words = matrix.contiguous().view(word)
     out = torch.empty_like(words).flatten()
     begin = 0
     for block in words.split(PANELS * LANES):

@@ -10,7 +10,7 @@
 #include "numbers.h"
 
 // w: the block's weights, or its high plane. low: its low plane, or NULL.
-#define TILE_ARGUMENTS const uint8_t *w, const uint8_t *low, const float *scales, int64_t cols, const void *const *x, float *out
+#define TILE_ARGUMENTS const uint8_t *w, const uint8_t *low, const uint8_t *scales, int64_t cols, const void *const *x, float *out
 typedef void (*Tile)(TILE_ARGUMENTS);
 #define MOST 8  // vectors in a pass, at most
 #define IN_REGISTERS(v, held) (vectors % (v) == 0 && (held) <= (int)REGISTERS)
@@ -136,8 +136,12 @@ static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFF
 // these are in the lower halves of its bytes. Both planes together are integers of 8 bits, as they are stored: with 128 added.
 #define BOTH(high, low) ((high) * NESTED_STEPS + (low) + 0x01010101u * (128 - OFFSET(4) * (NESTED_STEPS + 1)))
 
+static inline vf read_scales(const uint8_t *scales, int64_t i, int kind) {
+    return kind == INT8 || kind == INT4 ? ((const vf *)scales)[i] : widen(((const vh *)scales)[i]);
+}
+
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int kind, TILE_ARGUMENTS) {
-    const int vectors = r * VECTORS, bits = kind == INT4 ? 4 : 8, words = GROUP * (kind == INT8 ? 8 : 4) / 32;
+    const int vectors = r * VECTORS, bits = kind == INT4 || kind == HIGH_PLANE ? 4 : 8, words = GROUP * (kind == INT8 ? 8 : 4) / 32;
     const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
     const float step = kind == BOTH_PLANES ? 1.0f / NESTED_STEPS : 1.0f;
     FOR_STRETCHES(bits) for (int first = 0; first < vectors; first += pass) {
@@ -146,8 +150,7 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
         const int64_t there = end / GROUP * words * vectors + first * (end - begin) / GROUP * words;
         const vu *at = (const vu *)w + here, *next = (const vu *)w + there;
         const vu *low_at = kind == BOTH_PLANES ? (const vu *)low + here : at, *low_next = kind == BOTH_PLANES ? (const vu *)low + there : next;
-        const vf *scale = (const vf *)scales + begin / GROUP * vectors + first;
-        for (int64_t g = begin / GROUP; g < end / GROUP; g++, scale += vectors) {
+        for (int64_t g = begin / GROUP; g < end / GROUP; g++) {
             vi part[TILE][MOST] = {0};
             for (int k = 0; k < words; k++, at += vectors, low_at += vectors) {
                 FETCH_AHEAD(next, (g - begin / GROUP) * words + k);
@@ -159,7 +162,7 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
                         continue;
                     }
                     vu lower = weight & 0x0f0f0f0f, upper = weight >> 4 & 0x0f0f0f0f;
-                    if (kind == INT4) {
+                    if (bits == 4) {
                         FOR_TOKENS part[t][v] = dot_int4(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
                         FOR_TOKENS part[t][v] = dot_int4(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     } else {
@@ -170,6 +173,8 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
                     }
                 }
             }
+            vf scale[MOST];
+            FOR_VECTORS scale[v] = read_scales(scales, g * vectors + first + v, kind);
             FOR_TOKENS {
                 Rounded columns = rounded(x[t], cols);
                 FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], bits), vf) *
@@ -186,6 +191,10 @@ static inline __attribute__((always_inline)) void tile_int8(const int r, const i
 
 static inline __attribute__((always_inline)) void tile_int4(const int r, const int n, TILE_ARGUMENTS) {
     tile_integer(r, n, INT4, w, low, scales, cols, x, out);
+}
+
+static inline __attribute__((always_inline)) void tile_high(const int r, const int n, TILE_ARGUMENTS) {
+    tile_integer(r, n, HIGH_PLANE, w, low, scales, cols, x, out);
 }
 
 static inline __attribute__((always_inline)) void tile_both(const int r, const int n, TILE_ARGUMENTS) {
@@ -231,6 +240,7 @@ DEFINE_KIND(fp32)
 DEFINE_KIND(bf16)
 DEFINE_KIND(int8)
 DEFINE_KIND(int4)
+DEFINE_KIND(high)
 DEFINE_KIND(both)
 #define LIST_PANELS(kind, r)                                                                                              \
     {                                                                                                                     \
@@ -238,34 +248,37 @@ DEFINE_KIND(both)
             tile_##kind##_##r##_6                                                                                         \
     }
 #define LIST_KIND(kind) {LIST_PANELS(kind, 1), LIST_PANELS(kind, 2), LIST_PANELS(kind, 3), LIST_PANELS(kind, 4)}
-static const Tile TILES[5][PANELS][TILE] = {LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4), LIST_KIND(both)};
+static const Tile TILES[6][PANELS][TILE] = {
+    LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4), LIST_KIND(high), LIST_KIND(both),
+};
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
 static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
 // The bytes of a panel of this kind; of BOTH_PLANES, those in each plane.
 static inline int64_t panel_bytes(const Matrix *m, int64_t kind) {
-    static const int64_t half_bytes[] = {8, 4, 2, 1, 1};
+    static const int64_t half_bytes[] = {8, 4, 2, 1, 1, 1};
     return ROWS * m->cols * half_bytes[kind] / 2;
 }
+static inline int64_t panel_scale_bytes(const Matrix *m) { return ROWS * (m->cols / GROUP) * (m->high ? 2 : 4); }
 
 // The matrix of expert e. `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     Matrix one = *m;
     one.data += e * m->panels * panel_bytes(m, m->kind);
-    if (m->scales) one.scales += e * m->panels * ROWS * (m->cols / GROUP);
-    if (m->high) one.high += e * m->panels * panel_bytes(m, INT4);
-    if (m->low) one.low += e * m->panels * panel_bytes(m, INT4);
+    if (m->scales) one.scales += e * m->panels * panel_scale_bytes(m);
+    if (m->high) one.high += e * m->panels * panel_bytes(m, HIGH_PLANE);
+    if (m->low) one.low += e * m->panels * panel_bytes(m, HIGH_PLANE);
     return one;
 }
 
 // Multiply block number `block` with n tokens (at most TILE), and read all its rows at this precision. Writes
 // out[n][16 * panels of the block].
 static inline void multiply_at(const Matrix *m, int64_t precision, int64_t block, int64_t n, const void *const *x, float *out) {
-    int64_t kind = precision == WHOLE ? m->kind : precision == BITS8 ? BOTH_PLANES : INT4;
+    int64_t kind = precision == WHOLE ? m->kind : precision == BITS8 ? BOTH_PLANES : HIGH_PLANE;
     int64_t begin = block * PANELS * panel_bytes(m, kind);
     const uint8_t *data = precision == WHOLE ? m->data : m->high, *low = precision == BITS8 ? m->low + begin : NULL;
-    const float *scales = m->scales ? m->scales + block * PANELS * ROWS * (m->cols / GROUP) : NULL;
+    const uint8_t *scales = m->scales ? m->scales + block * PANELS * panel_scale_bytes(m) : NULL;
     TILES[kind][panels_of(m, block) - 1][n - 1](data + begin, low, scales, m->cols, x, out);
 }
 

@@ -62,6 +62,8 @@ def test_shapes_that_do_not_belong_together() -> None:
         read_planes(matrix(4, 96), rounding, scales)
     with pytest.raises(ValueError, match="scales are"):
         read_planes(weights, rounding, scales[:, :1])
+    with pytest.raises(ValueError, match="scales are torch.float32"):
+        read_planes(weights, rounding, scales.float())
 
 
 def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
