@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import counting_bench, sampling_bench, scrape_bench, stall_bench
+from loadtests import counting_bench, mixed_bench, sampling_bench, scrape_bench, stall_bench
+from tests.factories import make_nested
 
 
 def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -13,6 +14,19 @@ def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> No
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in record["results"]] == [1, 3]
     assert all(0 < row["share"] < 1 and row["ratio"] > 0 for row in record["results"])
+
+
+def test_mixed_bench(tmp_path: Path, moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a nested checkpoint, and of one of another method."""
+    flags = ["--batch", "1,4", "--rounds", "2", "--prompt", "5", "--tokens", "9", "--dtype", "float32"]
+    for model in (make_nested(tmp_path / "nested"), moe_dir):
+        mixed_bench.main([str(model), *flags])
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        rows = {(row["batch"], row["policies"]): row for row in record["results"]}
+        assert len(rows) == 4 + 6
+        assert all(row["tokens_per_second"] > 0 for row in rows.values())
+        assert rows[4, "all full"]["ratio"] == 1
+        assert rows[4, "all fast"]["cost"] < rows[4, "equal parts of all"]["cost"] < rows[4, "all full"]["cost"]
 
 
 def test_sampling_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
