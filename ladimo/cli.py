@@ -262,7 +262,8 @@ def run_policies(options: argparse.Namespace) -> None:
         figures = entry["figures"]
         cost = "not measured"
         if figures:
-            cost = f"{100 * figures['active_parameters_ratio']:5.1f}%  perplexity {figures['perplexity']:.3f}"
+            share = figures.get("bytes_ratio", figures["active_parameters_ratio"])
+            cost = f"{100 * share:5.1f}%  perplexity {figures['perplexity']:.3f}"
         print(f"{entry['name']:<12} {entry['version']}  {cost}  {entry['description']}")
 
 
