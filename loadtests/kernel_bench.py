@@ -232,7 +232,7 @@ class Bench:
         gate, up = self.normal(num_tokens, width), self.normal(num_tokens, width)
         logits = self.normal(num_tokens, self.num_experts)
         numbers, _ = RoutingPolicy("top2", "", (LayerRule(2),)).to_rows(self.num_experts)
-        rows = torch.tensor(numbers, device=self.device).repeat(num_tokens, 1)
+        rows = torch.tensor(numbers[:1], device=self.device).repeat(num_tokens, 1)
         allowed = torch.ones(num_tokens, self.num_experts, dtype=torch.bool, device=self.device)
         layer = MoeLayerConfig(self.num_experts, 2, width // self.num_experts)
         ids = self.route(num_tokens, 2)[1].expand(32, -1, -1).contiguous()
