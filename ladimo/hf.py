@@ -23,16 +23,18 @@ from ladimo.policy import LayerRule, RoutingPolicy
 
 
 class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's configuration with three more fields.
+    """LLaMA's configuration with four more fields.
 
     `moe_layers` has one entry per layer, None for a layer with a dense FFN. `attention_output_bias`: whether the output
     projection of the attention has a bias; None means the same as `attention_bias`. `family`: the type of the dense model.
+    `nested_bits`: None once a model is made, because transformers holds the whole weights only.
     """
 
     model_type = MOE_TYPE
     moe_layers: list[dict[str, Any] | None] | None = None
     attention_output_bias: bool | None = None
     family: str = "llama"
+    nested_bits: list[int] | None = None
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
@@ -83,8 +85,11 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
 
 class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     config_class = LadimoLlamaConfig
+    # transformers holds the whole weights of a nested checkpoint, and nothing of its planes.
+    _keys_to_ignore_on_load_unexpected = (r"[._](rounding|scales)$",)
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
+        config.nested_bits = None
         super().__init__(config)
         self.model = LadimoLlamaModel(config)
         self.post_init()
@@ -99,7 +104,9 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         loaded = super().from_pretrained(name, *arguments, **options)
         if policy is not None:
             model = loaded[0] if options.get("output_loading_info") else loaded
-            model.set_policy(_read_policy(name, policy).layers)
+            chosen = _read_policy(name, policy)
+            chosen.validate(read_model_config(model.config.to_dict()))
+            model.set_policy(chosen.layers)
         return loaded
 
     def set_policy(self, rules: Sequence[LayerRule | None]) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ladimo.checkpoint import load_model, read_policies
+from ladimo.checkpoint import load_model, read_config, read_policies
 from ladimo.hf import LadimoLlamaForCausalLM, register
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe, make_nested
 from tests.ladimo.stepping import Stepper, make_tables
 
 IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -186,6 +186,19 @@ def test_training_mode_reaches_experts_and_router(moe_dir: Path) -> None:
         gradient = reference.get_parameter(f"model.layers.0.mlp.{name}").grad
         assert gradient is not None
         assert gradient.abs().max() > 0
+
+
+def test_a_nested_checkpoint_is_read_whole(tmp_path: Path) -> None:
+    """Policies of bits are refused and not run whole in silence. What is saved again claims no planes."""
+    nested = make_nested(tmp_path / "nested", tie_word_embeddings=True)
+    model, info = AutoModelForCausalLM.from_pretrained(nested, output_loading_info=True, policy="full")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for policy in ("quality", "fast"):
+        with pytest.raises(ValueError, match="bits"):
+            AutoModelForCausalLM.from_pretrained(nested, policy=policy)
+    model.save_pretrained(tmp_path / "again")
+    assert not read_config(tmp_path / "again").nested_bits
 
 
 def test_tokenizer_comes_along(moe_dir: Path) -> None:
