@@ -32,7 +32,7 @@ from ladimo.checkpoint import (
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
 from ladimo.model.nested import codes_to_rounding
-from ladimo.model.nested_layers import TIED_HEAD, nested_matrices
+from ladimo.model.nested_layers import TIED_HEAD, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
 from ladimo.model.transformer import MoeTransformer
@@ -178,7 +178,9 @@ def make_nested(
     with torch.device("meta"):
         model = MoeTransformer(read_config(path))
     tensors = {name: reader.get(name) for name in reader.files}
-    for matrix in (*nested_matrices(model), *([TIED_HEAD] if model.lm_head is None else [])):
+    # All weights of two dimensions or more are nested, but for the embedding; these models have no router.
+    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and "embed_tokens" not in name]
+    for matrix in (*map(matrix_named, names), *([TIED_HEAD] if model.lm_head is None else [])):
         weights = tensors[matrix.weight]
         flat = weights.flatten(0, -2)
         scales = choose_scales(flat)

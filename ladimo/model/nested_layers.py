@@ -3,7 +3,7 @@
 Each token says how many bits it wants. Without that the whole weights are read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -98,18 +98,6 @@ def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
 def nested_head(embedding: Tensor, get: Get) -> NestedLinear:
     """The output head of a model whose head is its embedding [V, D]."""
     return NestedLinear(embedding, None, _read(get, TIED_HEAD, embedding.device))
-
-
-def nested_matrices(module: nn.Module, prefix: str = "") -> Iterator[Matrix]:
-    """What `nest_layers` replaces inside `module`. An output head that is the embedding is not among them: see `TIED_HEAD`."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(child, nn.Linear):
-            yield matrix_named(f"{path}.weight")
-        elif isinstance(child, Experts):
-            yield from (matrix_named(f"{path}.{part}_proj") for part in ("gate_up", "down"))
-        elif not isinstance(child, Router):
-            yield from nested_matrices(child, f"{path}.")
 
 
 def matrix_named(weight: str) -> Matrix:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.convert.evaluation.variants import Rules, logits, run_variants
+from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import RoutingPolicy
@@ -86,11 +87,11 @@ def _score(
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
         return logits(model, variant, hidden_states).float().log_softmax(dim=-1)
 
-    for index in range(len(blocks)):  # one sequence at a time: logits are wide
+    for index in track(range(len(blocks)), "sequences scored"):  # one at a time: logits are wide
         row = slice(index, index + 1)
         targets = blocks[row, 1:].flatten().to(model.device)
         base = None if reference is None else log_probs(reference, row)
-        for variant in states:
+        for variant in track(list(states), "variants"):
             logp = base if base is not None and variant == reference else log_probs(variant, row)
             sums[variant][0] += F.nll_loss(logp, targets, reduction="sum").item()
             if base is not None:

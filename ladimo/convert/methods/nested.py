@@ -10,7 +10,6 @@ Nothing is trained. No FFN is split: each is one expert, whose bits the policy c
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import Rules, policy_of
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.registry import register
-from ladimo.convert.policies.candidates import Candidates, ConvertedModel
+from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.recipe import Recipe, require
 from ladimo.convert.rounding.gptq import choose_scales, round_with_feedback
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
@@ -34,14 +33,12 @@ from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.model.nested import codes_to_rounding
-from ladimo.model.nested_layers import ROUNDING, SCALES
+from ladimo.model.nested_layers import ROUNDING, SCALES, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
 
 LOW, HIGH = NESTED_BITS
 HEAD = "lm_head.weight"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +81,14 @@ class Nested(Method):
         ]
         damages = run.workspace.stage("damages", lambda: measured_damages(own, calibration.holdout, run.recipe))
         layers = {index: layer for index, layer in enumerate(own.config.layers) if layer is not None}
-        points = run.recipe.section(NestedRecipe).points
-        return Converted(layers, entries, lambda model: bit_candidates(model.config, damages, points), damages, own=own)
+        return Converted(layers, entries, lambda model: bit_candidates(model.config, damages, run.recipe), damages, own=own)
 
     def reprofile(
         self, recipe: Recipe, model: ConvertedModel, stored: Mapping[str, RoutingPolicy], blocks: Tensor, report: dict[str, Any]
     ) -> Candidates:
         damages = measured_damages(model.dense, blocks, recipe)
         report |= damages
-        return bit_candidates(model.config, damages, recipe.section(NestedRecipe).points)
+        return bit_candidates(model.config, damages, recipe)
 
 
 def round_layers(run: Run, blocks: Tensor) -> None:
@@ -170,9 +166,9 @@ def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> di
     }
 
 
-def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], points: int) -> Candidates:
-    """The named policies, and `points` others between 8 and 4 bits. Of all changes from 8 to 4 bits, those with the least
-    damage per saved byte come first."""
+def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], recipe: Recipe) -> Candidates:
+    """The named policies, the recipe's number of others between 8 and 4 bits, and the guard. Of all changes from 8 to 4 bits,
+    those with the least damage per saved byte come first."""
     depth, queries = config.num_hidden_layers, config.attention_parameters - config.key_value_parameters
     changes = [
         *((damages["damage_ffn"][i] / config.ffn_parameters, i, "bits") for i in range(depth)),
@@ -189,12 +185,13 @@ def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], points: int)
         wanted = costs[0] + share * (costs[-1] - costs[0])
         return path[min(range(len(path)), key=lambda place: abs(costs[place] - wanted))]
 
-    rules = {"full": _same(config, None), "quality": path[0], "balanced": near(0.5), "fast": path[-1]}
+    full, points, ratio = _same(config, None), recipe.section(NestedRecipe).points, recipe.max_perplexity_ratio
+    rules = {"full": full, "quality": path[0], "balanced": near(0.5), "fast": path[-1]}
     for point in range(1, points + 1):
         found = near(point / (points + 1))
         if found not in rules.values():
             rules[f"bytes-{100 * _cost(found, config):.1f}"] = found
-    return Candidates(rules)
+    return Candidates(rules, Guard(ratio, [full, *path]) if ratio else None)
 
 
 def _same(config: ModelConfig, bits: int | None) -> Rules:
@@ -234,8 +231,7 @@ def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, T
 
 def _planes(name: str, weights: Tensor, moments: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint keeps beside the matrix of this name."""
-    stem = name.removesuffix("weight").removesuffix("proj")
-    scales = choose_scales(weights)
+    matrix, scales = matrix_named(name), choose_scales(weights)
     codes = round_with_feedback(weights, scales, moments)
-    yield stem + ROUNDING, codes_to_rounding(codes, weights, scales)
-    yield stem + SCALES, scales
+    yield matrix.rounding, codes_to_rounding(codes, weights, scales)
+    yield matrix.scales, scales

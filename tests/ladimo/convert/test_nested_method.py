@@ -144,13 +144,22 @@ def test_the_solver_takes_the_least_damage_per_byte_first(nested: Made) -> None:
     config: ModelConfig = read_config(nested.out)
     depth = config.num_hidden_layers
     damages = {"damage_ffn": [0.5, 0.0, 0.2], "damage_attention": [0.1, 0.3, 0.9], "damage_head": 0.7}
-    rules = bit_candidates(config, damages, points=20).rules
+    rules = bit_candidates(config, damages, small_recipe(method="nested", **{"nested.points": 20})).rules
     policies = [RoutingPolicy(name, "", variant[:depth]) for name, variant in rules.items()]
     assert len({policy.version for policy in policies}) == len(policies)
     ordered = sorted(rules.values(), key=lambda variant: -sum((rule.bits or 16) == 4 for rule in variant if rule))
     few = min((variant for variant in rules.values() if variant[1] and variant[1].bits == 4), key=lambda v: str(v).count("=4"))
     assert few[1] is not None and few[1].bits == 4  # the FFN without damage goes first
     assert variant_of(RoutingPolicy("p", "", ordered[0][:depth], 4), config) == ordered[0]
+
+
+def test_a_perplexity_guard_is_kept(nested: Made, tmp_path: Path) -> None:
+    """The cheapest measured policy within the ratio is added, as every method does."""
+    out = tmp_path / "out"
+    assert convert(str(nested.dense), out, small_recipe(method="nested", max_perplexity_ratio=1.01), [nested.text])
+    entries = {entry["policy"]: entry for entry in read_json(out / "report.json")["policies"]}
+    assert entries["ratio-1.01"]["perplexity_ratio"] <= 1.01
+    assert entries["ratio-1.01"]["bytes_ratio"] < 0.54
 
 
 def test_only_some_layers_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
