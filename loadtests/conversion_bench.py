@@ -1,12 +1,13 @@
-"""Compares all conversion methods at equal budgets of active parameters, on the same model, tokens and evaluation.
+"""Compares the conversion methods at equal budgets of active parameters, on the same model, tokens and evaluation.
 
     python -m loadtests.conversion_bench ladimo/demo/model --out bench.json [--text FILE --evaluate FILE] [--tokens 100000]
-        [--seeds 0,1,2] [--methods ladimo,cmoe,...] [--plot bench.svg]
+        [--seeds 0,1,2] [--methods "ladimo;cmoe"] [--plot bench.svg]
 
-Results are added to --out as they come. Results that are there already are not computed again, so a run that was stopped goes
-on. Without --text the text is Python's standard library, and the evaluation uses its held-out modules. Some methods have the
-same number of experts in all layers. For these, the last layers get one more expert as far as the budget allows, so that all
-methods come close to the budget. The table shows the share of parameters that is really active.
+Method nested is not compared, because its cost is weight bytes. Results are added to --out as they come. Results that are
+there already are not computed again, so a stopped run resumes. Without --text the text is Python's standard library, and the
+evaluation uses its held-out modules. Some methods have the same number of experts in all layers. For these, the last layers
+get one more expert as far as the budget allows. So all methods come close to the budget. The table shows the share of
+parameters that is really active.
 """
 
 import argparse
@@ -97,8 +98,7 @@ def uniform_experts(config: ModelConfig, num_experts: int, router_per_expert: in
 
 
 def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Points:
-    """The rule of method ladimo: policy `full` in the least damaging layers, as many as the budget needs. The others stay
-    dense."""
+    """Convert the least damaging layers first, as many as the budget needs, as method ladimo does. The others stay dense."""
     report = read_json(directory / REPORT)
     order = sorted(report["layers"], key=lambda layer: float(layer["converted_alone_perplexity"]))
     points: Points = {}
@@ -256,11 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = list(variants(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="dense checkpoint directory")
-    parser.add_argument("--out", type=Path, required=True, help="JSON of all results, added to")
-    parser.add_argument("--text", type=Path, nargs="+", help="calibration text")
-    parser.add_argument("--evaluate", type=Path, help="text to evaluate on, with --text")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to which results are added")
+    parser.add_argument("--text", type=Path, nargs="+", help="calibration text; needs --evaluate")
+    parser.add_argument("--evaluate", type=Path, help="text to evaluate on; needs --text")
     parser.add_argument("--evaluate-tokens", type=int, default=20_000)
-    parser.add_argument("--tokens", default="100000", help="calibration tokens, one or more numbers")
+    parser.add_argument("--tokens", default="100000", help="numbers of calibration tokens, separated by ','")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
     parser.add_argument("--elastic-steps", type=int, default=MAX_STEPS, help="end-to-end steps (default: %(default)s)")

@@ -53,11 +53,11 @@ def write_random_dense(directory: Path, shape: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="of the model, if not as many as the shape has")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the shape's)")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--method", default="elastic")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE.toml", help="the other values of the conversion, if not the defaults"
+        "--recipe", type=Path, metavar="FILE.toml", help="other values of the conversion (default: the usual recipe)"
     )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""The cost of counting experts: decode steps of the engine with and without counting, in turn, on the same core.
+"""The cost of counting experts: decode steps of one engine with and without counting, in turn.
 
     python -m loadtests.counting_bench MODEL [--batch 1,8] [--policy full] [--rounds 9]
 
-There are two figures per batch. The first is the share of a step's time that is spent in the counting calls, `settle` included,
-measured inside the rounds with counting. The second is the median ratio of rounds with counting to rounds without; it is noisy
-on a busy machine. For CPUs only, because calls to a GPU return before the work is done.
+There are two figures per batch. The first is the share of the time that is spent in the counting calls, measured in the rounds
+with counting. The second is the median ratio of rounds with counting to rounds without. It is noisy on a busy machine. This
+works for CPUs only, because calls to a GPU return before the work is done.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--policy", default="full")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--tokens", type=int, default=129, help="generated tokens: two settlings a round")
+    parser.add_argument("--tokens", type=int, default=129, help="generated tokens; steps are counted 64 at a time")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args(argv)
     config = read_config(args.model)

@@ -1,10 +1,10 @@
 """Compares estimated and measured damage per layer: how well they agree, how long they take, and how good the plans are.
 
-python -m loadtests.damage_bench ladimo/demo/model --out damage.json [--text FILE] [--tokens 100000] [--budgets 0.9,0.8,...]
+    python -m loadtests.damage_bench ladimo/demo/model --out damage.json [--text FILE] [--tokens 100000] [--budgets 0.9,0.8]
 
-Every layer is solved as method elastic does it. Then the damage of every width of every layer is found in three ways: measured,
-estimated to second order, and as the method does it, which is estimated and corrected by one measurement per layer where the
-damage is large. Each way gives a plan for each budget. The plans are evaluated without training, on text that was not used
+Every layer is solved as method elastic does it. Then the damage of every width of every layer is found in three ways: measured;
+estimated to second order; and, as the method does it, estimated and then corrected. A layer with large damage is corrected by
+one measurement. Each way gives a plan for each budget. The plans are evaluated without training, on text that was not used
 before.
 """
 

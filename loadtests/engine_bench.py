@@ -183,14 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--policies", default="full,balanced,fast")
-    parser.add_argument("--peers", default=",".join(PEERS), help="of " + ", ".join(PEERS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="other engines, of: " + ", ".join(PEERS))
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens before decoding")
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that prefill is measured with")
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill measurement")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="our engine's weights, on CPU")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="integer weights in our engine; CPU only")
     args = parser.parse_args(arguments)
     wanted = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(wanted) - set(PEERS)):

@@ -9,7 +9,7 @@ written to OUT/<section>.json. The model has the shape of LLaMA-2-7B (see --shap
 and 8 experts per layer, which partition the FFN and count with weight 1. --dry-run runs all sections on a CPU at tiny sizes, to
 check that they work. Its figures mean nothing.
 
-The file is long because all sections use the same bench, and there is one section per measurement.
+The file is long because it has one section per measurement, and all sections use the same bench.
 """
 
 import argparse
@@ -469,11 +469,11 @@ def run_all(names: Sequence[str], out: Path, shape: str, dry: bool, seconds: flo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-suite"), help="where the JSON files go")
+    parser.add_argument("--out", type=Path, default=Path("gpu-suite"), help="directory of the JSON files")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
-    parser.add_argument("--seconds", type=float, default=470.0, help="for all sections together")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="llama-2-7b; tiny in a dry run")
-    parser.add_argument("--dry-run", action="store_true", help="on CPU, tiny")
+    parser.add_argument("--seconds", type=float, default=470.0, help="time limit of all sections together")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: llama-2-7b; in a dry run: tiny")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU at tiny sizes")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     shape = args.shape or ("tiny" if args.dry_run else "llama-2-7b")

@@ -1,4 +1,4 @@
-"""Each kernel compared to the limits of the hardware, which are measured in the same run. By tokens and experts per token.
+"""Compares each kernel to the hardware's limits, by tokens and experts per token. The limits are measured in the same run.
 
     python -m loadtests.kernel_bench [--experts 8] [--sweep]        on a GPU, about a minute
     python -m loadtests.kernel_bench --dry-run                      in Triton's interpreter; its figures mean nothing

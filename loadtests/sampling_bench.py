@@ -4,9 +4,9 @@
 
 Logits are normally distributed numbers times a factor. With factor 6 a few tokens have nearly all of the probability, as when a
 model is sure. With factor 2 hundreds of tokens share it. The compiled draw is compared with torch's operations and with a
-stable sort of the whole vocabulary of each row. With MODEL, the vocabulary is that of the model, and each figure is also given
-as a share of the model's median greedy decode step at the same batch size. `adjusted`: greedy rows with penalties, including
-the copy of their logits.
+stable sort of each row's vocabulary. With MODEL, the size of the vocabulary is the model's. Each figure is then also given as a
+share of the model's median greedy decode step at the same batch size. `adjusted`: greedy rows with penalties, including the
+copy of their logits.
 """
 
 import argparse
@@ -107,11 +107,11 @@ def step_seconds(model: Path, rows: int) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint whose steps the figures are shares of")
+    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint; figures are also given as shares of its decode step")
     parser.add_argument("--rows", default="1,8,32", help="batch sizes")
     parser.add_argument("--vocab", type=int, default=49_152)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--repeats", type=int, default=3, help="draws of a round")
+    parser.add_argument("--repeats", type=int, default=3, help="draws per round")
     args = parser.parse_args(argv)
     vocab = args.vocab if args.model is None else read_config(args.model).vocab_size
     sizes = [int(rows) for rows in args.rows.split(",")]

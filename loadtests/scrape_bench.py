@@ -197,10 +197,10 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a converted checkpoint")
-    parser.add_argument("--clients", type=int, default=4, help="requests at a time; policies in turn")
+    parser.add_argument("--clients", type=int, default=4, help="clients; they take the policies in turn")
     parser.add_argument("--tokens", type=int, default=100, help="tokens per request")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
-    parser.add_argument("--rounds", type=int, default=150, help="per arm")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a round")
+    parser.add_argument("--rounds", type=int, default=150, help="rounds with scrapes, and as many without")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between scrapes")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--device=cpu")
     print(json.dumps(asyncio.run(measure(parser.parse_args(argv)))))

@@ -2,7 +2,7 @@
 
     python -m loadtests.stall_bench MODEL [--mebibytes 7.7] [--rounds 3]
 
-The server runs in its own process. One client streams all the time. Meanwhile each of the worst bodies is sent in turn. The
+The server runs in its own process. One client streams all the time. Another client sends each of the worst bodies in turn. The
 figure is the longest time between two events of an answer while the body is read and answered. In the row "quiet" no body is
 sent.
 """
@@ -144,7 +144,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a checkpoint")
-    parser.add_argument("--mebibytes", type=float, default=7.7, help="size of a body; the server takes 8 unless it is told")
+    parser.add_argument("--mebibytes", type=float, default=7.7, help="size of a body; the server's own limit is 8")
     parser.add_argument("--rounds", type=int, default=3, help="how often each body is sent")
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each streamed answer")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--device=cpu")

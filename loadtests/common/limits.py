@@ -1,4 +1,4 @@
-"""The limits of the hardware, measured where the benchmark runs: bytes and operations per second. And the bytes of a step."""
+"""The hardware's limits in bytes and operations per second, measured where the benchmark runs; the bytes that a step reads."""
 
 import statistics
 import time
