@@ -15,14 +15,14 @@ HEAD = """# Metrics
 Made from the code by `python -m deploy.metrics_page`; do not edit.
 
 `GET /metrics` serves these metrics, and the `process_*` and `python_*` metrics of prometheus_client. Times are in seconds,
-shares from 0 to 1. Counters count from the start of the process. `policy` is the policy that a request ran under. Layers and
-experts are numbered from 0, and only layers with experts are exported. "At the last step" means that the figure does not change
-while the engine does no steps.
+shares are from 0 to 1. Counters count from the start of the process. `policy` is the policy that a request ran under. Layers
+and experts are numbered from 0. Only layers with experts are exported. A figure "at the last step" does not change while the
+engine runs no steps.
 
 `ladimo_expert_tokens_total` has one series for each policy, layer, and expert that the policy may choose there. An expert that
-a policy leaves out has no series, and counts neither as unused nor as uneven. A large model has many of these series.
-`--expert-metrics auto`, the default, exports them if experts times policies are at most 5000 at the start. `full` always
-exports them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are always exported.
+the policy's mask excludes has no series, and figures of balance ignore it. A large model has many of these series.
+`--expert-metrics auto`, the default, exports them if the model's experts times its policies are at most 5000 at the start.
+`full` always exports them, `aggregate` never. The figures per layer (imbalance, entropy, unused experts) are always exported.
 """
 
 

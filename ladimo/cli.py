@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, which is CUDA if there is a GPU)"
     )
     with_dense = argparse.ArgumentParser(add_help=False)
-    with_dense.add_argument("--dense", type=Path, metavar="DIR", help="the dense source, if it was moved since the conversion")
+    with_dense.add_argument("--dense", type=Path, metavar="DIR", help="the dense source, if it has moved since the conversion")
 
     parser = argparse.ArgumentParser(
         prog="ladimo",
@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make the MoE checkpoint OUT from DENSE. After an interruption the same command resumes. Flags override "
         "the recipe. Progress is a bar on a terminal, otherwise a line at least every 30 seconds.",
     )
-    command.add_argument("source", metavar="DENSE", help="LLaMA directory in Hugging Face layout, or a hub id")
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears complete or not at all")
+    command.add_argument("source", metavar="DENSE", help="directory of the dense model in Hugging Face layout, or a hub id")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
     command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: elastic)")
     command.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="calibration text, UTF-8 (default: Python's standard library)"
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_flag,
         default=1,
         metavar="N",
-        help="layers to train side by side; the result is the same (default: 1)",
+        help="layers to convert in parallel; the result is the same (default: 1)",
     )
     command.set_defaults(run=run_convert)
 
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory, or a hub id")
     command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to score, UTF-8")
-    command.add_argument("--policy", default="all", metavar="NAME|all", help="default: all")
+    command.add_argument("--policy", default="all", metavar="NAME|all", help="policy to measure (default: all)")
     command.add_argument(
         "--tokens", type=positive_flag, metavar="N", help="score the first N tokens, in whole blocks (default: all)"
     )
@@ -142,8 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "profile",
         parents=[with_dense, on_device, common],
-        help="choose policies and frontier anew for another text, without training",
-        description="Profile the routing weights on another text, and rebuild policies, frontier and report in place.",
+        help="rebuild policies and frontier for another text, without training",
+        description="Measure the routing weights on another text, and rebuild policies, frontier and report in place.",
     )
     command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
     command.add_argument(
@@ -160,13 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         parents=[common],
         help="write a model for other programs",
-        description="Write MODEL, run under one policy, for programs that know nothing of routing policies.",
+        description="Write MODEL, as it runs under one policy, for programs that do not know routing policies.",
         epilog="Targets: " + "; ".join(f"{name}: {target.help}" for name, target in targets().items()) + ".",
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory")
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears whole or not at all")
-    command.add_argument("--policy", default="full", metavar="NAME", help="default: full")
-    command.add_argument("--target", choices=list(targets()), default="dense", help="default: dense")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
+    command.add_argument("--policy", default="full", metavar="NAME", help="policy with fixed experts (default: full)")
+    command.add_argument("--target", choices=list(targets()), default="dense", help="form to write (default: dense)")
     command.set_defaults(run=run_export)
 
     command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json again")
@@ -208,11 +208,11 @@ def run_convert(options: argparse.Namespace) -> None:
     )
     made = convert(options.source, options.out, recipe, options.text, options.device, options.jobs)
     if not made:
-        print(f"{options.out}: is complete already, made with the same arguments; nothing was changed")
+        print(f"{options.out}: is complete already, with the same arguments; nothing was changed")
         return
     report = read_json(options.out / REPORT)
     print_figures(report["policies"], report["source"]["perplexity"])
-    print(f"{options.out}: done; report.md and report.html tell how")
+    print(f"{options.out}: done; report.md and report.html describe the result")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

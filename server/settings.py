@@ -85,18 +85,19 @@ class ServerSettings(BaseSettings):
         return env_settings, init_settings
 
     model: CliPositionalArg[str | None] = Field(None, description="Directory in Hugging Face layout, or a hub id.")
-    config: Path | None = Field(None, description="TOML file with any of these settings; flags and environment win over it.")
+    config: Path | None = Field(None, description="TOML file with any of these settings. Flags and environment win over it.")
     host: str = Field("127.0.0.1", description="Address to bind.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind. 0 takes a free one.")
     api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = Field(
-        [], description="Key that clients must send; may be repeated or separated by commas. None: the API is open."
+        [], description="Key that clients must send. May be repeated, or separated by commas. Without a key the API is open."
     )
-    api_key_file: Path | None = Field(None, description="File of further keys, one per line; # begins a comment.")
-    admin_key: SecretStr | None = Field(None, description="Key for the /admin routes. None: they are closed.")
-    admin_key_file: Path | None = Field(None, description="File that holds the admin key.")
-    insecure_admin: bool = Field(False, description="Open the /admin routes without a key; only when bound to loopback.")
+    api_key_file: Path | None = Field(None, description="File of further keys, one per line. # begins a comment.")
+    admin_key: SecretStr | None = Field(None, description="Key for the /admin routes. Without one they are closed.")
+    admin_key_file: Path | None = Field(None, description="File with the admin key.")
+    insecure_admin: bool = Field(False, description="Open the /admin routes without a key. Needs a loopback address.")
     allow_origin: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
-        [], description="Site whose pages may call from a browser (CORS), such as https://a.example; may be repeated."
+        [],
+        description="Site whose pages may call the server from a browser (CORS), such as https://a.example. May be repeated.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: str = Field("auto", description="auto, float32, float16 or bfloat16.")
@@ -104,91 +105,103 @@ class ServerSettings(BaseSettings):
         None,
         description="int8 or int4: round the weights to integers while they are loaded. As stored if not given.",
     )
-    served_model_name: str | None = Field(None, description="Name in /v1/models; the directory's name if not given.")
+    served_model_name: str | None = Field(None, description="Name in /v1/models. The directory's name if not given.")
     max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences that run at once.")
-    max_model_len: int | None = Field(None, ge=2, description="Longest context in tokens; the model's own if not given.")
-    max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one engine step.")
-    kv_cache_blocks: int | None = Field(None, ge=2, description="Blocks of the KV cache; what memory allows if not given.")
+    max_model_len: int | None = Field(None, ge=2, description="Longest context in tokens. The model's own if not given.")
+    max_step_tokens: int = Field(512, ge=1, description="Largest number of tokens in one engine step.")
+    kv_cache_blocks: int | None = Field(
+        None, ge=2, description="Blocks of the KV cache. If not given: 85% of the GPU's free memory, or 2 GiB on a CPU."
+    )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV cache block.")
     max_policies: int = Field(
-        64, ge=1, le=4096, description="Different policy versions that can run at once; requests under others wait."
+        64, ge=1, le=4096, description="Policy versions that can run at once. Requests under further versions wait."
     )
-    prefix_caching: bool = Field(True, description="Keep computed prompt prefixes and use them again under the same policy.")
-    cuda_graphs: bool = Field(True, description="On a CUDA device, replay decode steps from graphs captured at start.")
+    prefix_caching: bool = Field(True, description="Keep computed prefixes of prompts, and reuse them under the same policy.")
+    cuda_graphs: bool = Field(
+        True, description="On a CUDA device, replay decode steps as graphs that are captured at the start."
+    )
     batch_budgets: bool = Field(
         False,
-        description="Accept policies with batch_experts: a decode step reads fewer experts, an answer depends on its batch.",
+        description="Accept policies with batch_experts. Steps then read fewer experts, and an answer depends on its batch.",
     )
     fair_queueing: Literal["key", "user", "none"] = Field(
         "key",
-        description="Who takes turns where requests wait: API keys; the request field user within them; none: oldest first.",
+        description="Who takes turns while requests wait. key: API keys. user: values of the field user, within each key. "
+        "none: nobody, the oldest request goes first.",
     )
-    max_queue: int = Field(256, ge=0, description="Sequences that may wait; more are answered 429.")
+    max_queue: int = Field(256, ge=0, description="Sequences that may wait. More are answered with 429.")
     max_queue_tokens: int | None = Field(
-        None, ge=1, description="Prompt tokens that may wait; more are answered 429. Any number if not given."
+        None, ge=1, description="Prompt tokens that may wait. More are answered with 429. No limit if not given."
     )
     request_timeout: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Seconds a request may take; then it is answered 504. Any if not given."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request may take. Then it is answered with 504. No limit if not given.",
     )
     allow_special_tokens: bool = Field(
-        False, description="Names of special tokens in chat messages are these tokens; they are text otherwise."
+        False, description="Read names of special tokens in chat messages as these tokens. By default they are text."
     )
     tool_parser: Literal["auto", "hermes", "llama3", "json"] = Field(
         "auto",
-        description="How the model writes calls of tools: hermes (Qwen2.5, Hermes), llama3, or plain json; auto: as its chat "
-        "template says.",
+        description="Form of the model's tool calls: hermes (Qwen2.5, Hermes), llama3 or json. auto detects it from the chat "
+        "template.",
     )
-    strict_fields: bool = Field(False, description="Refuse request fields that nobody knows; they are ignored otherwise.")
-    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
+    strict_fields: bool = Field(False, description="Refuse unknown fields in requests. By default they are ignored.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body in bytes.")
     header_timeout: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send a request's headers; then 408."
+        10.0, gt=0, allow_inf_nan=False, description="Seconds that a client has to send the headers. Then it gets 408."
     )
     body_timeout: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="Seconds a client has to send a request's body; then 408."
+        60.0, gt=0, allow_inf_nan=False, description="Seconds that a client has to send the body. Then it gets 408."
     )
     send_timeout: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="Seconds an answer may lie unread; then the connection is cut."
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a client may leave an answer unread. Then the connection is closed.",
     )
     keep_alive_timeout: float = Field(
         120.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds a connection may lie idle between requests; longer than proxies keep theirs.",
+        description="Seconds that a connection may be idle between requests. The default is longer than in most proxies.",
     )
     trusted_proxies: Annotated[list[str], NoDecode, BeforeValidator(_split), AfterValidator(_check_proxies)] = Field(
         [],
-        description="Address or network of a proxy whose X-Forwarded-For says who the client is, in logs; may be repeated.",
+        description="Address or network of a proxy whose X-Forwarded-For header is believed. Logs then show that client. May "
+        "be repeated.",
     )
     stall_timeout: float = Field(
-        120.0, gt=0, allow_inf_nan=False, description="Seconds one engine step may take; then /health/live fails."
+        120.0, gt=0, allow_inf_nan=False, description="Seconds that one engine step may take. Then /health/live fails."
     )
-    policy: str | None = Field(None, description="Default routing policy by name; full if nothing is given.")
-    accuracy: float | None = Field(None, ge=0, le=1, description="Default position of the knob, 0 cheapest to 1.")
+    policy: str | None = Field(None, description="Default policy by name. full if --policy and --accuracy are not given.")
+    accuracy: float | None = Field(None, ge=0, le=1, description="Default accuracy, from 0 (cheapest) to 1 (most accurate).")
     service_tiers: Annotated[InstanceOf[Mapping[str, Tier]] | None, NoDecode, BeforeValidator(_read_tiers)] = Field(
         None,
-        description="What a request's service_tier means, as JSON (a table in the settings file). A tier has a policy or an "
-        "accuracy, and a priority (lower runs earlier); auto and default are the server's default; others are refused. If not "
-        'given: {"flex": {"policy": "fast", "priority": 10}, "priority": {"policy": "full", "priority": -10}}.',
+        description="Meaning of service_tier in requests, as JSON or a table in the settings file. A tier has a policy or an "
+        "accuracy, and a priority (lower runs earlier). auto and default mean the server's default. Others are refused. "
+        'If not given: {"flex": {"policy": "fast", "priority": 10}, "priority": {"policy": "full", "priority": -10}}.',
     )
-    frontier_batch: int = Field(1, ge=1, description="Batch size whose frontier the knob walks.")
+    frontier_batch: int = Field(1, ge=1, description="Batch size of the frontier from which an accuracy chooses.")
     policies_dir: Path | None = Field(
-        None, description="Where policies and defaults set over /admin are kept; in memory only if not given."
+        None, description="Directory for the policies and defaults set over /admin. In memory only if not given."
     )
     shutdown_timeout: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests have left on SIGTERM."
+        30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests have to finish after SIGTERM or SIGINT."
     )
     expert_metrics: Literal["auto", "full", "aggregate"] = Field(
         "auto",
-        description="full: a counter per layer, expert and policy; aggregate: figures per layer only; auto: full where the "
+        description="full: a counter per layer, expert and policy. aggregate: figures per layer only. auto: full if the "
         "model's experts times its policies are at most 5000 series.",
     )
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://",
-        description="OpenTelemetry collector that requests' traces go to, over HTTP, such as http://localhost:4318; "
-        "OTEL_EXPORTER_OTLP_ENDPOINT is honoured, too. No traces if neither is given.",
+        description="OpenTelemetry collector for traces of requests, over HTTP, such as http://localhost:4318. "
+        "OTEL_EXPORTER_OTLP_ENDPOINT works, too. No traces if neither is given.",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log lines shown.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log lines to show.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerSettings":

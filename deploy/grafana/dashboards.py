@@ -1,7 +1,7 @@
 """`python -m deploy.grafana.dashboards` writes dashboards/*.json: Service, Experts, Policies.
 
-Grafana's foundation SDK writes the JSON: it is typed and made from Grafana's own schema with each release, where grafanalib
-follows by hand. A panel that may be empty on a healthy server says in its description when it is.
+Grafana's foundation SDK writes the JSON. The SDK is typed, and it is generated from Grafana's own schema with each release;
+grafanalib is written by hand. If a panel may be empty on a healthy server, its description says when.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def service() -> dashboard.Dashboard:
     board = make_board("Service", "ladimo-service", "Traffic, latency, objectives and saturation.")
     board.with_variable(value_choice("ttft_objective", "First token within (s)", OBJECTIVES["ttft_objective"], "1.0"))
     board.with_variable(value_choice("itl_objective", "Token gap within (s)", OBJECTIVES["itl_objective"], "0.1"))
-    no_cache = "Empty without lookups: a server without prefix cache, or no prompts."
+    no_cache = "Empty without lookups: no prompts, or no prefix cache."
     return with_rows(
         board,
         {
@@ -74,7 +74,7 @@ def service() -> dashboard.Dashboard:
                     stack=True,
                 ),
                 graph(
-                    "Refused at the door",
+                    "Refused before they began",
                     [(rate("ladimo_admission_rejections_total", "reason"), "{{reason}}")],
                     "reqps",
                     "Empty until the first refusal.",
@@ -134,7 +134,7 @@ def service() -> dashboard.Dashboard:
                     "1 when the engine is never idle.",
                 ),
                 graph(
-                    "Since the engine loop last turned", [(gauge("ladimo_engine_heartbeat_age_seconds"), "{{instance}}")], "s"
+                    "Time since the engine loop last ran", [(gauge("ladimo_engine_heartbeat_age_seconds"), "{{instance}}")], "s"
                 ),
                 graph(
                     "Graph replays and misses",
@@ -144,7 +144,7 @@ def service() -> dashboard.Dashboard:
                         (rate("ladimo_cuda_graph_captures_total"), "capture"),
                     ],
                     "cps",
-                    "Empty replays, and 0 for the rest, in a build that replays no CUDA graphs.",
+                    "Without CUDA graphs there are no replays, and the others are 0.",
                 ),
                 graph("CPU", [(rate("process_cpu_seconds_total", "instance"), "{{instance}}")], "short", "Cores in use."),
                 graph("Memory", [(gauge("process_resident_memory_bytes"), "{{instance}}")], "bytes"),
@@ -170,7 +170,7 @@ def experts() -> dashboard.Dashboard:
     )
     load = rate("ladimo_expert_tokens_total", "layer, policy, expert", POLICY)
     policy_load = rate("ladimo_expert_tokens_total", "layer, policy", POLICY)
-    judged = "Each policy by the experts that it may choose."
+    judged = "Only the experts that a policy may choose count."
     since_start = f"{judged} Mean over all policies, weighted by their tokens."
     return with_rows(
         board,
@@ -236,7 +236,7 @@ def experts() -> dashboard.Dashboard:
                 graph(
                     "Distinct experts per step, mean",
                     [(mean("ladimo_layer_distinct_experts_per_step", "layer"), "layer {{layer}}")],
-                    text="What the weights' memory traffic follows.",
+                    text="The memory traffic of the weights grows with this number.",
                 ),
                 graph(
                     "Distinct experts per step, p95",
@@ -260,7 +260,7 @@ def experts() -> dashboard.Dashboard:
                     "Active parameters by policy",
                     [(f"avg by (policy) ({gauge('ladimo_active_parameters_ratio', POLICY)})", "{{policy}}")],
                     "percentunit",
-                    "Over those of the dense source, measured since start.",
+                    "Divided by those of the dense model, measured since start.",
                     width=12,
                 ),
             ],
@@ -269,7 +269,9 @@ def experts() -> dashboard.Dashboard:
 
 
 def policies() -> dashboard.Dashboard:
-    board = make_board("Policies", "ladimo-policies", "The default and the knob over time, who runs under what, what it buys.")
+    board = make_board(
+        "Policies", "ladimo-policies", "The default and the accuracy over time; requests, tokens and latency by policy."
+    )
     knob, floor = gauge("ladimo_routing_accuracy"), gauge("ladimo_routing_accuracy_floor")
     is_default = gauge("ladimo_policy_info", 'default="true"')
     return with_rows(
@@ -279,13 +281,13 @@ def policies() -> dashboard.Dashboard:
                 timeline(
                     "Default policy",
                     [(f"sum by (policy, version) ({is_default})", "{{policy}} {{version}}")],
-                    "The policy that requests without a choice run under.",
+                    "The policy of requests that choose none.",
                 ),
                 graph(
                     "Knob",
                     [(knob, "accuracy {{instance}}"), (floor, "floor {{instance}}")],
                     "percentunit",
-                    "NaN off the frontier; the floor is NaN while automatic control is off.",
+                    "The accuracy is NaN off the frontier. The floor is NaN while automatic control is off.",
                     width=12,
                 ),
                 graph("Swaps", [(rate("ladimo_policy_swaps_total", "result"), "{{result}}")], "cps"),

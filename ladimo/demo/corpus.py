@@ -1,4 +1,4 @@
-"""The text that every machine has: the sources of Python's standard library, cut into training and held-out files."""
+"""The sources of Python's standard library, which every machine has, split into training files and held-out files."""
 
 import hashlib
 import sysconfig
@@ -11,7 +11,7 @@ LONGEST_LINE = 400
 
 
 def library_sources(tests: bool = False) -> dict[str, str]:
-    """Relative path -> text of the library's modules (or of its tests, where they are installed), in sorted order."""
+    """The text of the library's modules by relative path, sorted. With `tests`, that of its tests instead, if installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = {}
     for path in sorted(root.rglob("*.py")):
@@ -26,7 +26,7 @@ def library_sources(tests: bool = False) -> dict[str, str]:
 
 
 def is_held_out(name: str) -> bool:
-    """One file in 25, chosen by name so that the choice is the same on every machine."""
+    """True for one file in 25. The choice depends on the name only, so it is the same on every machine."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 25 == 0
 
 

@@ -2,10 +2,10 @@
 
     python -m ladimo.demo.train OUT [--minutes 60] [--seed 0]
 
-Writes a Hugging Face directory: config, bf16 safetensors, byte-level BPE tokenizer and a card. Everything random is
-seeded; the run still depends on the Python release whose library it reads and on floating-point order, so a
-second run gives an equivalent model, not the same bytes. Stopped early (Ctrl-C), it keeps the best evaluated weights.
-On CPU, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment saves a third of the time (page faults).
+Writes a Hugging Face directory: config, bf16 safetensors, byte-level BPE tokenizer and a card. All random numbers are seeded.
+But the result also depends on the Python release whose library is read, and on the order of floating-point sums. So a second
+run gives an equivalent model, not the same bytes. Ctrl-C ends the training, and the best evaluated weights are kept. On a CPU,
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment avoids page faults and saves a third of the time.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ladimo.demo.corpus import is_held_out, library_sources
 
 CONTEXT = 1024
-SHORT_CONTEXT = 256  # most of the training: attention is the dearest part on CPU, and most of Python is local
+SHORT_CONTEXT = 256  # for most of the training: it is faster, and a token of Python mostly depends on nearby tokens
 BATCH_TOKENS = 8192
 VOCAB = 4096
 BOS, EOS = "<|bos|>", "<|eos|>"
-# Llama 3's way of cutting text into words. A line break never shares a token with the next line's indentation, so a prompt may
-# end in a line break.
+# Llama 3's pattern for words. A line break and the next line's indentation are never in one token, so a prompt may end with a
+# line break.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# A demo model is no chat model: what a person says is rendered as a module's docstring, and the answer is the module.
+# The demo model is no chat model. A user's message is rendered as a module's docstring, and the answer is the module.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n\n"
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no unknown token, every string round-trips."""
+    """Byte-level BPE. It has no unknown token, and decoding gives back every string."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,7 +66,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """One stream of ids: every file between BOS and EOS."""
+    """The token ids of all texts in one sequence, each text between BOS and EOS."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -74,7 +74,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 def epochs(stream: torch.Tensor, context: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches [BATCH_TOKENS / context, context + 1] for ever; each epoch has another offset and shuffles its windows."""
+    """Yields batches [BATCH_TOKENS / context, context + 1] without end. Each epoch has another offset and another order."""
     batch = BATCH_TOKENS // context
     while True:
         offset = int(torch.randint(context, (1,), generator=generator))
@@ -93,14 +93,14 @@ def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, device: torch.device, limit: int | None = None) -> float:
-    """Mean negative log-likelihood in nats over consecutive windows of the held-out stream."""
+    """Mean negative log-likelihood in nats per token, over the first `limit` windows of the held-out stream (None: all)."""
     windows = stream.unfold(0, CONTEXT + 1, CONTEXT)[:limit]
     losses = [loss_of(model, rows.to(device)).item() * len(rows) for rows in windows.split(BATCH_TOKENS // CONTEXT)]
     return sum(losses) / len(windows)
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms: about half the tokens of AdamW alone."""
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms. AdamW alone needs about twice the tokens."""
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     other = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -142,7 +142,7 @@ model hub can be reached.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget; the schedule anneals to it")
+    parser.add_argument("--minutes", type=float, default=60, help="training time; the learning rate falls until its end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -157,7 +157,7 @@ def main() -> None:
     test_texts = list(library_sources(tests=True).values())
     tokenizer = train_tokenizer(train_texts)
     library, held_out = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
-    # The library twice for each time its tests are read: modules are what the model is to write.
+    # Tests are read once and modules twice, because the model is meant to write modules.
     train = torch.cat((library, encode(tokenizer, test_texts), library))
     bytes_per_token = sum(len(text.encode()) for text in held_out_texts) / len(held_out)
     print(
