@@ -3,8 +3,8 @@
 Importing the package registers the checkpoint type "ladimo_llama" with transformers.
 """
 
-from ladimo.hf import register
+from ladimo.auto import register_type
 
 __version__ = "0.1.0"
 
-register()
+register_type()

@@ -127,7 +127,6 @@ def _read_policy(name: str, policy: str) -> RoutingPolicy:
     return RoutingPolicy.from_dict(raw)
 
 
-def register() -> None:
-    """Register the model type with transformers' Auto classes. Safe to call twice."""
-    AutoConfig.register(MOE_TYPE, LadimoLlamaConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LadimoLlamaConfig, LadimoLlamaForCausalLM, exist_ok=True)
+# This replaces the entry that `import ladimo` made.
+AutoConfig.register(MOE_TYPE, LadimoLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(LadimoLlamaConfig, LadimoLlamaForCausalLM, exist_ok=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
+from ladimo.auto import load_tokenizer
 from ladimo.checkpoint import load_to_serve, read_config, read_policies
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
 from ladimo.model.transformer import MoeTransformer
@@ -60,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policies = read_policies(args.model, read_config(args.model))
     if args.policy not in policies:
         parser.error(f"there is no policy {args.policy!r}; there are {', '.join(policies)}")
-    ids = AutoTokenizer.from_pretrained(args.model)(args.text.read_text(encoding="utf-8"), add_special_tokens=False)[
-        "input_ids"
-    ]
+    ids = load_tokenizer(args.model)(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     count = min(args.tokens, len(ids)) // args.window
     if not count:
         parser.error(f"{args.text}: has {len(ids)} tokens, one window is {args.window}")

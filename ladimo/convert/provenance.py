@@ -4,11 +4,11 @@ import hashlib
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ladimo
 from ladimo.checkpoint import content_hash, read_json
@@ -41,7 +41,7 @@ def provenance(arguments: Mapping[str, Any], device: torch.device) -> dict[str, 
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "ladimo": ladimo.__version__,
         },
         "revision": code_revision(),

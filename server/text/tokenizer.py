@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ladimo.auto import load_tokenizer
 from server.text.control_tokens import ControlTokens
 from server.text.detokenizer import REPLACEMENT
 from server.text.grammar import GrammarCompiler
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path, allow_special_tokens: bool = False) -> None:
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            self._tokenizer = load_tokenizer(directory)
         except Exception as error:  # transformers raises many types of errors; all mean the same to the operator
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{directory}: no tokenizer can be loaded ({type(error).__name__}: {reason})") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ladimo.checkpoint import load_model, read_config, read_policies
-from ladimo.hf import LadimoLlamaForCausalLM, register
+from ladimo.hf import LadimoLlamaConfig, LadimoLlamaForCausalLM
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -38,22 +38,39 @@ def logits_under(model: MoeTransformer, policy: RoutingPolicy) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def test_importing_the_package_is_enough(moe_dir: Path) -> None:
-    """In a fresh interpreter; and nothing of the checkpoint is executed for it."""
-    code = (
-        "import sys, ladimo; from transformers import AutoModelForCausalLM; "
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(moe_dir)], capture_output=True, text=True, check=False)
+FRESH = """
+import sys
+from pathlib import Path
+import ladimo.cli, server.launch
+from ladimo.auto import load_tokenizer
+load_tokenizer(Path(sys.argv[1])), load_tokenizer(Path(sys.argv[2]))
+print([name for name in ("transformers.modeling_utils", "torch._dynamo", "sympy") if name in sys.modules])
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__, type(AutoConfig.for_model("ladimo_llama")).__name__)
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+print(type(pipeline("text-generation", sys.argv[1]).model).__name__)
+"""
+
+
+def test_importing_the_package_is_enough(moe_dir: Path, dense_dir: Path) -> None:
+    """In a fresh interpreter. The modelling code of transformers, slow to import, comes only with the first configuration, and
+    nothing of the checkpoint is executed."""
+    command = [sys.executable, "-c", FRESH, str(moe_dir), str(dense_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "LadimoLlamaForCausalLM"
+    assert done.stdout.splitlines() == [
+        "[]",
+        "LadimoLlamaConfig LadimoLlamaConfig",
+        "LadimoLlamaForCausalLM",
+        "LadimoLlamaForCausalLM",
+    ]
     assert not list(moe_dir.glob("*.py"))
 
 
-def test_registering_twice_is_harmless(moe_dir: Path) -> None:
-    register()
-    assert AutoConfig.from_pretrained(moe_dir).moe_layers[0]["num_experts"] == 4
+def test_a_configuration_made_by_hand_is_known_to_the_auto_classes(moe_dir: Path) -> None:
+    config = LadimoLlamaConfig(**{**AutoConfig.from_pretrained(moe_dir).to_dict(), "num_hidden_layers": 3})
+    assert config.moe_layers[0]["num_experts"] == 4
+    assert isinstance(AutoModelForCausalLM.from_config(config), LadimoLlamaForCausalLM)
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from ladimo.auto import load_tokenizer
 from ladimo.demo.corpus import is_held_out, library_sources
 from ladimo.model.config import ModelConfig
 
@@ -45,7 +45,7 @@ class Encoder:
         if not any((directory / name).exists() for name in VOCABULARY_FILES):  # transformers would make an empty one
             raise ValueError(f"{directory}: has no tokenizer; one of {', '.join(VOCABULARY_FILES)} is needed")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            self.tokenizer: Any = load_tokenizer(directory)
         except Exception as error:  # transformers and tokenizers raise many unrelated types here
             first_line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{directory}: cannot read the tokenizer ({type(error).__name__}: {first_line})") from error
