@@ -1,1 +1,1 @@
-"""The HTTP routes."""
+"""The HTTP API: routes, request fields, admission and answers."""

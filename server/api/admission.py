@@ -1,5 +1,7 @@
-"""Who may enter: a bounded number of sequences and of waiting prompt tokens, and nobody while the engine loads, drains or is
-dead. Who is refused learns when to come back, from what waits and how fast the engine has been working."""
+"""Limits the sequences and the waiting prompt tokens in the server. Admits nothing while the engine loads, drains or is dead.
+
+A refused client is told when to retry. The time follows from the work that waits and the engine's recent speed.
+"""
 
 import asyncio
 import math
@@ -10,13 +12,13 @@ from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.messages import StepStats
 from server.errors import BadRequest, Dead, Draining, Loading, QueueFull, ServiceError
 
-MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120  # official clients give up at once when told to wait longer
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120  # OpenAI's clients give up at once if they are told to wait longer
 LOADING_RETRY_SECONDS, DRAINING_RETRY_SECONDS, DEAD_RETRY_SECONDS = 2, 5, 30
 RATE_STEPS = 1024
 
 
 class Rates:
-    """How fast the engine has been over its last steps. Idle time does not count."""
+    """The engine's speed over its last steps. Idle time does not count."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
@@ -26,19 +28,19 @@ class Rates:
 
     @property
     def sequences_per_second(self) -> float | None:
-        """Sequences that ended; None before the first."""
+        """Finished sequences per second; None before the first one."""
         return _rate((seconds, finished) for seconds, _, finished in self._steps)
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
-        """Prompt tokens, over the steps that computed any; None before the first."""
+        """Prompt tokens per second, in steps that computed any; None before the first one."""
         return _rate((seconds, tokens) for seconds, tokens, _ in self._steps if tokens)
 
 
 class Permit:
-    """What one request holds: places for its sequences, and its prompt tokens while they wait. Nothing at first.
+    """One request's share of the limits: places for its sequences, and room for its prompt tokens while they wait.
 
-    Whoever makes a permit closes it.
+    It holds nothing at first. The caller that makes a permit must close it.
     """
 
     def __init__(self, admission: "Admission") -> None:
@@ -46,32 +48,32 @@ class Permit:
         self._sequences = self._waiting_tokens = 0
 
     def enter(self, sequences: int, param: str | None = None) -> None:
-        """Take places, before any work is done. Raises what `Admission.take_places` raises."""
+        """Take places, before any work is done. Raises the errors of `Admission.take_places`."""
         self._admission.take_places(sequences, param)
         self._sequences = sequences
 
     def wait(self, prompt_tokens: int, deadline: float | None = None) -> None:
-        """The prompts are encoded and wait for the engine. Raises what `Admission.take_room` raises."""
+        """Take room for the prompts, which are encoded and wait for the engine. Raises the errors of `Admission.take_room`."""
         self._admission.take_room(prompt_tokens, deadline)
         self._waiting_tokens = prompt_tokens
 
     def started(self, prompt_tokens: int) -> None:
-        """A sequence has its first token: its prompt waits no more."""
+        """Give back the room of a sequence that has its first token. Its prompt no longer waits."""
         self._waiting_tokens -= prompt_tokens
         self._admission.give_back(0, prompt_tokens)
 
     def close(self) -> None:
-        """Give everything back. Does nothing when there is nothing left."""
+        """Give everything back. A second call does nothing."""
         self._admission.give_back(self._sequences, self._waiting_tokens)
         self._sequences = self._waiting_tokens = 0
 
 
 class Admission:
-    """Places for sequences: the engine's batch plus `max_queue` waiting ones, with at most `max_queue_tokens` prompt tokens
-    waiting (None: any number; a request that finds nothing waiting always enters). A prompt counts whole until its sequence has
-    its first token. `on_reject` is told the code of each refusal.
+    """There are places for the engine's batch and for `max_queue` waiting sequences. `max_queue_tokens`: the most prompt tokens
+    that may wait (None: no limit). If none wait, a request is admitted however long its prompt is. All tokens of a prompt count
+    until its sequence has its first token. `on_reject` gets the error code of each refusal.
 
-    A request takes its places before its text is encoded, and room for its prompt tokens once they are known.
+    A request takes its places before its text is encoded, and room for its prompt tokens as soon as they are known.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Admission:
         return self._engine.limits.max_num_seqs + self._max_queue
 
     def unavailable(self) -> ServiceError | None:
-        """Why no request is taken now; None when requests are."""
+        """The error that every request gets now; None if requests are accepted."""
         if self._engine.state is EngineState.LOADING:
             return Loading("the model is still loading", retry_after=LOADING_RETRY_SECONDS)
         if self._engine.state is EngineState.DEAD:
@@ -105,9 +107,9 @@ class Admission:
         return None
 
     def take_places(self, sequences: int, param: str | None = None) -> None:
-        """`param`: the field that asks for many sequences.
+        """`param`: the field that sets the number of sequences.
 
-        Raises Loading, Dead, Draining, QueueFull, or BadRequest when so many sequences could never be admitted together.
+        Raises Loading, Dead, Draining or QueueFull. Raises BadRequest if there are more sequences than places in all.
         """
         error = self.unavailable()
         if error is None and sequences > self.capacity:
@@ -118,9 +120,9 @@ class Admission:
         self._idle.clear()
 
     def take_room(self, prompt_tokens: int, deadline: float | None = None) -> None:
-        """`deadline`: the event loop's time by which the answer must be there.
+        """`deadline`: the event loop's time by which the answer must be complete.
 
-        Raises QueueFull when so many prompt tokens may not wait, or those that wait already would take too long.
+        Raises QueueFull if too many prompt tokens would wait, or if those that wait already would take until the deadline.
         """
         self._refuse(self._no_room(prompt_tokens, deadline))
         self.waiting_tokens += prompt_tokens
@@ -153,13 +155,13 @@ class Admission:
             too_many = self.waiting_tokens + prompt_tokens - self._max_queue_tokens
             return QueueFull("too many prompt tokens are waiting", retry_after=_retry_after(too_many, rate))
         if deadline is not None and rate and self.waiting_tokens / rate > deadline - asyncio.get_running_loop().time():
-            message = "what waits already would take longer than the request's deadline allows"
+            message = "the requests that wait already would take longer than the request's deadline allows"
             return QueueFull(message, retry_after=_retry_after(self.waiting_tokens, rate))
         return None
 
 
 def _retry_after(amount: int, rate: float | None) -> int:
-    """Whole seconds until so much is done."""
+    """Whole seconds until `amount` is done at this rate."""
     seconds = MIN_RETRY_SECONDS if not rate else math.ceil(amount / rate)
     return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 

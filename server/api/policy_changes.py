@@ -12,7 +12,7 @@ from server.policies.store import PolicyStore, State
 
 @dataclass(frozen=True, slots=True)
 class PolicyChanges:
-    """`lock` is held for as long as one change takes, since each builds on the state that the last one left."""
+    """`lock` must be held during a change, because each change builds on the state that the last one left."""
 
     store: PolicyStore
     engine: AsyncEngine
@@ -21,9 +21,9 @@ class PolicyChanges:
     lock: asyncio.Lock
 
     async def commit(self, state: State, swap: bool = False) -> float:
-        """Have the engine keep the new default resident, then make the state current. Returns the engine's seconds.
+        """Make the new default resident in the engine, then make `state` current. Returns the seconds that the engine took.
 
-        Nothing has changed when this raises EngineDead, Loading or PolicyTableFull.
+        Raises EngineDead, Loading or PolicyTableFull. Then nothing has changed.
         """
         store, metrics = self.store, self.metrics
         if self.engine.state is not EngineState.READY:
@@ -49,7 +49,7 @@ class PolicyChanges:
 
 
 def show_policies(store: PolicyStore, metrics: Metrics) -> None:
-    """Bring the routing gauges up to date."""
+    """Update the metrics of routing."""
     route = store.resolve()
     versions = {name: policy.version for name, policy in store.policies().items()}
     floor = None if store.objective is None else store.objective.min_accuracy

@@ -21,24 +21,25 @@ from server.policies.controller import Control
 from server.policies.store import PolicyStore
 from server.text.language import Language
 
-# Well below Prometheus's scrape timeout: a server whose engine hangs must be able to say so.
+# Well below Prometheus's scrape timeout, so that a server whose engine hangs can still answer.
 SCRAPE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Built once, before the application. No route sees all of it.
+    """All parts of the server. It is built once, before the application. A route gets only the parts that it uses.
 
-    `created`: Unix seconds of the server's start. `frontier_batch`: the batch size whose frontier the knob walks.
-    `request_timeout`: seconds that a request may take at most (None: any). `strict_fields`: unknown fields are errors.
-    `telemetry` None: requests are not traced.
-    `fair_queueing`: who takes turns where requests wait.
+    `created`: Unix seconds of the server's start.
+    `frontier_batch`: the batch size of the frontier from which an accuracy chooses.
+    `request_timeout`: seconds that a request may take; None: no limit.
+    `strict_fields`: unknown fields are errors.
+    `telemetry`: None if requests are not traced.
+    `fair_queueing`: who takes turns while requests wait.
     `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
-    `comment_seconds`: a stream that has nothing to send for so long, at its beginning too, sends a comment.
+    `comment_seconds`: a stream sends a comment after so many seconds without an event.
     `scrape_seconds`: how long /metrics waits for the engine's counters.
-    `control`: when automatic control moves the knob.
-
-    `admin_lock`: one admin action at a time, since each builds on the state that the last one left.
+    `control`: the settings of automatic control.
+    `admin_lock`: allows one admin action at a time, because each builds on the state that the last one left.
     """
 
     engine: AsyncEngine
@@ -82,7 +83,7 @@ ScrapeSecondsDep = Annotated[float, _part(lambda services: services.scrape_secon
 
 
 async def _permit(admission: AdmissionDep) -> AsyncIterator[Permit]:
-    """Closed when the answer has been sent, and when anything goes wrong before."""
+    """Yields a permit. It is closed after the answer has been sent, or after an error."""
     with closing(Permit(admission)) as permit:
         yield permit
 

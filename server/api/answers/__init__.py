@@ -1,1 +1,1 @@
-"""From the tokens of the engine to what a client reads."""
+"""Answers: from the engine's tokens to what a client reads."""

@@ -1,4 +1,4 @@
-"""A generation's answer, whole or as a stream of events, in an endpoint's dialect."""
+"""Writes the answer of a generation in an endpoint's dialect, whole or as a stream of events."""
 
 import asyncio
 import logging
@@ -22,25 +22,25 @@ from server.text.answer_text import join_calls
 
 logger = logging.getLogger(__name__)
 
-# Whole as JSON, or with `stream` as server-sent events: the page of the API names both.
+# For the OpenAPI page: an answer is JSON, or server-sent events with `stream`.
 ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {EventStream.media_type: {}}}}
 
 
 class Tracing(Protocol):
-    """What makes a span of every generation: `server.telemetry`, where its extra is installed and configured."""
+    """Makes a span of every generation. `server.telemetry` implements it, if its extra is installed and configured."""
 
     def follow(
         self, generation: Generation, operation: str, fields: GenerationFields, headers: Mapping[str, str]
     ) -> AsyncGenerator[Delta, None]:
-        """The generation's deltas. Its request had these fields and headers."""
+        """Yield the generation's deltas, and record them in a span. `fields` and `headers` are those of the request."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerParts:
-    """What every answer works with. `telemetry` None: requests are not traced. `comment_seconds`: a stream that has nothing to
-    send for so long sends a comment."""
+    """The parts of the server that every answer needs. `telemetry`: None if requests are not traced. `comment_seconds`: a
+    stream sends a comment after so many seconds without an event."""
 
     metrics: Metrics
     telemetry: Tracing | None
@@ -58,14 +58,14 @@ async def answer(
     if not body.stream:
         wholes = await until_disconnect(request, _collect(deltas, len(generation.choices)))
         return JSONResponse(dialect.answer(wholes, generation))
-    # The first token is awaited for a while before the response begins: what fails until then has its own HTTP status.
+    # The response begins only after the first token, or after a while. An error before that gets its own HTTP status.
     first = await started(request, deltas, parts.comment_seconds)
     events = _events(first, deltas, generation, dialect, parts.metrics)
     return EventStream(events, deltas, first, parts.comment_seconds)
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], choices: int) -> list[Delta]:
-    """Each choice's deltas joined into one."""
+    """For each choice, its deltas joined into one."""
     parts: list[list[Delta]] = [[] for _ in range(choices)]
     async with aclosing(deltas):
         async for delta in deltas:
@@ -91,7 +91,7 @@ async def _events(
     dialect: Dialect,
     metrics: Metrics,
 ) -> AsyncGenerator[bytes, None]:
-    """An error takes the place of what is left."""
+    """The events of a stream. An error replaces the remaining events."""
     try:
         for event in dialect.begin():
             yield event

@@ -1,4 +1,4 @@
-"""How each endpoint writes answers and the chunks of a stream."""
+"""Dialects: the forms in which the endpoints write answers and the chunks of a stream."""
 
 import time
 import uuid
@@ -18,36 +18,36 @@ from server.text.tokenizer import Tokenizer
 
 
 class Dialect(ABC):
-    """How one endpoint writes an answer, whole or as the events of a stream. One object serves one request."""
+    """Writes the answer of one endpoint, whole or as the events of a stream. Each request has its own object."""
 
     id: str
-    operation: str  # in OpenTelemetry's words
+    operation: str  # OpenTelemetry's name for the endpoint's operation
 
     @abstractmethod
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
-        """`wholes`: each choice's deltas joined."""
+        """The whole answer. `wholes`: for each choice, its deltas joined."""
 
     def begin(self) -> list[bytes]:
-        """What a stream says before the first delta."""
+        """The events of a stream before the first delta."""
         return []
 
     @abstractmethod
     def events(self, delta: Delta, generation: Generation) -> list[bytes]:
-        """What a stream says of a delta."""
+        """The events of a stream for one delta."""
 
     @abstractmethod
     def end(self, generation: Generation) -> list[bytes]:
-        """What it says after the last one."""
+        """The events after the last delta."""
 
     @abstractmethod
     def fail(self, error: ServiceError) -> list[bytes]:
-        """What it says in place of what is left."""
+        """The events of an error, which replace all remaining events."""
 
 
 class ChoicesDialect(Dialect):
-    """What both completion endpoints share: objects with a list of choices, and chunks of the same form.
+    """The common part of both completion endpoints: objects with a list of choices, and chunks of the same form.
 
-    The chunk in which the last choice ends has the routing object; usage comes after it if it is asked for.
+    The chunk in which the last choice ends has the routing object. A chunk with the usage follows, if it is asked for.
     """
 
     id_prefix: str
@@ -87,7 +87,7 @@ class ChoicesDialect(Dialect):
         return [sse(error.to_dict()), DONE]
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """What a stream says of a delta: one chunk or more."""
+        """One or more chunks for a delta."""
         return [self.chunk([delta])]
 
     def chunk(self, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class TextDialect(ChoicesDialect):
 
 
 class ChatDialect(ChoicesDialect):
-    """`tools`: there may be calls, so that a chunk without text has no content, rather than an empty one."""
+    """`tools`: whether there may be calls. Then a chunk without text has no `content`; otherwise its `content` is empty."""
 
     operation = "chat"
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -154,7 +154,7 @@ class ChatDialect(ChoicesDialect):
         return self._choice(whole, "message", message)
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """The finish reason comes in a chunk of its own, whose delta is empty."""
+        """The finish reason comes in a separate chunk with an empty delta."""
         if delta.finish_reason is None:
             return [self.chunk([delta])]
         said = replace(delta, finish_reason=None)
@@ -180,7 +180,7 @@ def _says_something(delta: Delta) -> bool:
 
 
 def _call(call: CallDelta) -> dict[str, Any]:
-    """A call, or in a stream what is added to it."""
+    """A call, or in a stream an addition to it."""
     function = {"arguments": call.arguments}
     if call.name is None:
         return {"function": function}

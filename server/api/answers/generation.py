@@ -1,6 +1,6 @@
-"""One HTTP request as the engine's sequences: checked, admitted, followed to their ends, accounted for.
+"""Runs one HTTP request as sequences of the engine: checks them, follows them to their ends, and counts them.
 
-make_generation -> Generation -> deltas() -> a dialect writes them, streamed or whole
+make_generation -> Generation -> deltas() -> a dialect writes the deltas, as a stream or as a whole answer
 """
 
 import asyncio
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GenerationParts:
-    """What every generation works with."""
+    """The parts of the server that every generation needs."""
 
     engine: AsyncEngine
     tokenizer: Tokenizer
@@ -44,9 +44,12 @@ class GenerationParts:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a request runs under. `permit`: its places, taken already. `deadline`: the event loop's time at which an unfinished
-    answer is given up (None: never). `flow`: whose turn it takes when requests wait. `service_tier`: the one that serves it.
-    `priority`: lower runs earlier. `received`: when it came, in nanoseconds of Unix time."""
+    """The conditions under which a request runs.
+
+    `permit`: holds the request's places. `deadline`: the event loop's time at which an unfinished answer is given up; None:
+    never. `flow`: requests of different flows take turns while they wait. `service_tier`: the tier that is used. `priority`:
+    lower runs earlier. `received`: the time of arrival in nanoseconds of Unix time.
+    """
 
     permit: Permit
     route: Route
@@ -59,7 +62,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt as the beginning of the answer: its text, and where in it each token begins."""
+    """A prompt that is repeated before its answer. `offsets`: the character of `text` at which each token begins."""
 
     text: str
     offsets: tuple[int, ...]
@@ -67,7 +70,7 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`param` names it in errors."""
+    """A prompt as token ids. `param`: the name of its field in errors."""
 
     ids: Sequence[int]
     param: str
@@ -76,9 +79,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one generated token added to the choice `index`; the last one has a finish reason. `tokens` are there when
-    log-probabilities were asked for, those of an echoed prompt in the first delta; `trace` when a routing trace was; `calls`
-    what is added to calls of tools."""
+    """What one generated token adds to choice `index`. Only the last delta has a finish reason.
+
+    `tokens`: filled if log-probabilities were asked for. The first delta also has those of an echoed prompt. `trace`: set if a
+    routing trace was asked for. `calls`: additions to tool calls.
+    """
 
     index: int
     text: str
@@ -90,9 +95,9 @@ class Delta:
 
 
 class Choice:
-    """One sequence and its text so far; `completion_tokens` are those handed out.
+    """One sequence and its text so far. `completion_tokens`: the tokens that were passed on.
 
-    `answer` False: the prompt alone was asked for (max_tokens 0); the engine draws a token all the same, which is not shown.
+    `answer`: False if only the prompt was asked for (max_tokens 0). The engine then still draws a token, which is not shown.
     """
 
     def __init__(
@@ -135,7 +140,7 @@ class Choice:
                     return
 
     def _prompt_delta(self, event: TokenEvent) -> Delta:
-        """The first delta without the generated token: the echoed prompt, if any."""
+        """The first delta before its generated token is added. It has the echoed prompt, if there is one."""
         if self._echo is None:
             return Delta(self.index, "", None, first=True)
         places = zip(self.request.prompt_ids, self._echo.offsets, event.prompt_logprobs or (), strict=False)
@@ -150,7 +155,7 @@ class Choice:
             raise BadRequest(f"the constraint became too complex to follow after {self.completion_tokens} tokens")
         tokens = delta.tokens
         if event.logprobs is not None:
-            # The place of the token itself, however much of its text a stop string holds back or cuts off.
+            # The offset of the token itself, even if a stop string holds back or cuts off its text.
             tokens = (*tokens, ScoredToken(event.token_id, self._offset, event.logprobs))
         piece = self._detokenizer.push(event.token_id)
         self._offset += len(piece)
@@ -173,7 +178,7 @@ class Choice:
 
 
 class Generation:
-    """The choices of one HTTP request, `n` for each prompt. `deltas` may be run once."""
+    """The choices of one HTTP request, `n` for each prompt. `deltas` may be called once."""
 
     def __init__(
         self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, metrics: Metrics, config: ModelConfig
@@ -185,10 +190,10 @@ class Generation:
         self._metrics, self._config = metrics, config
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The choices' deltas as they come. Closing the generator early aborts what still runs. The permit is closed before the
-        client can read the end of the answer, so that its next request finds the places free.
+        """The deltas of all choices, in the order in which they come. Closing the generator early aborts running choices. The
+        permit is closed before the client can read the end of the answer, so that its next request finds the places free.
 
-        Raises what admission and the engine raise, and DeadlineExceeded.
+        Raises the errors of admission and of the engine, and DeadlineExceeded.
         """
         metrics, permit, policy = self._metrics, self._permit, self.route.policy.name
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -231,7 +236,7 @@ class Generation:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens so far. A prompt counts once, however many choices it has."""
+        """The number of tokens so far. A prompt with several choices counts once."""
         firsts = self.choices[:: self.n]
         prompt = sum(len(choice.request.prompt_ids) for choice in firsts)
         completion = sum(choice.completion_tokens for choice in self.choices)
@@ -244,7 +249,7 @@ class Generation:
 
     @property
     def routing(self) -> dict[str, Any]:
-        """The answer's `routing` object. Experts per token and active parameters are measured, over all choices."""
+        """The answer's `routing` object. Experts per token and active parameters are measured over all choices."""
         config = self._config
         weights = [len(choice.request.prompt_ids) + choice.completion_tokens for choice in self.choices]
         measured = tuple(
@@ -278,8 +283,11 @@ def make_generation(
     parts: GenerationParts,
     tool_parser: Callable[[], ToolParser] | None = None,
 ) -> Generation:
-    """Check lengths and ids and build the choices. `max_tokens` is what the client asked for; `default_max_tokens` None means
-    the rest of the context. `tool_parser` makes the reader of one choice's calls. Raises BadRequest, ContextLengthExceeded."""
+    """Check lengths and token ids, and build the choices.
+
+    `max_tokens`: from the request. `default_max_tokens`: used if the request has none; None: the rest of the context.
+    `tool_parser`: makes the parser of one choice's calls. Raises BadRequest, ContextLengthExceeded.
+    """
     limits = parts.engine.limits
     asked = fields.routing_trace
     trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
@@ -312,7 +320,7 @@ def make_generation(
 
 
 def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:
-    """A last character that the prompt only begins is left to the answer."""
+    """An incomplete last character of the prompt is left to the answer."""
     detokenizer = Detokenizer(decoder)
     text, offsets = "", []
     for token_id in prompt_ids:
@@ -326,7 +334,7 @@ async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> 
         async with aclosing(choice.deltas()) as deltas:
             async for delta in deltas:
                 queue.put_nowait(delta)
-    except Exception as error:  # raised again by whoever reads the queue
+    except Exception as error:  # the reader of the queue raises it again
         queue.put_nowait(error)
 
 

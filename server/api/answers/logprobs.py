@@ -1,4 +1,4 @@
-"""Log-probabilities on the wire, in the forms of the two endpoints."""
+"""Log-probabilities in the forms of the two completion endpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 from server.engine.request import TokenLogprobs
 from server.text.tokenizer import Tokenizer
 
-# What OpenAI sends where the probability is zero; JSON has no infinity.
+# OpenAI sends this for a probability of zero, because JSON has no infinity.
 LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of an answer. `offset`: characters of the text before the one that it begins or continues. `logprobs` None: the
-    first token of a prompt, which nothing predicts."""
+    """A token of an answer or of an echoed prompt. `offset`: the number of characters before the character that it begins or
+    continues. `logprobs`: None for the first token of a prompt, which is not predicted."""
 
     token_id: int
     offset: int
@@ -22,7 +22,7 @@ class ScoredToken:
 
 
 def text_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The completions endpoint's `logprobs`: parallel arrays. The token itself is always in its place's `top_logprobs`."""
+    """The completions endpoint's `logprobs`: parallel arrays. Each entry of `top_logprobs` contains the token itself, too."""
     return {
         "tokens": [tokenizer.token_text(token.token_id) for token in tokens],
         "token_logprobs": [None if token.logprobs is None else _floor(token.logprobs.logprob) for token in tokens],
@@ -37,7 +37,7 @@ def chat_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> dict[s
 
 
 def _top_map(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
-    """By token text; of several tokens with the same text the most likely counts."""
+    """Log-probabilities by token text. Of several tokens with the same text, the most likely one counts."""
     best: dict[str, float] = {}
     for token_id, value in [*logprobs.top, (logprobs.token_id, logprobs.logprob)]:
         text = tokenizer.token_text(token_id)

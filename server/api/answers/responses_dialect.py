@@ -1,4 +1,4 @@
-"""How /v1/responses writes an answer: as one object, or as events that build it up."""
+"""The dialect of /v1/responses: an answer is one object, or a stream of events that build it."""
 
 import time
 import uuid
@@ -21,8 +21,8 @@ IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomp
 
 
 class ResponsesDialect(Dialect):
-    """`_output` holds the items so far as they will stand in the response. The last one may be open, which means that more is
-    coming; a whole answer is built in the same way, of one delta."""
+    """`_output` has the items of the response so far. The last item is open while more of it may come. A whole answer is built
+    in the same way, from a single delta."""
 
     operation = "chat"
 
@@ -37,7 +37,7 @@ class ResponsesDialect(Dialect):
         self._open = False
         self._sequence = 0
         self._finish_reason: str | None = None
-        self._unsaid: tuple[ScoredToken, ...] = ()  # whose text has not come yet
+        self._unsaid: tuple[ScoredToken, ...] = ()  # tokens whose text has not come yet
 
     def answer(self, wholes: Sequence[Delta], generation: Generation) -> dict[str, Any]:
         (whole,) = wholes
@@ -65,7 +65,7 @@ class ResponsesDialect(Dialect):
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
     def fail(self, error: ServiceError) -> list[bytes]:
-        """The response as far as it came, then the error in this server's own form, at which official clients raise."""
+        """The response so far, and then the error in this server's form, for which OpenAI's clients raise an exception."""
         for item in self._output[-1:] if self._open else ():
             item["status"] = INCOMPLETE
         kind = "invalid_prompt" if isinstance(error, BadRequest) else "server_error"
@@ -78,7 +78,7 @@ class ResponsesDialect(Dialect):
     # Items
 
     def _say(self, text: str) -> list[bytes]:
-        """More of the message that is open, which is begun where there is none."""
+        """Add text to the open message. If there is none, begin one."""
         events = [] if self._open_type == "message" else [*self._close(), *self._begin_message()]
         (part,) = self._output[-1]["content"]
         logprobs = chat_logprobs(self._unsaid, self._tokenizer)["content"]
@@ -88,7 +88,7 @@ class ResponsesDialect(Dialect):
         return [*events, self._event("response.output_text.delta", **self._part_place(), delta=text, logprobs=logprobs)]
 
     def _call(self, call: CallDelta) -> list[bytes]:
-        """More of the call that is open, or a new one. The tokens of calls have no place for their log-probabilities."""
+        """Add to the open call, or begin a new one. Items for calls have no field for log-probabilities."""
         self._unsaid = ()
         events = [] if call.name is None else [*self._close(), *self._begin_call(call.id, call.name)]
         if call.arguments:
@@ -114,7 +114,7 @@ class ResponsesDialect(Dialect):
         return self._event("response.output_item.added", output_index=len(self._output) - 1, item=item)
 
     def _close(self, cut: bool = False) -> list[bytes]:
-        """End the item that is open, if one is. `cut`: it is not complete."""
+        """Close the open item, if there is one. `cut`: it is incomplete."""
         if not self._open:
             return []
         if self._unsaid and self._open_type == "message":
@@ -135,7 +135,7 @@ class ResponsesDialect(Dialect):
         return [*events, self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)]
 
     def _close_last(self) -> list[bytes]:
-        """The answer is over. A response has at least one item."""
+        """Close the last item at the end of the answer. A response has at least one item."""
         events = [] if self._output else self._begin_message()
         return [*events, *self._close(self._cut)]
 
@@ -205,7 +205,7 @@ class ResponsesDialect(Dialect):
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
-    """In this endpoint's words. Nothing is written to a cache on purpose, and nothing is reasoned apart."""
+    """The usage with this endpoint's names. There are no explicit writes to a cache, and no separate reasoning."""
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},

@@ -1,4 +1,4 @@
-"""Routing traces on the wire: the experts behind each token of a choice."""
+"""Routing traces in answers: the experts that ran for each token of a choice."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from server.engine.request import TokenExperts
 
 
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """One after another, as they came; there is at least one."""
+    """The parts of one choice's trace in their order, joined. There is at least one part."""
     return RoutingTrace(
         tokens=tuple(experts for trace in traces for experts in trace.tokens),
         prompt=traces[0].prompt,
@@ -25,14 +25,14 @@ def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 
 def without_answer(trace: RoutingTrace) -> RoutingTrace:
-    """Of a prompt whose one drawn token is not shown: the pass that drew it is the prompt's last."""
+    """The trace for max_tokens 0, where the drawn token is not shown. The pass that drew it is the last pass of the prompt."""
     return RoutingTrace((), None if trace.prompt is None else trace.prompt + trace.tokens, trace.recomputed)
 
 
 @dataclass(frozen=True, slots=True)
 class TraceWriter:
-    """How the traces of one request are written. `layers`: the expert layers. `places`: the most experts that a token may run
-    in one. `dtype`: of packed arrays; None writes lists."""
+    """Writes the traces of one request. `layers`: the numbers of the expert layers. `places`: the most experts that a token may
+    run in a layer. `dtype`: the dtype of packed arrays; None: lists are written."""
 
     layers: Sequence[int]
     places: int
@@ -46,12 +46,13 @@ class TraceWriter:
                 allowed = layer.num_experts if rule.experts is None else len(rule.experts)
                 places, most = max(places, min(rule.top_k, allowed)), max(most, layer.num_experts)
         packed = asked is not None and asked.format == "base64"
-        # The largest number is the padding, so it must not be an expert's.
+        # The largest number of the dtype is padding, so no expert may have it.
         dtype = np.dtype(np.uint8 if most <= np.iinfo(np.uint8).max else "<u2") if packed else None
         return cls(config.moe_layer_indices, places, dtype)
 
     def write(self, trace: RoutingTrace, first: bool, last: bool) -> dict[str, Any]:
-        """A choice's `routing_trace`, or its part in one chunk: what is said once comes with the `first` or `last` chunk."""
+        """A choice's `routing_trace`, or the part in one chunk. `first`, `last`: whether this is the choice's first or last
+        chunk, which have the fields that are sent once."""
         wire: dict[str, Any] = {"layers": self.layers} if first else {}
         if trace.prompt is not None:
             wire["prompt"] = self._tokens(trace.prompt)

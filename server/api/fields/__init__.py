@@ -1,1 +1,1 @@
-"""The wire: what request bodies look like."""
+"""Request bodies: the wire models and the types of their fields."""

@@ -1,4 +1,4 @@
-"""The fields that say how messages become a prompt."""
+"""The fields for rendering messages as a prompt."""
 
 import json
 from typing import Annotated, Any
@@ -25,11 +25,11 @@ def _template_variables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatFields(WireModel):
-    """How messages become a prompt."""
+    """How messages are rendered as a prompt."""
 
-    add_generation_prompt: bool = Field(True, description="The beginning of an answer follows the messages.")
+    add_generation_prompt: bool = Field(True, description="Add the beginning of an answer after the messages.")
     continue_final_message: bool = Field(
-        False, description="The last message stays open: the answer goes on where it ends. Nothing follows the messages then."
+        False, description="Leave the last message open, so that the answer continues it. Nothing is added after the messages."
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_variables)] = Field(
         {}, description="Further variables for the checkpoint's chat template, such as enable_thinking."

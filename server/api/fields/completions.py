@@ -1,4 +1,4 @@
-"""The wire: what request bodies look like, built from `api.wire`. Translation into engine terms is `api.generation`'s."""
+"""The wire models of completions, chat, tokenize and detokenize. `server.api.requests` translates them for the engine."""
 
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ from server.api.fields.wire import (
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
-MAX_TEXT = 2**19  # characters that /tokenize takes of any model, tokens that /detokenize takes
+MAX_TEXT = 2**19  # /tokenize takes at least so many characters, whatever the model; /detokenize at most so many tokens
 MAX_STOPS = 32
 MAX_STOP_TOKENS = 128
 MAX_CHOICES = 16  # `n`
@@ -43,29 +43,30 @@ MAX_TIER_CHARACTERS = 64
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
 ROUTING_TRACE = (
-    "Tell which experts ran. Each choice then has `routing_trace`: `layers`, the numbers of the expert layers; `tokens`, per "
-    "generated token and expert layer the experts of the pass that drew the token, best first; with `prompt`, the same for the "
-    "prompt's tokens but the last, whose pass drew the first generated token (all of them when max_tokens is 0), and, if the "
-    "sequence was preempted, `recomputed`: how many of its first passes ran again, per preemption. In a stream each chunk has "
-    "its tokens' part; `layers` and `prompt` come with a choice's first chunk, `recomputed` with its last."
+    "Report which experts ran. Each choice then has `routing_trace`. Its `layers` are the numbers of the expert layers. Its "
+    "`tokens` list, for each generated token and expert layer, the experts of the pass that drew the token, best first. "
+    "`prompt` lists the same for the prompt's tokens, if asked for. The last prompt token is not in it, because its pass drew "
+    "the first generated token; with max_tokens 0, `prompt` has all of them. `recomputed` is there after preemptions: it "
+    "says for each how many of the first passes ran again. In a stream, each chunk has the part of its tokens. `layers` "
+    "and `prompt` come with a choice's first chunk, `recomputed` with its last."
 )
 PACKED_TRACE = (
-    "How `tokens` and `prompt` are written. `lists`: nested lists. `base64`: an object each; `data` is the base64 of an array "
-    "in C order, `shape` [tokens, expert layers, places] and `dtype` uint8; where a layer has more than 255 experts, uint16, "
-    "little-endian. `places` is the most experts that the policy lets a token run in a layer and the same in every chunk of a "
-    "stream; places that ran none hold the largest number of the dtype (255 or 65535)."
+    "Form of `tokens` and `prompt`. `lists`: nested lists. `base64`: an object each. Its `data` is an array in C order, in "
+    "base64. Its `shape` is [tokens, expert layers, places]. Its `dtype` is uint8, or little-endian uint16 if a layer has more "
+    "than 255 experts. `places` is the most experts that a token may run in a layer under the policy. It is the same in every "
+    "chunk of a stream. A place without an expert holds the largest number of the dtype (255 or 65535)."
 )
 SERVICE_TIER = (
-    "Cheap or fast: a tier has a policy and a priority, which the operator sets and GET /v1/routing shows. If nothing else is "
-    "set, `flex` runs under the policy fast and lets others go first; `priority` runs under full and goes first. `auto` and "
-    "`default` mean the server's default; only under `auto` may automatic control lower the accuracy. A policy or accuracy "
-    "that the request chooses itself (`routing`, a header, the model's name) wins over the tier's, and so does its own "
-    "`priority`. The answer names the tier that served it, which for `auto` is `default`."
+    "A tier has a policy and a priority. The operator sets them, and GET /v1/routing shows them. By default, `flex` runs under "
+    "the policy fast and lets others go first, and `priority` runs under full and goes first. `auto` and `default` mean the "
+    "server's default. Only under `auto` may automatic control lower the accuracy. If the request chooses a policy, an "
+    "accuracy or a `priority` itself, its choice counts and not that of the tier. The answer names the tier that was used; "
+    "for `auto` this is `default`."
 )
 
 
 def _as_prompts(value: object) -> object:
-    """One prompt as a list of one: text, or a list of token ids."""
+    """A single prompt (text, or a list of token ids) as a list with one prompt."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, int) for item in value)):
         return [value]
     return value
@@ -87,11 +88,11 @@ Prompt = Annotated[Text | PromptIds, or_else("must be a non-empty string or a no
 
 
 class RoutingField(WireModel):
-    """How to route this request: a policy or a position of the knob."""
+    """How to route this request: by a policy or by an accuracy."""
 
     policy: str | None = Field(None, description='A policy\'s name, or "auto".')
-    accuracy: Share | None = Field(None, description="The knob: 1 is most accurate, 0 cheapest.")
-    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy down to here.")
+    accuracy: Share | None = Field(None, description="From 0 (cheapest) to 1 (most accurate).")
+    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy, but not below this value.")
 
     @model_validator(mode="after")
     def _one_choice(self) -> "RoutingField":
@@ -101,34 +102,32 @@ class RoutingField(WireModel):
 
 
 class RoutingTraceField(WireModel):
-    """How much of the routing to tell."""
+    """What a routing trace contains, and its form."""
 
-    prompt: bool = Field(
-        False, description="Tell of the prompt's tokens, too. They are computed then, even if they are cached."
-    )
+    prompt: bool = Field(False, description="Report the prompt's tokens, too. They are then computed even if they are cached.")
     format: Literal["lists", "base64"] = Field("lists", description=PACKED_TRACE)
 
 
 class StreamOptions(WireModel):
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk.")
+    continuous_usage_stats: bool = Field(False, description="Add the usage so far to every chunk.")
 
     include_obfuscation: Off = False
 
 
 class RequestFields(ConstraintFields):
-    """What every endpoint that generates takes."""
+    """The fields of every endpoint that generates text."""
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
     routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
     routing_trace: Annotated[
         RoutingTraceField | None, BeforeValidator(_as_trace, json_schema_input_type=bool | RoutingTraceField | None)
     ] = Field(None, description=ROUTING_TRACE)
-    min_tokens: int = Field(0, ge=0, description="No end of text, stop token or stop string before so many tokens.")
+    min_tokens: int = Field(0, ge=0, description="The answer does not end before it has so many tokens.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0: the most likely token.")
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0: always the most likely token.")
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: no limit.")
-    min_p: Share = Field(0.0, description="Drop tokens less likely than this share of the most likely one's probability.")
+    min_p: Share = Field(0.0, description="Drop tokens whose probability is below this share of the largest one.")
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False)
@@ -143,10 +142,10 @@ class RequestFields(ConstraintFields):
     user: str | None = None
     service_tier: str = Field("auto", min_length=1, max_length=MAX_TIER_CHARACTERS, description=SERVICE_TIER)
     priority: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="Lower runs earlier; the service tier's if not given, which is 0 by default."
+        None, ge=-(2**63), lt=2**63, description="Lower runs earlier. If not given, that of the service tier; 0 by default."
     )
     cache_salt: str = Field(
-        "", min_length=1, max_length=MAX_SALT_CHARACTERS, description="Cached prompts are shared under the same salt only."
+        "", min_length=1, max_length=MAX_SALT_CHARACTERS, description="Cached prompts are shared only under the same salt."
     )
 
     prompt_logprobs: Absent = None
@@ -164,10 +163,10 @@ class RequestFields(ConstraintFields):
 
 
 class GenerationFields(RequestFields):
-    """What both completion endpoints take."""
+    """The fields of both completion endpoints."""
 
     max_tokens: int | None = Field(None, ge=0)
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt; with a seed, choice i uses seed + i.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt. With a seed, choice i uses seed + i.")
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -178,7 +177,7 @@ class GenerationFields(RequestFields):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many rivals to report beside each token; None for no log-probabilities at all."""
+        """The number of alternatives to report for each token; None: no log-probabilities at all."""
         return None
 
 
@@ -189,7 +188,7 @@ class CompletionRequest(GenerationFields):
         BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     add_special_tokens: bool = True
-    echo: bool = Field(False, description="The prompt comes back before the answer, with its log-probabilities if asked for.")
+    echo: bool = Field(False, description="Return the prompt before the answer, with its log-probabilities if asked for.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, description="Must equal n.")
 
@@ -204,11 +203,11 @@ class CompletionRequest(GenerationFields):
 class TextPart(WireModel):
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: Any = Field(None, description="Ignored: prompts share whatever prefixes they have.")
+    prompt_cache_breakpoint: Any = Field(None, description="Ignored. Prompts with a common prefix always share it.")
 
 
 class Message(WireModel):
-    """`tool_calls` belongs to the assistant, whose content may be null then; `tool_call_id` to the role tool, to a result."""
+    """`tool_calls` belongs to the role assistant; its content may then be null. `tool_call_id` belongs to the role tool."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], StopAtError(), BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
@@ -243,7 +242,7 @@ class Message(WireModel):
         return len(self.text) + sum(len(call.function.arguments) for call in self.tool_calls)
 
     def to_dict(self) -> dict[str, Any]:
-        """As chat templates know it."""
+        """In the form that chat templates expect."""
         message: dict[str, Any] = {"role": self.role, "content": self.text}
         if self.tool_calls:
             message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
@@ -255,7 +254,7 @@ class Message(WireModel):
 class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtError()]
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Takes the place of max_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="Needs logprobs to be true.")
 
@@ -269,7 +268,7 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
     web_search_options: Absent = None
     moderation: Absent = None
 
-    # Labels and hints, which change no answer here.
+    # Labels and hints. They change no answer here.
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -288,7 +287,7 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """The schema of the JSON that response_format asks for, empty for any object; None where it asks for none."""
+        """The schema that response_format asks for. Empty: any JSON object. None: it asks for no JSON."""
         form = self.response_format
         if form is None or form.type == "text":
             return None
@@ -300,7 +299,7 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
 
 
 class TokenizeRequest(ChatFields, ToolFields):
-    """Text as the completions endpoint would read it, or messages and tools as the chat endpoint would render them."""
+    """A prompt, read as the completions endpoint does, or messages and tools, rendered as the chat endpoint does."""
 
     model: str | None = None
     prompt: str | None = None
@@ -324,11 +323,11 @@ class DetokenizeRequest(WireModel):
 class ErrorObject(BaseModel):
     message: str
     type: str
-    param: str | None = Field(description="JSON path of the field, or name of the header, that is wrong.")
-    code: str = Field(description="A stable word.")
+    param: str | None = Field(description="The wrong field as a JSON path, or the name of the wrong header.")
+    code: str = Field(description="A stable word for the kind of error.")
 
 
 class ErrorBody(BaseModel):
-    """What every error looks like, also as an event of a stream."""
+    """The form of every error, also as an event of a stream."""
 
     error: ErrorObject

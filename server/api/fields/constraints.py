@@ -1,6 +1,6 @@
-"""The fields that ask for a constraint on the text, in the words of OpenAI, vLLM, SGLang, TGI, llama.cpp and Ollama.
+"""The fields for a constraint on the text, as OpenAI, vLLM, SGLang, TGI, llama.cpp and Ollama name them.
 
-Every one is honoured or refused by its name: text without the constraint that was asked for is worse than an error.
+Each field is enforced or refused by name. Text that ignores the constraint would be worse than an error.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTE
 
 
 class ConstraintModel(WireModel):
-    """A part of a constraint: a member that nobody knows is refused, too."""
+    """A part of a constraint. Unknown members are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,11 +29,11 @@ class JsonSchemaFormat(ConstraintModel):
 
 
 class ResponseFormat(ConstraintModel):
-    """`text` asks for nothing; `json_object` for any JSON object, or one of `schema`; `json_schema` for JSON of the schema."""
+    """`text`: no constraint. `json_object`: any JSON object, or one that fits `schema`. `json_schema`: JSON that fits it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
-    schema_: JsonSchema | None = Field(None, alias="schema", description="For json_object, as llama.cpp takes it.")
+    schema_: JsonSchema | None = Field(None, alias="schema", description="For json_object only, as in llama.cpp.")
 
     @model_validator(mode="after")
     def _schema_is_there(self) -> "ResponseFormat":
@@ -45,7 +45,7 @@ class ResponseFormat(ConstraintModel):
 
 
 class StructuredOutputs(ConstraintModel):
-    """One constraint on the text, in vLLM's words."""
+    """One constraint on the text, in vLLM's form."""
 
     json_: JsonSchema | None = Field(None, alias="json")
     json_object: bool = False
@@ -53,7 +53,7 @@ class StructuredOutputs(ConstraintModel):
     choice: Alternatives | None = None
     grammar: GrammarText | None = Field(None, description="In GBNF, or in llguidance's dialect of Lark.")
 
-    disable_any_whitespace: bool = Field(False, description="JSON never has white space between its parts here.")
+    disable_any_whitespace: bool = Field(False, description="No effect. JSON never has white space between its parts here.")
     disable_fallback: bool = False
     disable_additional_properties: Off = False
     whitespace_pattern: Absent = None
@@ -74,12 +74,12 @@ class TypedGrammar(ConstraintModel):
 
 
 def _as_schema(value: object) -> object:
-    """Ollama's "json" is any object, and its empty text asks for nothing."""
+    """Ollama's "json" means any JSON object. Its empty text means no constraint."""
     return {"json": {}, "": None}.get(value, value) if isinstance(value, str) else value
 
 
 class ConstraintFields(WireModel):
-    """At most one of these may ask for something."""
+    """At most one of these fields may ask for a constraint."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -101,7 +101,7 @@ class ConstraintFields(WireModel):
         JsonSchema | None, BeforeValidator(_as_schema, json_schema_input_type=Literal["json"] | dict[str, Any])
     ] = None
 
-    # Which library checks makes no difference to the text.
+    # The choice of a library makes no difference to the text.
     guided_decoding_backend: str | None = None
 
     guided_whitespace_pattern: Absent = None
@@ -117,5 +117,5 @@ class ConstraintFields(WireModel):
     response_schema: Absent = None
     output_format: Absent = None
     nvext: Absent = None
-    # What the official client merges into the body before it sends it.
+    # The official client merges this into the body before it sends it.
     extra_body: Absent = None

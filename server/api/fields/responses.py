@@ -1,6 +1,6 @@
-"""The wire of POST /v1/responses: the body, and how it says what a chat request says in other words.
+"""The wire model of POST /v1/responses, and its translation into a chat request.
 
-What needs a memory of earlier responses, OpenAI's own tools, or anything but text is declared here to be refused by name.
+Fields for stored responses, for OpenAI's own tools and for content other than text are declared here to be refused by name.
 """
 
 import re
@@ -53,7 +53,7 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-ITEM_ID = "As a response gave it; it changes nothing, nor does `status`."
+ITEM_ID = "The id from an earlier response. This field and `status` have no effect."
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
@@ -67,7 +67,7 @@ def _as_parts(value: object) -> object:
 
 
 class ContentPart(WireModel):
-    """Text of the user's or, as a response gave it, of the assistant's."""
+    """Text of the user, or of the assistant in an earlier response."""
 
     type: Annotated[Literal["input_text", "output_text"], supported("input_text", "output_text")]
     text: str
@@ -88,7 +88,7 @@ class MessageItem(WireModel):
 
 
 class FunctionCallItem(WireModel):
-    """A call that the assistant made, as a response gave it."""
+    """A call that the assistant made in an earlier response."""
 
     type: Literal["function_call"]
     call_id: CallId
@@ -99,7 +99,7 @@ class FunctionCallItem(WireModel):
 
 
 class FunctionCallOutputItem(WireModel):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: CallId
@@ -114,7 +114,7 @@ ITEM_TYPES = ("message", "function_call", "function_call_output")
 
 
 def _type_of(item: object) -> object:
-    """A message need not say that it is one."""
+    """An item's type. An item without one is a message."""
     if isinstance(item, dict):
         return item.get("type") or "message"
     return getattr(item, "type", "message")
@@ -127,7 +127,7 @@ def _check_type(item: object) -> object:
     return item
 
 
-# A tag in <> is no part of an error's path.
+# Tags in <> are left out of the paths in errors.
 InputItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
@@ -138,16 +138,18 @@ InputItem = Annotated[
 
 
 class FunctionTool(WireModel):
-    """OpenAI's own tools run on its servers; here there are functions alone, which the client runs."""
+    """A function that the client runs. OpenAI's own tools are not supported, because they run on its servers."""
 
     type: Annotated[Literal["function"], supported("function")]
     name: FunctionName
     description: str | None = None
-    parameters: JsonSchema | None = Field(None, description="JSON schema of an object, the arguments; none are taken without.")
-    strict: bool = Field(False, description="Arguments follow the schema even where the model chooses whether to call.")
+    parameters: JsonSchema | None = Field(
+        None, description="JSON schema of the arguments, which are an object. Without it, the function takes no arguments."
+    )
+    strict: bool = Field(False, description="Enforce the schema, also if the model chooses whether to call.")
     defer_loading: Off = False
     allowed_callers: Annotated[Any, only(["direct"])] = ["direct"]
-    output_schema: Any = Field(None, description="Ignored: what a call gives is not looked at.")
+    output_schema: Any = Field(None, description="Ignored. Results of calls are not checked.")
 
     def tool(self) -> Tool:
         names = ("name", "description", "parameters", "strict")
@@ -184,7 +186,7 @@ ResponsesToolChoice = Annotated[
 
 
 class TextFormat(ConstraintModel):
-    """`text` asks for nothing; `json_object` for any JSON object; `json_schema` for JSON that fits the schema."""
+    """`text`: no constraint. `json_object`: any JSON object. `json_schema`: JSON that fits the schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -213,7 +215,7 @@ class TextField(WireModel):
 
 
 class ReasoningField(WireModel):
-    """Models here do not reason apart from their answer."""
+    """Only values that ask for nothing are accepted, because models here have no separate reasoning."""
 
     effort: Annotated[Any, only("none")] = None
     summary: Absent = None
@@ -227,7 +229,7 @@ class ResponsesStreamOptions(WireModel):
 
 
 class ResponsesRequest(RequestFields):
-    """OpenAI's Responses, the part that needs no memory: each request carries its whole conversation, and nothing is stored."""
+    """OpenAI's Responses without stored conversations. Each request has its whole conversation, and nothing is stored."""
 
     input: Annotated[
         list[InputItem],
@@ -240,17 +242,17 @@ class ResponsesRequest(RequestFields):
     text: TextField | None = None
     stream_options: ResponsesStreamOptions | None = None
     include: Annotated[list[Includable], Field(max_length=MAX_INCLUDES), StopAtError()] = Field(
-        [], description=f"Only {LOGPROBS} ever adds anything here."
+        [], description=f"Only {LOGPROBS} has an effect here."
     )
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"More than 0 implies {LOGPROBS}.")
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] = Field(
-        {}, description="Comes back in the response."
+        {}, description="Returned in the response."
     )
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), StopAtError()] = []
     tool_choice: ResponsesToolChoice = "auto"
-    parallel_tool_calls: bool = Field(True, description="Whether there may be several calls in one answer.")
-    max_tool_calls: int | None = Field(None, ge=1, description="For OpenAI's own tools, which there are none of here.")
-    prompt_cache_key: str | None = Field(None, description="A hint that is not needed: prompts share their prefixes anyway.")
+    parallel_tool_calls: bool = Field(True, description="Allow several calls in one answer.")
+    max_tool_calls: int | None = Field(None, ge=1, description="No effect. It concerns OpenAI's own tools only.")
+    prompt_cache_key: str | None = Field(None, description="No effect. Prompts with a common prefix always share it.")
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
 
@@ -267,7 +269,7 @@ class ResponsesRequest(RequestFields):
     access_programs: Absent = None
     background_options: Absent = None
     image: Absent = None
-    # The chat endpoint's words for what has another name here.
+    # The chat endpoint's names for fields that have other names here.
     messages: Absent = None
     max_tokens: Absent = None
     max_completion_tokens: Absent = None
@@ -284,7 +286,7 @@ class ResponsesRequest(RequestFields):
 
     @model_validator(mode="after")
     def _in_chat_words(self) -> "ResponsesRequest":
-        """What only the chat request's checks find is about several fields together."""
+        """Make the chat request. Its checks find the errors that concern several fields together."""
         try:
             self._chat = self._to_chat()
         except ValidationError as error:
@@ -297,7 +299,7 @@ class ResponsesRequest(RequestFields):
 
     @property
     def chat(self) -> ChatCompletionRequest:
-        """The same in the chat endpoint's words."""
+        """This request as a request of the chat endpoint."""
         return self._chat
 
     def _to_chat(self) -> ChatCompletionRequest:
@@ -318,7 +320,7 @@ class ResponsesRequest(RequestFields):
 
 
 def _messages(instructions: str | None, items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    """Calls belong to the assistant's message that they follow. A message's whole text is one part, however many there were."""
+    """The input as chat messages. Calls are added to the assistant's message before them. The parts of a text are joined."""
     messages: list[dict[str, Any]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     for item in items:
         match item:
@@ -338,21 +340,21 @@ def _text(parts: Sequence[ContentPart]) -> str:
     return "".join(part.text for part in parts)
 
 
-# The chat endpoint's words in errors, and this endpoint's.
+# The names of fields in the chat endpoint's errors, and their names here.
 OWN_WORDS = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "max_tokens": "max_output_tokens",
     "messages": "input",
 }
-# "messages" is an everyday word, too; a field's name is followed by a colon.
+# "messages" is also an ordinary word. As a field's name it is followed by a colon.
 THEIR_WORDS = re.compile(r"\bresponse_format(?:\.json_schema\.schema)?\b|\bmax_tokens\b|\bmessages(?=:)")
-# tools[0].function.parameters, say: here a tool is the function.
+# As in tools[0].function.parameters. Here a tool is itself the function.
 FUNCTION = re.compile(r"(?<=\])\.function\b")
 
 
 def in_own_words(error: BadRequest) -> BadRequest:
-    """An error about the chat request that a body became, as one about the body."""
+    """An error about the chat request, in the names of this endpoint's fields."""
     message = THEIR_WORDS.sub(lambda found: OWN_WORDS[found[0]], error.message)
     param = None if error.param is None else FUNCTION.sub("", OWN_WORDS.get(error.param, error.param))
     return type(error)(FUNCTION.sub("", message), param=param)

@@ -1,7 +1,7 @@
-"""What operators send and read: policies and defaults, as the OpenAPI page describes them.
+"""Policies and defaults as operators send and read them, described for the OpenAPI page.
 
-A policy's rule is described from `RuleNumber`, its only definition. The policy store checks what was sent and names the first
-wrong field with the code `invalid_policy`; the models here are its description, and tests hold the two together.
+The fields of a rule come from `RuleNumber`, their only definition. The models here only describe. The policy store checks what
+was sent, and names the first wrong field with the code `invalid_policy`. Tests compare the two.
 """
 
 import math
@@ -36,7 +36,7 @@ def _number(number: RuleNumber) -> Any:
 LayerRuleBody: type[BaseModel] = create_model(
     "LayerRule",
     __base__=Strict,
-    __doc__="Which of a token's experts run in one layer.",
+    __doc__="The rule by which a token's experts are chosen in one layer.",
     **{number.field: _number(number) for number in RuleNumber},
     experts=(
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None,
@@ -50,9 +50,9 @@ def _read_only() -> Any:
 
 
 class PolicyBody(Strict):
-    """A routing policy: one rule per layer, null where the layer is dense. What GET answers can be PUT again as it is."""
+    """A routing policy: one rule per layer, null for a dense layer. The answer of GET can be sent back with PUT as it is."""
 
-    name: str | None = Field(None, pattern=f"^{NAME_PATTERN.pattern}$", description="As in the path, if given.")
+    name: str | None = Field(None, pattern=f"^{NAME_PATTERN.pattern}$", description="If given, the name in the path.")
     description: str = Field("", max_length=MAX_DESCRIPTION, description="One line, without control characters.")
     layers: list[LayerRuleBody | None]  # type: ignore[valid-type]
     head_bits: int | None = Field(None, ge=1, le=16, description="How many bits of the output head are read; all if null.")
@@ -69,7 +69,7 @@ class NamedDefault(Strict):
 
 
 class AccuracyDefault(Strict):
-    """A position of the knob: 1 is most accurate, 0 cheapest."""
+    """An accuracy from 0 (cheapest) to 1 (most accurate)."""
 
     accuracy: Share
 
@@ -78,7 +78,7 @@ Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class ObjectiveBody(Strict):
-    """Latencies to hold, 90th percentile; at least one. The accuracy does not go under `min_accuracy`."""
+    """Targets for the 90th percentile of latencies; at least one. The accuracy does not go below `min_accuracy`."""
 
     itl_ms: Milliseconds | None = None
     ttft_ms: Milliseconds | None = None
@@ -86,19 +86,19 @@ class ObjectiveBody(Strict):
 
 
 class AutomaticDefault(Strict):
-    """Automatic control moves the knob."""
+    """Automatic control sets the accuracy."""
 
     auto: ObjectiveBody
 
 
 class RollbackBody(Strict):
     restore_policy: bool = Field(
-        False, description="Put back the policy version that the old default named, even over a newer one of that name."
+        False, description="Store the policy version of the old default again, even if there is a newer version of that name."
     )
 
 
 class _DescribedAs:
-    """Marks a JSON object that is taken as it came: the OpenAPI page describes it by another type."""
+    """Marks a JSON object that is accepted unchecked. The OpenAPI page describes it by another type."""
 
     def __init__(self, described: Any) -> None:
         self._schema = TypeAdapter(described).core_schema

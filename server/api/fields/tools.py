@@ -1,4 +1,4 @@
-"""The fields that say which functions a model may call, and calls in a conversation."""
+"""The fields for functions that a model may call, and for calls in a conversation."""
 
 import json
 from collections import Counter
@@ -21,8 +21,10 @@ CallId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 class FunctionDefinition(WireModel):
     name: FunctionName
     description: str | None = None
-    parameters: JsonSchema | None = Field(None, description="JSON schema of an object, the arguments; none are taken without.")
-    strict: bool = Field(False, description="Arguments follow the schema even where the model chooses whether to call.")
+    parameters: JsonSchema | None = Field(
+        None, description="JSON schema of the arguments, which are an object. Without it, the function takes no arguments."
+    )
+    strict: bool = Field(False, description="Enforce the schema, also if the model chooses whether to call.")
 
 
 class Tool(WireModel):
@@ -70,13 +72,14 @@ def _of_bounded_size(tools: list[Tool]) -> list[Tool]:
 class ToolFields(WireModel):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), AfterValidator(_of_bounded_size)] = []
     tool_choice: ToolChoice = Field(
-        "auto", description="none: no calls; auto: the model chooses; required: at least one call; or the one function to call."
+        "auto",
+        description="none: no calls. auto: the model chooses. required: at least one call. An object names one function.",
     )
-    parallel_tool_calls: bool = Field(True, description="Whether there may be several calls in one answer.")
+    parallel_tool_calls: bool = Field(True, description="Allow several calls in one answer.")
 
     @property
     def functions_of_tools(self) -> list[Function]:
-        """The functions that there are to call; none where none may be."""
+        """The functions that the model is told about; none if it may not call any."""
         if self.tool_choice == "none":
             return []
         definitions = [tool.function for tool in self.tools]
@@ -84,7 +87,7 @@ class ToolFields(WireModel):
 
     @property
     def allowed_names(self) -> set[str] | None:
-        """The functions that may be called; None: all of them."""
+        """The names of the functions that may be called; None: all of them."""
         match self.tool_choice:
             case NamedTool(function=function):
                 return {function.name}

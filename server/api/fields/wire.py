@@ -1,7 +1,7 @@
-"""What the wire models are made of: their base class, the types of fields, and refusals.
+"""The parts of the wire models: their base class, the types of fields, and refused fields.
 
-Null means "not given". A field of OpenAI's or vLLM's that is not honoured is declared with the one value that asks for
-nothing, so that it is refused rather than ignored; fields nobody knows are ignored, or refused under --strict-fields.
+Null means "not given". A field of OpenAI or vLLM that is not supported accepts only the value that asks for nothing. Any other
+value is refused, and not ignored. Unknown fields are ignored, or refused under --strict-fields.
 """
 
 import json
@@ -31,7 +31,7 @@ PIECE = 2**12  # items of a long list that are checked in one call of C
 
 
 def only(*neutral: object) -> AfterValidator:
-    """A field that is not honoured: the values that ask for nothing pass."""
+    """A field that is not supported. It accepts only the values `neutral`, which ask for nothing."""
 
     def check(value: object) -> object:
         if not any(type(value) is type(each) and value == each for each in neutral):
@@ -43,13 +43,13 @@ def only(*neutral: object) -> AfterValidator:
 
 
 def not_supported(value: object, known: Sequence[str]) -> PydanticCustomError:
-    """The refusal, by name, of a choice that others have and this server lacks."""
+    """The error for a value that other servers know and this one does not."""
     context = {"value": repr(value[:40]) if isinstance(value, str) else "this", "known": ", ".join(known)}
     return PydanticCustomError(UnsupportedParameter.code, "{value} is not supported by this server; it takes {known}", context)
 
 
 def supported(*values: str) -> WrapValidator:
-    """A choice of which others have more."""
+    """A choice among `values`. Other servers know more values, so any other value is refused as not supported."""
 
     def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         if value in values:
@@ -60,7 +60,7 @@ def supported(*values: str) -> WrapValidator:
 
 
 def or_else(message: str) -> WrapValidator:
-    """One message for a union, in place of one per member."""
+    """Replaces the messages of a union's members by one message."""
 
     def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -76,7 +76,7 @@ def as_list(value: object) -> object:
 
 
 def _as_json_object(value: object) -> object:
-    """A JSON schema may come as JSON text."""
+    """Parse a JSON schema that was sent as JSON text."""
     if isinstance(value, str) and len(value) <= MAX_CONSTRAINT_CHARACTERS:
         try:
             return from_json(value)
@@ -87,7 +87,7 @@ def _as_json_object(value: object) -> object:
 
 def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
     size = 0
-    for part in json.JSONEncoder().iterencode(schema):  # stops where it is too long, however much follows
+    for part in json.JSONEncoder().iterencode(schema):  # a long schema is not written to its end
         size += len(part)
         if size > MAX_CONSTRAINT_CHARACTERS:
             raise ValueError("too long")
@@ -95,13 +95,13 @@ def _of_bounded_size(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class StopAtError(FailFast):
-    """Report a list's first error alone: reports of thousands take seconds. Hashable, as parts of a union must be."""
+    """Report only a list's first error, because reporting thousands takes seconds. Hashable, as parts of a union must be."""
 
     __hash__ = object.__hash__
 
 
 def _by_pieces(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-    """Check a long list a piece at a time: other threads can run between two pieces."""
+    """Check a long list piece by piece, so that other threads can run between two pieces."""
     if not isinstance(value, list) or len(value) <= PIECE:
         return handler(value)
     for begin in range(0, len(value), PIECE):
@@ -119,7 +119,7 @@ def _by_pieces(value: object, handler: ValidatorFunctionWrapHandler) -> object:
 
 
 def at_most(entries: int) -> BeforeValidator:
-    """Refuse a longer object before its members are looked at."""
+    """Refuse an object with more entries before its members are checked."""
 
     def check(value: object) -> object:
         if isinstance(value, dict) and len(value) > entries:
@@ -165,7 +165,7 @@ class WireModel(BaseModel):
 
 
 def unknown_field(model: WireModel) -> str | None:
-    """The JSON path of a field that nobody knows, wherever it is; None when there is none."""
+    """The JSON path of the first unknown field, at any depth; None if there is none."""
     for name in model.model_extra or {}:
         return name
     for name, value in model:

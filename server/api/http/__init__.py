@@ -1,1 +1,1 @@
-"""Connections, headers, bodies and errors: what every route shares."""
+"""HTTP: connections, headers, bodies, streams and errors."""

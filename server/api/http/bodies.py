@@ -1,4 +1,4 @@
-"""Request bodies: read within limits, parsed once, and validated where they hold nobody up."""
+"""Request bodies. They are read within limits and parsed once. Large ones are parsed and validated in threads."""
 
 import asyncio
 import zlib
@@ -19,15 +19,15 @@ from server.errors import BadRequest, BodyTooLarge, RequestTimeout, UnsupportedM
 
 T = TypeVar("T")
 
-# A larger body is worked on in a thread. A smaller one takes a few milliseconds at most, mostly less than a thread costs.
+# Larger bodies are processed in a thread. A smaller body takes a few milliseconds at most, often less than a thread costs.
 INLINE_BYTES = 2**14
-# Threads at work on large bodies: each of them makes the event loop wait a little longer for its turn.
+# Threads for large bodies. With each further one, the event loop waits a little longer for its turn.
 MAX_THREADS = 2
 CODINGS = ("gzip", "x-gzip", "deflate")
 
 
 class BodyWork:
-    """Runs work on a body of the given size: at once when it is small, otherwise in one of a few threads."""
+    """Runs work on a body: at once if the body is small, otherwise in one of a few threads."""
 
     def __init__(self) -> None:
         self._places = asyncio.Semaphore(MAX_THREADS)
@@ -41,7 +41,7 @@ class BodyWork:
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """What JsonBodies leaves in the request's state for JsonRoute. `size` is in bytes, as they came."""
+    """What JsonBodies leaves in the request's state for JsonRoute. `size`: the bytes of the JSON text."""
 
     value: Any
     size: int
@@ -49,9 +49,9 @@ class ParsedBody:
 
 
 class JsonBodies:
-    """Reads request bodies whole, bounded in bytes and seconds, before anything else does, and takes nothing but JSON.
+    """Reads the whole body of each request first, within limits of size and time. Only JSON is accepted.
 
-    `max_bytes` also bounds what a compressed body unpacks to.
+    `max_bytes`: the largest body, also after decompression.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float) -> None:
@@ -78,7 +78,7 @@ class JsonBodies:
         await self._app(scope, receive, send)
 
     async def _read(self, receive: Receive) -> bytearray | None:
-        """The whole body; None when the client leaves before its end."""
+        """The whole body; None if the client leaves before its end. Raises BodyTooLarge."""
         body = bytearray()
         more = True
         while more:
@@ -111,7 +111,7 @@ class JsonBodies:
 
 
 class JsonRoute(APIRoute):
-    """A route whose body JsonBodies has parsed. Its wire model is made from a large body in a thread, too."""
+    """A route whose body JsonBodies has parsed. If the body is large, its wire model is made in a thread, too."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -123,7 +123,7 @@ class JsonRoute(APIRoute):
             if body is None:
                 return await handle(_ParsedRequest(request, has_body=False))
             value, size, work = [body.value], body.size, body.work
-            del body  # the thread then has the only reference to the parsed value, and frees it: that takes time, too
+            del body  # The thread then has the only reference to the parsed value. Freeing it takes time, too.
             validated = value.pop() if model is None else await work.run(size, _validate, model, value)
             return await handle(_ParsedRequest(request, has_body=True, value=validated))
 
@@ -131,7 +131,7 @@ class JsonRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """FastAPI asks for the body only to see whether there is one, then for the JSON value."""
+    """FastAPI reads the body only to see whether there is one. Then it reads the JSON value."""
 
     def __init__(self, request: Request, has_body: bool, value: Any = None) -> None:
         super().__init__(request.scope, request.receive)
@@ -145,7 +145,7 @@ class _ParsedRequest(Request):
 
 
 def _validate(model: type[BaseModel], value: list[Any]) -> BaseModel:
-    """The model of the one value in the list, which is taken out. Raises what FastAPI raises."""
+    """Take the only value out of the list, and return its wire model. Raises RequestValidationError, as FastAPI does."""
     try:
         return model.model_validate(value.pop())
     except ValidationError as error:
@@ -153,7 +153,10 @@ def _validate(model: type[BaseModel], value: list[Any]) -> BaseModel:
 
 
 def _unpack(body: bytes, max_bytes: int) -> bytes:
-    """What a body in one of CODINGS holds; zlib tells them apart. Never unpacks more than one byte too many."""
+    """Decompress a body in one of CODINGS; zlib detects which. Stops at one byte more than `max_bytes`.
+
+    Raises BadRequest, BodyTooLarge.
+    """
     unpacker = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
     try:
         unpacked = unpacker.decompress(body, max_bytes + 1)

@@ -1,4 +1,4 @@
-"""How long a request may take: the server's limit, or a shorter one that the client names in a header."""
+"""The deadline of a request: the server's limit, or a shorter one from the client's header."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 
 
 def request_deadline(request: Request, limit_seconds: float | None) -> float | None:
-    """The event loop's time at which the answer is too late; None for never. Raises BadRequest."""
+    """The deadline in the event loop's time; None if there is none. Raises BadRequest."""
     seconds = math.inf if limit_seconds is None else limit_seconds
     asked = number_header(request, TIMEOUT_HEADER)
     if asked is not None:

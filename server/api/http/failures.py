@@ -1,4 +1,4 @@
-"""Any exception as an error of the tree, and errors as HTTP answers."""
+"""Translates exceptions into the server's errors, and errors into HTTP answers."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from server.errors import (
 
 
 def to_service_error(error: Exception) -> ServiceError:
-    """What a client is told about any exception. Unforeseen ones say nothing of what is inside."""
+    """The error that a client gets for an exception. For an unforeseen one, the client gets no details."""
     match error:
         case ServiceError():
             return error
@@ -40,13 +40,13 @@ def to_service_error(error: Exception) -> ServiceError:
 
 
 def error_response(error: ServiceError) -> Response:
-    # ASCII escapes: a message may quote text that has no UTF-8 form.
+    # JSON in ASCII, because a message may quote text that has no UTF-8 form.
     body = json.dumps(error.to_dict()).encode()
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
 def json_path(location: Sequence[int | str]) -> str:
-    """("messages", 0, "content") -> "messages[0].content". Tags of unions, "<like this>", are no part of it."""
+    """For example, ("messages", 0, "content") -> "messages[0].content". Tags of unions, "<like this>", are left out."""
     path = ""
     for part in location:
         if isinstance(part, str) and part.startswith("<"):
@@ -60,11 +60,11 @@ def _from_validation(error: RequestValidationError) -> ServiceError:
     where, location = first["loc"][0], first["loc"][1:]
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not valid JSON: {first['ctx']['error']} at character {location[0]}")
-    if not location:  # about the whole body: fields that do not go together, or no object at all
+    if not location:  # an error of the whole body: fields that exclude each other, or a body that is no object
         return BadRequest(first["msg"] if isinstance(first["input"], dict) else "the body must be a JSON object")
     param = json_path(location)
     message = f"{param}: {first['msg']}" if where == "body" else f"{where} {param}: {first['msg']}"
-    if first["type"] == "extra_forbidden":  # where a field that nobody knows would change what the others ask for
+    if first["type"] == "extra_forbidden":  # an unknown field in an object where no field may be ignored
         return UnsupportedParameter(f"{param}: not supported by this server; leave it out", param=param)
     kind = UnsupportedParameter if first["type"] == UnsupportedParameter.code else BadRequest
     return kind(message, param=param)

@@ -1,4 +1,4 @@
-"""Request headers that hold one value."""
+"""Request headers with a single value."""
 
 import math
 import re
@@ -7,13 +7,15 @@ from starlette.requests import Request
 
 from server.errors import BadRequest
 
-# JSON's numbers: Python's own reader also takes 0_1, +1, .5, digits of other scripts, inf and nan.
+# Numbers as in JSON. `float` would also take 0_1, +1, .5, digits of other scripts, inf and nan.
 _number = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?").fullmatch
 
 
 def single_header(request: Request, name: str) -> str | None:
-    """The header's value without white space around it; None when it was not sent. Raises BadRequest for one that is empty, or
-    that was sent twice: another reader might take the other one."""
+    """The header's value without white space around it; None if it was not sent.
+
+    Raises BadRequest for an empty header, and for one that was sent twice, because another reader might take the other value.
+    """
     values = [value.strip(" \t") for value in request.headers.getlist(name)]
     if len(values) > 1:
         raise BadRequest(f"{name}: must be sent only once", param=name)
@@ -23,7 +25,7 @@ def single_header(request: Request, name: str) -> str | None:
 
 
 def number_header(request: Request, name: str) -> float | None:
-    """The header's value as a number, NaN for anything else; None when it was not sent. Raises what `single_header` raises."""
+    """The header's value as a number; NaN if it is no number, None if it was not sent. Raises the errors of `single_header`."""
     text = single_header(request, name)
     if text is None:
         return None

@@ -1,10 +1,10 @@
-"""uvicorn's HTTP protocol with limits on clients that send without end, or hardly at all, or do not read.
+"""uvicorn's HTTP protocol, with limits on clients that send too much, send too slowly, or do not read.
 
-uvicorn collects a request's line and headers in memory however long they are, waits for them for ever, and keeps a connection
-whose client has stopped reading. Bodies are the middleware's to bound and to time.
+uvicorn itself has no limit on the size of a request's line and headers, waits for them for ever, and keeps a connection whose
+client has stopped reading. Limits on bodies are the middleware's task (`server.api.http.bodies`).
 
-It also drops the body of a request that asks for another protocol, and the answer for a client that has closed its sending
-side. Both get their answer here (RFC 9110 7.8, RFC 9112 9.6).
+uvicorn also drops the body of a request that asks for another protocol, and the answer to a client that has closed its sending
+side. Here both get their answer (RFC 9110 7.8, RFC 9112 9.6).
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from server.api.http.middleware import MAX_HEAD_BYTES
 from server.errors import BadRequest, HeadersTooLarge, RequestTimeout, ServiceError
 
 HEADER_SECONDS, SEND_SECONDS = 10.0, 60.0
-# A client that has closed its sending side may have closed the connection. Whether it has, only sending to it shows. An interim
-# response is what every HTTP/1.1 client skips: the first one makes a closed connection reset, a later one finds that it is.
+# A client that has closed its sending side may have closed the whole connection. Only sending to it shows which. So interim
+# responses are sent, which every HTTP/1.1 client skips. The first one resets a closed connection, and a later one notices this.
 PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
-PROBE_SECONDS = (0.25, 2.0)  # after the first
-HALF_CLOSED = "half_closed"  # in a request's state: the event that its client has closed its sending side
+PROBE_SECONDS = (0.25, 2.0)  # the delays after the first probe
+HALF_CLOSED = "half_closed"  # the name in a request's state of the event that is set when its client closes its sending side
 
 
 class Alarm:
-    """Rings once, `seconds` after it was started, unless it is stopped."""
+    """Calls `ring` once, `seconds` after `start`, unless it is stopped before."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, ring: Callable[[], None]) -> None:
         self.seconds = seconds
@@ -37,7 +37,7 @@ class Alarm:
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Does nothing while it runs."""
+        """Does nothing if the alarm is running already."""
         if self._handle is None:
             self._handle = self._loop.call_later(self.seconds, self._rung)
 
@@ -52,9 +52,11 @@ class Alarm:
 
 
 class UpgradeIgnoringParser:
-    """httptools' parser, which ends at the headers of a request that asks to change the protocol. Such a request is parsed
-    again, as if it had not asked, together with what follows its headers. `head` gives its line and headers without the
-    question."""
+    """httptools' parser, made to ignore requests for another protocol.
+
+    httptools stops after the headers of such a request. The request is then parsed again without its Upgrade header, together
+    with the data that follows. `head` returns its line and headers without that header.
+    """
 
     def __init__(self, make: Callable[[], Any], head: Callable[[], bytes]) -> None:
         self._make, self._head = make, head
@@ -65,7 +67,7 @@ class UpgradeIgnoringParser:
 
     @property
     def ignores(self) -> bool:
-        """The request that is being parsed is one of them, and will be parsed again."""
+        """Whether the current request asks for another protocol, so that it will be parsed again."""
         return bool(self._parser.should_upgrade()) and self._parser.get_method() != b"CONNECT"
 
     def feed_data(self, data: bytes) -> None:
@@ -81,11 +83,14 @@ class UpgradeIgnoringParser:
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 and closes when more than MAX_HEAD_BYTES have come and the headers are still not complete, and 408 when they
-    are not complete `header_timeout` seconds after their beginning (without a word where they have not begun); cuts the
-    connection when an answer has lain unread for `send_timeout` seconds.
+    """Closes the connection of a client that exceeds one of three limits.
 
-    Headers that end within the piece of data that they began in are the middleware's to measure.
+    - The line and headers exceed MAX_HEAD_BYTES before they are complete: the answer is 431.
+    - They are not complete `header_timeout` seconds after their beginning: the answer is 408. If they have not even begun, the
+      connection is closed without an answer.
+    - The client does not read an answer for `send_timeout` seconds.
+
+    The middleware measures headers that come in a single piece of data.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._answered:  # blank lines, the beginning of a request, or more of a body that nobody waits for
+        if self._answered:  # blank lines, the beginning of a request, or the rest of a body that is not needed
             self._head_alarm.start()
         if began and self._in_head:
             self._head_bytes += len(data)
@@ -135,14 +140,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the connection stays open for an answer: when the last request is complete and not yet answered."""
+        """Return whether the connection stays open. It does if the last request is complete and not yet answered."""
         if self._answered or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
         self._half_closed.set()
-        if self.scope["http_version"] == "1.1":  # interim responses are unknown to earlier ones
+        if self.scope["http_version"] == "1.1":  # earlier versions have no interim responses
             self._probe(PROBE_SECONDS)
-        return True  # an answer that has begun probes by itself: `EventStream`
+        return True  # after an answer has begun, `EventStream` probes
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -154,7 +159,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():  # less than what pauses writing, and perhaps never read
+        if self.transport.get_write_buffer_size():  # too little to pause writing, but perhaps never read
             self._send_alarm.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -169,7 +174,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     @property
     def _answered(self) -> bool:
-        """No request is being worked on."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def _make_parser(self) -> Any:
@@ -178,13 +183,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return parser
 
     def _plain_head(self) -> bytes:
-        """The line and headers of the request that is being parsed, without the question for another protocol."""
+        """The line and headers of the current request, without its Upgrade header."""
         line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         headers = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         return line + b"".join(headers) + b"\r\n"
 
     def _probe(self, delays: Sequence[float]) -> None:
-        """Send interim responses until the answer begins or the delays are used up."""
+        """Send an interim response now and after each delay, until the answer begins."""
         if self.transport.is_closing() or self.pipeline or self.cycle.response_started:
             return
         self.transport.write(PROBE)
@@ -202,7 +207,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _refuse(self, error: ServiceError) -> None:
-        """Close, with an answer unless that would come in the middle of another one."""
+        """Close the connection. An error is sent first, unless another answer is in progress."""
         if self._answered:
             body = json.dumps(error.to_dict()).encode()
             head = (
@@ -214,6 +219,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def bounded_http(header_timeout: float, send_timeout: float) -> type[asyncio.Protocol]:
-    """What uvicorn makes each connection's protocol with; times in seconds."""
+    """The class from which uvicorn makes each connection's protocol. Times are in seconds."""
     made = partial(BoundedHttpProtocol, header_timeout=header_timeout, send_timeout=send_timeout)
     return cast(type[asyncio.Protocol], made)

@@ -1,8 +1,8 @@
-"""Reads JSON in short steps, so that a large body never holds up the other threads.
+"""Reads JSON in short steps, so that a large body never holds up other threads.
 
-Python's own parser is one call of C, during which no other thread runs. Eight megabytes of small values take it more than a
-second. Here Python steps from value to value, and between two steps other threads can run. C reads only strings, numbers and
-pieces of long lists of numbers.
+Python's own parser is one call of C, during which no other thread runs. For eight megabytes of small values it needs more than
+a second. Here Python code goes from value to value, and other threads can run in between. C code reads only strings, numbers
+and pieces of long lists of numbers.
 """
 
 import json
@@ -11,7 +11,7 @@ from json import JSONDecodeError
 from typing import Any
 
 MAX_DEPTH = 128
-# Names and values, lists of numbers aside. The largest request that the wire models take has about 40,000.
+# The most names and values, not counting lists of numbers. The largest request that the wire models accept has about 40,000.
 MAX_VALUES = 2**16
 PIECE = 2**15  # characters of a list of numbers that are read in one call
 
@@ -21,10 +21,10 @@ _decoder = json.JSONDecoder()
 
 
 def read_json(body: bytes) -> Any:
-    """The value that the body says. A byte order mark at its start is skipped.
+    """The value of a JSON text. A byte order mark at its start is skipped.
 
-    Stricter than Python's parser. Raises ValueError for anything but UTF-8, for lone surrogates, a name that an object has
-    twice (some readers take the first, others the last), more than MAX_DEPTH nested lists and objects, more than MAX_VALUES
+    This is stricter than Python's parser. Raises ValueError for text that is not UTF-8, lone surrogates, a repeated name in an
+    object (some readers take the first, others the last), more than MAX_DEPTH levels of nesting, and more than MAX_VALUES
     values.
     """
     text = body.decode("utf-8-sig")
@@ -37,7 +37,7 @@ def read_json(body: bytes) -> Any:
 
 
 class _Reader:
-    """Each method begins to read at the place `at` of the text and returns what it read and the place after it."""
+    """Each method reads from position `at` of the text. It returns the value and the position after it."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -90,7 +90,7 @@ class _Reader:
                 return items, at
 
     def _numbers(self, at: int, items: list[Any]) -> int:
-        """Append the numbers, and true, false and null, that come next: all that have a comma behind them."""
+        """Append the numbers, true, false and null that come next, as long as a comma follows them. Returns the position."""
         while True:
             end = _without_nesting(self._text, at, at + PIECE).end()  # type: ignore[union-attr]
             comma = self._text.rfind(",", at, end)
@@ -110,7 +110,7 @@ class _Reader:
         return string, at
 
     def _separator(self, at: int, closing: str) -> tuple[int, bool]:
-        """Where the next item begins, or what follows the end; whether it is the end."""
+        """The position of the next item, or the position after the end; and whether this is the end."""
         at = self._skip_space(at)
         match self._text[at : at + 1]:
             case ",":

@@ -1,6 +1,6 @@
 """Pure ASGI middleware, outermost first: paths, request context, keys, HEAD.
 
-(Starlette's BaseHTTPMiddleware hides the client's disconnect from the routes.)
+Starlette's BaseHTTPMiddleware is not used, because it hides from the routes that a client has disconnected.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
-QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/v1/routing"})  # asked again and again
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/v1/routing"})  # polled, so logged as debug
 STATIC_PREFIX = "/static/"
 ADMIN_PREFIX = "/admin/"
-# What one request's line and headers may take together; `api.http_protocol` holds the connection to it, too.
+# The most bytes of a request's line and headers together. `server.api.http.http_protocol` enforces it, too.
 MAX_HEAD_BYTES = 64 * 2**10
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class PlainPaths:
-    """Takes trailing and doubled slashes out of the path, before anything else looks at it."""
+    """Removes trailing and doubled slashes from the path before other code reads it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -60,9 +60,9 @@ class HeadAsGet:
 
 
 class RequestContext:
-    """Gives every request an id, every reply its headers and one log line, and every escaped exception an answer.
+    """Gives every request an id, every reply its headers and a log line, and every unhandled exception an answer.
 
-    X-Routing-Policy names the policy the request was resolved to, else the one a request without a choice would get.
+    The header X-Routing-Policy names the request's policy. If the request has none, it names the default policy.
     """
 
     def __init__(self, app: ASGIApp, default_policy: Callable[[], str], on_failure: Callable[[ServiceError], None]) -> None:
@@ -113,11 +113,11 @@ class RequestContext:
 
 
 class Keys:
-    """Bearer keys: an API key for everything but the page, health and metrics; the admin key for /admin.
+    """Checks bearer keys. /admin needs the admin key, all other paths need an API key, except the page, health and metrics.
 
-    Without API keys the API is open. Without an admin key /admin is closed, unless `open_admin`: then it is open to callers
-    that address this machine by a loopback name and do not come from another site's page. The path is the ASGI scope's, never
-    the URL's, which a Host header can bend.
+    Without API keys the API is open. Without an admin key /admin is closed. With `open_admin` it is then open to callers that
+    use a loopback name for this machine and do not come from another site's page. The path is taken from the ASGI scope and not
+    from the URL, which a Host header can change.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Iterable[str], admin_key: str | None, open_admin: bool) -> None:
@@ -131,7 +131,7 @@ class Keys:
         await self._app(scope, receive, send)
 
     def _check(self, path: str, headers: Headers) -> str:
-        """A name for whoever holds the key, which does not tell the key; empty where none is needed."""
+        """A digest that identifies the caller's key; empty if no key is needed. Raises Unauthorized, Forbidden."""
         if path in OPEN_PATHS or path.startswith(STATIC_PREFIX):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -158,7 +158,7 @@ class Keys:
 
 
 def _client(scope: Scope) -> str | None:
-    """The address that the request came from, or, from a trusted proxy, the one that it names."""
+    """The client's address. A trusted proxy may have replaced its own address by that of its client."""
     return None if scope.get("client") is None else scope["client"][0]
 
 
@@ -173,5 +173,5 @@ def _digest(key: str) -> bytes:
 
 
 def _matches(presented: bytes, accepted: list[bytes]) -> bool:
-    """Compares with every key, each in constant time."""
+    """Compare with every key, each in constant time."""
     return sum(compare_digest(presented, key) for key in accepted) > 0

@@ -1,4 +1,4 @@
-"""Answers that stop computing when the client leaves: server-sent events, and the wait before an answer begins."""
+"""Streams of server-sent events, and waiting for work. Both stop when the client leaves."""
 
 import asyncio
 import json
@@ -18,24 +18,24 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
 
 
-# What Unicode counts as line ends, besides the control characters that JSON escapes anyway. Clients that split lines as Unicode
-# does would cut an event in two.
+# Unicode's line ends, besides the control characters that JSON escapes anyway. Clients that split text at these would cut an
+# event in two.
 LINE_ENDS = str.maketrans({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"})
 
 
 def sse(value: object, name: str | None = None) -> bytes:
-    """One event of a stream, its data on one line whichever way a client splits lines. `name`: its type, if it has one."""
+    """One event of a stream. Its data is on one line, also for clients that split at Unicode line ends. `name`: its type."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return head + b"data: " + (line if line.isascii() else line.translate(LINE_ENDS)).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A stream of events, and a comment whenever nothing was sent for `comment_seconds`: a proxy that sees nothing would close
-    the connection.
+    """A stream of events. After `comment_seconds` without an event it sends a comment, because some proxies close a connection
+    without traffic.
 
-    `source`, which the events are made from, is closed when the response ends, however it ends (a generator that was never
-    started would not close it); so is `first`, the wait for its first item.
+    `source`: the generator from which the events are made. `first`: the wait for its first item. Both are closed when the
+    response ends, however it ends. The generator of events cannot close them, because it may never have started.
     """
 
     media_type = "text/event-stream"
@@ -66,7 +66,7 @@ class EventStream(StreamingResponse):
                     await send_in_time({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
         async def probe() -> None:
-            """Find out whether a client that sends no more still reads."""
+            """Send comments to a client that has closed its sending side, to find out whether it still reads."""
             half_closed = scope["state"].get(HALF_CLOSED)
             if half_closed is not None:
                 await half_closed.wait()
@@ -86,10 +86,10 @@ class EventStream(StreamingResponse):
 
 
 async def started(request: Request, source: AsyncGenerator[T, None], seconds: float) -> "asyncio.Future[T]":
-    """The source's first item, there or still awaited after so many seconds.
+    """A future with the source's first item. Waits for it at most `seconds`.
 
-    Raises what the source raises until then, and ClientDisconnected. The source is closed then: its first item may have come in
-    the moment in which the client left, and it would wait for the garbage collector.
+    Raises the source's errors until then, and ClientDisconnected. In these cases it closes the source, which would otherwise
+    stay open until the garbage collector runs.
     """
     first: asyncio.Task[T] = asyncio.ensure_future(anext(source))
     try:
@@ -105,7 +105,7 @@ async def started(request: Request, source: AsyncGenerator[T, None], seconds: fl
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`; when the client leaves first, cancel it, wait until it is over and raise ClientDisconnected."""
+    """Await `work`. If the client leaves before its end, cancel it, wait until it has ended, and raise ClientDisconnected."""
     task = asyncio.ensure_future(work)
     listener = asyncio.ensure_future(_disconnect(request))
     try:

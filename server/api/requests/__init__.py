@@ -1,1 +1,1 @@
-"""From the fields of a request to what the engine is asked."""
+"""Translates the fields of a request for the engine."""

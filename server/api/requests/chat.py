@@ -1,4 +1,4 @@
-"""A chat as a generation: rendered through the checkpoint's template, constrained, checked. Two routes end here."""
+"""Makes a generation from a chat request, for /v1/chat/completions and for /v1/responses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,10 @@ from server.text.tool_prompt import as_plain_messages, for_template
 async def chat_generation(
     chat: ChatCompletionRequest, answer_id: str, terms: Terms, language: Language, parts: GenerationParts
 ) -> Generation:
-    """Raises BadRequest naming the field, ContextLengthExceeded."""
+    """Render the messages with the checkpoint's template, and make the generation with its constraint and tools.
+
+    Raises ContextLengthExceeded, and BadRequest with the wrong field's name.
+    """
     tools = use_tools(chat, language.tool_dialect, language.grammars)
     characters = sum(message.characters for message in chat.messages)
     check_text(characters, "messages", language.tokenizer, parts.engine.limits.max_model_len)
@@ -31,7 +34,7 @@ async def chat_generation(
 async def chat_tokens(
     messages: Sequence[Message], functions: Sequence[Function], form: ChatFormat, language: Language
 ) -> list[int]:
-    """The prompt that a conversation is. Raises BadRequest when the template refuses it."""
+    """The prompt of a conversation as token ids. Raises BadRequest if the template refuses the messages."""
     said = [message.to_dict() for message in messages]
     if language.tokenizer.template_knows_tools:
         shaped, tools = for_template(said), [function.to_dict() for function in functions] or None

@@ -1,4 +1,4 @@
-"""Structured output: the one constraint a request puts on its text, in whichever spelling it came."""
+"""Structured output: the constraint that a request puts on its text, in any of the supported fields."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,8 +15,10 @@ T = TypeVar("T")
 
 
 async def make_grammar(fields: GenerationFields, grammars: GrammarCompiler, tools: ToolUse | None = None) -> Grammar | None:
-    """Compiled on a thread of its own. Raises BadRequest naming the field when there are several constraints or one cannot be
-    met."""
+    """The grammar of the request's constraint, compiled in a thread; None if there is no constraint.
+
+    Raises BadRequest with the field's name if there are several constraints, or if the constraint cannot be enforced.
+    """
     compilers = _compilers(fields, grammars)
     if tools is not None and tools.meets_response_format:
         compilers = {param: each for param, each in compilers.items() if not param.startswith("response_format")}
@@ -27,7 +29,7 @@ async def make_grammar(fields: GenerationFields, grammars: GrammarCompiler, tool
         raise BadRequest(f"{' and '.join(compilers)}: only one constraint can be met", param=list(compilers)[1])
     ((param, compile_grammar),) = compilers.items()
     if fields.min_tokens:
-        # The constraint may be met, and leave nothing but the end of text, before so many tokens.
+        # The constraint may allow only the end of the text before there are so many tokens.
         raise BadRequest(f"min_tokens: cannot be combined with {param}", param="min_tokens")
     try:
         return await asyncio.to_thread(compile_grammar)
@@ -36,7 +38,7 @@ async def make_grammar(fields: GenerationFields, grammars: GrammarCompiler, tool
 
 
 def _compilers(fields: GenerationFields, grammars: GrammarCompiler) -> dict[str, Callable[[], Grammar]]:
-    """What is asked for, by the JSON path that asks for it."""
+    """A function that compiles each constraint of the request, by the JSON path of its field."""
     form = fields.response_format
     outputs = fields.structured_outputs or StructuredOutputs.model_validate({})
     named, plain = (None, None) if form is None else (form.json_schema, form.schema_)

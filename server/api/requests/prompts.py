@@ -7,7 +7,7 @@ from server.text.tokenizer import Tokenizer
 
 
 async def text_prompt(body: CompletionRequest, place: int, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> Prompt:
-    """Encode one of the prompts, and lay out its echo when that is asked for."""
+    """Encode prompt number `place`, and make its echo if that is asked for. Raises BadRequest, ContextLengthExceeded."""
     param = f"prompt[{place}]" if len(body.prompt) > 1 else "prompt"
     prompt = body.prompt[place]
     if isinstance(prompt, str):
@@ -23,6 +23,6 @@ async def text_prompt(body: CompletionRequest, place: int, tokenizer: Tokenizer,
 
 
 def check_text(characters: int, param: str, tokenizer: Tokenizer, max_model_len: int) -> None:
-    """Refuse what is hopelessly too long before any time is spent on encoding it."""
+    """Refuse a text that is certainly too long, before time is spent on encoding it. Raises ContextLengthExceeded."""
     if characters > tokenizer.most_characters(max_model_len):
         raise too_long(f"{characters} characters", max_model_len, param)

@@ -1,4 +1,4 @@
-"""What a request asks of the router, from its body, headers and model name, in that order of precedence."""
+"""The request's choice of a policy or accuracy. Body, headers and model name are read, in this order of precedence."""
 
 from fastapi import Request
 
@@ -14,7 +14,7 @@ POLICY_HEADER, ACCURACY_HEADER = "X-Routing-Policy", "X-Routing-Accuracy"
 def routing_choice(
     body: RoutingField | None, request: Request, model: str | None, model_name: str, store: PolicyStore
 ) -> Ask | None:
-    """None when the request leaves it to the server. Raises BadRequest, UnknownModel, UnknownPolicy."""
+    """The request's choice; None if it makes none. Raises BadRequest, UnknownModel, UnknownPolicy."""
     suffix = split_model(model, model_name)
     if suffix is not None and suffix != AUTO:
         store.get(suffix, param="model")
@@ -25,7 +25,7 @@ def routing_choice(
 
 
 def split_model(model: str | None, model_name: str) -> str | None:
-    """The policy in MODEL:POLICY, None where the name is the model's alone. Raises UnknownModel."""
+    """The policy in MODEL:POLICY; None if there is only the model's name. Raises UnknownModel."""
     if model is None or model == model_name:
         return None
     if not model.startswith(f"{model_name}:"):
@@ -40,7 +40,7 @@ def _from_headers(request: Request) -> Ask | None:
     if policy is not None:
         return Ask(_named(policy), "header", POLICY_HEADER)
     if accuracy is not None:
-        if not 0 <= accuracy <= 1:  # nor is what is no number
+        if not 0 <= accuracy <= 1:  # also true for NaN
             raise BadRequest(f"{ACCURACY_HEADER}: must be a number between 0 and 1", param=ACCURACY_HEADER)
         return Ask(AtAccuracy(accuracy), "header", ACCURACY_HEADER)
     return None

@@ -1,4 +1,4 @@
-"""Request fields into sampling parameters, and the checks that need the model's sizes."""
+"""Translates request fields into sampling parameters, and makes the checks that need the model's sizes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,12 +6,12 @@ from server.api.fields.completions import SEEDS, GenerationFields
 from server.engine.request import SamplingParams
 from server.errors import BadRequest, ContextLengthExceeded
 
-# Division by anything smaller overflows fp32 logits, and the outcome is the greedy one anyway.
+# Division by a smaller temperature can overflow fp32 logits. The result would be greedy anyway.
 SMALLEST_TEMPERATURE = 1e-4
 
 
 def make_sampling(fields: GenerationFields, max_tokens: int, prompt_logprobs: int | None, vocab_size: int) -> SamplingParams:
-    """Raises BadRequest naming the field that does not fit the model."""
+    """The sampling parameters. Raises BadRequest with the name of the field that does not fit the model."""
     check_ids(fields.stop_token_ids, vocab_size, "stop_token_ids")
     biases = tuple((int(token), bias) for token, bias in fields.logit_bias.items())
     check_ids((token for token, _ in biases), vocab_size, "logit_bias")
@@ -40,12 +40,12 @@ def make_sampling(fields: GenerationFields, max_tokens: int, prompt_logprobs: in
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
-    """The seed of choice number `choice` of a prompt: the first has the request's own, so that `n` changes nothing for it."""
+    """The seed of choice number `choice` of a prompt. The first choice has the request's seed, whatever `n` is."""
     return None if seed is None else (seed + choice) % SEEDS
 
 
 def check_length(prompt: Sequence[int], max_tokens: int | None, max_model_len: int, param: str) -> int:
-    """The tokens left for the answer. `max_tokens` is what the client asked for. Raises BadRequest, ContextLengthExceeded."""
+    """The number of tokens left for the answer. `max_tokens`: from the request. Raises BadRequest, ContextLengthExceeded."""
     room = max_model_len - len(prompt)
     if not prompt:
         raise BadRequest(f"{param}: must not be empty", param=param)
@@ -58,7 +58,7 @@ def check_length(prompt: Sequence[int], max_tokens: int | None, max_model_len: i
 
 
 def too_long(what: str, max_model_len: int, param: str) -> ContextLengthExceeded:
-    """The first sentence is OpenAI's: client libraries know the case by it."""
+    """The error for a prompt that is too long. Client libraries recognise it by OpenAI's words in the first sentence."""
     limit = f"This model's maximum context length is {max_model_len} tokens, one of them for the answer."
     return ContextLengthExceeded(f"{limit} However, {param} asked for {what}.", param=param)
 

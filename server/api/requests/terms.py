@@ -1,4 +1,4 @@
-"""What a request runs under, from its fields and headers, before any work is done."""
+"""Finds the terms of a request from its fields and headers, before any work is done."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +21,8 @@ FairQueueing = Literal["key", "user", "none"]
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """What the operator has set for all requests. `request_timeout`: seconds that one may take (None: any). `strict_fields`:
-    unknown fields are errors. `fair_queueing`: who takes turns where requests wait."""
+    """The operator's settings for all requests. `request_timeout`: seconds that a request may take; None: no limit.
+    `strict_fields`: unknown fields are errors. `fair_queueing`: who takes turns while requests wait."""
 
     store: PolicyStore
     model_name: str
@@ -32,7 +32,7 @@ class RequestRules:
 
 
 def make_terms(body: GenerationFields, prompts: int, request: Request, permit: Permit, rules: RequestRules) -> Terms:
-    """Admits the request. Raises what admission, routing and wrong fields raise."""
+    """Admit the request and find its terms. Raises the errors of admission and routing, and those of wrong fields."""
     permit.enter(prompts * body.n, param="n" if body.n > 1 else "prompt")
     refuse_unknown(body, rules.strict_fields)
     deadline = request_deadline(request, rules.request_timeout)
@@ -51,7 +51,7 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
 
 
 def _flow(body: GenerationFields, request: Request, fair_queueing: FairQueueing) -> str:
-    """For whom the request is, as far as turns go."""
+    """The request's flow: requests of different flows take turns while they wait."""
     caller: str = request.state.caller
     match fair_queueing:
         case "none":
@@ -63,7 +63,7 @@ def _flow(body: GenerationFields, request: Request, fair_queueing: FairQueueing)
 
 
 def refuse_unknown(body: WireModel, strict_fields: bool) -> None:
-    """Under --strict-fields. Raises UnsupportedParameter."""
+    """Under --strict-fields, refuse unknown fields. Raises UnsupportedParameter."""
     unknown = unknown_field(body) if strict_fields else None
     if unknown is not None:
         raise UnsupportedParameter(f"{unknown}: unknown field", param=unknown)

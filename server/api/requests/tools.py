@@ -1,4 +1,4 @@
-"""A request's tools: what the prompt tells of them, what constrains calls, and who reads them out of the answer."""
+"""A request's tools: the functions in the prompt, the grammar of calls, and the parser of calls."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +11,15 @@ from server.text.tool_dialects import Function, ToolDialect
 from server.text.tool_grammar import arguments_schema, calls_in_text, only_calls
 from server.text.tool_parsers import ToolParser
 
-# What a function that is not strict may be called with where others are.
+# The arguments of a function that is not strict, beside functions that are.
 ANY_ARGUMENTS = {"type": "object", "additionalProperties": True}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """functions: what the model is told of. parser: makes the reader of one answer; None where nothing may be called. grammar:
-    compiles what the answer is constrained to, by the field that asks for it; raises BadRequest naming the schema that cannot
-    be followed. meets_response_format: this grammar lets answers in the response_format through, too, and no others."""
+    """functions: those that the prompt describes. parser: makes the parser of one answer; None if nothing may be called.
+    grammar: functions that compile the answer's grammar, by the field that asks for it. They raise BadRequest with the name of
+    a schema that cannot be enforced. meets_response_format: the grammar allows only calls and answers in response_format."""
 
     functions: Sequence[Function] = ()
     parser: Callable[[], ToolParser] | None = None
@@ -28,8 +28,8 @@ class ToolUse:
 
 
 def use_tools(chat: ChatCompletionRequest, dialect: ToolDialect, grammars: GrammarCompiler) -> ToolUse:
-    """Calls are constrained where they are forced, where a function is strict, and where an answer that is no call would have
-    to follow a response_format. Raises BadRequest when tool_choice asks for a function that there is not."""
+    """A grammar constrains the answer in three cases: calls are forced, a function is strict, or there is a response_format for
+    answers without a call. Raises BadRequest if tool_choice names a function that is not in tools."""
     functions, allowed = chat.functions_of_tools, chat.allowed_names
     if chat.must_call and not functions:
         raise BadRequest("tool_choice: there are no tools to choose from", param="tool_choice")

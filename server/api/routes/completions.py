@@ -1,4 +1,4 @@
-"""POST /v1/completions and POST /v1/chat/completions, streamed or whole."""
+"""POST /v1/completions and POST /v1/chat/completions, as streams or as whole answers."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response

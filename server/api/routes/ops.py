@@ -1,4 +1,4 @@
-"""Operation: health, metrics, version, models, tokens."""
+"""The routes for operation and clients' set-up: health, metrics, version, models, tokens."""
 
 import asyncio
 import platform
@@ -40,8 +40,8 @@ router = APIRouter(route_class=JsonRoute)
 @router.get("/health")
 @router.get("/health/live")
 async def live(engine: EngineDep, stall_timeout: StallTimeoutDep) -> Response:
-    """Alive: loading counts, a dead or stalled engine does not. The engine's loop turns twice a second while idle, and between
-    any two steps however long a prompt is."""
+    """Whether the process works. A loading server is alive; one with a dead or stalled engine is not. The engine's loop runs
+    twice a second while it is idle, and otherwise after each step. Long prompts take several steps."""
     state, age = engine.state, engine.heartbeat_age
     if state is EngineState.DEAD or (state is EngineState.READY and age > stall_timeout):
         return error_response(Dead(f"the engine is {state} and last turned {age:.0f} s ago", retry_after=30))
@@ -50,7 +50,7 @@ async def live(engine: EngineDep, stall_timeout: StallTimeoutDep) -> Response:
 
 @router.get("/health/ready")
 async def ready(admission: AdmissionDep) -> Response:
-    """Takes requests now."""
+    """Whether the server accepts requests now."""
     error = admission.unavailable()
     return JSONResponse({"status": "ready"}) if error is None else error_response(error)
 
@@ -92,7 +92,7 @@ async def tokenize(
     config: ConfigDep,
     model_name: ModelNameDep,
 ) -> Response:
-    """The tokens that a completion of this prompt, or an answer to these messages, would begin with."""
+    """The token ids of a prompt, or of a conversation as the chat endpoint would render it."""
     split_model(body.model, model_name)
     tokenizer, ready = language.tokenizer, engine.state is EngineState.READY
     context = engine.limits.max_model_len if ready else config.max_position_embeddings
@@ -125,7 +125,7 @@ async def tokenizer_info(language: LanguageDep) -> dict[str, Any]:
 
 
 def _token_list(tokens: Sequence[int], context: int) -> bytes:
-    """The answer of /tokenize. A million numbers at once would keep Python's lock too long."""
+    """The answer of /tokenize, written in pieces. A million numbers in one call would hold Python's lock too long."""
     parts = (",".join(map(str, tokens[start : start + SHORT])) for start in range(0, len(tokens), SHORT))
     return f'{{"count":{len(tokens)},"max_model_len":{context},"tokens":[{",".join(parts)}]}}'.encode()
 
@@ -143,7 +143,7 @@ def _model(name: str, model_name: str, created: int, engine: AsyncEngine) -> dic
 
 
 async def _experts(engine: AsyncEngine, seconds: float) -> ExpertSnapshot | None:
-    """None when the engine cannot answer now; the last figures stand then."""
+    """None if the engine cannot answer in time. Then the last figures are shown again."""
     try:
         async with asyncio.timeout(seconds):
             return await engine.read_experts()

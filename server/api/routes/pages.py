@@ -1,4 +1,4 @@
-"""The page at /, the API's page at /docs, and their files. Neither asks any other server for anything."""
+"""The page at /, the API's page at /docs, and their files. The pages load nothing from other servers."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ SWAGGER_UI = ("swagger-ui.css", "swagger-ui-bundle.js")
 ASSETS = {path.name: path for path in WEB.iterdir() if path.suffix in (".css", ".js")} | {
     name: Path(str(files("fastapi_offline") / "static" / name)) for name in SWAGGER_UI
 }
-# The pages ask nobody but this server for anything, and run no script that is written into them.
+# The pages may load from this server only, and may run no inline script.
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
 
@@ -27,7 +27,7 @@ async def page() -> Response:
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
-    if request.scope["raw_path"].endswith(b"/"):  # from where the page's relative addresses would be others
+    if request.scope["raw_path"].endswith(b"/"):  # the page's relative addresses would be wrong below this path
         return RedirectResponse("../docs")
     return FileResponse(WEB / "docs.html", headers=PAGE_HEADERS)
 

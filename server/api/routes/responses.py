@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's Responses API as far as it needs no memory, on the chat endpoint's path."""
+"""POST /v1/responses: OpenAI's Responses API without stored conversations. A request is answered as a chat request."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -27,7 +27,7 @@ async def responses(
     parts: GenerationPartsDep,
     answer_parts: AnswerPartsDep,
 ) -> Response:
-    """Nothing is stored: `store` is false in every answer, and what would read from the store is refused."""
+    """Nothing is stored. `store` is false in every answer, and fields that would read stored responses are refused."""
     refuse_unknown(body, rules.strict_fields)
     chat = body.chat
     try:

@@ -22,7 +22,7 @@ audit_log = logging.getLogger("server.audit")
 
 @router.get("/v1/routing")
 async def routing(store: StoreDep, frontier_batch: FrontierBatchDep) -> dict[str, Any]:
-    """The default, the service tiers, the policies with their versions and figures, and the frontier that the knob walks."""
+    """The default, the service tiers, the policies with their versions and figures, and the frontier for `accuracy`."""
     frontier = store.frontier
     return {
         "default": _default(store),
@@ -38,7 +38,7 @@ async def routing(store: StoreDep, frontier_batch: FrontierBatchDep) -> dict[str
 
 @router.get("/v1/routing/policies/{name}", responses={200: {"model": PolicyBody}})
 async def policy(name: str, response: Response, store: StoreDep) -> dict[str, Any]:
-    """One policy, as it can be stored again. The header `ETag` is its version, for `If-Match`."""
+    """One policy, in the form in which PUT takes it. The header `ETag` is its version, for `If-Match`."""
     found = store.get(name)
     response.headers["ETag"] = _etag(found)
     return _describe(found, store)
@@ -51,7 +51,7 @@ async def put_policy(
     request: Request,
     response: Response,
     changes: PolicyChangesDep,
-    if_match: Annotated[str | None, Header(description="The policy is stored only over the version of this ETag.")] = None,
+    if_match: Annotated[str | None, Header(description="The policy replaces only the version with this ETag.")] = None,
     if_none_match: Annotated[str | None, Header(description="`*`: the policy is stored only if its name is free.")] = None,
 ) -> dict[str, Any]:
     async with changes.lock:
@@ -84,10 +84,10 @@ async def put_default(body: DefaultJson, request: Request, changes: PolicyChange
 
 @admin.post("/routing/rollback")
 async def roll_back(request: Request, changes: PolicyChangesDep, body: RollbackBody | None = None) -> dict[str, Any]:
-    """Back to the previous default. The answer says what that changed.
+    """Return to the previous default. The answer says what this changed.
 
-    `restored_policy`: a version came back under its name. `newer_policy`: the name has had a newer version since. That one
-    stays and is the default now; `restore_policy` puts back the old one instead.
+    `restored_policy`: an old version was stored again under its name. `newer_policy`: the policy has a newer version by now,
+    which stays and is now the default. `restore_policy` in the body stores the old version instead.
     """
     async with changes.lock:
         store = changes.store
@@ -109,7 +109,7 @@ async def roll_back(request: Request, changes: PolicyChangesDep, body: RollbackB
 
 @admin.post("/drain")
 async def drain(request: Request, admission: AdmissionDep) -> dict[str, Any]:
-    """Stop admitting; what runs finishes. The process stays until it is told to end."""
+    """Accept no more requests. Running requests finish. The process runs until it gets a signal."""
     admission.draining = True
     _audit(request, "drain")
     return {"draining": True, "running": admission.in_flight}
@@ -118,7 +118,7 @@ async def drain(request: Request, admission: AdmissionDep) -> dict[str, Any]:
 async def _change_default(
     state: State, action: str, request: Request, changes: PolicyChanges, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """`facts`: more for the audit."""
+    """`facts`: further entries for the audit log."""
     store = changes.store
     old, before = store.resolve(), store.state.default.to_dict()
     seconds = await changes.commit(state, swap=True)
@@ -137,7 +137,7 @@ async def _change_default(
 
 
 def _default(store: PolicyStore) -> dict[str, Any]:
-    """The default as it was set, and what it means now."""
+    """The default as it was set, and the policy that it means now."""
     return {"target": store.state.default.to_dict(), **_now(store.resolve())}
 
 
@@ -150,7 +150,7 @@ def _point(point: FrontierPoint, frontier: Frontier) -> dict[str, Any]:
 
 
 def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:
-    """A policy's content, and what is known of it."""
+    """A policy's content, its version, source and figures."""
     own = store.frontier is not None and store.checkpoint.get(policy.name) == policy
     points = store.frontier.points if own and store.frontier is not None else ()
     return policy.to_dict() | {
@@ -166,7 +166,7 @@ def _etag(policy: RoutingPolicy) -> str:
 
 
 def _check_preconditions(policy: RoutingPolicy | None, if_match: str | None, if_none_match: str | None) -> None:
-    """RFC 9110, 13.1. Raises PreconditionFailed."""
+    """Check If-Match and If-None-Match (RFC 9110, 13.1). Raises PreconditionFailed."""
     if if_match is not None and not _matches(if_match, policy):
         now = "there is none" if policy is None else f"it is {policy.version}"
         raise PreconditionFailed(f"If-Match: the policy has another version by now; {now}", param="If-Match")
