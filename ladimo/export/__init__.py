@@ -1,6 +1,6 @@
-"""Exports converted models for other programs. There is one file per target, and every target reads the same `DenseView`.
+"""Exports converted models for other programs. There is one file per target, and every target reads the same `PolicyView`.
 
-A target is an object with a name, a line of help and the method `write`. After `register` the command line knows it.
+A target is an object with a name, a line of help and the methods of `Target`. After `register` the command line knows it.
 """
 
 import shutil
@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Protocol
 
 from ladimo.checkpoint import read_config, read_policies, resolve_directory
+from ladimo.export.checking import Check
 from ladimo.export.dense import DenseTarget
-from ladimo.export.dense_view import DenseView
 from ladimo.export.gguf import GgufTarget
+from ladimo.export.glm4_moe import Glm4MoeTarget
+from ladimo.export.mimo_v2 import MimoV2Target
+from ladimo.export.mixtral import MixtralTarget
+from ladimo.export.policy_view import PolicyView
+from ladimo.export.qwen2_moe import Qwen2MoeTarget
 
 
 class Target(Protocol):
@@ -19,8 +24,14 @@ class Target(Protocol):
     name: str
     help: str
 
-    def write(self, view: DenseView, out: Path) -> None:
-        """Write the files into the empty directory `out`. Raises ValueError for a model that the format cannot represent."""
+    def check(self, view: PolicyView) -> None:
+        """Raises ValueError for a model that the format cannot represent. Reads no large tensor."""
+
+    def write(self, view: PolicyView, out: Path) -> None:
+        """Write the files into the empty directory `out`. Only called if `check` raises nothing."""
+
+    def verify(self, check: Check, out: Path) -> None:
+        """Read the written files back in another program. Raises ValueError if it does not compute what our network does."""
 
 
 _TARGETS: dict[str, Target] = {}
@@ -31,7 +42,7 @@ def register(target: Target) -> None:
     _TARGETS[target.name] = target
 
 
-for _target in (DenseTarget(), GgufTarget()):
+for _target in (DenseTarget(), Glm4MoeTarget(), MimoV2Target(), Qwen2MoeTarget(), MixtralTarget(), GgufTarget()):
     register(_target)
 
 
@@ -41,9 +52,10 @@ def targets() -> dict[str, Target]:
 
 
 def export(model: str | Path, out: Path, target: str, policy: str) -> None:
-    """Write `model` as it runs under the named policy. The directory `out` appears when it is complete, or not at all.
+    """Write `model` as it runs under the named policy, and check that another program computes the same with the files.
 
-    Raises ValueError if `out` exists, a name is unknown, or the target cannot represent the model under this policy.
+    The directory `out` appears when it is complete and checked, or not at all. Raises ValueError if `out` exists, a name is
+    unknown, the target cannot represent the model under this policy, or the check fails.
     """
     if target not in _TARGETS:
         raise ValueError(f"target {target!r}: supported: {', '.join(_TARGETS)}")
@@ -54,12 +66,31 @@ def export(model: str | Path, out: Path, target: str, policy: str) -> None:
     policies = read_policies(directory, config)
     if policy not in policies:
         raise ValueError(f"policy {policy!r}: {model} has {', '.join(policies)}")
-    view = DenseView(directory, config, policies[policy])
+    view = PolicyView(directory, config, policies[policy])
+    _check(view, target)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _TARGETS[target].write(view, partial)
+        _TARGETS[target].verify(Check(view), partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check(view: PolicyView, target: str) -> None:
+    """Raises ValueError if the target cannot represent the view, and says which targets can."""
+
+    def refusal(name: str) -> ValueError | None:
+        try:
+            _TARGETS[name].check(view)
+        except ValueError as error:
+            return error
+        return None
+
+    error = refusal(target)
+    if error is not None:
+        able = [name for name in _TARGETS if refusal(name) is None]
+        hint = f"try --target {' or '.join(able)}" if able else "no target can express that"
+        raise ValueError(f"target {target!r}: {error}; {hint}") from error

@@ -1,19 +1,36 @@
 """Export to a plain LLaMA directory, which transformers, vLLM, SGLang and llama.cpp's converter can read without our code."""
 
-from pathlib import Path
+from typing import Any
 
-from ladimo.checkpoint import write_json, write_tensors
-from ladimo.export.dense_view import DenseView
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors
+from ladimo.export.policy_view import PolicyView
+
+OURS = ("moe_layers", "attention_output_bias", "family", "nested_bits")
 
 
-class DenseTarget:
-    """The target `dense`."""
+class DenseTarget(HuggingFaceTarget):
+    """The target `dense`. A LLaMA has one FFN width for all layers, so narrower FFNs are padded with zeros."""
 
     name = "dense"
     help = "a plain LLaMA in Hugging Face layout, for policies that run the same experts for every token"
 
-    def write(self, view: DenseView, out: Path) -> None:
-        """Write config.json, the weights and the tokenizer. Raises ValueError for a model that is no LLaMA."""
-        write_json(out / "config.json", view.config)
-        write_tensors(out, view.tensors())
-        view.copy_tokenizer(out)
+    def config(self, view: PolicyView) -> dict[str, Any]:
+        for layer, form in view.routed.items():
+            raise ValueError(f"{view.name(layer)}: {form}; the target has no router")
+        source, common = view.source, view.common_config()
+        kept = {name: value for name, value in view.raw_config().items() if name not in OURS}
+        config = {**kept, "intermediate_size": common["intermediate_size"], "tie_word_embeddings": view.head_is_tied}
+        if source.attention_output_bias == source.attention_bias:
+            return config | {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "attention_bias": source.attention_bias,
+            }
+        if source.attention_output_bias:
+            raise ValueError("the model has a bias on the attention's output alone, the target on all projections or on none")
+        del config["attention_bias"]
+        # Qwen2 has biases on queries, keys and values only.
+        return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+
+    def ffn_tensors(self, view: PolicyView, layer: int, config: dict[str, Any]) -> Tensors:
+        return dense_tensors(f"model.layers.{layer}.mlp.", view.ffn(layer, config["intermediate_size"]))

@@ -1,25 +1,36 @@
-"""Export to a GGUF file for llama.cpp: the weights of a dense LLaMA without a tokenizer, so the model takes token ids.
+"""Export to a GGUF file for llama.cpp: weights without a tokenizer, so the model takes token ids.
 
-The architecture `llama` of GGUF expects the rows of the query and key projections in the interleaved order of the original
-LLaMA code. transformers stores the two halves of each head one after the other. `_interleaved` changes the order.
+The file holds what another target writes for transformers, under llama.cpp's names. A plain LLaMA and Mixtral become the
+architecture `llama`, GLM4-MoE becomes `glm4moe`. `llama` expects the rows of the query and key projections in the interleaved
+order of the original LLaMA code. transformers stores the two halves of each head one after the other. `_interleaved` changes
+the order.
 """
 
 import importlib.util
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ladimo.export.dense_view import DenseView
-from ladimo.model.config import ModelConfig
-from ladimo.model.families import read_model_config
+from ladimo.export.checking import Check
+from ladimo.export.dense import DenseTarget
+from ladimo.export.glm4_moe import Glm4MoeTarget
+from ladimo.export.hugging_face import HuggingFaceTarget
+from ladimo.export.mixtral import MixtralTarget
+from ladimo.export.policy_view import PolicyView
+from ladimo.model.config import RopeConfig
+from ladimo.model.families import read_rope
+from ladimo.model.layers import rope_inverse_frequencies
 
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -27,71 +38,199 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+EXPERT_NAMES = {
+    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps",
+}  # fmt: skip
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
+ROUTER = "ffn_gate_inp"
+FILE_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """interleaved: whether rows of queries and keys are interleaved. scaled_rope: whether a file can scale the frequencies.
+    second_norm: the name of the norm before the FFN."""
+
+    name: str
+    interleaved: bool
+    scaled_rope: bool
+    second_norm: str
+
+
+LLAMA = Architecture("llama", interleaved=True, scaled_rope=True, second_norm="ffn_norm")
+GLM4_MOE = Architecture("glm4moe", interleaved=False, scaled_rope=False, second_norm="post_attention_norm")
+ARCHITECTURES = {"llama": LLAMA, "qwen2": LLAMA, "mixtral": LLAMA, "glm4_moe": GLM4_MOE}  # by model type of transformers
 
 
 class GgufTarget:
     """The target `gguf`."""
 
     name = "gguf"
-    help = "model.gguf for llama.cpp: weights in bf16 without a tokenizer, so that it takes token ids"
+    help = "model.gguf for llama.cpp, as dense, mixtral or glm4: weights without a tokenizer, so that it takes token ids"
+    forms: tuple[HuggingFaceTarget, ...] = (DenseTarget(), MixtralTarget(), Glm4MoeTarget())
 
-    def write(self, view: DenseView, out: Path) -> None:
-        """Write model.gguf in bf16. Raises ValueError if the package gguf is missing, and as `write_gguf` does."""
+    def check(self, view: PolicyView) -> None:
+        """Raises ValueError if the package gguf is missing, or none of the forms that llama.cpp knows fits the view."""
+        self._form(view)
         if importlib.util.find_spec("gguf") is None:
-            raise ValueError("target 'gguf': the package gguf is not installed (pip install 'ladimo[bench]')")
-        config = read_model_config(view.config)
-        write_gguf(out / "model.gguf", config, view.tensors(), "BF16")
+            raise ValueError("the package gguf is not installed (pip install 'ladimo[bench]')")
+
+    def write(self, view: PolicyView, out: Path) -> None:
+        """Write model.gguf, with matrices in the type of the stored weights."""
+        form = self._form(view)
+        config = form.config(view)
+        write_gguf(out / "model.gguf", config, form.tensors(view, config), FILE_TYPES[view.dtype])
+
+    def verify(self, check: Check, out: Path) -> None:
+        """Check the same tensors in transformers, and the file itself in llama.cpp if llama-cpp-python is installed."""
+        form = self._form(check.view)
+        with TemporaryDirectory(dir=out) as copy:
+            form.write(check.view, Path(copy))
+            form.verify(check, Path(copy))
+        if importlib.util.find_spec("llama_cpp") is None:
+            logger.warning("llama-cpp-python is not installed, so the file itself was not run")
+            return
+        # llama.cpp rounds activations to the type of the matrices.
+        check.compare(_llama_cpp_logits(out / "model.gguf", check.ids), "llama.cpp", check.view.dtype != torch.float32)
+
+    def _form(self, view: PolicyView) -> HuggingFaceTarget:
+        reasons = []
+        for form in self.forms:
+            try:
+                config = form.config(view)
+                if view.source.rope.type != "default" and not ARCHITECTURES[config["model_type"]].scaled_rope:
+                    raise ValueError(f"llama.cpp reads only plain RoPE for it, the model has type {view.source.rope.type}")
+            except ValueError as error:
+                reasons.append(f"as {form.name}: {error}")
+            else:
+                return form
+        raise ValueError("; ".join(reasons))
 
 
-def write_gguf(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], weights: str) -> None:
-    """Write a dense LLaMA. `tensors`: its tensors with transformers' names. `weights`: the type of matrices in the file, which
-    is F32, BF16, Q8_0 or Q4_0.
-
-    Raises ValueError for models with biases or scaled RoPE, which are not supported.
-    """
+def write_gguf(path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], weights: str) -> None:
+    """Write a model of type llama, qwen2, mixtral or glm4_moe. `config`: its config.json. `tensors`: its tensors with the names
+    on disk. `weights`: the type of matrices in the file, which is F32, F16, BF16, Q8_0 or Q4_0."""
     import gguf
 
-    if config.attention_bias or config.attention_output_bias or config.rope.type != "default":
-        raise ValueError("GGUF: only models without biases and with plain RoPE can be written")
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    architecture = ARCHITECTURES[config["model_type"]]
+    heads, rope = config["num_attention_heads"], read_rope(config)
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer = gguf.GGUFWriter(path, architecture.name)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_tokenizer_model("no_vocab")
+    if config["model_type"] == "mixtral":
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config["model_type"] == "glm4_moe":
+        _add_glm4_moe(writer, config)
+    if rope.type != "default":
+        assert architecture.scaled_rope
+        writer.add_tensor("rope_freqs.weight", _rope_factors(rope, head_dim).numpy())
     quantization = gguf.GGMLQuantizationType[weights]
-    for name, tensor in tensors:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+    for name, tensor in _stacked(tensors):
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         matrix = tensor.float()
-        if ".q_proj." in name or ".k_proj." in name:
-            matrix = _interleaved(matrix, config.head_dim)
-        stored = quantization if matrix.ndim == 2 else gguf.GGMLQuantizationType.F32
+        if architecture.interleaved and (".q_proj." in name or ".k_proj." in name):
+            matrix = _interleaved(matrix, head_dim)
+        ours = _gguf_name(name, architecture)
+        stored = quantization if matrix.ndim > 1 and ROUTER not in ours else gguf.GGMLQuantizationType.F32
         data: np.ndarray[Any, Any] = gguf.quants.quantize(matrix.contiguous().numpy(), stored)
-        writer.add_tensor(_gguf_name(name), data, raw_dtype=stored)
+        writer.add_tensor(ours, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+def _add_glm4_moe(writer: Any, config: Mapping[str, Any]) -> None:
+    import gguf
+
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_nextn_predict_layers(0)
+
+
+def _stacked(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with the experts of a layer joined to one tensor [E, ...] under the name of its kind."""
+    pending: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        found = EXPERT.fullmatch(name)
+        if found is None:
+            yield name, tensor
+            continue
+        layer, number, kind = found.groups()
+        stack = pending.setdefault(f"blk.{layer}.{EXPERT_NAMES[kind]}.weight", [])
+        assert len(stack) == int(number), "experts come in their order"
+        stack.append(tensor)
+        for finished in [name for name in pending if not name.startswith(f"blk.{layer}.")]:
+            yield finished, torch.stack(pending.pop(finished))
+    for finished, stack in pending.items():
+        yield finished, torch.stack(stack)
+
+
+def _gguf_name(name: str, architecture: Architecture) -> str:
+    if name.startswith("blk."):
+        return name
+    stem, kind = name.rsplit(".", 1)
     if stem in ENDS:
-        return f"{ENDS[stem]}.weight"
+        return f"{ENDS[stem]}.{kind}"
     _, _, index, rest = stem.split(".", 3)
-    return f"blk.{index}.{LAYER_NAMES[rest]}.weight"
+    if kind == "e_score_correction_bias":
+        return f"blk.{index}.exp_probs_b.bias"
+    ours = architecture.second_norm if rest == "post_attention_layernorm" else LAYER_NAMES[rest]
+    return f"blk.{index}.{ours}.{kind}"
 
 
 def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of [heads * head_dim, D]: in each head, row i + head_dim / 2 follows row i."""
-    halves = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    """Reorder the rows of [heads * head_dim, ...]: in each head, row i + head_dim / 2 follows row i."""
+    halves = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
     return torch.stack(halves.unbind(dim=1), dim=2).view_as(weight)
+
+
+def _rope_factors(rope: RopeConfig, head_dim: int) -> Tensor:
+    """What llama.cpp divides the plain frequencies by: [head_dim / 2]."""
+    return rope_inverse_frequencies(RopeConfig(rope.theta), head_dim) / rope_inverse_frequencies(rope, head_dim)
+
+
+def _llama_cpp_logits(file: Path, ids: Tensor) -> Tensor:
+    """What llama.cpp computes with the file: ids [B, S] -> logits [B * S, V]. Its cache is in fp32, as ours."""
+    import llama_cpp
+
+    length = ids.shape[1]
+    kinds = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, **kinds)
+    found = []
+    for row in ids.tolist():
+        model.reset()
+        model.eval(row)
+        found.append(torch.from_numpy(model.scores[:length].copy()))
+    model.close()
+    return torch.cat(found)

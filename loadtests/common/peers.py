@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from ladimo.export.gguf import write_gguf
-from ladimo.model.families import read_model_config
 
 if TYPE_CHECKING:
     from loadtests.common.llama_cpp_peer import LlamaCpp
@@ -110,5 +109,5 @@ def llama_cpp(model: Any, weights: str, threads: int, sequences: int, context: i
 
     with TemporaryDirectory() as directory:
         file = Path(directory) / "dense.gguf"
-        write_gguf(file, read_model_config(model.config.to_dict()), model.state_dict().items(), weights)
+        write_gguf(file, model.config.to_dict(), model.state_dict().items(), weights)
         return LlamaCpp(file, threads, sequences, context)  # mapped, so it stays readable after its removal

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ladimo import cli, export
 from ladimo.checkpoint import load_model, read_config, read_json, read_policies, write_policy
-from ladimo.export.dense_view import DenseView
+from ladimo.export.checking import Check
+from ladimo.export.dense import DenseTarget
+from ladimo.export.policy_view import PolicyView
 from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE, make_moe, make_nested
@@ -93,7 +96,8 @@ def test_families_with_biases_and_sizes_of_their_own(fields: dict[str, Any], tmp
 
 def test_a_policy_that_routes_is_refused_by_name(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", str(moe), str(tmp_path / "out"), "--policy", "routed"]) == 1
-    assert "policy 'routed', layer 0: chooses 2 of 4 experts by token; the target has no router" in capsys.readouterr().err
+    message = "policy 'routed', layer 0: chooses 2 of 4 experts by token and weighs them all alike; no target can express that"
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -108,13 +112,14 @@ def test_a_policy_that_routes_is_refused_by_name(moe: Path, tmp_path: Path, caps
 )
 def test_rules_that_depend_on_the_token_are_refused(moe: Path, rule: LayerRule, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DenseView(moe, read_config(moe), RoutingPolicy("odd", "", (rule, None, rule)))
+        PolicyView(moe, read_config(moe), RoutingPolicy("odd", "", (rule, None, rule)))
 
 
 def test_experts_weighted_by_score_are_refused(moe_dir: Path) -> None:
     rule = LayerRule(4)
-    with pytest.raises(ValueError, match="weighs experts by token"):
-        DenseView(moe_dir, read_config(moe_dir), RoutingPolicy("all", "", (rule, None, rule)))
+    view = PolicyView(moe_dir, read_config(moe_dir), RoutingPolicy("all", "", (rule, None, rule)))
+    with pytest.raises(ValueError, match="layer 0: chooses 4 of 4 experts by token; the target has no router"):
+        DenseTarget().check(view)
 
 
 def test_one_expert_alone_needs_no_weight(moe_dir: Path, tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_what_exists_or_is_unknown_is_refused(moe: Path, tmp_path: Path) -> None
         export.export(moe, tmp_path / "here", "dense", "full")
     with pytest.raises(ValueError, match="policy 'none': .* has averaged, balanced, fast, fixed, full, quality, routed"):
         export.export(moe, tmp_path / "out", "dense", "none")
-    with pytest.raises(ValueError, match="target 'onnx': supported: dense, gguf"):
+    with pytest.raises(ValueError, match="target 'onnx': supported: dense, glm4, mimo, qwen2, mixtral, gguf"):
         export.export(moe, tmp_path / "out", "onnx", "full")
 
 
@@ -147,25 +152,48 @@ def test_a_target_of_ones_own(moe: Path, tmp_path: Path, own_targets: None) -> N
     class Names:
         name, help = "names", "the tensors' names"
 
-        def write(self, view: DenseView, out: Path) -> None:
-            (out / "names.txt").write_text("\n".join(name for name, _ in view.tensors()))
+        def check(self, view: PolicyView) -> None: ...
+
+        def write(self, view: PolicyView, out: Path) -> None:
+            (out / "names.txt").write_text("\n".join(name for name, _ in view.common_tensors()))
+
+        def verify(self, check: Check, out: Path) -> None:
+            assert (out / "names.txt").exists()
 
     export.register(Names())
     assert cli.main(["export", str(moe), str(tmp_path / "out"), "--target", "names"]) == 0
-    assert "model.layers.0.mlp.gate_proj.weight" in (tmp_path / "out/names.txt").read_text().split()
+    assert "model.layers.0.self_attn.q_proj.weight" in (tmp_path / "out/names.txt").read_text().split()
 
 
 def test_a_target_that_fails_leaves_nothing(moe: Path, tmp_path: Path, own_targets: None) -> None:
-    class Broken:
-        name, help = "broken", ""
+    class Broken(DenseTarget):
+        name = "broken"
 
-        def write(self, view: DenseView, out: Path) -> None:
+        def write(self, view: PolicyView, out: Path) -> None:
             (out / "half").touch()
             raise OSError("disk full")
 
     export.register(Broken())
     with pytest.raises(OSError, match="disk full"):
         export.export(moe, tmp_path / "out", "broken", "full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_computes_something_else_is_refused(
+    moe: Path, tmp_path: Path, own_targets: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check reads the files back in transformers. What differs by a little more than the tolerance does not appear."""
+
+    class Skewed(DenseTarget):
+        name = "skewed"
+
+        def tensors(self, view: PolicyView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in super().tensors(view, config):
+                yield name, tensor * 1.0001 if name == "model.norm.weight" else tensor
+
+    export.register(Skewed())
+    assert cli.main(["export", str(moe), str(tmp_path / "out"), "--target", "skewed"]) == 1
+    assert "logits differ from our own by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

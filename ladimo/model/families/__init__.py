@@ -9,12 +9,12 @@ from typing import Any
 
 from ladimo.model.config import MOE_TYPE, ModelConfig
 from ladimo.model.families.converted import CONVERTED
-from ladimo.model.families.family import Family, Stored
+from ladimo.model.families.family import Family, Stored, read_rope
 from ladimo.model.families.llama import LLAMA
 from ladimo.model.families.mistral import MISTRAL
 from ladimo.model.families.qwen2 import QWEN2
 
-__all__ = ["Family", "Stored", "dense_types", "find_family", "read_model_config", "register", "renames_weights"]
+__all__ = ["Family", "Stored", "dense_types", "find_family", "read_model_config", "read_rope", "register", "renames_weights"]
 
 _FAMILIES: dict[str, Family] = {}
 

@@ -103,7 +103,7 @@ class Family:
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             attention_bias=qkv_bias,
             attention_output_bias=output_bias,
-            rope=_rope(raw),
+            rope=read_rope(raw),
             layers=self.read_layers(raw, num_layers),
             family=self.model_type,
         )
@@ -126,7 +126,8 @@ class Family:
             )
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """Read the rotary embedding from config.json. Raises ValueError for a type that we cannot compute."""
     # transformers 5 writes rope_parameters; older releases write rope_theta and rope_scaling side by side.
     for name in ("rope_parameters", "rope_scaling"):
         if raw.get(name) is not None and not isinstance(raw[name], Mapping):
