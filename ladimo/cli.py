@@ -160,7 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         parents=[common],
         help="write a model for other programs",
-        description="Write MODEL, as it runs under one policy, for programs that do not know routing policies.",
+        description="Write MODEL, as it runs under one policy, for programs that do not know routing policies. Before OUT "
+        "appears, it is read back in transformers and compared with MODEL.",
         epilog="Targets: " + "; ".join(f"{name}: {target.help}" for name, target in targets().items()) + ".",
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory")

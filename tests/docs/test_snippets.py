@@ -27,7 +27,7 @@ UNTESTED = ["make serve", "make observe", "docker build", "python -c"]
 DATA = {"json", "toml", ""}
 CONVERT = ["convert", "path/to/llama", "out/llama-moe", "--text", "corpus.txt"]
 # The documents' conversions in a fraction of the time.
-QUICK = "scan_tokens = 512\nrouted_steps = 2\n"
+QUICK = "scan_tokens = 512\nrouted_steps = 2\n[train]\nsteps = 2\n"
 QUICK_TOKENS = "2000"
 
 pytestmark = pytest.mark.slow
