@@ -7,6 +7,8 @@ from pathlib import Path
 import llama_cpp as library
 
 STEP_TOKENS = 512  # tokens per call of the library, and per matrix product
+# The library calls it as long as the process lives, so it must not die with an object.
+QUIET = library.llama_log_callback(lambda level, text, data: None)
 
 Row = tuple[int, int, int, bool]  # token, position, sequence, and whether its logits are wanted
 
@@ -15,8 +17,7 @@ class LlamaCpp:
     """One model file and one context for `sequences` sequences of at most `context` tokens each."""
 
     def __init__(self, file: Path, threads: int, sequences: int, context: int) -> None:
-        self._quiet = library.llama_log_callback(lambda level, text, data: None)
-        library.llama_log_set(self._quiet, None)
+        library.llama_log_set(QUIET, None)
         library.llama_backend_init()
         model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
         if model is None:

@@ -29,17 +29,18 @@ def kept(top_k: int, *experts: int) -> LayerRule:
     return LayerRule(top_k, renormalize=False, experts=experts or None)
 
 
-# Each case: fields of the expert layers, the rules, the layers that are dense.
+# Fields of the expert layers, and the rules; None for a dense layer.
+Case = tuple[dict[str, Any], Sequence[LayerRule | None]]
 UNEQUAL = SIGMOID, (kept(1), kept(3), kept(2, 0, 1, 3))
 UNEQUAL_AFTER_DENSE = SIGMOID, (None, kept(3), kept(2, 0, 1, 3))
 DENSE_BETWEEN = SIGMOID, (kept(2), None, kept(1, 0, 1, 3))
 WITH_FIXED = BESIDE_FIXED, (kept(3), kept(4), kept(2, 2, 3))
 FIXED_AND_ROUTED = BESIDE_FIXED, (kept(2, 0, 1), kept(3), kept(2, 0, 1))
 NORMALISED = {"score_function": "sigmoid"}, (LayerRule(2), LayerRule(2), LayerRule(2))
-SOFTMAX: tuple[dict[str, Any], tuple[LayerRule | None, ...]] = {}, (LayerRule(2), LayerRule(2), LayerRule(2))
-SOFTMAX_KEPT = {}, (kept(2), None, kept(2))
+SOFTMAX: Case = {}, (LayerRule(2), LayerRule(2), LayerRule(2))
+SOFTMAX_KEPT: Case = {}, (kept(2), None, kept(2))
 DIVIDED = {"score_norm_top_k": 2}, (kept(2), None, kept(2))
-MASKED = {}, (LayerRule(2, experts=(0, 1, 3)), LayerRule(2, experts=(1, 2, 3)), LayerRule(2, experts=(0, 2, 3)))
+MASKED: Case = {}, (LayerRule(2, experts=(0, 1, 3)), LayerRule(2, experts=(1, 2, 3)), LayerRule(2, experts=(0, 2, 3)))
 
 CASES = [
     *(("glm4", case) for case in (UNEQUAL, UNEQUAL_AFTER_DENSE, DENSE_BETWEEN, FIXED_AND_ROUTED, NORMALISED)),
@@ -49,7 +50,7 @@ CASES = [
 ]
 
 
-def make(path: Path, case: tuple[dict[str, Any], Sequence[LayerRule | None]], **config: Any) -> Path:
+def make(path: Path, case: Case, **config: Any) -> Path:
     """A checkpoint with the policy "chosen"."""
     layer, rules = case
     dense = [index for index, rule in enumerate(rules) if rule is None]
@@ -66,7 +67,7 @@ def engine_tokens(directory: Path, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("target", "case"), CASES)
-def test_transformers_generates_the_same(target: str, case: Any, tmp_path: Path) -> None:
+def test_transformers_generates_the_same(target: str, case: Case, tmp_path: Path) -> None:
     """`export` has compared the logits already; here the written model generates by itself, with transformers' cache."""
     directory = make(tmp_path / "moe", case)
     export.export(directory, tmp_path / "out", target, "chosen")
@@ -92,7 +93,7 @@ def test_transformers_generates_the_same(target: str, case: Any, tmp_path: Path)
         ("glm4", UNEQUAL, {"dtype": torch.bfloat16}),
     ],
 )
-def test_families_ropes_and_sizes(target: str, case: Any, config: dict[str, Any], tmp_path: Path) -> None:
+def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any], tmp_path: Path) -> None:
     export.export(make(tmp_path / "moe", case, **config), tmp_path / "out", target, "chosen")
 
 
@@ -119,7 +120,7 @@ def test_families_ropes_and_sizes(target: str, case: Any, config: dict[str, Any]
     ],
 )
 def test_refusals_name_the_reason_and_what_would_work(
-    target: str, case: Any, config: dict[str, Any], message: str, tmp_path: Path
+    target: str, case: Case, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     if importlib.util.find_spec("gguf") is None and "gguf" in target + message:
         pytest.skip("the package gguf is not installed")
@@ -191,7 +192,7 @@ def test_what_a_layer_computes(layer: dict[str, Any], rule: LayerRule, form: Fix
         "dense, scaled RoPE",
     ],
 )
-def test_llama_cpp_generates_the_same(case: Any, config: dict[str, Any], tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_same(case: Case, config: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from loadtests.common.llama_cpp_peer import LlamaCpp
 
