@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
-    command.add_argument("--policy", default="full", metavar="NAME", help="policy with fixed experts (default: full)")
+    command.add_argument("--policy", default="full", metavar="NAME", help="the policy that it runs under (default: full)")
     command.add_argument("--target", choices=list(targets()), default="dense", help="form to write (default: dense)")
     command.set_defaults(run=run_export)
 
