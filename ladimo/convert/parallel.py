@@ -1,7 +1,8 @@
 """One function for many items, in processes on this machine.
 
-Workers are spawned, never forked: CUDA and thread pools do not survive a fork. All run torch on the same number of CPU threads,
-because sums taken by another number of threads differ in their last bits.
+Workers are never forked from a process that has computed, because CUDA and thread pools do not survive a fork. They are forked
+from a server process that has only imported the code, so that a worker need not import it again. All run torch on the same
+number of CPU threads, because sums taken by another number of threads differ in their last bits.
 """
 
 import io
@@ -85,7 +86,8 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def _start(workers: dict[Connection, BaseProcess], function: Callable[[Item], Result], threads: int, item: Item) -> Connection:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, function.__module__])  # of the first call: the server process then runs
     here, there = context.Pipe()
     level = logging.getLogger(LOGGER).getEffectiveLevel()
     process = context.Process(target=_work, args=(there, function, threads, level), daemon=True)
