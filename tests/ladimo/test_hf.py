@@ -41,9 +41,13 @@ def logits_under(model: MoeTransformer, policy: RoutingPolicy) -> Tensor:
 FRESH = """
 import sys
 from pathlib import Path
+import torch
 import ladimo.cli, server.launch
 from ladimo.auto import load_tokenizer
-load_tokenizer(Path(sys.argv[1])), load_tokenizer(Path(sys.argv[2]))
+from ladimo.checkpoint import load_model
+for directory in map(Path, sys.argv[1:]):
+    load_tokenizer(directory)
+    load_model(directory, torch.float32, torch.device("cpu"))
 print([name for name in ("transformers.modeling_utils", "torch._dynamo", "sympy") if name in sys.modules])
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__, type(AutoConfig.for_model("ladimo_llama")).__name__)
@@ -53,8 +57,8 @@ print(type(pipeline("text-generation", sys.argv[1]).model).__name__)
 
 
 def test_importing_the_package_is_enough(moe_dir: Path, dense_dir: Path) -> None:
-    """In a fresh interpreter. The modelling code of transformers, slow to import, comes only with the first configuration, and
-    nothing of the checkpoint is executed."""
+    """In a fresh interpreter. The modelling code of transformers and torch's compiler are slow to import, so no server or
+    conversion loads them: they come with the first configuration. Nothing of the checkpoint is executed."""
     command = [sys.executable, "-c", FRESH, str(moe_dir), str(dense_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
