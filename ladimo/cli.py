@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_flag,
         default=1,
         metavar="N",
-        help="layers to convert in parallel; the result is the same (default: 1)",
+        help="layers to convert in parallel (default: 1)",
     )
     command.set_defaults(run=run_convert)
 

@@ -1,1 +1,1 @@
-"""The making half: from a dense LLaMA checkpoint to a measured Mixture-of-Experts checkpoint. The server imports none of it."""
+"""Conversion: from a dense LLaMA checkpoint to a measured Mixture-of-Experts checkpoint. The server imports none of it."""

@@ -33,11 +33,12 @@ def evaluate_checkpoint(
     tasks: Sequence[Path] = (),
     items: int | None = None,
 ) -> dict[str, Any]:
-    """The JSON object of `ladimo evaluate`, with the key "tasks" where there are any. Works on dense models too.
+    """The JSON object of `ladimo evaluate`. It has the key "tasks" if there are tasks. Dense models work, too.
 
-    dense: where the dense source is, if not where provenance.json says; figures that need it and lack it are None. tasks: files
-    of `ladimo.convert.tasks`' forms, or directories of them; items: the first so many of each (None = all). Raises ValueError
-    for an unknown policy, text shorter than one block, a wrong task file or a broken checkpoint.
+    tokens: score the first so many tokens, rounded up to whole blocks; None: all. dense: the directory of the dense source, if
+    it is not the one in provenance.json. Without a dense source, the figures that need it are None. tasks: task files, or
+    directories of them, in the forms of `ladimo.convert.evaluation.tasks`. items: the first so many of each; None: all. Raises
+    ValueError for an unknown policy, text shorter than one block, a wrong task file or a broken checkpoint.
     """
     directory = resolve_directory(name)
     own = StreamedModel(directory, choose_device(device))
@@ -47,7 +48,7 @@ def evaluate_checkpoint(
     blocks = evaluation_blocks(encoder, text, tokens)
     encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
     model, experts = own, None
-    nested = bool(own.config.nested_bits)  # holds its dense source itself
+    nested = bool(own.config.nested_bits)  # such a checkpoint contains the dense model
     source = find_dense_source(directory, dense) if own.config.moe_layer_indices and not nested else None
     if source is not None:
         model, experts = StreamedModel(source, own.device), own.experts
@@ -57,7 +58,7 @@ def evaluate_checkpoint(
         model, experts, reference = own, None, ConvertedModel.nested(own).reference
         variants.append(reference)
     elif model.config.moe_layer_indices:
-        logger.warning("the dense source is not at hand: figures relative to it are null (--dense DIR says where it is)")
+        logger.warning("the dense source was not found, so figures relative to it are null; --dense DIR names its directory")
     else:
         reference = (None,) * model.config.num_hidden_layers
         variants.append(reference)
@@ -82,7 +83,7 @@ def _task_entries(
     policies: Sequence[RoutingPolicy],
     reference: Rules | None,
 ) -> list[dict[str, Any]]:
-    """One entry per task: what it is, and its scores under every policy and of the dense source (None without one)."""
+    """One entry per task: its description, its scores under each policy, and those of the dense source (None without one)."""
     continuations = [one for task in tasks for one in task.continuations]
     own = {policy.name: variant_of(policy, model.config) for policy in policies}
     variants = [*own.values(), *([] if reference is None else [reference])]

@@ -1,4 +1,4 @@
-"""Values that are dear to load, kept in memory as far as they fit."""
+"""Keeps values that are slow to load in memory, as far as they fit."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -7,8 +7,9 @@ Value = TypeVar("Value")
 
 
 class Kept(Generic[Value]):
-    """By number, up to `limit` bytes in all. What came first stays: passes go over layers in order, again and again, so that
-    dropping the oldest for the newest would never hit.
+    """Keeps values by number, up to `limit` bytes together. The first values stay and later ones are not kept.
+
+    Passes go over the layers in order, again and again. If new values replaced the oldest, no value would ever be found.
     """
 
     def __init__(self, limit: int, size: Callable[[Value], int]) -> None:

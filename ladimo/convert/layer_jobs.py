@@ -1,4 +1,4 @@
-"""The candidate layers of a conversion, worked on one by one or side by side in processes."""
+"""Work on the candidate layers of a conversion, one after another or in parallel processes."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from ladimo.model.layers import GatedMLP
 
 logger = logging.getLogger(__name__)
 
-Work = Callable[[Run, int, GatedMLP, LayerData], None]  # one layer, done when its record is in the workspace
+Work = Callable[[Run, int, GatedMLP, LayerData], None]  # works on one layer; at the end, its record is in the workspace
 
 
 def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
-    """Call `work` for every candidate layer that is not finished, on what its FFN does in the dense model.
+    """Call `work` for every unfinished candidate layer, with its FFN's inputs and outputs in the dense model.
 
-    `work` can be pickled when there are several jobs.
+    With several jobs, `work` must be picklable.
     """
     missing = [index for index in run.candidates if run.workspace.layer_record(index) is None]
     if len(missing) < len(run.candidates):
@@ -45,7 +45,7 @@ def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerJob:
-    """One layer for a worker process. Its data are in a file of the workspace."""
+    """One layer for a worker process. `data` is the file in the workspace with its inputs and outputs."""
 
     run: Run
     work: Work

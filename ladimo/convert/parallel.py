@@ -1,8 +1,8 @@
-"""One function for many items, in processes on this machine.
+"""Runs one function on many items, in processes on this machine.
 
-Workers are never forked from a process that has computed, because CUDA and thread pools do not survive a fork. They are forked
-from a server process that has only imported the code, so that a worker need not import it again. All run torch on the same
-number of CPU threads, because sums taken by another number of threads differ in their last bits.
+Workers are not forked from a process that has computed, because CUDA and thread pools do not survive a fork. They are forked
+from a server process that has only imported the code. So a worker need not import it again. All workers run torch on the same
+number of CPU threads, because with another number the last bits of sums differ.
 """
 
 import io
@@ -23,21 +23,21 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-LOGGER = "ladimo"  # the logger whose lines workers hand over
+LOGGER = "ladimo"  # workers send the lines of this logger to the parent
 
 
 def run_jobs(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int, threads: int = 1
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) in the order in which results come, from `jobs` processes with `threads` CPU threads each.
+    """Yield (item, function(item)) as results come, from `jobs` processes with `threads` CPU threads each.
 
-    With one job the work is done in this process, on as many threads. `function`, the items and the results must be
-    picklable. Large tensors belong in files whose names the items hold. An item is taken from `items` only when a process is
-    free for it, so at most `jobs` items are out at once. Log lines of the workers appear in this process.
+    One job runs in this process, on as many threads. `function`, the items and the results must be picklable. Large tensors
+    should be in files, and the items should have their names. An item is taken from `items` only when a process is free for it,
+    so at most `jobs` items are in work. Log lines of the workers appear in this process.
 
-    Raises the first exception that a worker met: ValueError, OSError and MemoryError as such, others as RuntimeError. Raises
-    ChildProcessError when a worker was killed. The other workers are then ended at once, and so they are when the iterator is
-    closed or the program interrupted. Work in files must therefore end in an atomic step.
+    Raises the first exception of a worker: ValueError, OSError and MemoryError as such, others as RuntimeError. Raises
+    ChildProcessError if a worker was killed. The other workers are then killed at once. The same happens if the iterator is
+    closed or the program is interrupted. So work that writes files must end in an atomic step.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -76,7 +76,7 @@ def run_jobs(
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Inside, torch uses this many CPU threads in the calling process."""
+    """Inside this context, torch uses `count` CPU threads in this process."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -92,21 +92,24 @@ def _start(workers: dict[Connection, BaseProcess], function: Callable[[Item], Re
     level = logging.getLogger(LOGGER).getEffectiveLevel()
     process = context.Process(target=_work, args=(there, function, threads, level), daemon=True)
     process.start()
-    there.close()  # then the pipe ends when the worker ends
+    there.close()  # only the worker then holds this end, so the pipe closes when the worker ends
     workers[here] = process
     here.send(item)
     return here
 
 
 def _receive(connection: Connection, process: BaseProcess, item: object) -> list[Any]:
-    """One message of a worker: [result] when its item is done, [] when it was a log line."""
+    """Receive one message of a worker. Returns [result] if its item is done, and [] for a log line.
+
+    Raises the worker's exception, and ChildProcessError if it was killed.
+    """
     try:
         kind, *values = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
         raise ChildProcessError(
             f"the process that worked on {item} ended with exit code {process.exitcode}; "
-            f"a negative code is a signal, -9 most often memory running out: try fewer jobs"
+            f"a negative code is a signal; -9 mostly means that memory ran out: try fewer jobs"
         ) from None
     if kind == "log":
         name, level, message = values
@@ -118,7 +121,7 @@ def _receive(connection: Connection, process: BaseProcess, item: object) -> list
 
 
 class _Send(logging.Handler):
-    """Log records to the parent, as text."""
+    """Sends log records to the parent, as text."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -129,14 +132,14 @@ class _Send(logging.Handler):
 
 
 class _Lines(io.TextIOWrapper):
-    """A stream that denies being a terminal, so that workers draw no progress bars over each other."""
+    """A stream that is never a terminal, so that workers do not draw progress bars over each other."""
 
     def isatty(self) -> bool:
         return False
 
 
 def _work(connection: Connection, function: Callable[[Any], Any], threads: int, level: int) -> None:
-    """The life of a worker: items come until the parent closes its end."""
+    """The main function of a worker. It works on items until the parent closes its end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stderr = _Lines(sys.stderr.buffer, line_buffering=True)
@@ -161,7 +164,7 @@ def _work(connection: Connection, function: Callable[[Any], Any], threads: int, 
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: the next run will write the same files."""
+    """End this worker if its parent is killed, because the next run will write the same files."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -169,7 +172,7 @@ def _end_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as one that can be pickled, with its message. A note holds the traceback."""
+    """The error in a form that can be pickled, with its message. The traceback is a note."""
     kind = next((kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind)), None)
     portable = RuntimeError(f"{type(error).__name__}: {error}") if kind is None else kind(str(error))
     portable.add_note("".join(traceback.format_exception(error)))

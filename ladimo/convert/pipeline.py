@@ -1,4 +1,4 @@
-"""`ladimo convert`: the stages in order, each resumable, and the finished checkpoint renamed into place. No mathematics."""
+"""`ladimo convert`: runs the stages in order. Each stage can be resumed. At the end, the checkpoint is renamed to its place."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 def convert(
     source: str, out: Path, recipe: Recipe, text: Sequence[Path] | None = None, device: str = "auto", jobs: int = 1
 ) -> bool:
-    """Make the MoE checkpoint OUT from a dense LLaMA. False when OUT is already the result of the same arguments.
+    """Make the MoE checkpoint OUT from a dense LLaMA. Returns False if OUT is already the result of the same arguments.
 
-    source: a directory or a hub id. text: calibration files, None for the Python standard library. jobs: layers to work on side
-    by side, in processes that share the cores (sums taken by another number of threads differ in their last bits). An
-    interrupted run with the same arguments resumes and gives the same result. Raises ValueError for a user's mistake, OSError
-    when OUT cannot be written. OUT appears whole or not at all.
+    source: a directory or a hub id. text: calibration files; None: Python's standard library. jobs: layers to convert in
+    parallel, in processes that share the cores. With another number of threads, the last bits of sums differ. An interrupted
+    run resumes with the same arguments and gives the same result. OUT appears only when it is complete. Raises ValueError for a
+    user's mistake, and OSError if OUT cannot be written.
     """
     directory = resolve_directory(source)
     torch_device = choose_device(device)
@@ -66,8 +66,8 @@ def convert(
 
 
 def check_finished(out: Path, arguments: dict[str, Any]) -> None:
-    """Raises ValueError unless OUT is the result of these arguments. Keys that the recipe did not have when OUT was made count
-    as their defaults."""
+    """Raises ValueError unless OUT is the result of these arguments. If the recipe of OUT lacks a newer key, the key's default
+    counts."""
     if not (out / PROVENANCE).exists():
         raise ValueError(f"{out}: exists and is not a converted checkpoint; nothing was changed")
     stored = read_json(out / PROVENANCE).get("arguments")
@@ -79,7 +79,7 @@ def check_finished(out: Path, arguments: dict[str, Any]) -> None:
 
 
 def calibrated(run: Run, text: Sequence[Path] | None) -> Calibration:
-    """The conversion's text as token blocks: a stage."""
+    """The stage that cuts the conversion's text into token blocks."""
 
     def make() -> dict[str, Any]:
         encoder = Encoder(run.dense.directory, run.dense.config)
@@ -97,7 +97,7 @@ def calibrated(run: Run, text: Sequence[Path] | None) -> Calibration:
 
 
 def measured(run: Run, converted: Converted, blocks: Tensor) -> MeasuredPolicies:
-    """The policies with their figures on token blocks [B, S], and the frontier: a stage."""
+    """The stage that measures the policies on token blocks [B, S], and makes the frontier."""
 
     def make() -> dict[str, Any]:
         model = ConvertedModel(run.dense, run.experts, run.config(converted.layers))
@@ -109,7 +109,7 @@ def measured(run: Run, converted: Converted, blocks: Tensor) -> MeasuredPolicies
 
 
 def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted, points: MeasuredPolicies) -> None:
-    """Write the checkpoint and give it its name."""
+    """Write the checkpoint, and rename it to OUT."""
     config, source = run.config(converted.layers), run.dense.directory
 
     def write(directory: Path) -> None:
@@ -132,7 +132,7 @@ def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted
 
 
 def tensors(run: Run, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The converted checkpoint's tensors: the source's, and the experts where a layer is converted."""
+    """The tensors of the converted checkpoint: those of the source, with experts in place of the converted FFNs."""
     readers = {index: run.workspace.layer_reader(index) for index in config.moe_layer_indices}
     for name, _ in model_parameters(config):
         prefix, _, rest = name.partition(".mlp.")
@@ -141,7 +141,7 @@ def tensors(run: Run, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def report(run: Run, model: str, arguments: dict[str, Any], converted: Converted, points: MeasuredPolicies) -> dict[str, Any]:
-    """The record report.json."""
+    """The content of report.json."""
     calibration, method = run.workspace.record("calibration"), get_method(run.recipe.method)
     return {
         "format": 1,

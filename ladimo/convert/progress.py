@@ -1,7 +1,7 @@
-"""How far long work is: a bar on a terminal, elsewhere a plain line at least every 30 seconds.
+"""Progress of long work: a bar on a terminal, elsewhere a line at least every 30 seconds.
 
-Work says what it does with `track`, as it would with tqdm. Loops may be nested: the line names all of them. Lines are said by a
-thread, so that one long step does not keep them back.
+Code reports its progress with `track`, which is used like tqdm. Loops may be nested. A line names all of them. A thread prints
+the lines, so a long step does not delay them.
 """
 
 import logging
@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-INTERVAL = 30.0  # seconds from one line to the next, at most
+INTERVAL = 30.0  # the longest time between two lines, in seconds
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Loop:
-    """One loop that is under way. done: items that are finished. started: seconds, by the progress' clock."""
+    """One running loop. done: the number of finished items. started: the start time in seconds of the progress's clock."""
 
     what: str
     total: int | None
@@ -33,9 +33,9 @@ class Loop:
 
 
 class Progress:
-    """The loops under way, outermost first, and when the last line was said.
+    """The running loops, outermost first.
 
-    say: takes a line. clock: seconds. interval: seconds after which `tick` says another line.
+    say: prints a line. clock: returns the time in seconds. interval: the seconds after which `tick` prints the next line.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
         self._last = clock()
 
     def track(self, items: Iterable[Item], what: str, total: int | None) -> Iterator[Item]:
-        """The items, counted as they are finished."""
+        """Yield the items, and count them as they are finished."""
         loop = Loop(what, total, self._clock())
         if not self._loops:
             self._last = loop.started
@@ -60,11 +60,11 @@ class Progress:
                 loop.done += 1
                 self.tick()
         finally:
-            if loop in self._loops:  # whoever leaves a loop early leaves those inside it, too
+            if loop in self._loops:  # leaving a loop early also leaves the loops inside it
                 del self._loops[self._loops.index(loop) :]
 
     def tick(self) -> None:
-        """Say a line when the last one is at least `interval` seconds old and something is under way."""
+        """Print a line if the last one is at least `interval` seconds old and a loop is running."""
         now = self._clock()
         loops = list(self._loops)
         if loops and now - self._last >= self._interval:
@@ -73,11 +73,11 @@ class Progress:
 
 
 def describe(loops: list[Loop], now: float) -> str:
-    """Such as "layers 3 of 30 (steps 150 of 400): 80 s so far, about 12 min left"."""
+    """A line such as "layers 3 of 30 (steps 150 of 400): 80 s so far, about 12 min left"."""
     counts = [loop.what if loop.total is None else f"{loop.what} {loop.done} of {loop.total}" for loop in loops]
     inner = f" ({', '.join(counts[1:])})" if len(counts) > 1 else ""
     elapsed = now - loops[0].started
-    share = 0.0  # of the outermost loop that is done
+    share = 0.0  # the finished share of the outermost loop
     for loop in reversed(loops):
         share = min(1.0, (loop.done + share) / loop.total) if loop.total else 0.0
     left = f", about {duration(elapsed * (1 - share) / share)} left" if share > 0 else ""
@@ -93,7 +93,8 @@ _current: Progress | None = None
 
 @contextmanager
 def reporting(progress: Progress | None = None) -> Iterator[None]:
-    """Inside, `track` reports to `progress` (None for lines in the log). On a terminal its bars are enough."""
+    """Inside this context, `track` reports to `progress`. None: it writes lines to the log, except on a terminal, which has
+    bars."""
     global _current
     if progress is None and sys.stderr.isatty():
         yield
@@ -116,8 +117,8 @@ def reporting(progress: Progress | None = None) -> Iterator[None]:
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a bar on a terminal, and counted wherever `reporting` is on. total: how many there are, where the items
-    cannot say."""
+    """Yield the items, with a bar on a terminal, and with lines inside `reporting`. total: the number of items, if `items` has
+    no length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     bar: Iterable[Item] = tqdm(items, desc=f"  {what}", total=total, leave=False, disable=None)

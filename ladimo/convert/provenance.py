@@ -1,4 +1,4 @@
-"""provenance.json: where a checkpoint comes from. It also tells where the dense source is."""
+"""provenance.json: how a checkpoint was made. It also names the directory of the dense source."""
 
 import hashlib
 import platform
@@ -20,7 +20,7 @@ PROVENANCE = "provenance.json"
 def conversion_arguments(
     source: str, directory: Path, recipe: Recipe, text: Sequence[Path] | None, device: str
 ) -> dict[str, Any]:
-    """What must be the same for an interrupted conversion to resume."""
+    """The arguments that must be the same to resume an interrupted conversion."""
     files = [{"path": str(file.resolve()), "sha256": file_hash(file)} for file in text or ()]
     return {
         "source": {"name": source, "path": str(directory.resolve()), "sha256": content_hash(directory)},
@@ -49,9 +49,9 @@ def provenance(arguments: Mapping[str, Any], device: torch.device) -> dict[str, 
 
 
 def find_dense_source(model: Path, dense: Path | None) -> Path | None:
-    """The dense checkpoint that a converted one was made from, None when it is gone or has changed.
+    """The directory of the dense source of a converted checkpoint; None if the source is gone or has changed.
 
-    dense: where it is now, if it was moved. Raises ValueError when there is another model.
+    dense: the directory where it is now, if it has moved. Raises ValueError if another model is there.
     """
     if not (model / PROVENANCE).exists():
         if dense is not None:
@@ -67,7 +67,7 @@ def find_dense_source(model: Path, dense: Path | None) -> Path | None:
 
 
 def file_hash(file: Path) -> str:
-    """Raises ValueError when there is no such file."""
+    """The SHA-256 of a file's content. Raises ValueError if there is no such file."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     with file.open("rb") as handle:
@@ -81,7 +81,7 @@ def device_name(device: torch.device) -> str:
 
 
 def code_revision() -> str:
-    """The git commit of this code where it runs from its own clone ("-dirty" with uncommitted changes), else the version."""
+    """The git commit of this code ("-dirty" with uncommitted changes); the version, if it does not run from its own clone."""
     root = Path(ladimo.__file__).resolve().parents[1]
 
     def git(*command: str) -> str:

@@ -1,7 +1,7 @@
-"""Recipe: everything that decides a conversion besides the model, the text and the device. The only home of defaults.
+"""Recipe: the parameters of a conversion, with their defaults.
 
-It is read from TOML (`load_recipe`), and command-line flags override it (`Recipe.override`). A method may have a table of its
-own: a dataclass that is registered with the method under the method's name, and read by `Recipe.section`.
+A recipe is read from TOML (`load_recipe`). Command-line flags override it (`Recipe.override`). A method may have its own table.
+This is a dataclass that is registered with the method under the method's name, and read by `Recipe.section`.
 """
 
 import re
@@ -15,19 +15,19 @@ from ladimo.convert.typed import build
 
 Section = TypeVar("Section")
 
-SECTIONS: dict[str, type[Any]] = {}  # the methods' own tables, by method
+SECTIONS: dict[str, type[Any]] = {}  # the dataclasses of the methods' own tables, by method
 OUTPUT_SCALES = ("none", "experts", "fit")
 LAYERS_PATTERN = re.compile(r"auto|all|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 @dataclass(frozen=True, slots=True)
 class SplitRecipe:
-    """How an FFN is cut into experts.
+    """How an FFN is split into experts.
 
-    output_scale: a factor for `down_proj` at the start. It is needed because the chosen experts' weights sum to one, while
-    the dense FFN is the sum of all experts with weight one each. "none" is the literal reading of LaDiMo, and the best after
-    a full training. "experts" is the number of experts. "fit" is the factor with the least squared error on the first batch;
-    it starts better and pays when training is short. gate_std: standard deviation of the router's random start.
+    output_scale: a factor for `down_proj` before training. It corrects for the sum of the weights: the weights of the chosen
+    experts sum to one, while in the dense FFN each expert has weight one. "none" is the literal reading of LaDiMo, and the best
+    after long training. "experts" is the number of experts. "fit" is the factor with the least squared error on the first
+    batch; it is better if training is short. gate_std: standard deviation of the router's random weights before training.
     """
 
     experts: int = 8
@@ -45,11 +45,11 @@ class SplitRecipe:
 
 @dataclass(frozen=True, slots=True)
 class TrainRecipe:
-    """Regression of one expert layer on the FFN that it replaces: AdamW, linear warm-up, cosine decay to zero.
+    """Regression of an expert layer on the FFN that it replaces, with AdamW, linear warm-up and cosine decay to zero.
 
-    balance: weight of the load-balance loss beside the normalised squared error. The defaults were best on models of the
-    demo's size (hidden size 128 and 256). For LLaMA-2-7B start with expert_lr 1e-4, gate_lr 1e-3, batch_tokens 2048 to 4096
-    and a few hundred to a few thousand steps (recipes/llama2-7b.toml).
+    balance: weight of the load-balance loss beside the normalised squared error. The defaults were best on models with hidden
+    sizes of 128 and 256. For LLaMA-2-7B, start with expert_lr 1e-4, gate_lr 1e-3, batch_tokens 2048 to 4096, and a few hundred
+    to a few thousand steps (`ladimo/recipes/llama2-7b.toml`).
     """
 
     steps: int = 1200
@@ -70,11 +70,12 @@ class TrainRecipe:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRecipe:
-    """The training-free policies. Under mass tau a layer runs TOP1 when at least `top1_share` (q_hi) of the tokens need one
-    expert. It runs all k experts when at most `full_share` (q_lo) of the tokens need fewer, and DYN(tau) otherwise.
+    """The policies that need no training. For a mass tau, each layer gets one of three rules. It gets TOP1 if at least
+    `top1_share` (q_hi) of the tokens reach tau with one expert. It gets all k experts if at most `full_share` (q_lo) of the
+    tokens reach tau with fewer than k. Otherwise it gets DYN(tau).
 
-    quality, balanced, fast: tau of the named policies. At k = 2 the best weight is never below 0.5, so that 0.5 is TOP1
-    everywhere. points: how many policies the solver may add, between the cheapest choice and `full`.
+    quality, balanced, fast: tau of the named policies. With k = 2 the best weight is at least 0.5, so 0.5 means TOP1 in every
+    layer. points: how many policies the solver may add, between the cheapest choice and `full`.
     """
 
     quality: float = 0.9
@@ -86,7 +87,7 @@ class PolicyRecipe:
 
     @property
     def taus(self) -> tuple[float, ...]:
-        """Those of the named policies."""
+        """The values of tau of the named policies."""
         return (self.quality, self.balanced, self.fast)
 
     def __post_init__(self) -> None:
@@ -99,13 +100,15 @@ class PolicyRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """layers: "auto" (the least damaging ones until `target_active` is reached), "all", or numbers and ranges such as
-    "0,3,5-9".
+    """The parameters of a conversion.
 
-    tokens: calibration tokens, of which nine in ten are fitted and one in ten is held out; a fifth as many again are for
-    evaluation. target_active: active / dense parameters per token, embeddings excluded, to reach under policy `full` (method
-    `elastic`: under `balanced`). max_perplexity_ratio: add the cheapest policy whose measured perplexity is at most so many
-    times the dense one; 0 adds none. sections: the methods' own tables, by method.
+    layers: the layers to convert. "auto": the least damaging ones, until `target_active` is reached. "all". Or numbers and
+    ranges such as "0,3,5-9".
+    tokens: calibration tokens. 90% are for fitting, 10% are held out. Another 20% on top are for evaluation.
+    target_active: the share of the dense model's active parameters to reach, without embeddings. It is reached under policy
+    `full`, and with method `elastic` under `balanced`.
+    max_perplexity_ratio: add the cheapest policy with at most so many times the dense model's perplexity; 0: add none.
+    sections: the methods' own tables, by method.
     """
 
     method: str = "elastic"
@@ -130,7 +133,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Raises ValueError naming the first unknown key or wrong value."""
+        """Raises ValueError with the name of the first unknown key or wrong value."""
         known = [item.name for item in fields(cls) if item.name != "sections"]
         if unknown := [name for name in raw if name not in (*known, *SECTIONS)]:
             raise ValueError(f"{unknown[0]}: unknown key; known: {', '.join(sorted((*known, *SECTIONS)))}")
@@ -139,13 +142,13 @@ class Recipe:
         return replace(own, sections=sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads: the methods' tables stand beside the others."""
+        """The form that `from_dict` reads. The methods' tables are beside the others."""
         values = asdict(self)
         sections = values.pop("sections")
         return {**values, **sections}
 
     def section(self, kind: type[Section]) -> Section:
-        """A method's own table."""
+        """The table of a method, found by its dataclass `kind`."""
         name = next(name for name, known in SECTIONS.items() if known is kind)
         found: Section = self.sections[name] if name in self.sections else kind()
         return found
@@ -155,7 +158,7 @@ class Recipe:
         return replace(self, sections={**self.sections, name: value})
 
     def override(self, flags: Mapping[str, Any]) -> "Recipe":
-        """The recipe with values by dotted key ("split.top_k"); None leaves a value as it is."""
+        """The recipe with other values, by dotted key such as "split.top_k". None does not change a value."""
         tables: dict[str, dict[str, Any]] = {}
         for key, value in flags.items():
             table, _, name = key.rpartition(".")
@@ -170,7 +173,7 @@ class Recipe:
         return changed
 
     def candidate_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers that may be converted. Raises ValueError when one is out of range."""
+        """The numbers of the layers that may be converted. Raises ValueError if one is out of range."""
         if self.layers in ("auto", "all"):
             return tuple(range(num_layers))
         chosen: set[int] = set()
@@ -186,7 +189,7 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Raises ValueError naming the file and what is wrong in it."""
+    """Raises ValueError with the file's name and its first error."""
     try:
         return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -196,6 +199,6 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
-    """Raises ValueError naming the key unless the condition holds."""
+    """Raises ValueError with the key's name unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}: {rule}" + (f", got {value!r}" if value != "" else ""))

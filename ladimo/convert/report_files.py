@@ -17,7 +17,7 @@ REPORT = "report.json"
 
 
 def policy_entries(points: MeasuredPolicies) -> dict[str, Any]:
-    """The keys "policies" and "frontier" of report.json. A policy's entry is that of `ladimo evaluate --json` with its
+    """The keys "policies" and "frontier" of report.json. A policy's entry is that of `ladimo evaluate --json`, with its
     description and rules."""
     return {
         "policies": [
@@ -30,15 +30,15 @@ def policy_entries(points: MeasuredPolicies) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
-    """report.json, and the two files that are rendered from it."""
+    """Write report.json and the two files that are rendered from it."""
     write_json(directory / REPORT, report)
     render_report(directory)
 
 
 def render_report(directory: Path, outside: Mapping[str, Any] | None = None) -> None:
-    """report.md and report.html from report.json. outside: keys to put into the record first, such as "comparison".
+    """Render report.md and report.html from report.json. outside: keys to add to report.json first, such as "comparison".
 
-    Raises ValueError naming the file and the field when the record is missing or wrong, and then changes nothing.
+    Raises ValueError with the names of file and field if the record is missing or wrong. Then nothing is changed.
     """
     raw = {**read_json(directory / REPORT), **(outside or {})}
     try:
@@ -52,6 +52,6 @@ def render_report(directory: Path, outside: Mapping[str, Any] | None = None) -> 
 
 
 def report_document(raw: Mapping[str, Any]) -> Document:
-    """What a record says. Raises ValueError naming the first field that is missing or wrong."""
+    """The report of a record as a document. Raises ValueError with the name of the first missing or wrong field."""
     report = Report.from_dict(raw)
     return document(report, get_method(report.method.name).view(report))

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """Rebuild policies, frontier and report in place, and return the report.
 
-    The text is cut as in a conversion: a fifth of the recipe's tokens to evaluate, as many others to profile. Policies that
-    a user added stay. dense: where the dense source is, if not where provenance.json says. Raises ValueError when the model is
-    dense or its dense source is not at hand.
+    The text is cut as in a conversion. The number of tokens to evaluate is a fifth of the recipe's tokens, and as many others
+    are for profiling. Policies that a user added stay. dense: the directory of the dense source, if it is not the one in
+    provenance.json. Raises ValueError if the model is dense, or if its dense source is not found.
     """
     directory = resolve_directory(name)
     own = StreamedModel(directory, choose_device(device))
@@ -62,7 +62,7 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
     }
     stale = {entry["policy"] for entry in report["policies"]} - {policy.name for policy in points.policies}
     report |= policy_entries(points)
-    # In this order every file that a reader meets is whole, and the frontier never names a policy that is not there.
+    # In this order, a reader only finds complete files, and the frontier never names a missing policy.
     for policy in points.policies:
         write_policy(directory, policy)
     write_json(directory / FRONTIER, points.frontier.to_dict())

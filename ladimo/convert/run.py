@@ -1,4 +1,4 @@
-"""One conversion under way: what every stage of it reads and writes."""
+"""One conversion: the objects that all of its stages use."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from ladimo.model.moe import ExpertLayer
 
 @dataclass(frozen=True)
 class Run:
-    """One conversion under way. What a method makes of it depends on the arguments alone, never on what was resumed.
+    """One conversion. Its result depends only on the arguments, and not on interruptions.
 
-    candidates: the layers that may be converted. jobs: processes to work on layers side by side.
+    candidates: the numbers of the layers that may be converted. jobs: the number of processes that work on layers.
     """
 
     workspace: Workspace
@@ -29,11 +29,11 @@ class Run:
     jobs: int = 1
 
     def generator(self, layer: int) -> torch.Generator:
-        """Seeded by the recipe and the layer, so that a layer does not depend on which others are worked on."""
+        """A generator that is seeded by the recipe and the layer, so that a layer does not depend on the other layers."""
         return torch.Generator().manual_seed(layer_seed(self.recipe, layer))
 
     def experts(self, index: int) -> ExpertLayer:
-        """A finished expert layer, as stored."""
+        """A finished expert layer, loaded from the workspace."""
         return load_experts(self.workspace.layer_reader(index), self.workspace.layer_config(index), self.dense)
 
     def config(self, layers: Mapping[int, MoeLayerConfig]) -> ModelConfig:
@@ -42,7 +42,7 @@ class Run:
         return dataclasses.replace(self.dense.config, layers=tuple(layers.get(index) for index in depth))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For worker processes, which open files and load weights themselves."""
+        """Pickle only names and values. Worker processes open the files and load the weights themselves."""
         place = (self.workspace.out, self.workspace.arguments, self.dense.directory, str(self.dense.device))
         return _run, (*place, self.recipe, self.candidates)
 

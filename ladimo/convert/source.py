@@ -1,4 +1,4 @@
-"""Checks of the dense checkpoint before any work. A wrong one is refused at once, naming the file and the field."""
+"""Checks of the dense checkpoint before any work. Errors name the file and the field."""
 
 import math
 from collections.abc import Iterator
@@ -16,8 +16,11 @@ COMPUTED = "rotary_emb.inv_freq"  # stored by older releases of transformers, bu
 
 
 def check_source(directory: Path) -> ModelConfig:
-    """Raises ValueError unless this is a whole dense model with its own tokenizer: it has every tensor that the configuration
-    asks for, in the right shape and finite, and its layers have no others. Reads every weight once, one tensor at a time."""
+    """Raises ValueError unless this is a complete dense model with its own tokenizer.
+
+    It must have every tensor of the configuration, in the right shape, with finite values. Its layers must have no other
+    tensors. Every weight is read once, one tensor at a time.
+    """
     config = read_config(directory)
     if config.moe_layer_indices:
         raise ValueError(f"{directory}: is converted already; give the dense model")
@@ -41,13 +44,13 @@ def check_values(reader: TensorReader, name: str) -> None:
     tensor = reader.get(name)
     if tensor.dtype not in DTYPES.values():
         raise ValueError(f"{reader.file(name)}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}")
-    low, high = (value.item() for value in tensor.aminmax())  # NaN wins in both
+    low, high = (value.item() for value in tensor.aminmax())  # both are NaN if any value is
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{reader.file(name)}: {name} holds a value that is {'NaN' if math.isnan(low) else 'infinite'}")
+        raise ValueError(f"{reader.file(name)}: {name} has a value that is {'NaN' if math.isnan(low) else 'infinite'}")
 
 
 def model_parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Name and (meta) tensor of every parameter of a model of this configuration, in its order."""
+    """The name and the meta tensor of each parameter of a model with this configuration, in the model's order."""
     with torch.device("meta"):
         model = MoeTransformer(config)
     yield from model.named_parameters()

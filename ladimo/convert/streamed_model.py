@@ -1,6 +1,6 @@
-"""A checkpoint that is run one layer at a time, its hidden states kept on the host.
+"""A model that runs one layer at a time, with its hidden states on the host.
 
-Layers that fit in a fixed amount of memory stay loaded; of the others, one is in memory at a time.
+The first layers stay loaded, as far as they fit in a fixed amount of memory. Of the others, one is in memory at a time.
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
 """
@@ -22,14 +22,14 @@ from ladimo.model.transformer import DecoderLayer
 
 ExpertSource = Callable[[int], ExpertLayer]  # a layer's number -> its expert layer, on the model's device and in its dtype
 
-CHUNK_TOKENS = 8192  # tokens that pass through a layer at once
-KEPT_BYTES = 2**30  # of layers that stay loaded
+CHUNK_TOKENS = 8192  # tokens that pass through a layer together
+KEPT_BYTES = 2**30  # the most bytes of layers that stay loaded
 
 
 class StreamedModel:
-    """dtype: of the weights in memory; "auto" as `choose_dtype`. stored_dtype: of the weights in the files.
+    """dtype: that of the weights in memory; "auto": see `choose_dtype`. stored_dtype: that of the weights in the files.
 
-    Raises ValueError naming the file when the checkpoint is no LLaMA or not whole.
+    Raises ValueError with the file's name if the checkpoint is no LLaMA or is incomplete.
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: str = "auto", kept_bytes: int = KEPT_BYTES) -> None:
@@ -42,17 +42,17 @@ class StreamedModel:
         self._layers: Kept[DecoderLayer] = Kept(kept_bytes, num_bytes)
 
     def layer(self, index: int) -> DecoderLayer:
-        """Shared by all who ask for it: never change it."""
+        """A layer. All callers share it, so they must not change it."""
         return self._layers.get(index, lambda: load_layer(self.reader, self.config, index, self.dtype, self.device))
 
     def mlp(self, index: int) -> GatedMLP:
-        """The dense FFN of a layer, which must have one."""
+        """The FFN of a layer, which must be dense."""
         mlp = self.layer(index).mlp
         assert isinstance(mlp, GatedMLP)
         return mlp
 
     def experts(self, index: int) -> ExpertLayer:
-        """The expert layer of a layer, which must have one."""
+        """The FFN of a layer, which must be an expert layer."""
         mlp = self.layer(index).mlp
         assert isinstance(mlp, ExpertLayer)
         return mlp
@@ -65,8 +65,9 @@ class StreamedModel:
     def attend(
         self, layer: DecoderLayer, hidden_states: Tensor, bits: int | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Chunk by chunk of hidden states [B, S, D]: the sequences it covers, its hidden states after attention [T, D] and the
-        FFN's inputs [T, D], on the device. `bits`: of a nested layer's attention weights that are read, None for all."""
+        """Run the attention of a layer on hidden states [B, S, D], chunk by chunk. For each chunk, yield its sequences, its
+        hidden states after attention [T, D], and the FFN's inputs [T, D], on the device. `bits`: how many bits are read of a
+        nested layer's attention weights; None: all."""
         for rows in chunks(hidden_states):
             chunk = hidden_states[rows].to(self.device)
             inputs = StepInputs.whole_sequences(torch.zeros(chunk.shape[:2], dtype=torch.int64, device=self.device))
@@ -76,8 +77,8 @@ class StreamedModel:
             yield rows, attended, layer.post_attention_layernorm(attended)
 
     def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, GatedMLP, Tensor, Tensor]]:
-        """Run the dense model. For each wanted layer yield its number, its FFN, and the FFN's inputs and outputs [T, D] on the
-        host. Layers after the last wanted one are not read."""
+        """Run the dense model. For each wanted layer, yield its number, its FFN, and the FFN's inputs and outputs [T, D] on the
+        host. Layers after the last wanted one do not run."""
         hidden_states = self.embed(blocks)
         for index in track(range(max(wanted, default=-1) + 1), "layers"):
             mlp = self.mlp(index)
@@ -100,7 +101,7 @@ def chunks(sequences: Tensor, tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
 
 
 def load_experts(reader: TensorReader, layer: MoeLayerConfig, model: StreamedModel) -> ExpertLayer:
-    """The expert layer that a reader holds, on the model's device and in its dtype."""
+    """The expert layer in a reader's files, on the model's device and in its dtype."""
     with torch.device("meta"):
         experts = ExpertLayer(model.config.hidden_size, layer)
     reader.load(experts, "", model.dtype, model.device)
@@ -108,5 +109,5 @@ def load_experts(reader: TensorReader, layer: MoeLayerConfig, model: StreamedMod
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Of a module's parameters."""
+    """The bytes of a module's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

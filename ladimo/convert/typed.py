@@ -1,4 +1,4 @@
-"""Dataclasses from the plain values of TOML and JSON, checked by their type hints. The first wrong field is named."""
+"""Makes dataclasses from the plain values of TOML and JSON. Values are checked by the type hints. Errors name the field."""
 
 import types
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], raw: object, path: str = "", *, closed: bool) -> T:
-    """The dataclass `kind` from a mapping. path: where the mapping is, for errors. closed: refuse keys that `kind` has no field
-    for; they are skipped otherwise. Raises ValueError naming the first wrong, missing or unknown field."""
+    """Make an object of the dataclass `kind` from a mapping. path: the mapping's place, for errors. closed: refuse keys without
+    a field; otherwise they are skipped. Raises ValueError with the name of the first wrong, missing or unknown field."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path or 'the record'}: must be a table of names and values, got {_short(raw)}")
     hints, known = get_type_hints(kind), {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ def build(kind: type[T], raw: object, path: str = "", *, closed: bool) -> T:
 
 
 def _value(hint: Any, value: object, path: str, closed: bool) -> Any:
-    """One value of a type that JSON can hold: a dataclass, a scalar, a list, tuple or dict of such, or a union with None."""
+    """A value of the type `hint`: a dataclass, a scalar, a list, tuple or dict of these, or a union with None."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

@@ -1,6 +1,6 @@
-"""The work directory of a conversion, OUT.partial: finished stages and layers, so that a killed run resumes.
+"""The work directory of a conversion, OUT.partial. It has the finished stages and layers, so that an interrupted run resumes.
 
-Every stage writes its tensors first and its JSON record last, each in one atomic step. A stage without a record is made again.
+Each stage writes its tensors first and its JSON record last, each in an atomic step. A stage without a record is run again.
 """
 
 import shutil
@@ -22,9 +22,9 @@ ARGUMENTS = "arguments.json"
 
 
 class Workspace:
-    """The directory is made with the first file that is worth keeping, so that refused input leaves no trace.
+    """The directory is made when the first file is saved, so input that is refused leaves no trace.
 
-    Raises ValueError, naming the difference, when the directory belongs to a conversion with other arguments.
+    Raises ValueError if the directory belongs to a conversion with other arguments. The message names the difference.
     """
 
     def __init__(self, out: Path, arguments: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Workspace:
             raise ValueError(f"{self.directory}: exists and is not the work directory of a conversion")
 
     def stage(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The JSON record of a stage. `make` is called if there is none yet."""
+        """The JSON record of a stage. If there is none yet, `make` runs the stage and returns it."""
         if not (self.directory / f"{name}.json").exists():
             write_json(self.directory / f"{name}.json", make())
         return self.record(name)
@@ -67,7 +67,7 @@ class Workspace:
         return tensors
 
     def save_layer(self, index: int, layer: ExpertLayer, dtype: torch.dtype) -> None:
-        """In the source's dtype, so that every figure is measured with the weights as they are stored."""
+        """Save a layer in the source's dtype, so that all measurements use the weights as they are stored."""
         weights = {name: tensor.detach().to(weight_dtype(name, dtype)) for name, tensor in layer.state_dict().items()}
         self.save_tensors(f"layers/{index}/model.safetensors", weights)
 
@@ -75,13 +75,13 @@ class Workspace:
         write_json(self.directory / f"layers/{index}/done.json", {"config": asdict(layer), **record})
 
     def layer_record(self, index: int) -> dict[str, Any] | None:
-        """What `finish_layer` stored, or None when the layer is not finished."""
+        """The record that `finish_layer` stored; None if the layer is not finished."""
         marker = self.directory / f"layers/{index}/done.json"
         record: dict[str, Any] | None = read_json(marker) if marker.exists() else None
         return record
 
     def finished_record(self, index: int) -> dict[str, Any]:
-        """The record of a layer that is finished."""
+        """The record of a layer, which must be finished."""
         record = self.layer_record(index)
         assert record is not None
         return record
@@ -93,7 +93,7 @@ class Workspace:
         return TensorReader(self.directory / f"layers/{index}")
 
     def publish(self, out: Path, write: Callable[[Path], None]) -> None:
-        """Fill a directory, rename it to OUT in one step, remove the work directory."""
+        """Fill a directory with `write`, rename it to OUT in one step, and remove the work directory."""
         directory = self.directory / "checkpoint"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
@@ -103,7 +103,7 @@ class Workspace:
 
 
 def remove_leftover(out: Path) -> None:
-    """Remove the work directory of a conversion that was killed after OUT was in its place."""
+    """Remove the work directory of a conversion that was killed after OUT had been renamed to its place."""
     directory = work_directory(out)
     if (directory / ARGUMENTS).exists():
         shutil.rmtree(directory)
@@ -114,7 +114,7 @@ def work_directory(out: Path) -> Path:
 
 
 def describe_difference(stored: object, given: object) -> str:
-    """The first few values that differ between two JSON values, by dotted path; empty when they are equal."""
+    """The first three differences between two JSON values, by dotted path; empty if they are equal."""
     before, after = dict(_flatten(stored)), dict(_flatten(given))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return "; ".join(f"{key} was {before.get(key)!r}, now {after.get(key)!r}" for key in changed[:3])

@@ -1,7 +1,7 @@
-"""Text to token blocks: the fit, holdout and evaluation splits of a conversion, and the blocks of an evaluation.
+"""Turns text into token blocks: the fit, holdout and evaluation splits of a conversion, and the blocks of an evaluation.
 
 Perplexity is measured in one way everywhere in the project. The text is one stream of tokens without special tokens, cut into
-windows. Each window is prefixed with BOS where the tokenizer has one. Each of its tokens is scored given BOS and the tokens
+windows. Each window is prefixed with BOS if the tokenizer has one. Each token of a window is scored given BOS and the tokens
 before it in the window. An incomplete last window is dropped.
 """
 
@@ -20,7 +20,7 @@ from ladimo.demo.corpus import is_held_out, library_sources
 from ladimo.model.config import ModelConfig
 
 MAX_BLOCK = 2048
-PIECE_CHARACTERS = 1 << 16  # long files are cut into pieces, so that a small sample comes from all over them
+PIECE_CHARACTERS = 1 << 16  # long files are cut into pieces, so that a small sample comes from all parts of them
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROTOCOL = (
     "One token stream without special tokens, cut into windows of {window} tokens, each prefixed with BOS where the "
@@ -30,7 +30,7 @@ PROTOCOL = (
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Token blocks [B, S] int64 of the three splits. note: one line to tell the user, or empty."""
+    """Token blocks [B, S] int64 of the three splits. note: a line for the user, or empty."""
 
     fit: Tensor
     holdout: Tensor
@@ -39,7 +39,7 @@ class Calibration:
 
 
 class Encoder:
-    """A checkpoint's tokenizer, and the shape of token blocks for it. Raises ValueError when there is no usable tokenizer."""
+    """A checkpoint's tokenizer, and the shape of its token blocks. Raises ValueError if there is no usable tokenizer."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         if not any((directory / name).exists() for name in VOCABULARY_FILES):  # transformers would make an empty one
@@ -49,7 +49,8 @@ class Encoder:
         except Exception as error:  # transformers and tokenizers raise many unrelated types here
             first_line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{directory}: cannot read the tokenizer ({type(error).__name__}: {first_line})") from error
-        # Embeddings are often padded, and a token that was added for padding may lie beyond them. Anything else is a mix-up.
+        # Embeddings are often padded, and a token that was added for padding may be beyond them. Any other difference means
+        # that the tokenizer belongs to another model.
         if self.tokenizer.vocab_size > config.vocab_size or 2 * len(self.tokenizer) < config.vocab_size:
             raise ValueError(
                 f"{directory}: the tokenizer has {len(self.tokenizer)} tokens, the model's vocab_size is {config.vocab_size}: "
@@ -64,7 +65,7 @@ class Encoder:
 
     @property
     def window(self) -> int:
-        """Tokens of text in one block."""
+        """The number of text tokens in one block."""
         return self.block - 1
 
     @property
@@ -72,7 +73,7 @@ class Encoder:
         return PROTOCOL.format(window=self.window)
 
     def encode(self, texts: Iterable[str], limit: float = math.inf) -> Tensor:
-        """One stream of ids from the texts in order. It ends with the text that brings it to `limit` tokens."""
+        """The token ids of the texts in order, as one stream. It ends after the text with which it reaches `limit` tokens."""
         ids: list[int] = []
         for text in texts:
             ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -83,7 +84,7 @@ class Encoder:
         return torch.tensor(ids, dtype=torch.int64)
 
     def blocks(self, stream: Tensor) -> Tensor:
-        """The whole windows of a stream, with BOS: [B, S]."""
+        """The complete windows of a stream, each with BOS: [B, S]."""
         windows = stream[: len(stream) // self.window * self.window].view(-1, self.window)
         if self.bos is None:
             return windows
@@ -95,10 +96,10 @@ class Encoder:
 
 
 def calibrate(encoder: Encoder, tokens: int, seed: int, files: Sequence[Path] | None) -> Calibration:
-    """About 0.9 * tokens to fit, 0.1 * tokens held out and 0.2 * tokens to evaluate. A short text gives less of all three.
+    """About 0.9 * tokens to fit, 0.1 * tokens held out, and 0.2 * tokens to evaluate. A short text gives less of all three.
 
-    Without files the text is Python's standard library. Its held-out modules, which the demo model has not seen, are for
-    evaluation. Raises ValueError when the text does not fill one block per split.
+    Without files the text is Python's standard library. Its held-out modules, which the demo model has not seen, are used to
+    evaluate. Raises ValueError if the text does not fill one block per split.
     """
     order = random.Random(seed)
     if files is None:
@@ -133,9 +134,9 @@ def calibrate(encoder: Encoder, tokens: int, seed: int, files: Sequence[Path] | 
 
 
 def evaluation_blocks(encoder: Encoder, file: Path, tokens: int | None) -> Tensor:
-    """The first `tokens` tokens of a file, rounded up to whole blocks (None = all): [B, S].
+    """The first `tokens` tokens of a file, rounded up to whole blocks [B, S]; None: all whole blocks.
 
-    Raises ValueError when the text does not fill one block.
+    Raises ValueError if the text does not fill one block.
     """
     stream = encoder.encode([read_text(file)])
     blocks = encoder.blocks(stream)
@@ -145,7 +146,7 @@ def evaluation_blocks(encoder: Encoder, file: Path, tokens: int | None) -> Tenso
 
 
 def read_text(file: Path) -> str:
-    """Raises ValueError naming a file that is missing or not UTF-8 text."""
+    """Raises ValueError with the file's name if it is missing or is not UTF-8 text."""
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -155,7 +156,7 @@ def read_text(file: Path) -> str:
 
 
 def pieces(text: str) -> list[str]:
-    """The text cut at line ends into pieces of about PIECE_CHARACTERS; joined they give the text."""
+    """The text, cut at line ends into pieces of about PIECE_CHARACTERS. Joined, they are the text."""
     cut: list[str] = []
     start = 0
     while start < len(text):
