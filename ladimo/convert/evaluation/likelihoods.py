@@ -1,4 +1,4 @@
-"""Likelihoods of given continuations for many variants of one model in one streaming pass over its layers."""
+"""Likelihoods of given continuations, for many variants of one model in one pass over its layers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LOGIT_ROWS = 1024  # rows of logits [., V] in memory at once
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Token ids. Those from place `start` on are scored, each given all before it. `start` is at least 1."""
+    """Token ids. Those from position `start` on are scored, each given all tokens before it. `start` is at least 1."""
 
     ids: tuple[int, ...]
     start: int
@@ -22,7 +22,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """log_prob: of the whole continuation, in nats. greedy: whether each of its tokens is the most likely one at its place."""
+    """log_prob: that of the whole continuation, in nats. greedy: whether each of its tokens is the most likely one."""
 
     log_prob: float
     greedy: bool
@@ -37,11 +37,12 @@ def likelihoods(
     pass_bytes: int = PASS_BYTES,
     logit_rows: int = LOGIT_ROWS,
 ) -> dict[Rules, list[Likelihood]]:
-    """Per variant the likelihood of every continuation, in their order. `experts` is as in `measure`.
+    """For each variant, the likelihood of every continuation, in their order. `experts`: see `measure`.
 
-    Sequences of similar length share a batch of about `chunk_tokens`. They are padded on the right, where causal attention does
-    not look. Equal inputs (one-token answers to one question) are run once. The hidden states of one pass over the layers take
-    about `pass_bytes`, and `logit_rows` rows of logits are in memory at once. The result does not depend on these three.
+    Sequences of similar length share a batch of about `chunk_tokens`. They are padded on the right, which has no effect under
+    causal attention. Equal inputs, such as those of one-token answers to one question, run once. The hidden states of one pass
+    over the layers take about `pass_bytes`. `logit_rows` rows of logits are in memory at once. The result does not depend on
+    these three numbers.
     """
     wanted = list(dict.fromkeys(variants))
     asked: dict[tuple[int, ...], list[int]] = {}
@@ -63,8 +64,8 @@ def likelihoods(
 
 
 def _passes(inputs: Sequence[tuple[int, ...]], max_tokens: int, chunk_tokens: int) -> Iterator[list[list[tuple[int, ...]]]]:
-    """Sequences sorted by length, cut into batches of about chunk_tokens padded tokens, and these into passes of about
-    max_tokens."""
+    """Divide sequences, which are sorted by length, into batches of about chunk_tokens padded tokens, and the batches into
+    passes of about max_tokens."""
     batches: list[list[tuple[int, ...]]] = []
     batch: list[tuple[int, ...]] = []
     tokens = 0
@@ -82,7 +83,7 @@ def _passes(inputs: Sequence[tuple[int, ...]], max_tokens: int, chunk_tokens: in
 
 
 def _pad(batch: Sequence[tuple[int, ...]]) -> Tensor:
-    """Sequences sorted by length -> [B, S], the places behind a sequence's end filled with token 0."""
+    """Sequences, sorted by length -> [B, S]. Shorter sequences are filled with token 0."""
     longest = len(batch[-1])
     return torch.tensor([ids + (0,) * (longest - len(ids)) for ids in batch])
 
@@ -90,7 +91,7 @@ def _pad(batch: Sequence[tuple[int, ...]]) -> Tensor:
 def _score_rows(
     model: StreamedModel, variant: Rules, hidden_states: Tensor, places: Sequence[tuple[int, Continuation]], logit_rows: int
 ) -> Iterator[Likelihood]:
-    """Hidden states [B, S, D] of the inputs, and which row of them each continuation is read from."""
+    """Score continuations. hidden_states: [B, S, D], those of the inputs. places: for each continuation, its row of these."""
     rows = [hidden_states[row, one.start - 1 : len(one.ids) - 1] for row, one in places]
     targets = torch.tensor([token for _, one in places for token in one.ids[one.start :]])
     log_probs, greedy = [], []

@@ -19,10 +19,10 @@ MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """experts_per_token: mean per layer, None where dense. distinct_experts: mean number of different experts that a batch of
-    32 tokens drawn at random runs, per layer. next_token_agreement: share of tokens whose most likely next token is the
-    reference's. kl: mean KL divergence from the reference's next-token distribution, in nats. Both are None without a
-    reference."""
+    """experts_per_token: mean for each layer; None for a dense layer. distinct_experts: for each layer, the mean number of
+    different experts in a batch of 32 random tokens. next_token_agreement: share of positions where the most likely next token
+    is that of the reference. kl: mean KL divergence from the reference's next-token distribution, in nats. Both are None
+    without a reference."""
 
     perplexity: float
     experts_per_token: tuple[float | None, ...]
@@ -38,8 +38,11 @@ def measure(
     variants: Iterable[Rules],
     reference: Rules | None = None,
 ) -> dict[Rules, Measurement]:
-    """Run token blocks [B, S] through every variant. `experts(i)` gives layer i's expert layer on the model's device. Without
-    it the model's own are used. `reference` must be one of the variants. Raises ValueError when a loss is not finite."""
+    """Run token blocks [B, S] through every variant.
+
+    experts(i): returns layer i's expert layer on the model's device; None: the model's own expert layers are used. reference:
+    must be one of the variants. Raises ValueError if a loss is not finite.
+    """
     wanted = list(dict.fromkeys(variants))
     assert reference is None or reference in wanted
     states, ran = run_variants(model, experts, [blocks], wanted)
@@ -57,7 +60,7 @@ def measure(
 
 
 def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig, dense: float | None) -> dict[str, object]:
-    """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the dense source's perplexity."""
+    """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the perplexity of the dense source."""
     read = policy.bytes_ratio(config, measurement.experts_per_token)
     return {
         "policy": policy.name,
@@ -73,21 +76,21 @@ def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig
 
 
 def num_scored(blocks: Tensor) -> int:
-    """Number of tokens that are scored in these blocks."""
+    """The number of tokens that are scored in these blocks."""
     return blocks[:, 1:].numel()
 
 
 def _score(
     model: StreamedModel, blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
 ) -> dict[Rules, tuple[float, float | None, float | None]]:
-    """Per variant: mean negative log-likelihood in nats, agreement with the reference, KL from it."""
+    """For each variant: mean negative log-likelihood in nats, agreement with the reference, KL divergence from it."""
     sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
 
     def log_probs(variant: Rules, row: slice) -> Tensor:
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
         return logits(model, variant, hidden_states).float().log_softmax(dim=-1)
 
-    for index in track(range(len(blocks)), "sequences scored"):  # one at a time: logits are wide
+    for index in track(range(len(blocks)), "sequences scored"):  # one at a time, because logits take much memory
         row = slice(index, index + 1)
         targets = blocks[row, 1:].flatten().to(model.device)
         base = None if reference is None else log_probs(reference, row)

@@ -1,7 +1,7 @@
-"""Multiple-choice and minimal-pair sets as plain files, read into one form and scored by log-probability.
+"""Multiple-choice tasks and minimal pairs, read from plain files into one form and scored by log-probability.
 
-An item is a few pairs of context and continuation, of which one is right. The model chooses the continuation with the highest
-log-probability after its context. Prompts are those of lm-evaluation-harness, without examples.
+An item has a few pairs of context and continuation, and one of them is right. The model chooses the continuation with the
+highest log-probability after its context. Prompts are those of lm-evaluation-harness, without examples.
 """
 
 import csv
@@ -30,18 +30,18 @@ SUFFIXES: dict[str, type[csv.Dialect] | None] = {
     ".jsonl": None,
     ".csv": csv.excel,
     ".tsv": PlainTabs,
-}  # how to read a table, None for JSON lines
+}  # the form of a table; None: JSON lines
 PROTOCOL = (
-    "Sum of the log-probabilities of the continuation's tokens after its context, BOS in front where the tokenizer has one "
-    "(EOS where it has not and the context is empty); acc_norm divides by the continuation's characters; long contexts lose "
-    "their beginning; items whose continuations do not fit the model's context are skipped."
+    "An option's score is the sum of the log-probabilities of its tokens after the context. BOS is put first if the tokenizer "
+    "has one; otherwise EOS, if the context is empty. acc_norm divides scores by the option's number of characters. Long "
+    "contexts lose their beginning. Items with an option that does not fit the model's context are skipped."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """One item: pairs of context and continuation, and the number of the right one. With a single pair the question is
-    whether the model would write the continuation."""
+    """One item. options: pairs of context and continuation. gold: the number of the right one. A single pair asks whether the
+    model would write the continuation."""
 
     options: tuple[tuple[str, str], ...]
     gold: int
@@ -57,8 +57,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTask:
-    """A task in one model's tokens. items: those that fit the model's context. continuations: their options, in order.
-    truncated: number of continuations whose context was shortened."""
+    """A task in one model's tokens. items: those that fit the model's context. continuations: the options of these, in order.
+    truncated: the number of continuations with a shortened context."""
 
     task: Task
     items: tuple[Choices, ...]
@@ -68,7 +68,7 @@ class EncodedTask:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A kind of file, recognised by the fields of its records. read: a record and the task's name -> its item."""
+    """A form of files, recognised by the fields of their records. read: makes an item from a record and the task's name."""
 
     name: str
     fields: tuple[str, ...]
@@ -130,7 +130,7 @@ FORMS = (
 
 
 def task_files(paths: Sequence[Path]) -> list[Path]:
-    """The files; a directory stands for the task files in it. Raises ValueError when a directory has none."""
+    """The task files. A directory stands for the task files in it. Raises ValueError if a directory has none."""
     files: list[Path] = []
     for path in paths:
         inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
@@ -141,10 +141,10 @@ def task_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_task(file: Path, limit: int | None = None) -> Task:
-    """The first `limit` items of a file (None = all). Its form is recognised by the fields of its first record. The labels of a
-    .jsonl file may be in a file beside it, NAME-labels.lst, one number per line (PIQA).
+    """The first `limit` items of a file; None: all. Its form is recognised by the fields of its first record. The labels of a
+    .jsonl file may be in a file beside it, NAME-labels.lst, with one number per line (PIQA).
 
-    Raises ValueError naming the file, and the line and field where there is one.
+    Raises ValueError with the name of the file and, if known, of the line and the field.
     """
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{file}: not a task file; supported: {', '.join(SUFFIXES)}")
@@ -166,7 +166,7 @@ def read_task(file: Path, limit: int | None = None) -> Task:
 
 
 def encode_task(task: Task, encoder: Encoder) -> EncodedTask:
-    """Raises ValueError when no item fits the model's context."""
+    """Encode the items that fit the model's context. Raises ValueError if none does."""
     items: list[Choices] = []
     continuations: list[Continuation] = []
     truncated = 0
@@ -183,9 +183,12 @@ def encode_task(task: Task, encoder: Encoder) -> EncodedTask:
 
 
 def score_task(items: Sequence[Choices], likelihoods: Sequence[Likelihood]) -> dict[str, float | None]:
-    """accuracy: share of items whose right option is the most likely; of single options, share that greedy decoding would
-    write. acc_norm: the same with log-probabilities per character. Each has its standard error. perplexity: of single
-    options, per option."""
+    """The scores of a task.
+
+    accuracy: the share of items whose right option is the most likely one. For items with a single option, it is the share that
+    greedy decoding would write. acc_norm: the same with log-probabilities per character. Each has its standard error.
+    perplexity: only for items with a single option, per option.
+    """
     right, right_norm, losses = [], [], []
     place = 0
     for item in items:
@@ -220,10 +223,10 @@ def _mean(hits: Sequence[bool]) -> tuple[float | None, float | None]:
 
 
 def _continuation(encoder: Encoder, context: str, text: str) -> tuple[Continuation | None, bool]:
-    """The pair in tokens, and whether its context was shortened. None when the continuation alone is too long.
+    """The pair in tokens, and whether its context was shortened. None if the continuation alone is too long.
 
-    Both are encoded together, so that tokens at their border are those of running text. Spaces at the end of the context
-    belong to the continuation.
+    Both are encoded together, so that the tokens at their border are those of continuous text. Spaces at the end of the context
+    count as part of the continuation.
     """
     kept = context.rstrip()
     whole = encoder.encode([context + text]).tolist()
@@ -248,7 +251,7 @@ def _form(record: Mapping[str, Any]) -> Form:
 
 
 def _records(file: Path, table: type[csv.Dialect] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The records of a file, each with the number of its last line."""
+    """Yield the records of a file, each with the number of its last line."""
     text = read_text(file)
     if table is not None:
         reader = csv.DictReader(io.StringIO(text, newline=""), dialect=table, strict=True)

@@ -1,7 +1,7 @@
-"""Many variants of one model in one pass over its layers.
+"""Runs many variants of one model in one pass over its layers.
 
-A variant is one choice per layer: None for the dense FFN, or the rule that the expert layer runs under. Variants that agree up
-to a layer share their hidden states up to there. Legend: B sequences, S positions, D hidden_size.
+A variant has one choice per layer: None for the dense FFN, or a rule for the expert layer. Variants with equal choices up to a
+layer share their hidden states up to it. Legend: B sequences, S positions, D hidden_size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,15 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 
-PASS_BYTES = 2**31  # hidden states on the host in one pass over the layers, all variants together
-# One rule per layer, None where dense. A nested model has one more, whose `bits` are the output head's.
+PASS_BYTES = 2**31  # bytes of hidden states on the host in one pass over the layers, for all variants together
+# One rule per layer; None: a dense layer. A nested model has one more rule, whose `bits` are for the output head.
 Rules = tuple[LayerRule | None, ...]
-DISTINCT_BATCH = 32  # tokens of a batch whose different experts are counted
+DISTINCT_BATCH = 32  # the tokens of a batch in which different experts are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What ran in one expert layer, means: experts per token, and different experts per batch of 32 tokens."""
+    """Means for one expert layer: the experts per token, and the different experts per batch of 32 tokens."""
 
     per_token: float
     distinct: float
@@ -35,8 +35,8 @@ class Ran:
 def run_variants(
     model: StreamedModel, experts: ExpertSource | None, batches: Sequence[Tensor], wanted: Sequence[Rules]
 ) -> tuple[dict[Rules, list[Tensor]], dict[Rules, tuple["Ran | None", ...]]]:
-    """Run batches of token ids [B, S] through all layers. Returns per variant the hidden states [B, S, D] of every batch, and
-    what ran in every layer, None where dense."""
+    """Run batches of token ids [B, S] through all layers. For each variant, return the hidden states [B, S, D] of every batch,
+    and what ran in every layer; None: a dense layer."""
     states: dict[Rules, list[Tensor]] = {(): [model.embed(batch) for batch in batches]}
     per_layer: dict[Rules, Ran | None] = {}
     for index in track(range(model.config.num_hidden_layers), "layers"):
@@ -52,7 +52,7 @@ def run_variants(
             per_layer |= counts
         states = advanced
     layers = range(model.config.num_hidden_layers)
-    # The output head of a variant has not run yet.
+    # States are stored by layers only. The output head runs later.
     ended = {variant: states[variant[: len(layers)]] for variant in wanted}
     return ended, {variant: tuple(per_layer[variant[: index + 1]] for index in layers) for variant in wanted}
 
@@ -72,7 +72,7 @@ def policy_of(name: str, description: str, rules: Rules, config: ModelConfig) ->
 
 
 def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> Tensor:
-    """Final norm and output head of a variant: [R, D] -> [R, V]."""
+    """Run the final norm and the output head of a variant: [R, D] -> [R, V]."""
     head = variant[-1] if model.config.nested_bits else None
     if head is None or head.bits is None:
         return model.ends.logits(hidden_states)
@@ -86,7 +86,7 @@ def _advance(
     batches: Sequence[Tensor],
     branches: list[Rules],
 ) -> tuple[dict[Rules, list[Tensor]], dict[Rules, Ran | None]]:
-    """Run the hidden states [B, S, D] of every batch through one layer, once per branch. Returns the states and what ran."""
+    """Run the hidden states [B, S, D] of every batch through one layer, once per branch. Return the states and what ran."""
     states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
     ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
     for number, hidden_states in enumerate(batches):
@@ -115,15 +115,15 @@ def _advance(
 
 
 def _by_attention_bits(branches: Sequence[Rules]) -> Iterator[tuple[int | None, list[Rules]]]:
-    """The branches whose attention reads the same bits."""
+    """Yield the branches in groups whose attention reads the same number of bits."""
     wanted = [None if branch[-1] is None else branch[-1].attention_bits for branch in branches]
     for bits in dict.fromkeys(wanted):
         yield bits, [branch for branch, own in zip(branches, wanted, strict=True) if own == bits]
 
 
 def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:
-    """Mean number of different experts in a batch of DISTINCT_BATCH tokens drawn at random, when token t runs the first
-    needed[t] of ids[t]. ids: [T, K], needed: [T]. Fewer tokens than that are one batch."""
+    """The mean number of different experts in a batch of DISTINCT_BATCH random tokens. Token t runs the first needed[t] experts
+    of ids[t]. ids: [T, K], needed: [T]. If there are fewer tokens, they are one batch."""
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     order = order[: max(1, len(ids) // DISTINCT_BATCH) * DISTINCT_BATCH]
     hit = torch.zeros(len(ids), num_experts + 1)

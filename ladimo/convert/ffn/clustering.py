@@ -17,7 +17,7 @@ def expert_sizes(num_neurons: int, num_experts: int) -> Tensor:
 
 
 def as_partition(labels: Tensor, num_experts: int) -> Tensor:
-    """Labels [N] in 0 .. E - 1 -> neuron numbers [E, largest expert], rising in each row. Shorter rows end in -1."""
+    """Labels [N] in 0 .. E - 1 -> neuron numbers [E, size of the largest expert], rising in each row. -1 fills shorter rows."""
     counts = torch.bincount(labels, minlength=num_experts)
     width = int(counts.max())
     order = labels.argsort(stable=True)
@@ -28,10 +28,10 @@ def as_partition(labels: Tensor, num_experts: int) -> Tensor:
 
 
 def balanced_kmeans(features: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Labels [N] of clusters of even size (`expert_sizes`) with small squared distances to their means. features: [N, X].
+    """Labels [N] of clusters of equal size (`expert_sizes`) with small squared distances to their means. features: [N, X].
 
-    The seeds are those of k-means++. Then Lloyd's rounds follow until nothing moves. Their assignment step is the exact
-    `balanced_assignment`, so that the total distance never rises.
+    This is Lloyd's algorithm with the seeds of k-means++. It runs until no label changes. The assignment step is the exact
+    `balanced_assignment`, so the total distance never rises.
     """
     sizes = expert_sizes(len(features), num_experts)
     centres = features[_spread_seeds(features, num_experts, generator)]
@@ -47,12 +47,12 @@ def balanced_kmeans(features: Tensor, num_experts: int, generator: torch.Generat
 
 
 def balanced_assignment(cost: Tensor, sizes: Tensor) -> Tensor:
-    """Labels [N] with the least sum of cost[n, label] when expert e takes exactly sizes[e] neurons. cost: [N, E]. Exact.
+    """Labels [N] with the least sum of cost[n, label], where expert e gets exactly sizes[e] neurons. cost: [N, E]. Exact.
 
-    First every expert gets a price, by entropic optimal transport (Sinkhorn's iteration), such that the cheapest choices of the
-    neurons are nearly balanced. These choices are optimal for the sizes that they happen to have. They stay optimal when the
-    surplus is moved along shortest paths of exchanges, from experts with too many neurons to experts with too few (successive
-    shortest paths for the transport problem).
+    First every expert gets a price, by entropic optimal transport (Sinkhorn's iteration). With these prices, the neurons'
+    cheapest choices are nearly balanced. They are optimal for the sizes that result. Then neurons are moved along shortest
+    paths of exchanges, from experts with too many neurons to experts with too few. The labels stay optimal (successive shortest
+    paths for the transport problem).
     """
     cost = cost.detach().to("cpu", torch.float64)
     labels = (cost + _prices(cost, sizes)).argmin(dim=1)
@@ -79,7 +79,7 @@ def balanced_assignment(cost: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _prices(cost: Tensor, sizes: Tensor) -> Tensor:
-    """Prices [E] to add to the experts' costs, so that the neurons' cheapest choices nearly have the wanted sizes."""
+    """Prices [E] to add to the experts' costs. With them, the neurons' cheapest choices have nearly the wanted sizes."""
     temperature = 0.02 * cost.std(dim=1, correction=0).mean().clamp(min=1e-30)
     scaled, prices = -cost / temperature, torch.zeros(len(sizes), dtype=cost.dtype)
     for _ in range(PRICE_ROUNDS):
@@ -89,8 +89,8 @@ def _prices(cost: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _cheapest_path(moves: Tensor, sources: Tensor, targets: Tensor) -> list[int]:
-    """Experts from one of `sources` to one of `targets` [E] along which the `moves` [E, E] cost least (Bellman-Ford; there
-    are no negative cycles)."""
+    """The path of experts from one of `sources` to one of `targets` [E] with the least sum of `moves` [E, E] (Bellman-Ford;
+    there are no negative cycles)."""
     rounding = 1e-12 * moves[moves.isfinite()].abs().max()
     distance = torch.zeros(len(moves), dtype=moves.dtype).masked_fill(~sources, torch.inf)
     before = torch.full((len(moves),), -1)
@@ -107,14 +107,14 @@ def _cheapest_path(moves: Tensor, sources: Tensor, targets: Tensor) -> list[int]
 
 
 def _spread_seeds(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows far from each other, each drawn in proportion to its squared distance to those before (k-means++)."""
+    """The numbers of `count` distant rows. Each is drawn in proportion to its squared distance to earlier ones (k-means++)."""
     chosen = [int(torch.randint(len(features), (1,), generator=generator))]
     nearest = torch.full((len(features),), torch.inf)
     while len(chosen) < count:
         nearest = torch.minimum(nearest, (features - features[chosen[-1]]).pow(2).sum(dim=1).cpu())
         weights = nearest.clone()
         weights[chosen] = 0.0
-        if not weights.any():  # nothing but copies of the seeds is left
+        if not weights.any():  # all other rows equal one of the seeds
             weights = torch.ones(len(features)).index_fill_(0, torch.tensor(chosen), 0.0)
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
     return torch.tensor(chosen)

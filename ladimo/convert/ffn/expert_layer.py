@@ -1,4 +1,4 @@
-"""Running one expert layer under a rule, and its error. Legend: T tokens, D hidden_size, E experts, K experts per token."""
+"""Runs an expert layer under a rule, and finds its error. Legend: T tokens, D hidden_size, E experts, K experts per token."""
 
 import math
 
@@ -14,7 +14,7 @@ from ladimo.policy import LayerRule, RoutingPolicy
 
 
 def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [T, D] -> router_logits [T, E], and of the rule's top_k places topk_weights and topk_ids [T, K]."""
+    """Inputs [T, D] -> router_logits [T, E], and topk_weights and topk_ids [T, K] with K = rule.top_k."""
     rows, allowed = RoutingPolicy("rule", "", (rule,)).to_rows(layer.config.num_experts)
     router_logits = layer.gate(inputs)
     row = torch.tensor(rows[0], device=inputs.device).expand(len(inputs), -1)
@@ -24,8 +24,8 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
 
 
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:
-    """[T, D] -> [T, D]. Grouped by expert on every device: there are many tokens, gradients, and no graph to capture.
-    `bits`: of nested weights that are read, None for all."""
+    """[T, D] -> [T, D]. Tokens are grouped by expert on every device, because there are many tokens and gradients, and no graph
+    is captured. `bits`: how many bits of nested weights are read; None: all."""
     weights: list[Tensor] = []
     for stored in (layer.experts.gate_up_proj, layer.experts.down_proj):
         nested: Tensor | NestedWeights = stored
@@ -34,13 +34,13 @@ def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_i
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:
-    """The layer's rule in policy `full`, under which it is trained."""
+    """The layer's rule in policy `full`. Layers are trained under it."""
     return LayerRule.full(layer.config)
 
 
 @torch.no_grad()
 def layer_error(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
-    """Squared error under `full` over the variance of the targets: 0 is the FFN itself, 1 its mean."""
+    """Squared error under `full`, divided by the variance of the targets. 0: as good as the FFN itself; 1: as its mean."""
     total, device = 0.0, layer.experts.down_proj.device
     for chunk, target in zip(inputs.split(8192), targets.split(8192), strict=True):
         x = chunk.to(device, torch.float32)

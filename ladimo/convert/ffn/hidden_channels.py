@@ -1,4 +1,4 @@
-"""What an FFN's hidden channels do on calibration inputs.
+"""Statistics of an FFN's hidden channels on calibration inputs.
 
 Legend: T tokens, D hidden_size, N neurons (intermediate_size).
 """
@@ -17,18 +17,18 @@ CHUNK_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class NeuronStatistics:
-    """Of each hidden channel h = silu(gate x) * up x over calibration tokens, [N] fp32 on the FFN's device."""
+    """Statistics of each hidden channel h = silu(gate x) * up x over calibration tokens, [N] fp32 on the FFN's device."""
 
     mean: Tensor  # E[h]
     magnitude: Tensor  # E[|h|]
-    importance: Tensor  # E[h^2] * |down column|^2: the mean square of what the channel adds to the output
+    importance: Tensor  # E[h^2] * |down column|^2: the mean square of the channel's contribution to the output
 
 
 def hidden_channels(
     mlp: GatedMLP, inputs: Tensor, normalize: bool = False, chunk_tokens: int = CHUNK_TOKENS
 ) -> Iterator[Tensor]:
-    """h of inputs [T, D], in chunks [t, N] of at most `chunk_tokens` tokens, in fp32 on the FFN's device. normalize: scale
-    inputs and weight rows to length one, which makes channels comparable (as CMoE's released code does)."""
+    """Yield h for inputs [T, D], in chunks [t, N] of at most `chunk_tokens` tokens, in fp32 on the FFN's device. normalize:
+    scale inputs and weight rows to length one, which makes channels comparable (as in CMoE's released code)."""
     weights = [projection.weight.float() for projection in (mlp.gate_proj, mlp.up_proj)]
     if normalize:
         weights = [F.normalize(weight, dim=1) for weight in weights]
@@ -50,9 +50,9 @@ def neuron_statistics(mlp: GatedMLP, inputs: Tensor, chunk_tokens: int = CHUNK_T
 
 @torch.no_grad()
 def coactivation(mlp: GatedMLP, inputs: Tensor, top: int) -> Tensor:
-    """How often two channels are both among the `top` largest of a token by normalised magnitude: counts [N, N] in fp32. The
-    diagonal has how often each channel is among them. CMoE clusters 0/1 columns (arXiv 2502.04416, K_a = `top`), and their L1
-    distances follow from these counts alone."""
+    """Counts [N, N] in fp32: for how many tokens two channels are both among the `top` largest by normalised magnitude. The
+    diagonal counts each channel alone. CMoE clusters 0/1 columns (arXiv 2502.04416, K_a = `top`). Their L1 distances follow
+    from these counts alone."""
     num_neurons = mlp.gate_proj.out_features
     counts = torch.zeros(num_neurons, num_neurons, device=mlp.gate_proj.weight.device)
     for hidden in hidden_channels(mlp, inputs, normalize=True):

@@ -1,4 +1,4 @@
-"""What one FFN does in the dense model, and the unit of layer errors. Legend: T tokens, D hidden_size."""
+"""The inputs and outputs of one FFN in the dense model, and the unit of layer errors. Legend: T tokens, D hidden_size."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ class LayerData:
 
     @classmethod
     def cut(cls, inputs: Tensor, targets: Tensor, num_fit: int) -> "LayerData":
-        """From inputs and outputs [T, D] of which the first `num_fit` tokens are to fit."""
+        """Split inputs and outputs [T, D]. The first `num_fit` tokens are for fitting, the others are held out."""
         return cls(inputs[:num_fit], targets[:num_fit], inputs[num_fit:], targets[num_fit:])
 
 
 def target_variance(targets: Tensor) -> float:
-    """The variance of targets [T, D] over tokens, mean over channels. All layer errors are given in this unit."""
+    """The variance of targets [T, D] over tokens, as a mean over channels. All layer errors are divided by it."""
     return max(targets.float().var(dim=0, correction=0).mean().item(), 1e-20)

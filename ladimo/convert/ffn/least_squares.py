@@ -1,4 +1,4 @@
-"""Closed-form repair of a pruned FFN: `down_proj` solved again for the neurons that stay.
+"""Repairs a pruned FFN in closed form: `down_proj` is solved again for the neurons that stay.
 
 Legend: T tokens, D hidden_size, N neurons, K kept neurons.
 """
@@ -15,11 +15,11 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @torch.no_grad()
 def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tuple[Tensor, float]:
-    """Columns [D, K] for the neurons `kept` [K] with which they come closest to the FFN's outputs on the fit tokens, in fp32
-    on the FFN's device, and the ridge that was used.
+    """New columns [D, K] of `down_proj` for the neurons `kept` [K], in fp32 on the FFN's device, and the ridge that was used.
 
-    This is least squares on the change of the columns, with a penalty of ridge * (the channel's power) on its squares: a
-    large ridge leaves the columns as they are. A ridge of 0 stands for the one of RIDGES with the least error on the holdout.
+    With these columns, the kept neurons come closest to the FFN's outputs on the fit tokens. This is least squares on the
+    change of the columns. The penalty on squared changes is ridge * (the channel's power), so a large ridge changes little. A
+    ridge of 0 means the one of RIDGES with the least error on the holdout.
     """
     kept = kept.to(mlp.down_proj.weight.device)
     original = mlp.down_proj.weight[:, kept].t().double()  # [K, D]
@@ -27,7 +27,7 @@ def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tu
     if ridge:
         return (original + _solve(power, missing, ridge)).t().float(), ridge
     changes = {candidate: _solve(power, missing, candidate) for candidate in RIDGES}
-    # |missing output - h change|^2 over the holdout, without the part that is the same for all ridges
+    # |missing output - h change|^2 on the holdout, without the part that is equal for all ridges
     held_power, held_missing = _moments(mlp, kept, original, data.holdout_inputs, data.holdout_targets)
     errors = {
         candidate: ((held_power @ change - 2 * held_missing) * change).sum().item() for candidate, change in changes.items()
@@ -52,6 +52,6 @@ def _moments(mlp: GatedMLP, kept: Tensor, down: Tensor, inputs: Tensor, targets:
 
 def _solve(power: Tensor, missing: Tensor, ridge: float) -> Tensor:
     diagonal = power.diagonal()
-    penalty = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-30)  # the second for channels that never fire
+    penalty = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-30)  # the second part is for channels that never fire
     change: Tensor = torch.linalg.solve(power + penalty.diag(), missing)
     return change

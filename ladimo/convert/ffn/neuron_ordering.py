@@ -1,9 +1,9 @@
-"""The order in which one FFN needs its neurons, and the repair of the FFN when only the first of them are kept.
+"""Orders an FFN's neurons by importance, and repairs the FFN for each number of neurons that are kept.
 
 The FFN is linear in its hidden channels h = silu(gate x) * up x: y = W h with W = down_proj. So everything follows from one
-matrix, their second moments P = E[h h^T]. Keeping the channels K with new columns V costs E|W h - V h_K|^2. The best columns
-are V = W P[:, K] P[K, K]^-1. The optimal brain surgeon (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv
-2302.04089) removes the channel whose loss after that repair is least: |W_c|^2 / (P^-1)_cc.
+matrix, their second moments P = E[h h^T]. If only the channels K are kept, with new columns V, the error is E|W h - V h_K|^2.
+The best columns are V = W P[:, K] P[K, K]^-1. The optimal brain surgeon removes the channel whose loss after this repair is
+least: |W_c|^2 / (P^-1)_cc (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv 2302.04089).
 
 Legend: T tokens, D hidden_size, N neurons, K kept neurons, E experts.
 """
@@ -19,15 +19,15 @@ from ladimo.convert.progress import track
 from ladimo.model.layers import GatedMLP
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # in units of each channel's own power
-ROUNDS = 256  # neurons are removed in so many rounds; after each, the inverse is updated
+ROUNDS = 256  # the number of rounds in which neurons are removed; after each, the inverse is updated
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronOrdering:
-    """order: neurons [N], the most needed first. repairs[n]: columns [D, K] of down_proj, solved again for the neurons of the
-    first n experts. errors[n]: squared error of these on the holdout, over the variance of the FFN's outputs.
-    oracle_errors[n]: the same for an oracle that runs, per token, the n experts with the largest outputs, without repair. No
-    router can do better."""
+    """order: neurons [N], the most important first. repairs[n]: columns [D, K] of down_proj, solved again for the neurons of
+    the first n experts. errors[n]: the squared error with these on the holdout, divided by the variance of the FFN's outputs.
+    oracle_errors[n]: the same for an oracle that runs, for each token, the n experts with the largest outputs, without repair.
+    ridge: the one that was used."""
 
     order: Tensor
     repairs: dict[int, Tensor]
@@ -38,12 +38,12 @@ class NeuronOrdering:
 
 @torch.no_grad()
 def order_neurons(mlp: GatedMLP, data: LayerData, num_experts: int, ridge: float = 0.0) -> NeuronOrdering:
-    """Order and repairs for n = 1 .. num_experts - 1 experts of equal width, the last padded. ridge: how strongly repairs are
-    pulled to the original columns, in units of each channel's own power; 0 for the one of RIDGES with the least error on the
-    holdout at half of the experts."""
+    """The order, and repairs for n = 1 .. num_experts - 1 experts of equal width, of which the last is padded. ridge: how
+    strongly repairs are pulled to the original columns, in units of each channel's own power. 0 means the one of RIDGES with
+    the least error on the holdout with half of the experts."""
     down = mlp.down_proj.weight.double()
     fit, held = second_moments(mlp, data.fit_inputs), second_moments(mlp, data.holdout_inputs)
-    variance = target_variance(data.holdout_targets) * down.shape[0]  # of a whole output vector
+    variance = target_variance(data.holdout_targets) * down.shape[0]  # the variance of a whole output vector
     size = -(-down.shape[1] // num_experts)
     chosen = ridge
     if not ridge:
@@ -61,7 +61,7 @@ def order_neurons(mlp: GatedMLP, data: LayerData, num_experts: int, ridge: float
 
 
 def pruning_order(power: Tensor, down: Tensor, ridge: float) -> Tensor:
-    """Neurons [N], the most needed first: power [N, N], down [D, N]."""
+    """Neurons [N], the most important first. power: second moments [N, N]. down: [D, N]."""
     neurons = power.shape[0]
     inverse = torch.linalg.inv(_damped(power, ridge))
     columns = down.clone()
@@ -70,7 +70,7 @@ def pruning_order(power: Tensor, down: Tensor, ridge: float) -> Tensor:
     at_once = max(1, neurons // ROUNDS)
     for start in track(range(0, neurons, at_once), "pruning rounds"):
         losses = (columns.square().sum(dim=0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
-        gone = losses.topk(min(at_once, neurons - start), largest=False).indices  # least needed first
+        gone = losses.topk(min(at_once, neurons - start), largest=False).indices  # the least important first
         block = inverse[:, gone]
         change = torch.linalg.solve(block[gone], block.t())  # [gone, N]
         columns -= columns[:, gone] @ change
@@ -83,7 +83,7 @@ def pruning_order(power: Tensor, down: Tensor, ridge: float) -> Tensor:
 
 
 def repair(power: Tensor, down: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """Columns [D, K] for the kept neurons: least squares with a penalty on the change from down[:, kept]."""
+    """Columns [D, K] for the kept neurons, by least squares with a penalty on the change from down[:, kept]."""
     inner = power[kept][:, kept]
     missing = down @ power[:, kept] - down[:, kept] @ inner
     change: Tensor = torch.linalg.solve(_damped(inner, ridge), missing.t())
@@ -91,14 +91,14 @@ def repair(power: Tensor, down: Tensor, kept: Tensor, ridge: float) -> Tensor:
 
 
 def repair_error(power: Tensor, down: Tensor, kept: Tensor, repaired: Tensor) -> float:
-    """E|down h - repaired h[kept]|^2 under second moments `power`."""
+    """E|down h - repaired h[kept]|^2, where `power` has the second moments of h."""
     difference = down.clone()
     difference[:, kept] -= repaired
     return ((difference @ power) * difference).sum().item()
 
 
 def expert_neurons(order: Tensor, num_experts: int) -> Tensor:
-    """The order cut into experts [E, ceil(N / E)], -1 where the last is padded: an exact partition."""
+    """The neurons in this order, cut into experts [E, ceil(N / E)]. -1 pads the last expert. This is an exact partition."""
     size = -(-len(order) // num_experts)
     padded = torch.full((num_experts * size,), -1, dtype=torch.int64)
     padded[: len(order)] = order
@@ -112,7 +112,7 @@ def _damped(power: Tensor, ridge: float) -> Tensor:
 
 
 def _oracle_errors(mlp: GatedMLP, inputs: Tensor, order: Tensor, num_experts: int) -> dict[int, float]:
-    """Mean squared error per token with only its n largest experts, n = 1 .. E - 1."""
+    """The mean squared error if each token runs only its n experts with the largest outputs, for n = 1 .. E - 1."""
     down = mlp.down_proj.weight.float()
     totals = torch.zeros(num_experts - 1, dtype=torch.float64)
     for hidden in hidden_channels(mlp, inputs):
@@ -120,6 +120,6 @@ def _oracle_errors(mlp: GatedMLP, inputs: Tensor, order: Tensor, num_experts: in
         outputs = torch.stack([hidden[:, neurons] @ down[:, neurons].t() for neurons in experts])  # [E, T, D]
         rank = outputs.square().sum(dim=2).argsort(dim=0, descending=True)  # [E, T]
         ordered = outputs.gather(0, rank.unsqueeze(2).expand_as(outputs))
-        skipped = ordered.flip(0).cumsum(dim=0).flip(0)[1:]  # after n experts: the sum of those left out
+        skipped = ordered.flip(0).cumsum(dim=0).flip(0)[1:]  # for n experts: the sum of the outputs of the others
         totals[: len(skipped)] += skipped.square().sum(dim=(1, 2)).double().cpu()
     return {n + 1: total / len(inputs) for n, total in enumerate(totals.tolist())}

@@ -1,4 +1,4 @@
-"""Cutting an FFN's neurons into experts. All experts with weight one add up to the FFN, however it is cut.
+"""Splits an FFN's neurons into experts. With weight one, all experts together are the FFN, for every partition.
 
 Legend: D hidden_size, E experts, F moe_intermediate_size.
 """
@@ -15,24 +15,23 @@ from ladimo.model.moe import ExpertLayer
 
 
 def check_experts(num_experts: int, mlp: GatedMLP) -> None:
-    """Raises ValueError when there are more experts than neurons."""
+    """Raises ValueError if there are more experts than neurons."""
     if num_experts > mlp.gate_proj.out_features:
         raise ValueError(f"split.experts: is {num_experts}, the FFN has {mlp.gate_proj.out_features} neurons")
 
 
 def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
-    """Neuron numbers [E, ceil(size / E)]: equal runs of neighbours. -1 pads the last ones."""
+    """Neuron numbers [E, ceil(size / E)]: equal ranges of neighbours. -1 pads the end."""
     size = -(-intermediate_size // num_experts)
     neurons = torch.arange(num_experts * size)
     return neurons.masked_fill(neurons >= intermediate_size, -1).view(num_experts, size)
 
 
 def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, router: Mapping[str, Tensor]) -> ExpertLayer:
-    """An ExpertLayer in fp32 on the FFN's device whose expert e has the neurons partition[e]. router: tensors of the router
-    by name, on any device; {} for none.
+    """An ExpertLayer in fp32 on the FFN's device. Its expert e has the neurons partition[e]. router: the router's tensors by
+    name, on any device; {}: no router.
 
-    -1 stands for a neuron with zero weights. It adds nothing, and because both of its factors are zero it stays zero in
-    training.
+    -1 means a neuron with zero weights. It adds nothing. It also stays zero in training, because both of its factors are zero.
     """
     device = mlp.gate_proj.weight.device
     with torch.device(device):
@@ -49,6 +48,6 @@ def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, router: M
 
 
 def _take(rows: Tensor, partition: Tensor) -> Tensor:
-    """Rows [N, D] at partition [E, F] -> [E, F, D], zero where the partition says -1."""
+    """Rows [N, D], chosen by partition [E, F] -> [E, F, D]. A -1 gives a row of zeros."""
     padded = F.pad(rows, (0, 0, 0, 1))
     return padded[partition]  # -1 is the padded row

@@ -1,1 +1,1 @@
-"""Choosing the integers that stand for weights at low precision (`ladimo.model.nested`)."""
+"""Chooses the integers of nested weights (`ladimo.model.nested`)."""

@@ -1,6 +1,6 @@
-"""The high plane of nested weights: scales, and integers chosen so that the layer's output changes least.
+"""Chooses the high plane of nested weights: the scales, and integers that change the layer's output as little as possible.
 
-Legend: N rows (outputs), K columns (inputs), P columns filled up to whole groups, G = P / 32 groups.
+Legend: N rows (outputs), K columns (inputs), P columns padded to whole groups, G = P / 32 groups.
 """
 
 from itertools import product
@@ -12,19 +12,20 @@ from torch.nn import functional as F
 from ladimo.model.nested import HIGHEST, LOWEST, SCALE_DTYPE, rounded_down
 from ladimo.model.quantization import GROUP
 
-# Columns whose errors are pushed to the rest in one product.
+# The columns whose errors are added to the later columns in one product.
 BLOCK = 128
-# Rows worked on at a time: an output head has many.
+# The rows that are rounded together. An output head has many rows.
 ROWS_AT_ONCE = 8192
-# Clipping the largest weights a little leaves less error in all. More than this could not be made up for by the low plane.
+# Scales are tried with these factors. Clipping the largest weights a little reduces the total error. The low plane could not
+# correct a stronger clipping.
 SHRINKS = (1.0, 0.95, 0.9)
-# The second moments' diagonal grows by this share of its mean, so that they can be inverted.
+# This share of its mean is added to the diagonal of the second moments, so that they can be inverted.
 DAMPING = 0.01
 
 
 def choose_scales(weights: Tensor) -> Tensor:
-    """Weights [N, K] -> scales [N, G] in `SCALE_DTYPE`: of a few, the ones that leave the least squared error. A scale may be
-    negative, so that a group's largest weight can be the lowest integer."""
+    """Weights [N, K] -> scales [N, G] in `SCALE_DTYPE`. Of a few candidates, each group gets the one with the least squared
+    error. A scale may be negative, so that a group's largest weight can become the lowest integer."""
     groups = _padded(weights).unflatten(1, (-1, GROUP))
     limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
     scales, best = torch.empty_like(limit), torch.full_like(limit, torch.inf)
@@ -46,17 +47,17 @@ def round_nearest(weights: Tensor, scales: Tensor) -> Tensor:
 
 
 def round_with_feedback(weights: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
-    """Integers int8 [N, P] for weights [N, K], column by column; what a column's rounding does to the output is made up for in
-    the columns that follow. moments: the inputs' second moments, the sum of x x^T [K, K], in fp32.
+    """Integers int8 [N, P] for weights [N, K], chosen column by column. The later columns compensate for the rounding error of
+    a column. moments: the second moments of the inputs, the sum of x x^T [K, K], in fp32.
 
-    GPTQ, arXiv 2210.17323, algorithm 1, but an integer is the weight rounded down or up and nothing else. On SmolLM2 that is
-    also better than integers that may go anywhere (`docs/nested.md`), and the low plane always reaches the weight.
+    This is GPTQ (arXiv 2210.17323, algorithm 1) with one difference: an integer is always its weight rounded down or up. So the
+    low plane always reaches the weight. On SmolLM2 it was also more accurate than any integer (`loadtests/README.md`).
     """
     cols = weights.shape[1]
     factor = _inverse_factor(moments)
     parts = []
     for rows, row_scales in zip(weights.split(ROWS_AT_ONCE), scales.split(ROWS_AT_ONCE), strict=True):
-        codes = round_nearest(rows, row_scales)  # of the padding, which no input meets
+        codes = round_nearest(rows, row_scales)  # stays in the padding, which no input multiplies
         lowest = rounded_down(rows, row_scales).float()
         highest = (lowest + 1).clamp(max=HIGHEST)
         left, steps = rows.float().clone(), row_scales.float()

@@ -1,4 +1,4 @@
-"""Second moments of what every matrix of a dense model multiplies, gathered in one pass, one layer at a time.
+"""Gathers the second moments of the inputs of all matrices of a dense model, in one pass, one layer at a time.
 
 Legend: B sequences, S positions, T tokens, D hidden_size, F intermediate_size, H query heads, C head_dim.
 """
@@ -27,8 +27,8 @@ class LayerMoments:
 
 
 def layer_moments(model: StreamedModel, blocks: Tensor, use: Callable[[int, LayerMoments], None]) -> Tensor:
-    """Run token blocks [B, S] through a dense model and give each layer's number and moments to `use`. Returns the hidden
-    states after the last layer [B, S, D]."""
+    """Run token blocks [B, S] through a dense model. Call `use` with each layer's number and moments. Return the hidden states
+    after the last layer [B, S, D]."""
     hidden_states = model.embed(blocks)
     for index in track(range(model.config.num_hidden_layers), "layers"):
         layer, mlp = model.layer(index), model.mlp(index)
@@ -42,14 +42,14 @@ def layer_moments(model: StreamedModel, blocks: Tensor, use: Callable[[int, Laye
 
 
 def head_moments(model: StreamedModel, hidden_states: Tensor) -> Tensor:
-    """Of the output head's input [D, D], from the hidden states after the last layer [B, S, D]."""
+    """The second moments [D, D] of the output head's input, from the hidden states after the last layer [B, S, D]."""
     normed: Tensor = model.ends.model.norm(hidden_states.flatten(0, 1).to(model.device))
     return (normed.t() @ normed).float().cpu()
 
 
 @contextmanager
 def _watched(*layers: nn.Linear) -> Iterator[list[Tensor]]:
-    """While it is open: adds up x x^T of what the linear layers are given."""
+    """Inside this context, the sums of x x^T over the inputs x of these linear layers are gathered."""
     sums = [torch.zeros(layer.in_features, layer.in_features) for layer in layers]
 
     def watch(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
