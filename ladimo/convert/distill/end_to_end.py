@@ -1,6 +1,6 @@
-"""End-to-end distillation: FFNs of a student are trained on the dense model's next-token distribution and hidden states.
+"""End-to-end distillation: trains the FFNs of a student on the dense model's next-token distribution and hidden states.
 
-The FFNs are narrow or routed. The whole model is in memory.
+The trained FFNs are narrow or routed. The whole model is in memory.
 
 Legend: B sequences, S positions, D hidden_size, L layers.
 """
@@ -24,16 +24,16 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
 WARMUP = 0.1
-FULL_RATE_KL = 1.0  # nats; a student this far from its teacher, or further, starts at the full learning rate
-RATE_POWER = 0.3  # a closer student starts at the full rate times (its KL / FULL_RATE_KL) to this power
+FULL_RATE_KL = 1.0  # nats; a student with at least this KL from the dense model starts at the full learning rate
+RATE_POWER = 0.3  # another student starts at the full rate times (its KL / FULL_RATE_KL) ** RATE_POWER
 
-Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer, None where the dense one stays
+Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer; None: the dense one
 
 
 @dataclass(frozen=True, slots=True)
 class KlPoint:
-    """KL divergence from the dense model after `step` steps, in nats per token. kl: on the training batches, mean since the
-    last point. holdout: on the holdout, where it was measured."""
+    """KL divergence from the dense model after `step` steps, in nats per token. kl: on the training batches, as a mean since
+    the last point. holdout: on the holdout; None if it was not measured."""
 
     step: int
     kl: float
@@ -42,8 +42,8 @@ class KlPoint:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndOptions:
-    """steps: of each student. batch_tokens: per step, at least one block. lr: Muon's. hidden: weight of the hidden states'
-    relative squared error beside the divergence of the next-token distributions."""
+    """steps: for each student. batch_tokens: tokens per step, at least one block. lr: Muon's learning rate. hidden: the weight
+    of the hidden states' relative squared error, beside the divergence of the next-token distributions."""
 
     steps: int
     batch_tokens: int
@@ -59,13 +59,12 @@ def distill_end_to_end(
     options: EndToEndOptions,
     generator: torch.Generator,
 ) -> list[list[KlPoint]]:
-    """Train the FFNs of every student in place, on the same batches of token blocks fit [B, S]. Returns one curve per
-    student.
+    """Train the FFNs of all students in place, on the same batches of token blocks fit [B, S]. Return a curve for each student.
 
-    The loss is the forward KL plus options.hidden times the relative squared error of the hidden states, mean over layers (as
-    in TinyBERT, arXiv 1909.10351, equation 8). With little text, D values per token and layer teach more than next tokens
-    alone. The optimizer is Muon with a warm-up and a cosine decay to zero. A student whose KL on the holdout does not fall
-    gets its old weights back. `dense` has fp32 weights. Raises ValueError when the loss diverges.
+    The loss is the forward KL plus options.hidden times the relative squared error of the hidden states, as a mean over layers
+    (as in TinyBERT, arXiv 1909.10351, equation 8). With little text, the D values per token and layer teach more than next
+    tokens alone. The optimizer is Muon with a warm-up and a cosine decay to zero. If the KL of a student on the holdout does
+    not fall, it gets its old weights back. `dense` must have fp32 weights. Raises ValueError if the loss diverges.
     """
     network = Network(dense)
     sequences = max(1, options.batch_tokens // fit.shape[1])
@@ -73,7 +72,7 @@ def distill_end_to_end(
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
     optimizers = [Muon([w for mlp in mlps for w in mlp.requires_grad_().parameters()], options.lr) for mlps in trained]
     initial = network.holdout_kls(students, holdout)
-    # The size of Muon's steps does not shrink with the gradient, so a student close to its teacher needs a smaller rate.
+    # Muon's steps do not get smaller with the gradient. So a student that is close to the dense model needs a smaller rate.
     rates = [options.lr * min(1.0, (value / FULL_RATE_KL) ** RATE_POWER) for value in initial]
     curves = [[KlPoint(0, value, value)] for value in initial]
     running: list[list[float]] = [[] for _ in students]
@@ -112,21 +111,22 @@ def distill_end_to_end(
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """log_probs: of the next tokens [B * S, V]. hidden_states: after every layer [B * S, D]."""
+    """The results of a forward pass. log_probs: those of the next tokens [B * S, V]. hidden_states: after each layer
+    [B * S, D]."""
 
     log_probs: Tensor
     hidden_states: list[Tensor]
 
 
 class Network:
-    """The whole dense model, run with other FFNs in place of its own."""
+    """The whole dense model, which can run with other FFNs in place of its own."""
 
     def __init__(self, dense: StreamedModel) -> None:
         self.dense = dense
         self.layers: list[DecoderLayer] = [dense.layer(index) for index in range(dense.config.num_hidden_layers)]
 
     def run(self, blocks: Tensor, student: Student | None) -> Pass:
-        """Token blocks [B, S]."""
+        """Run token blocks [B, S]. student: the FFNs to use; None: those of the dense model."""
         device = self.dense.device
         inputs = StepInputs.whole_sequences(blocks.to(device))
         rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype)
@@ -139,7 +139,7 @@ class Network:
 
     @torch.no_grad()
     def holdout_kls(self, students: Sequence[Student], blocks: Tensor) -> list[float]:
-        """KL divergence from the dense model on token blocks [B, S], one per student, in nats per token."""
+        """For each student, its KL divergence from the dense model on token blocks [B, S], in nats per token."""
         totals = [0.0] * len(students)
         for row in blocks.split(1):
             target = self.run(row, None).log_probs
@@ -150,7 +150,7 @@ class Network:
 
 
 def hidden_error(found: Pass, target: Pass) -> Tensor:
-    """Squared error of the hidden states over their variance in the teacher, mean over layers: 0 is the teacher itself."""
+    """The squared error of the hidden states, divided by their variance in the dense model, as a mean over layers."""
     variances = [(wanted - wanted.mean(dim=0)).square().sum() for wanted in target.hidden_states]
     pairs = zip(found.hidden_states, target.hidden_states, variances, strict=True)
     errors = [(own - wanted).square().sum() / variance for own, wanted, variance in pairs]
@@ -158,7 +158,7 @@ def hidden_error(found: Pass, target: Pass) -> Tensor:
 
 
 def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:
-    """[T, D] -> [T, D], an expert layer under its rule in `full`."""
+    """Run an FFN: [T, D] -> [T, D]. An expert layer runs under its rule in `full`."""
     if isinstance(mlp, ExpertLayer):
         _, topk_weights, topk_ids = route(mlp, inputs, full_rule(mlp))
         return run_experts(mlp, inputs, topk_weights, topk_ids)
@@ -167,7 +167,7 @@ def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _factor(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """The factor on the learning rate: linear warm-up, then cosine decay to zero."""
     warmup = max(1.0, WARMUP * steps)
     if step <= warmup:
         return step / warmup

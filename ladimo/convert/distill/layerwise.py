@@ -1,4 +1,4 @@
-"""Layer-wise distillation: one expert layer is regressed on the outputs of the FFN it replaces.
+"""Layer-wise distillation: trains one expert layer by regression on the outputs of the FFN that it replaces.
 
 Legend: T tokens, D hidden_size, E experts, K experts per token.
 """
@@ -23,8 +23,8 @@ CURVE_POINTS = 10
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Squared error over the targets' variance after `step` steps. fit: on the batches, mean since the last point. holdout:
-    on the holdout."""
+    """Squared error after `step` steps, divided by the variance of the targets. fit: on the training batches, as a mean since
+    the last point. holdout: on the holdout."""
 
     step: int
     fit: float
@@ -38,12 +38,12 @@ def distill_layer(
     generator: torch.Generator,
     rules: Sequence[LayerRule] = (),
 ) -> list[CurvePoint]:
-    """Train the layer in place, in fp32. Only the chosen experts are computed.
+    """Train the layer in place, in fp32, and return its loss curve. Only the chosen experts are computed.
 
-    Every step runs under one of `rules`, drawn evenly, or under `full` if there are none. The loss is the squared error over
-    the variance of the targets, so that one value of `balance` suits every layer. Where experts are weighted by their scores,
-    the router is trained with them, and balance * `balance_loss` is added. Where they have weight one, the router gets no
-    gradient and stays as it is. Raises ValueError when the loss diverges.
+    Each step runs under one of `rules`, drawn with equal probability, or under `full` if there are none. The loss is the
+    squared error, divided by the variance of the targets, so that one value of `balance` suits every layer. If experts are
+    weighted by their scores, the router is trained, too, and balance * `balance_loss` is added. If they have weight one, the
+    router gets no gradient and does not change. Raises ValueError if the loss diverges.
     """
     device = layer.experts.down_proj.device
     rules = rules or (full_rule(layer),)
@@ -78,7 +78,8 @@ def distill_layer(
 
 
 def batches(num_tokens: int, recipe: TrainRecipe, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Steps 1 .. recipe.steps, each with the numbers of its tokens. Every token comes once per epoch, but for the last few."""
+    """Yield the steps 1 .. recipe.steps, each with the numbers of its tokens. Each token comes once per epoch, except that a
+    short rest at the end of an epoch is skipped."""
     order = torch.empty(0, dtype=torch.int64)
     for step in track(range(1, recipe.steps + 1), "steps"):
         if len(order) < min(recipe.batch_tokens, num_tokens):
@@ -88,12 +89,13 @@ def batches(num_tokens: int, recipe: TrainRecipe, generator: torch.Generator) ->
 
 
 def is_report(step: int, recipe: TrainRecipe) -> bool:
-    """Whether the loss curve has a point after this step. There are CURVE_POINTS, evenly spread, the last at the end."""
+    """Whether the loss curve has a point after this step. There are CURVE_POINTS points at equal distances, the last at the
+    end."""
     return step in {round(recipe.steps * (point + 1) / CURVE_POINTS) for point in range(CURVE_POINTS)}
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """The factor on the learning rate: linear warm-up, then cosine decay to zero."""
     warmup = recipe.warmup * recipe.steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -101,9 +103,9 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
 
 
 def balance_loss(router_logits: Tensor, topk_ids: Tensor) -> Tensor:
-    """E * sum_i f_i P_i over router_logits [T, E] and topk_ids [T, K] (-1 = no expert). f_i is the share of tokens that chose
-    expert i, P_i its mean softmax score. The loss is K when the load is even. Switch Transformers (arXiv 2101.03961),
-    equation 4, for K experts per token.
+    """E * sum_i f_i P_i, from router_logits [T, E] and topk_ids [T, K] (-1: no expert). f_i is the share of tokens that chose
+    expert i, and P_i is the expert's mean softmax score. With an even load, the loss is K. This is equation 4 of Switch
+    Transformers (arXiv 2101.03961) for K experts per token.
     """
     num_tokens, num_experts = router_logits.shape
     share = torch.bincount(topk_ids.flatten() + 1, minlength=num_experts + 1)[1:] / num_tokens

@@ -1,6 +1,7 @@
 """Muon: an optimizer whose steps are orthogonal matrices (K. Jordan and others, 2024, kellerjordan.github.io/posts/muon).
 
-torch.optim.Muon does not take stacks of experts, and it computes in bf16, which most CPUs emulate.
+torch.optim.Muon is not used, because it does not take stacks of experts, and because it computes in bf16, which most CPUs
+emulate.
 """
 
 import math
@@ -11,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ITERATIONS = 3  # as good here as the usual five
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic that lifts small singular values fastest
+ITERATIONS = 3  # here as good as the usual five
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial that enlarges small singular values fastest
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps are orthogonalised Nesterov momentum, for parameters [..., R, C] of which the last two dimensions are a matrix
-    each.
+    """A step is the orthogonalised Nesterov momentum. The last two dimensions of parameters [..., R, C] are matrices.
 
-    lr: the spectral norm of a step where C >= R. For tall matrices it is multiplied by sqrt(R / C), so that one value suits
-    any width (Yang, Simon and Bernstein, arXiv 2310.17813).
+    lr: the spectral norm of a step if C >= R. For taller matrices it is multiplied by sqrt(R / C), so that one value suits any
+    width (Yang, Simon and Bernstein, arXiv 2310.17813).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices [..., R, C] whose singular values, but for small ones, are brought to between 0.7 and 1.2 (Newton-Schulz)."""
+    """Matrices [..., R, C] with singular values between 0.7 and 1.2, except very small ones, by Newton-Schulz iteration."""
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
     a, b, c = COEFFICIENTS

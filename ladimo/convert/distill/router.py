@@ -1,4 +1,4 @@
-"""Training a router to predict how strongly each expert is activated. The experts stay as they are.
+"""Trains a router to predict how strongly each expert is activated. The experts do not change.
 
 Legend: T tokens, D hidden_size, E experts.
 """
@@ -17,7 +17,7 @@ from ladimo.model.moe import ExpertLayer
 
 @torch.no_grad()
 def activation_mass(layer: ExpertLayer, inputs: Tensor) -> Tensor:
-    """Sum over each expert's neurons of |silu(gate x) * up x|: inputs [T, D] -> [T, E] on the host."""
+    """The sum of |silu(gate x) * up x| over each expert's neurons: inputs [T, D] -> [T, E] on the host."""
     masses = []
     for chunk in inputs.split(CHUNK_TOKENS):
         x = chunk.to(layer.experts.gate_up_proj.device, torch.float32)
@@ -32,8 +32,9 @@ def activation_mass(layer: ExpertLayer, inputs: Tensor) -> Tensor:
 def fit_router(
     layer: ExpertLayer, data: LayerData, masses: Tensor, recipe: TrainRecipe, generator: torch.Generator
 ) -> list[CurvePoint]:
-    """Adam on the binary cross-entropy between the sigmoid of each logit and the masses [T, E] of the fit tokens, divided by
-    the largest of the batch (as in MoEfication's released code). The curve shows errors of the layer, not this loss."""
+    """Train the router in place with Adam, and return a curve. The loss is the binary cross-entropy between the sigmoid of each
+    logit and the masses [T, E] of the fit tokens, divided by the largest one of the batch (as in MoEfication's released code).
+    The curve has the errors of the layer, not this loss."""
     device = layer.experts.down_proj.device
     layer.experts.requires_grad_(False)
     optimizer = torch.optim.Adam(layer.gate.parameters(), lr=recipe.gate_lr, fused=True)

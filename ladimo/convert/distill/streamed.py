@@ -1,5 +1,4 @@
-"""Streamed distillation: students run beside the dense model, one layer in memory at a time. For models too large to be trained
-whole.
+"""Streamed distillation for large models: students run beside the dense model, with one layer in memory at a time.
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
 """
@@ -17,11 +16,11 @@ Substitute = Callable[[int, int, Tensor, Tensor], nn.Module | None]
 
 
 def run_students(dense: StreamedModel, blocks: Tensor, num_students: int, substitute: Substitute) -> None:
-    """Run token blocks [B, S] through the dense model and its students, layer after layer.
+    """Run token blocks [B, S] through the dense model and its students, layer by layer.
 
-    substitute(layer, student, inputs, targets) returns the fp32 FFN that a student has in a layer, None for the dense one.
-    inputs [T, D]: the FFN's inputs in the student, whose earlier layers have changed the hidden states. targets [T, D], fp32:
-    what the FFN must add to make the student's hidden states those of the dense model. Both are on the host, and so is one
+    substitute(layer, student, inputs, targets) returns the FFN of a student in a layer, in fp32; None: the dense FFN. inputs
+    [T, D]: the FFN's inputs in this student, whose earlier layers have changed the hidden states. targets [T, D], fp32: the FFN
+    outputs with which the student's hidden states would equal those of the dense model. Both are on the host, and so is one
     hidden state per token and student.
     """
     wanted = dense.embed(blocks)
@@ -39,7 +38,7 @@ def run_students(dense: StreamedModel, blocks: Tensor, num_students: int, substi
 
 
 def _attend(dense: StreamedModel, layer: DecoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, S, D] after attention and the FFN's inputs, [T, D] on the host."""
+    """Run attention on hidden states [B, S, D]. Returns the states after it and the FFN's inputs, [T, D] on the host."""
     parts = [(attended.cpu(), inputs.cpu()) for _, attended, inputs in dense.attend(layer, hidden_states)]
     attended, inputs = (torch.cat(part) for part in zip(*parts, strict=True))
     return attended, inputs
@@ -47,6 +46,6 @@ def _attend(dense: StreamedModel, layer: DecoderLayer, hidden_states: Tensor) ->
 
 @torch.no_grad()
 def _add(dense: StreamedModel, attended: Tensor, inputs: Tensor, mlp: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Hidden states [T, D] after an FFN of this dtype, on the host."""
+    """Run an FFN of this dtype, and return the hidden states [T, D] after it on the host."""
     pairs = zip(attended.split(CHUNK_TOKENS), inputs.split(CHUNK_TOKENS), strict=True)
     return torch.cat([before + mlp(part.to(dense.device, dtype)).to("cpu", before.dtype) for before, part in pairs])

@@ -1,7 +1,7 @@
-"""Candidate policies of a converted model: the named ones, and what the solver finds between them. Needs no training.
+"""Candidate policies of a converted model: the named ones, and others that the solver finds between them. Nothing is trained.
 
-For layers with a router of their own the options are the rules of the layer's profile. For layers that hold fixed or routed
-substitutes they are the rules that the named policies have.
+For a layer with its own router, the options are the rules of its profile. For a layer with substitutes, the options are the
+rules that the named policies have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.policy import LayerRule, RoutingPolicy
 
-GUARD_STEPS = 64  # solutions between the dearest and the cheapest, among which a perplexity guard is searched
+GUARD_STEPS = 64  # the number of solutions, from the most expensive to the cheapest, among which a guard's policy is searched
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A converted model as it is measured: its dense source, its expert layers and its configuration. A nested model holds its
-    dense source itself, under policy `full`: `dense` is then the model."""
+    """A converted model to measure: its dense source, its expert layers and its configuration. A nested model is its own dense
+    source under policy `full`, so `dense` is then the model itself."""
 
     dense: StreamedModel
     experts: ExpertSource
@@ -45,8 +45,8 @@ class ConvertedModel:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Asks for the cheapest rules whose perplexity is at most `ratio` times the dense one. path: the rules to search, dearest
-    first, each cheaper and worse than the one before."""
+    """Asks for the cheapest rules with at most `ratio` times the dense model's perplexity. path: the rules to search. Each is
+    cheaper and less accurate than the one before."""
 
     ratio: float
     path: Sequence[Rules]
@@ -58,7 +58,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """rules: by the policy's name, with at least full, quality, balanced and fast."""
+    """rules: by the policy's name; at least full, quality, balanced and fast. guard: the perplexity guard, if there is one."""
 
     rules: Mapping[str, Rules]
     guard: Guard | None = None
@@ -67,7 +67,7 @@ class Candidates:
 def routed_candidates(
     model: ConvertedModel, profiles: Mapping[int, LayerProfile], blocks: Tensor, recipe: Recipe
 ) -> Candidates:
-    """LaDiMo's named policies and the solver's, for batch 1 and for batch 32. blocks: token blocks [B, S] for the damage."""
+    """LaDiMo's named policies and those of the solver, for batches of 1 and 32. blocks: token blocks [B, S] for the damage."""
     named = named_policies(profiles, model.config, recipe.policies)
     if not profiles or not recipe.policies.points:
         return Candidates(named)
@@ -77,7 +77,7 @@ def routed_candidates(
 
 
 def budget_candidates(model: ConvertedModel, named: Mapping[str, Rules], blocks: Tensor, recipe: Recipe) -> Candidates:
-    """The named policies and the solver's mixtures of their rules, for batch 1 and, where a rule routes, for batch 32. blocks:
+    """The named policies and the solver's mixtures of their rules, for batches of 1, and also of 32 if a rule routes. blocks:
     token blocks [B, S] for the damage of each rule."""
     config = model.config
     if not config.moe_layer_indices or not recipe.policies.points:
@@ -104,8 +104,8 @@ def budget_candidates(model: ConvertedModel, named: Mapping[str, Rules], blocks:
 def routed_options(
     model: ConvertedModel, profiles: Mapping[int, LayerProfile], blocks: Tensor
 ) -> tuple[dict[int, list[Option]], dict[int, list[Option]]]:
-    """What each routed layer may do, at the cost of batch 1 and of batch 32. The damage of its most accurate and of its
-    cheapest rule is found on token blocks [B, S]; for the others it is interpolated by layer error."""
+    """The options of each routed layer, with the costs of batch 1 and of batch 32. The damage of the most accurate and of the
+    cheapest rule is estimated on token blocks [B, S]. For the other rules it is interpolated by layer error."""
     known = {index: _distinct_rules(profile) for index, profile in profiles.items()}
     ends = {
         index: [min(rules, key=lambda entry: entry.error), min(rules, key=lambda entry: entry.experts_per_token)]
@@ -125,7 +125,7 @@ def routed_options(
 
 
 def policy_name(cost: float) -> str:
-    """Of a policy that the solver found: by its share of active parameters in percent."""
+    """The name of a policy that the solver found. It has the share of active parameters in percent."""
     return f"active-{100 * cost:.1f}"
 
 
@@ -137,7 +137,7 @@ def _solved(
     costs: Mapping[int, Mapping[LayerRule, float]],
     recipe: Recipe,
 ) -> Candidates:
-    """The named policies, the solver's solutions under the names of their predicted costs, and the guard."""
+    """The named policies, the solver's solutions, which are named by their predicted costs, and the guard."""
     extra = spread(options, config, recipe.policies.points)
     if wide != options:  # fixed experts cost the same in every batch
         extra += spread(wide, config, recipe.policies.points // 2)
@@ -151,7 +151,7 @@ def _solved(
 
 
 def _distinct_rules(profile: LayerProfile) -> list[RuleProfile]:
-    """The profile's rules. Of those with equal cost at batch 1 and at batch 32, the one with the least error."""
+    """The rules of a profile. Of rules with equal costs at batch 1 and at batch 32, only the one with the least error."""
     best: dict[tuple[float, float], RuleProfile] = {}
     for entry in profile.by_top_k + profile.by_tau:
         key = (round(entry.experts_per_token, 2), round(entry.distinct_experts, 2))

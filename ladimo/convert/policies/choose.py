@@ -1,4 +1,4 @@
-"""Choosing policies and layers: pure functions of what was measured."""
+"""Chooses policies and layers, in pure functions of the measurements."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ NAMED = ("full", "quality", "balanced", "fast")
 
 
 def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> LayerRule:
-    """LaDiMo's decision for one layer. TOP1 where nearly every token reaches tau with one expert, all k where nearly every
-    token needs all k, DYN(tau) otherwise. A tau of 0 gives TOP1, a tau of 1 all k."""
+    """LaDiMo's rule for one layer: TOP1 if nearly every token reaches tau with one expert, all k experts if nearly every token
+    needs all k, and otherwise DYN(tau). A tau of 0 gives TOP1, a tau of 1 gives all k."""
     top1, full = profile.by_top_k[0].rule, profile.by_top_k[-1].rule
     if tau <= 0 or tau >= 1:
         return top1 if tau <= 0 else full
@@ -30,8 +30,8 @@ def choose_rule(profile: LayerProfile, tau: float, recipe: PolicyRecipe) -> Laye
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What one layer may do. experts: mean number that runs per token, or that a batch of 32 tokens reads. damage: KL
-    divergence from the dense model in nats when only this layer does so."""
+    """An option of one layer. experts: the mean number of experts that run per token, or that a batch of 32 tokens reads.
+    damage: KL divergence from the dense model in nats, if only this layer has this rule."""
 
     rule: LayerRule
     experts: float
@@ -39,8 +39,8 @@ class Option:
 
 
 def best_rules(options: Mapping[int, Sequence[Option]], config: ModelConfig, target: float) -> Rules:
-    """One option per converted layer, with the least sum of damages at a cost of at most `target`, a share of the dense model's
-    active parameters."""
+    """One option for each converted layer, with the least sum of damages at a cost of at most `target`. The cost is the share
+    of the dense model's active parameters."""
     layers = sorted(options)
     none = dict.fromkeys(layers, 0.0)
     fixed = _cost(none, config)
@@ -56,7 +56,7 @@ def best_rules(options: Mapping[int, Sequence[Option]], config: ModelConfig, tar
 
 
 def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points: int) -> list[Rules]:
-    """Solutions for `points` targets between the dearest and the cheapest choice, dearest first, without repetitions."""
+    """Solutions for `points` targets between the most expensive and the cheapest choice, in this order, without duplicates."""
     ends = []
     for pick in (max, min):
         experts = {index: pick(option.experts for option in layer) for index, layer in options.items()}
@@ -66,7 +66,7 @@ def spread(options: Mapping[int, Sequence[Option]], config: ModelConfig, points:
 
 
 def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, recipe: PolicyRecipe) -> dict[str, Rules]:
-    """full, quality, balanced and fast by LaDiMo's rule. Every converted layer of `config` has a profile."""
+    """The policies full, quality, balanced and fast, by LaDiMo's rule. Every converted layer of `config` has a profile."""
     taus = zip(NAMED, (1.0, recipe.quality, recipe.balanced, recipe.fast), strict=True)
     return {
         name: tuple(
@@ -77,8 +77,8 @@ def named_policies(profiles: Mapping[int, LayerProfile], config: ModelConfig, re
 
 
 def interpolate(errors: Sequence[float], damages: Sequence[float], error: float) -> float:
-    """The damage of an option whose layer error is `error`, from options whose damage is known: between them on logarithmic
-    scales, outside them in proportion to the error."""
+    """The damage of an option with layer error `error`, from options with known damage. Between two of these it is interpolated
+    on logarithmic scales. Outside their range it is proportional to the error."""
     known = sorted((max(e, 1e-12), max(d, 1e-12)) for e, d in zip(errors, damages, strict=True))
     error = max(error, 1e-12)
     if error <= known[0][0] or len(known) == 1:
@@ -92,9 +92,9 @@ def interpolate(errors: Sequence[float], damages: Sequence[float], error: float)
 
 
 def choose_layers(perplexity: Mapping[int, float], savings: Mapping[int, float], target_active: float) -> tuple[int, ...]:
-    """Layers to convert: the least damaging first, at least one, until the model's cost is at most the target.
+    """The layers to convert: the least damaging first, at least one, until the model's cost is at most the target.
 
-    perplexity: by layer, with only that layer converted. savings: by layer, the share of active parameters that it saves.
+    perplexity: by layer, with only this layer converted. savings: by layer, the share of active parameters that it saves.
     """
     chosen: list[int] = []
     for layer in sorted(perplexity, key=lambda layer: (perplexity[layer], layer)):
@@ -105,12 +105,12 @@ def choose_layers(perplexity: Mapping[int, float], savings: Mapping[int, float],
 
 
 def full_cost(config: ModelConfig) -> float:
-    """Active / dense parameters under policy `full`."""
+    """Active parameters under policy `full`, divided by those of the dense model."""
     return config.active_parameters_ratio(
         tuple(None if layer is None else float(layer.num_experts_per_tok) for layer in config.layers)
     )
 
 
 def _cost(experts: Mapping[int, float], config: ModelConfig) -> float:
-    """Active / dense parameters with so many experts in each converted layer."""
+    """Active parameters with so many experts in each converted layer, divided by those of the dense model."""
     return config.active_parameters_ratio(tuple(experts.get(index) for index in range(config.num_hidden_layers)))

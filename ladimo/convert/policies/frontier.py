@@ -1,4 +1,4 @@
-"""Policies measured end to end, and the frontier of those that nothing cheaper beats."""
+"""Measures policies end to end, and makes the frontier of those that no cheaper policy beats."""
 
 import logging
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ class MeasuredPolicies:
 
 
 def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tensor) -> MeasuredPolicies:
-    """Measure each candidate on token blocks [B, S]. There are two frontiers: of points chosen by what one token reads, and by
-    what a batch of 32 tokens reads."""
+    """Measure each candidate on token blocks [B, S]. There are two frontiers. One compares policies by what a single token
+    reads, the other by what a batch of 32 tokens reads."""
     chosen, config = dict(candidates.rules), model.config
     reference = model.reference
     measured = measure(model.dense, model.experts, blocks, [reference, *chosen.values()], reference)
@@ -58,7 +58,7 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
             logger.warning("no policy keeps the perplexity within %g times the dense one", candidates.guard.ratio)
         else:
             chosen[candidates.guard.name] = found
-    # The named policies were predicted to get cheaper in this order. A measurement on other text may disagree.
+    # Each named policy should be cheaper than the one before. Measurements on another text may disagree.
     for better, cheaper in pairwise(NAMED):
         first, second = (policy_cost(chosen[name], measured[chosen[name]], config) for name in (better, cheaper))
         if second > first:
@@ -73,14 +73,14 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
 
 
 def policy_cost(rules: Rules, measurement: Measurement, config: ModelConfig) -> float:
-    """What the knob walks; see `FrontierPoint.cost`."""
+    """The cost by which an accuracy chooses; see `FrontierPoint.cost`."""
     ratio = policy_of("rules", "", rules, config).bytes_ratio(config, measurement.experts_per_token)
     return config.active_parameters_ratio(measurement.experts_per_token) if ratio is None else ratio
 
 
 def rule_name(rule: LayerRule | None) -> str:
-    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3", and so are
-    bits: "TOP1 at 4 bits, attention at 8"."""
+    """A short name: "TOP2", "DYN(0.8)", "5 fixed" (a static mask) or "dense". Other limits are added, as in "TOP4
+    relative_floor 0.3". Bits are added, too, as in "TOP1 at 4 bits, attention at 8"."""
     if rule is None:
         return "dense"
     if rule.bits is not None or rule.attention_bits is not None:
@@ -93,7 +93,7 @@ def rule_name(rule: LayerRule | None) -> str:
 
 
 def describe_rules(rules: Rules, config: ModelConfig) -> str:
-    """Such as "TOP2 in 3 layers, DYN(0.8) in 2 layers". Of a nested model with the output head's bits."""
+    """A description such as "TOP2 in 3 layers, DYN(0.8) in 2 layers". For a nested model, the output head's bits are added."""
     policy = policy_of("rules", "", rules, config)
     names = [rule_name(rule) for rule in policy.layers if rule is not None]
     counts = [f"{name} in {names.count(name)} layer{'s' * (names.count(name) > 1)}" for name in dict.fromkeys(names)]
@@ -105,7 +105,8 @@ def describe_rules(rules: Rules, config: ModelConfig) -> str:
 def _cheapest_within(
     model: ConvertedModel, blocks: Tensor, guard: Guard, measured: dict[Rules, Measurement], perplexity: float
 ) -> Rules | None:
-    """By bisection over the guard's path. What it measures is added to `measured`."""
+    """The cheapest rules within the guard's ratio, found by bisection over its path; None if there are none. New measurements
+    are added to `measured`."""
     low, high = -1, len(guard.path)  # path[low] is within, path[high] is not
     while high - low > 1:
         middle = (low + high) // 2
@@ -126,7 +127,7 @@ def _frontier(
     perplexity: float,
     batch: int,
 ) -> tuple[FrontierPoint, ...]:
-    """Policies that nothing cheaper beats at this batch size. Equal rules under two names are one point, under the first
+    """The policies that no cheaper policy beats at this batch size. Equal rules under two names are one point, under the first
     name."""
     points = {
         rules: FrontierPoint(
@@ -151,4 +152,4 @@ def _frontier(
     for point in sorted(points.values(), key=lambda point: (reads[point.policy], point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
             kept.append(point)
-    return pareto(kept)  # and by cost, which is what the knob walks
+    return pareto(kept)  # also by cost, because an accuracy chooses by it

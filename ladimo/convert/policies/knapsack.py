@@ -1,4 +1,4 @@
-"""The best choice per layer within a budget: a multiple-choice knapsack, in plain numbers."""
+"""Finds the best choice for each layer within a budget: a multiple-choice knapsack in plain numbers."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ BINS = 4000  # units of the budget; costs are rounded up to whole units
 
 
 def solve_knapsack(costs: Sequence[Sequence[float]], damages: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
-    """One option number per layer, such that the damages sum to the least and the costs to at most `budget`.
+    """The number of an option for each layer. The sum of damages is the least for which the sum of costs is at most `budget`.
 
-    costs[layer][option] and damages[layer][option]. If even the cheapest options cost more, these are chosen. Dynamic
-    programming, exact up to the rounding of costs.
+    costs[layer][option] and damages[layer][option]. If even the cheapest options exceed the budget, these are chosen. This is
+    dynamic programming, which is exact except for the rounding of costs.
     """
     least = [min(layer) for layer in costs]
     spare = budget - sum(least)
     if spare <= 0:
         return tuple(min(range(len(layer)), key=layer.__getitem__) for layer in costs)
     unit = spare / BINS
-    total = np.zeros(BINS + 1)  # least damage of the layers so far for each cost
+    total = np.zeros(BINS + 1)  # for each cost, the least damage of the layers so far
     chosen = np.zeros((len(costs), BINS + 1), dtype=np.int64)
     units = [[int(np.ceil((cost - low) / unit - 1e-6)) for cost in layer] for layer, low in zip(costs, least, strict=True)]
     for layer, (layer_units, layer_damages) in enumerate(zip(units, damages, strict=True)):

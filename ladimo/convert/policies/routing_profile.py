@@ -1,6 +1,6 @@
-"""What a layer's router does on held-out tokens, and what each rule would cost and lose there. Nothing is trained.
+"""Profiles a layer's router on held-out tokens: its weights, and the cost and the error of each rule. Nothing is trained.
 
-Legend: T tokens, D hidden_size, E experts, k experts the layer was trained for.
+Legend: T tokens, D hidden_size, E experts, k the number of experts for which the layer was trained.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,9 +22,12 @@ TAUS = tuple(round(0.02 * step, 2) for step in range(1, 50))
 
 @dataclass(frozen=True, slots=True)
 class RuleProfile:
-    """A rule, with weights renormalised or not, whichever has the smaller error. experts_per_token: mean on the holdout.
-    one_share, full_share: shares of tokens that run one expert, and all k. distinct_experts: mean number of different experts
-    that a batch of DISTINCT_BATCH tokens runs. error: squared error over the variance of the FFN's outputs."""
+    """A rule and its figures on the holdout. The rule renormalises weights if this has the smaller error.
+
+    experts_per_token: mean. one_share, full_share: shares of tokens that run one expert, and all k. distinct_experts: mean
+    number of different experts in a batch of DISTINCT_BATCH tokens. error: squared error, divided by the variance of the FFN's
+    outputs.
+    """
 
     rule: LayerRule
     experts_per_token: float
@@ -36,9 +39,10 @@ class RuleProfile:
 
 @dataclass(frozen=True, slots=True)
 class LayerProfile:
-    """histogram: tokens by the score of their best expert, in HISTOGRAM_BINS equal bins of [0, 1]. load: each expert's share
-    of the choices under `full`. by_top_k: rules of 1 to k experts. by_tau: DYN(tau), tau rising. kept_error, one_error: error
-    of TOP1 with the best expert's own weight, and with weight one."""
+    """histogram: the number of tokens by the score of their best expert, in HISTOGRAM_BINS equal bins of [0, 1].
+    mean_best_weight: the mean of this score. load: each expert's share of the choices under `full`. by_top_k: the rules with 1
+    to k experts. by_tau: DYN(tau), with rising tau. kept_error, one_error: error of TOP1 with the best expert's own weight, and
+    with weight one."""
 
     histogram: list[int]
     mean_best_weight: float
@@ -61,9 +65,10 @@ class LayerProfile:
 
 
 def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tuple[float, ...]) -> LayerProfile:
-    """Profile on the FFN's inputs and outputs [T, D]; `taus` are added to the standard grid.
+    """The profile on the FFN's inputs and outputs [T, D]. taus: values to add to the standard grid.
 
-    DYN(tau) keeps the fewest best experts whose weights sum to at least tau, at most k (LaDiMo's adaptive router for k = 2).
+    DYN(tau) keeps the fewest best experts whose weights sum to at least tau, and at most k (for k = 2, this is LaDiMo's
+    adaptive router).
     """
     config = layer.config
     k = config.num_experts_per_tok
@@ -85,12 +90,12 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
                 out = run_experts(layer, x, topk_weights, topk_ids).float()
                 errors[int(renormalize), count - 1, chunk] = (out - target).pow(2).mean(dim=1).cpu()
         load += torch.bincount(topk_ids.flatten().cpu(), minlength=config.num_experts)
-    cumulative = torch.cat(scores).cumsum(dim=1)  # [T, k], what a rule's mass is compared with
+    cumulative = torch.cat(scores).cumsum(dim=1)  # [T, k]; a rule's mass is compared with these sums
     errors /= target_variance(targets)
 
     def candidate(needed: Tensor, top_k: int, mass: float | None) -> RuleProfile:
         by_weighting = errors.gather(1, (needed - 1).expand(2, 1, -1)).mean(dim=(1, 2))
-        # With all k experts the weights sum to one either way; then rounding must not decide.
+        # With all k experts, the weights sum to one in both cases. Then rounding errors must not decide.
         whole = top_k == k and mass is None
         renormalize = full.renormalize if whole else bool(by_weighting[1] < by_weighting[0])
         return RuleProfile(

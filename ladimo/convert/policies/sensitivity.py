@@ -1,13 +1,15 @@
-"""How much it damages the model when one layer alone runs under another rule: estimated for all layers and rules at once.
+"""Estimates the damage to the model if one layer alone runs under another rule, for all layers and rules at once.
 
-Damage is the KL divergence of the next-token distribution from the dense model's, in nats per token. Let e be what a rule
-changes in a layer's output, and F the Fisher matrix of the next tokens with respect to that output. To second order the damage
-is e F e / 2. F is the mean of g g over gradients g of the log-probability of next tokens drawn from the model itself. One pass
-forward and one back per sample give g for every layer, and each rule costs only its own run of the layer. Products between
-different positions of a text are left out: their mean is small, and they are most of the noise.
+The damage is the KL divergence of the next-token distribution from the dense model's, in nats per token. Let e be the change
+of a layer's output under a rule, and F the Fisher matrix of the next tokens with respect to that output. To second order, the
+damage is e F e / 2. F is the mean of g g, where g is the gradient of the log-probability of a next token that is drawn from the
+model itself. One forward pass, and one backward pass per sample, give g for every layer. In addition, each rule needs one run
+of its layer. Products between different positions of a text are left out, because their mean is small and they are most of the
+noise.
 
-The larger the damage, the more the second order falls short. So the most damaging rule of each layer is measured, too. What it
-falls short by there is a factor f. A rule with a smaller estimate is corrected by less, by f ** (its estimate / the largest).
+The larger the damage, the more the second order underestimates it. So if the damage of a layer is large, its most damaging rule
+is measured. This gives a factor f between measurement and estimate. Rules with a smaller estimate are corrected by less, by
+f ** (their estimate / the largest one).
 
 Legend: B sequences, S positions, T = B * S tokens, D hidden_size, V vocabulary, M samples.
 """
@@ -28,14 +30,15 @@ from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule
 
 SAMPLES = 2
-LARGE = 0.01  # nats; where the most damaging rule of a layer is estimated above this, it is measured
-CHUNK_TOKENS = 2048  # that pass through a layer at once, with all that a gradient needs
+LARGE = 0.01  # nats; if the largest estimate of a layer is above this, its rule is measured
+CHUNK_TOKENS = 2048  # tokens that pass through a layer together, with the values that a gradient needs
 
 
 @dataclass(frozen=True, slots=True)
 class RuleDamage:
-    """One layer under one rule, the others dense. kl: nats per token. distinct_experts: different ones that a batch of 32
-    tokens drawn at random runs. measured: whether the rule was measured, too, to correct the layer's estimates."""
+    """The damage of one layer under one rule, with all other layers dense. kl: nats per token. distinct_experts: the number of
+    different experts in a batch of 32 random tokens. measured: whether this rule was measured to correct the layer's
+    estimates."""
 
     kl: float
     distinct_experts: float
@@ -44,7 +47,7 @@ class RuleDamage:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """To second order. kl: nats per token of each sequence, [B]. distinct_experts: as in `RuleDamage`."""
+    """A second-order estimate. kl: nats per token of each sequence, [B]. distinct_experts: as in `RuleDamage`."""
 
     kl: Tensor
     distinct_experts: float
@@ -61,11 +64,11 @@ def rule_damages(
     samples: int = SAMPLES,
     large: float = LARGE,
 ) -> dict[int, dict[LayerRule, RuleDamage]]:
-    """By layer and rule, on token blocks [B, S]. Measurements are made on half of the blocks. large: 0 corrects every layer,
-    infinity none."""
+    """The damages by layer and rule, on token blocks [B, S]. Measurements use half of the blocks. large: as `LARGE`; 0 corrects
+    every layer, infinity none."""
     estimates = estimate_damages(dense, experts, rules, blocks, samples)
     checked = blocks[: -(-len(blocks) // 2)]
-    worst: dict[tuple[int, bool], LayerRule] = {}  # fixed and routed experts have each their own factor
+    worst: dict[tuple[int, bool], LayerRule] = {}  # fixed and routed experts each have a factor
     for index, own in estimates.items():
         for routed in (False, True):
             kind = [rule for rule in own if is_routed(rule) == routed]
@@ -90,7 +93,8 @@ def _factors(
     worst: Mapping[tuple[int, bool], LayerRule],
     blocks: Tensor,
 ) -> dict[tuple[int, bool], float]:
-    """Measured over estimated damage of each layer's most damaging rule. blocks: the first [B, S] of those estimated on."""
+    """Measured damage divided by estimated damage, for the rules in `worst`. blocks [B, S]: the first of those that the
+    estimates used."""
     if not worst:
         return {}
     depth = dense.config.num_hidden_layers
@@ -112,7 +116,7 @@ def is_routed(rule: LayerRule) -> bool:
 def estimate_damages(
     dense: StreamedModel, experts: ExpertSource, rules: Mapping[int, Sequence[LayerRule]], blocks: Tensor, samples: int
 ) -> Estimates:
-    """To second order, by layer and rule. One layer is in memory at a time, and its inputs are kept for all of them."""
+    """Second-order estimates by layer and rule. One layer is in memory at a time. The inputs of all layers are kept."""
     inputs = layer_inputs(dense, blocks)
     gradients = output_gradients(dense, inputs.pop(), samples)
     sums: dict[int, dict[LayerRule, Tensor]] = {}
@@ -153,7 +157,7 @@ def estimate_damages(
 
 @torch.no_grad()
 def layer_inputs(dense: StreamedModel, blocks: Tensor) -> list[Tensor]:
-    """Hidden states [B, S, D] before each layer and after the last, on the host."""
+    """Hidden states [B, S, D] before each layer and after the last one, on the host."""
     states = [dense.embed(blocks)]
     for index in track(range(dense.config.num_hidden_layers), "layers forward"):
         layer, after = dense.layer(index), torch.empty_like(states[-1])
@@ -164,8 +168,8 @@ def layer_inputs(dense: StreamedModel, blocks: Tensor) -> list[Tensor]:
 
 
 def output_gradients(dense: StreamedModel, hidden_states: Tensor, samples: int) -> Tensor:
-    """Gradients [M, B, S, D] of the log-probability of a drawn next token after every position but the last, with respect to
-    the last layer's output [B, S, D]; fp32 on the host."""
+    """Gradients [M, B, S, D] with respect to the last layer's output [B, S, D], in fp32 on the host. They are those of the
+    log-probability of a drawn next token, after every position except the last."""
     generator = torch.Generator(dense.device).manual_seed(0)
     gradients = torch.zeros(samples, *hidden_states.shape)
     for row, one in enumerate(track(hidden_states, "sequences", len(hidden_states))):
@@ -174,7 +178,7 @@ def output_gradients(dense: StreamedModel, hidden_states: Tensor, samples: int) 
         probabilities = logits.detach().softmax(dim=-1)
         for sample in range(samples):
             drawn = torch.multinomial(probabilities, 1, generator=generator)
-            score = -probabilities  # the gradient of log p(drawn) with respect to the logits: one at the drawn token, less p
+            score = -probabilities  # the gradient of log p(drawn) with respect to the logits is onehot(drawn) - p
             score.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=score.dtype))
             (found,) = torch.autograd.grad(logits, given, score, retain_graph=sample < samples - 1)
             gradients[sample, row, :-1] = found.float().cpu()
@@ -182,14 +186,15 @@ def output_gradients(dense: StreamedModel, hidden_states: Tensor, samples: int) 
 
 
 def _attend(dense: StreamedModel, layer: DecoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole sequences [B, S, D] on the device, with gradients: states after attention and the FFN's inputs, [T, D]."""
+    """Run attention with gradients on whole sequences [B, S, D] on the device. Returns the states after attention and the FFN's
+    inputs, [T, D]."""
     ((_, attended, ffn_inputs),) = dense.attend(layer, hidden_states)
     return attended, ffn_inputs
 
 
 @torch.no_grad()
 def _change(layer: ExpertLayer, inputs: Tensor, outputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor]:
-    """What a rule changes in the FFN's outputs [T, D], and the experts it runs."""
+    """The change of the FFN's outputs [T, D] under a rule, and the ids of the experts that run."""
     _, topk_weights, topk_ids = route(layer, inputs, rule)
     return run_experts(layer, inputs, topk_weights, topk_ids) - outputs, topk_ids
 
