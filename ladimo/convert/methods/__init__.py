@@ -1,4 +1,4 @@
-"""The conversion methods, one module or package each. To add one, import its module here: it registers itself."""
+"""The conversion methods, one module or package each. A module registers its method when it is imported here."""
 
 from ladimo.convert.methods import cmoe, ladimo, moefication, nested, static
 from ladimo.convert.methods.elastic import method as elastic

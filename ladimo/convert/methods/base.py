@@ -1,9 +1,9 @@
-"""What a conversion method is, and what it works with.
+"""The interface of conversion methods.
 
-A method turns the dense model of a run (`ladimo.convert.run`) into expert layers in the run's workspace, says which policies
-they may be run under, and adds its part to the report. It may work layer by layer (`ladimo.convert.methods.layerwise`) or on
-the whole model. Text, streaming, measurements, the frontier and the checkpoint are the pipeline's and the same for all
-methods.
+A method makes expert layers from the dense model of a run (`ladimo.convert.run`) and puts them into the run's workspace. It
+proposes policies for them, and it may add a section to the report. It may work layer by layer
+(`ladimo.convert.methods.layerwise`) or on the whole model. The pipeline does the rest, which is the same for all methods: text,
+streaming, measurements, frontier and checkpoint.
 """
 
 from abc import ABC, abstractmethod
@@ -27,11 +27,16 @@ from ladimo.policy import RoutingPolicy
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a method has made. layers: the converted layers' configurations, their weights in the workspace. entries: one record
-    per candidate layer for report.json, with at least "layer", "converted" and "seconds". report: further keys of report.json.
-    candidates: policies of the model, at least full, quality, balanced and fast.
-    seconds: of training besides the entries'. own: a checkpoint, whole but for its policies. It is measured
-    in the place of the dense source with these layers, and published."""
+    """The result of a method.
+
+    layers: the configurations of the converted layers. Their weights are in the workspace.
+    entries: one record per candidate layer for report.json, with at least "layer", "converted" and "seconds".
+    candidates: makes the candidate policies, at least full, quality, balanced and fast.
+    report: further keys of report.json.
+    seconds: time of training that is not in the entries.
+    own: a checkpoint that is complete except for its policies. If it is set, it is measured and published in place of the dense
+    source with these layers.
+    """
 
     layers: Mapping[int, MoeLayerConfig]
     entries: list[dict[str, Any]]
@@ -42,29 +47,30 @@ class Converted:
 
 
 class Method(ABC):
-    """name: of `--method`. options: the dataclass of the method's own table in the recipe, which has the method's name."""
+    """A conversion method. name: the value of `--method`. options: the dataclass of the method's own table in the recipe; the
+    table has the method's name."""
 
     name: ClassVar[str]
     options: ClassVar[type[Any] | None] = None
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        """The recipe with what the model's shape and the device decide where it names no value."""
+        """The recipe, with values that depend on the model's shape and the device filled in."""
         return recipe
 
     @abstractmethod
     def describe(self, recipe: Recipe) -> str:
-        """A few sentences for the report: what was done, after which paper."""
+        """A few sentences for the report: what the method does, and the paper that it follows."""
 
     @abstractmethod
     def convert(self, run: Run, calibration: Calibration) -> Converted:
-        """The stages that make the expert layers. Each is resumable: see `Workspace.stage`."""
+        """Run the stages that make the expert layers. Each stage can be resumed; see `Workspace.stage`."""
 
     @abstractmethod
     def reprofile(
         self, recipe: Recipe, model: ConvertedModel, stored: Mapping[str, RoutingPolicy], blocks: Tensor, report: dict[str, Any]
     ) -> Candidates:
-        """Policies of a finished checkpoint, chosen anew on token blocks [B, S] of another text. stored: its policies.
-        report: the record of its report, in which the method renews what it measures."""
+        """New candidate policies of a finished checkpoint, from token blocks [B, S] of another text. stored: its policies.
+        report: the content of its report.json, in which the method replaces its measurements."""
 
     def view(self, report: Report) -> MethodView:
         """The method's part of the report."""

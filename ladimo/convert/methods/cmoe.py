@@ -1,7 +1,7 @@
-"""CMoE (arXiv 2502.04416): neurons that are activated often are always on. The others are clustered by the tokens that activate
-them, and one representative neuron per cluster is its router. Needs no training.
+"""CMoE (arXiv 2502.04416): neurons that are often activated always run. The others are clustered by the tokens that activate
+them. One representative neuron of each cluster is its router. The conversion itself needs no training; `fit` may follow.
 
-Legend: N neurons, E experts, S of them always on.
+Legend: N neurons, E experts, of which S always run.
 """
 
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.router import SELECTION_BIAS
 
 MAX_TOKENS = 16_384  # eight sequences of 2048, as in the paper
-ROUNDS = 10  # the paper makes one; with columns as sparse as those of K_a = 10 the second moves nothing
-ALWAYS = 2.0  # a selection bias above any difference of softmax scores
+ROUNDS = 10  # the paper makes one round; with columns as sparse as those of K_a = 10, the second round changes nothing
+ALWAYS = 2.0  # a selection bias that is larger than any difference of softmax scores
 
 
 @dataclass(frozen=True, slots=True)
 class CmoeRecipe:
-    """shared: share of the `split.top_k` running experts that are always on, rounded to a whole number of experts
-    (split.experts 8, split.top_k 6 and the default are the paper's S3A3E8). channels: K_a, how many of a token's hidden
-    channels count as activated.
+    """shared: the share of the `split.top_k` running experts that always run, rounded to a whole number of experts. With
+    split.experts 8 and split.top_k 6, the default gives the paper's S3A3E8. channels: K_a, the number of a token's hidden
+    channels that count as activated.
     """
 
     shared: float = 0.5
@@ -49,7 +49,7 @@ class Cmoe(LayerwiseMethod):
     options = CmoeRecipe
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """Raises ValueError when there are more experts than neurons."""
+        """Raises ValueError if there are more experts than neurons."""
         check_experts(recipe.split.experts, mlp)
         num_experts, num_shared = recipe.split.experts, num_shared_experts(recipe)
         picked = torch.randperm(len(data.fit_inputs), generator=generator)[:MAX_TOKENS]
@@ -96,17 +96,17 @@ class Cmoe(LayerwiseMethod):
 
 
 def num_shared_experts(recipe: Recipe) -> int:
-    """How many of the running experts are the same for every token."""
+    """The number of running experts that are the same for every token."""
     return round(recipe.section(CmoeRecipe).shared * recipe.split.top_k)
 
 
 def cluster(counts: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, Tensor]:
-    """Co-activation counts [N, N] -> labels [N], of which 0 .. S - 1 are always on, and for each routed expert the neuron
-    closest to its centre, [E - S].
+    """Co-activation counts [N, N] -> labels [N], and for each routed expert the neuron that is closest to its centre, [E - S].
+    The experts 0 .. S - 1 always run.
 
-    This is balanced k-means on the 0/1 activation columns under L1. The first centres are the routed neurons that are
-    activated most often, later ones are the mean columns of clusters. Representatives are those closest to the last centres.
-    All distances follow from the counts (`distances`).
+    This is balanced k-means with L1 distances on the 0/1 activation columns. The first centres are the routed neurons that are
+    activated most often. Later centres are the mean columns of the clusters. All distances follow from the counts
+    (`distances`).
     """
     sizes = expert_sizes(len(counts), num_experts)
     often = counts.diagonal()
@@ -131,6 +131,6 @@ def cluster(counts: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, 
 
 
 def distances(products: Tensor, magnitudes: Tensor, centres: Tensor) -> Tensor:
-    """L1 distances [R, C] of 0/1 columns m to centres c in [0, 1]^T, |m| + |c| - 2 m.c, from the columns' inner products
-    [R, R], their sums [R] and the weights [C, R] of the columns in each centre."""
+    """L1 distances [R, C] between 0/1 columns m and centres c in [0, 1]^T, which are |m| + |c| - 2 m.c. products: the columns'
+    inner products [R, R]. magnitudes: their sums [R]. centres: the weights [C, R] of the columns in each centre."""
     return magnitudes[:, None] + centres @ magnitudes - 2 * products @ centres.t()

@@ -1,7 +1,7 @@
-"""LaDiMo (arXiv 2408.04278): experts are slices of the FFN. Router and experts are regressed on the FFN's outputs.
+"""LaDiMo (arXiv 2408.04278): experts are slices of the FFN. Router and experts are trained by regression on the FFN's outputs.
 
-Some details of the paper are not public. Our reading: equal contiguous slices, a softmax router without bias, the k largest
-scores renormalised (as in Mixtral), squared error plus the load-balance term of Switch Transformers.
+Some details of the paper are not public. Our reading is: equal contiguous slices; a softmax router without bias; the k largest
+scores, renormalised (as in Mixtral); squared error plus the load-balance term of Switch Transformers.
 """
 
 import torch
@@ -24,12 +24,12 @@ class Ladimo(LayerwiseMethod):
     name = "ladimo"
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """Raises ValueError when there are more experts than neurons."""
+        """Raises ValueError if there are more experts than neurons."""
         split, hidden_size, intermediate_size = recipe.split, mlp.gate_proj.in_features, mlp.gate_proj.out_features
         check_experts(split.experts, mlp)
         partition = contiguous_partition(intermediate_size, split.experts)
-        # Scores are divided by the sum of the k largest. A rule of mass tau that does not renormalise is then DYN(tau), and the
-        # best expert keeps the weight that it was trained with.
+        # Scores are divided by the sum of the k largest. A rule with mass tau and without renormalisation is then DYN(tau), and
+        # the best expert keeps the weight that it had in training.
         layer = MoeLayerConfig(
             num_experts=split.experts,
             num_experts_per_tok=split.top_k,
@@ -63,7 +63,7 @@ class Ladimo(LayerwiseMethod):
 
 @torch.no_grad()
 def best_scale(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
-    """The scalar s that minimises the squared error of s * layer(inputs) to the targets, both [T, D], under `full`."""
+    """The scalar s with the least squared error between s * layer(inputs) and the targets, both [T, D], under `full`."""
     device = layer.experts.down_proj.device
     x, y = inputs.to(device, torch.float32), targets.to(device, torch.float32)
     _, topk_weights, topk_ids = route(layer, x, full_rule(layer))

@@ -1,7 +1,8 @@
-"""Methods that work layer by layer: cut one FFN into experts, train them, go on with the next.
+"""The common part of methods that work layer by layer: they split an FFN into experts and train them, one layer after another.
 
-Which layers are converted is decided by what each does to the model alone. Policies are LaDiMo's training-free ones, from a
-profile of each layer's router. A method only says how to `split` an FFN and how to `fit` the experts.
+Then the damage of each layer is measured, with only this layer converted. It decides which layers are converted. Policies are
+LaDiMo's training-free ones, from a profile of each layer's router. A method only defines how to `split` an FFN and how to `fit`
+the experts.
 """
 
 import logging
@@ -33,23 +34,23 @@ from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import RoutingPolicy
 
-INITIALISATION_STEPS = 100  # of the two trainings that show what the split start is worth
+INITIALISATION_STEPS = 100  # steps of the two trainings that compare the split weights with random ones
 
 logger = logging.getLogger(__name__)
 
 
 class LayerwiseMethod(Method):
-    """trains_experts: whether `fit` changes the experts' weights, and not the router's alone."""
+    """trains_experts: whether `fit` also changes the weights of experts, and not only those of the router."""
 
     trains_experts: ClassVar[bool] = True
 
     @abstractmethod
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """An FFN as an expert layer in fp32 on its device."""
+        """Split an FFN into an expert layer, in fp32 on the FFN's device."""
 
     @abstractmethod
     def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]:
-        """Train the layer in place. Returns its loss curve, empty for a method without training."""
+        """Train the layer in place. Return its loss curve, which is empty for a method without training."""
 
     def convert(self, run: Run, calibration: Calibration) -> Converted:
         work_on_layers(run, calibration, self.train_layer)
@@ -74,7 +75,7 @@ class LayerwiseMethod(Method):
         )
 
     def train_layer(self, run: Run, index: int, mlp: GatedMLP, data: LayerData) -> None:
-        """One layer into the workspace, with its curve and its profile."""
+        """Make one layer, and save it in the workspace with its curve and its profile."""
         started, generator = time.monotonic(), run.generator(index)
         layer = self.split(mlp, data, run.recipe, generator)
         initial = layer_error(layer, data.holdout_inputs, data.holdout_targets)
@@ -96,8 +97,8 @@ class LayerwiseMethod(Method):
         )  # fmt: skip
 
     def scan_layers(self, run: Run, calibration: Calibration) -> dict[str, Any]:
-        """Convert one layer at a time, measure, and choose the layers to convert: under `auto` the least damaging first. A
-        stage."""
+        """The stage that measures the model with each layer converted alone, and chooses the layers to convert. Under `auto`,
+        the least damaging layers are chosen."""
 
         def make() -> dict[str, Any]:
             depth = run.dense.config.num_hidden_layers
@@ -127,12 +128,12 @@ class LayerwiseMethod(Method):
         cost, target = record["active_parameters_ratio"], run.recipe.target_active
         logger.info("converting layers %s: %.1f%% active parameters", record["converted"], 100 * cost)
         if run.recipe.layers == "auto" and cost > target:
-            logger.warning("all layers converted; the target of %.1f%% is out of reach", 100 * target)
+            logger.warning("all layers are converted, and the target of %.1f%% is not reached", 100 * target)
         return record
 
     def report_figures(self, run: Run, calibration: Calibration, damage: Mapping[str, float]) -> dict[str, Any]:
-        """What only the report shows: the model with more and more layers converted and, where experts are trained, what the
-        split start is worth in the middle layer."""
+        """Figures for the report only: the model with more and more layers converted and, if experts are trained, a training of
+        the middle layer from split and from random weights."""
         order = sorted(run.candidates, key=lambda index: damage[str(index)])
         config = run.config({index: run.workspace.layer_config(index) for index in run.candidates})
         model = ConvertedModel(run.dense, run.experts, config)

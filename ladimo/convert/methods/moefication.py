@@ -1,8 +1,6 @@
-"""MoEfication (arXiv 2110.01786): neurons with similar weights become an expert, and a small network learns which experts
-matter.
+"""MoEfication (arXiv 2110.01786): neurons with similar weights become an expert, and a small network learns to choose experts.
 
-The paper is written for ReLU, where an expert's activation is the sum of its positive neurons. For SwiGLU we take the sum of
-|h|.
+The paper is about ReLU, where an expert's activation is the sum of its positive neurons. For SwiGLU we take the sum of |h|.
 """
 
 import torch
@@ -27,10 +25,8 @@ class Moefication(LayerwiseMethod):
     trains_experts = False
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """Clusters of `gate_proj` rows, scaled to length one. The router starts as the clusters' centres, as in the released
-        code.
-
-        Raises ValueError when there are more experts than neurons.
+        """The experts are clusters of the rows of `gate_proj`, scaled to length one. Before training, the router has the
+        centres of the clusters, as in the released code. Raises ValueError if there are more experts than neurons.
         """
         check_experts(recipe.split.experts, mlp)
         num_experts = recipe.split.experts
@@ -48,7 +44,7 @@ class Moefication(LayerwiseMethod):
         )
         members = F.one_hot(labels, num_experts).to(rows)
         centres = (members.t() @ rows) / members.sum(dim=0).unsqueeze(1)
-        # The released code divides each input by its length. After RMSNorm lengths hardly differ, so the mean length will do.
+        # The released code divides each input by its length. After RMSNorm, lengths hardly differ, so the mean length is used.
         length = data.fit_inputs.float().norm(dim=1).mean().to(rows.device)
         router = {"fc1.weight": centres / length, "fc2.weight": torch.eye(num_experts)}
         return split_ffn(mlp, partition, layer, router)

@@ -1,12 +1,12 @@
-"""Method nested: one set of weights at several precisions. Every policy reads a part of the same bytes.
+"""Method nested: one set of weights at several precisions.
 
-1. One pass over the dense model gathers the second moments of what every matrix multiplies (`rounding.moments`).
-2. Every matrix gets two planes of four bits each (`ladimo.model.nested`). The high plane is chosen with error feedback
-   (`rounding.gptq`). The weights themselves stay, so that policy `full` is the dense model.
-3. The damage of reading 4 instead of 8 bits is measured for each FFN, each attention and the output head alone. The solver
-   takes the changes in the order of damage per byte that they save.
+1. One pass over the dense model gathers the second moments of every matrix's inputs (`ladimo.convert.rounding.moments`).
+2. Each matrix gets two planes of four bits (`ladimo.model.nested`). The high plane is chosen with error feedback
+   (`ladimo.convert.rounding.gptq`). The weights themselves stay, so policy `full` is the dense model.
+3. The damage of reading 4 instead of 8 bits is measured for each FFN, each attention and the output head alone. Policies take
+   these changes in the order of damage per saved byte.
 
-Nothing is trained. No FFN is split: each is one expert, whose bits the policy chooses.
+Nothing is trained. No FFN is split. Each is one expert, and the policy chooses its bits.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class NestedRecipe:
-    """damage_tokens: held-out tokens on which the damage of each change is measured. points: how many policies the solver adds
-    between 8 bits everywhere and 4 bits everywhere."""
+    """damage_tokens: the number of held-out tokens on which the damage of each change is measured. points: how many policies
+    are added between 8 bits everywhere and 4 bits everywhere."""
 
     damage_tokens: int = 4096
     points: int = 5
@@ -60,7 +60,7 @@ class Nested(Method):
     options = NestedRecipe
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        """Raises ValueError when only some layers are asked for."""
+        """Raises ValueError if the recipe asks for some of the layers only."""
         if recipe.layers not in ("auto", "all"):
             raise ValueError(f"layers: is {recipe.layers}; method nested rounds every layer")
         return recipe
@@ -92,8 +92,8 @@ class Nested(Method):
 
 
 def round_layers(run: Run, blocks: Tensor) -> None:
-    """Put each layer's matrices with their planes into the workspace, then the output head's. Token blocks [B, S] give the
-    second moments. A layer that is done is not rounded again."""
+    """Save each layer's matrices with their planes in the workspace, and then those of the output head. The second moments come
+    from token blocks [B, S]. A finished layer is not rounded again."""
     workspace, config = run.workspace, run.dense.config
 
     def use(index: int, moments: LayerMoments) -> None:
@@ -114,7 +114,7 @@ def round_layers(run: Run, blocks: Tensor) -> None:
 
 
 def nested_model(run: Run) -> StreamedModel:
-    """The nested checkpoint without policies, written once into the workspace, as a model to measure."""
+    """Write the nested checkpoint without policies into the workspace, if it is not there yet. Return it as a model."""
     directory, source = run.workspace.directory / "nested", run.dense
     layers = tuple(run.workspace.layer_config(index) for index in range(source.config.num_hidden_layers))
     config = dataclasses.replace(source.config, layers=layers)
@@ -142,8 +142,8 @@ def nested_model(run: Run) -> StreamedModel:
 
 
 def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> dict[str, Any]:
-    """By how much the KL divergence from the whole model grows, in nats per token, when one part reads 4 bits and all others 8:
-    for each layer's FFN and attention, and for the head. A record of JSON values."""
+    """The growth of the KL divergence from the whole model, in nats per token, if one part reads 4 bits and all others read 8.
+    The parts are each layer's FFN, each layer's attention, and the output head. The result is a record of JSON values."""
     few = blocks[: max(1, round(recipe.section(NestedRecipe).damage_tokens / blocks.shape[1]))]
     depth = model.config.num_hidden_layers
     whole, base = _same(model.config, None), _same(model.config, HIGH)
@@ -167,8 +167,8 @@ def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> di
 
 
 def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], recipe: Recipe) -> Candidates:
-    """The named policies, the recipe's number of others between 8 and 4 bits, and the guard. Of all changes from 8 to 4 bits,
-    those with the least damage per saved byte come first."""
+    """The named policies, the recipe's number of others between 8 and 4 bits, and the guard. Changes from 8 to 4 bits are made
+    in the order of damage per saved byte, the least damaging first."""
     depth, queries = config.num_hidden_layers, config.attention_parameters - config.key_value_parameters
     changes = [
         *((damages["damage_ffn"][i] / config.ffn_parameters, i, "bits") for i in range(depth)),
@@ -181,7 +181,7 @@ def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], recipe: Reci
     costs = [_cost(rules, config) for rules in path]
 
     def near(share: float) -> Rules:
-        """The solution whose bytes are nearest to this share of the way down."""
+        """The rules whose bytes are nearest to this share of the way from the most to the fewest bytes."""
         wanted = costs[0] + share * (costs[-1] - costs[0])
         return path[min(range(len(path)), key=lambda place: abs(costs[place] - wanted))]
 
@@ -195,7 +195,7 @@ def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], recipe: Reci
 
 
 def _same(config: ModelConfig, bits: int | None) -> Rules:
-    """So many bits of everything."""
+    """Rules that read the same number of bits everywhere; None: all bits."""
     layers = [LayerRule.full(layer) for layer in config.layers if layer is not None]
     rules = [dataclasses.replace(rule, bits=bits, attention_bits=bits) for rule in layers]
     return (*rules, LayerRule(1, bits=bits))
@@ -214,7 +214,7 @@ def _cost(rules: Rules, config: ModelConfig) -> float:
 
 
 def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, Tensor]]:
-    """One layer's expert and all its planes, under the names of the checkpoint."""
+    """Yield the tensors of one layer that a nested checkpoint adds or changes: its expert, and the planes of its matrices."""
     get, prefix = run.dense.reader.get, f"model.layers.{index}."
     inputs = {"q_proj": moments.attention, "k_proj": moments.attention, "v_proj": moments.attention, "o_proj": moments.output}
     for projection, seen in inputs.items():
@@ -230,7 +230,7 @@ def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, T
 
 
 def _planes(name: str, weights: Tensor, moments: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint keeps beside the matrix of this name."""
+    """Yield the tensors that a checkpoint stores beside a matrix: its rounding and its scales."""
     matrix, scales = matrix_named(name), choose_scales(weights)
     codes = round_with_feedback(weights, scales, moments)
     yield matrix.rounding, codes_to_rounding(codes, weights, scales)

@@ -1,4 +1,4 @@
-"""The conversion methods by name. A method enters with `register`; nothing else lists them."""
+"""The conversion methods by name. `register` adds a method. There is no other list."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register(kind: Kind) -> Kind:
-    """Class decorator: the method is known by its name, and its options by the table of that name in a recipe."""
+    """A class decorator that registers a method by its name, and its options as the recipe's table of this name."""
     assert kind.name not in METHODS, f"two methods are called {kind.name}"
     METHODS[kind.name] = kind()
     if kind.options is not None:
@@ -20,7 +20,7 @@ def register(kind: Kind) -> Kind:
 
 
 def get_method(name: str) -> Method:
-    """Raises ValueError naming the known methods."""
+    """The method of this name. Raises ValueError with the known names."""
     try:
         return METHODS[name]
     except KeyError:

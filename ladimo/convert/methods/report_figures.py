@@ -1,6 +1,6 @@
-"""Figures that only the report shows: small trainings and measurements beside the conversion itself.
+"""Figures for the report only, from small trainings and measurements beside the conversion.
 
-Each is the value of one key of report.json: "initialisation" or "depth".
+Each is the value of a key of report.json: "initialisation" or "depth".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ladimo.policy import LayerRule
 
 
 class Trainable(Protocol):
-    """The part of a layer-wise method that is tried here."""
+    """The part of a layer-wise method that is used here."""
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer: ...
 
@@ -33,11 +33,11 @@ class Trainable(Protocol):
 def initialisation_curves(
     method: Trainable, mlp: GatedMLP, data: LayerData, recipe: Recipe, layer: int, steps: int = 100
 ) -> dict[str, Any]:
-    """Short trainings of one layer from the split weights and from random ones (LaDiMo's Fig 2). All else is the same.
+    """Two short trainings of one layer, from the split weights and from random ones (LaDiMo's Fig 2). All else is the same.
 
-    Random weights are normal with the standard deviation of the split ones, tensor by tensor, so that only what the source has
-    learned is lost. Padded neurons stay zero. Returns {"layer", "steps", "curves": {"split", "random"}}. A curve is a list of
-    {"step", "holdout"} from step 0 on; holdout is the error over the variance of the FFN's outputs.
+    Random weights are normally distributed, with the standard deviation of the split weights, tensor by tensor. So only the
+    knowledge of the source is lost. Padded neurons stay zero. Returns {"layer", "steps", "curves": {"split", "random"}}. A
+    curve is a list of {"step", "holdout"} from step 0 on. holdout is the error, divided by the variance of the FFN's outputs.
     """
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=steps))
     curves = {}
@@ -54,7 +54,7 @@ def initialisation_curves(
 
 @torch.no_grad()
 def forget(layer: ExpertLayer, generator: torch.Generator) -> None:
-    """Redraw the experts' weights at their own standard deviation; zeros, which pad, stay."""
+    """Replace the experts' weights by random ones with the same standard deviation. Zeros, which are padding, stay."""
     for weight in layer.experts.parameters():
         used = weight != 0
         drawn = torch.randn(weight.shape, generator=generator).to(weight) * weight[used].std()
@@ -69,11 +69,11 @@ def depth_curve(
     points: int = 9,
     pass_bytes: int = PASS_BYTES,
 ) -> list[dict[str, Any]]:
-    """What it costs and saves to convert the first n layers of `order`, the least damaging first (LaDiMo's Fig 4). Up to
-    `points` values of n from none to all are measured in one pass over the layers.
+    """The accuracy and the cost of the model with the first n layers of `order` converted, the least damaging first (LaDiMo's
+    Fig 4). Up to `points` values of n, from none to all, are measured in one pass over the layers.
 
-    model: with every layer of `order` converted. rules: by layer, None for `full`. blocks: tokens [B, S], of which as many
-    are used as fit: the variants' hidden states take at most `pass_bytes`. Entries: {"converted", "layers", "perplexity",
+    model: has every layer of `order` converted. rules: by layer; None: those of `full`. blocks: tokens [B, S]. Only so many are
+    used that the variants' hidden states take at most `pass_bytes`. Entries: {"converted", "layers", "perplexity",
     "perplexity_ratio", "next_token_agreement", "active_parameters_ratio"}.
     """
     config = model.config

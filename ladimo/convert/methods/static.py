@@ -1,7 +1,7 @@
-"""The control: pruning to the same budget, with the same statistics and the same distillation, but without routing.
+"""The baseline without routing: pruning to the same budget, with the same statistics and the same distillation.
 
-Every layer keeps its most important neurons as one expert that always runs. Where a routed method is no better than this at
-equal cost, routing does not pay.
+Each layer keeps its most important neurons as one expert that always runs. If a routed method is not better than this at equal
+cost, its routing is worth nothing.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from ladimo.model.moe import ExpertLayer
 
 @dataclass(frozen=True, slots=True)
 class StaticRecipe:
-    """kept: share of each FFN's neurons that stay, 0 for what `target_active` leaves. resolve: solve `down_proj` again for
-    the neurons that stay. ridge: how strongly that solution is pulled to the original weights, in units of each channel's own
-    power; 0 for the best on the holdout.
+    """kept: the share of each FFN's neurons that stay; 0: the share that follows from `target_active`. resolve: solve
+    `down_proj` again for the neurons that stay. ridge: how strongly this solution is pulled to the original weights, in units
+    of each channel's own power; 0: the best value on the holdout.
     """
 
     kept: float = 0.0
@@ -44,9 +44,9 @@ class Static(LayerwiseMethod):
     options = StaticRecipe
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        """The recipe with the share of neurons that `target_active` leaves, the same in every layer that may be converted.
+        """The recipe with the share of neurons that follows from `target_active`. It is the same in every candidate layer.
 
-        Raises ValueError when the layers cannot get that small.
+        Raises ValueError if the target cannot be reached.
         """
         if recipe.section(StaticRecipe).kept:
             return recipe
@@ -55,7 +55,7 @@ class Static(LayerwiseMethod):
         return recipe.with_section(dataclasses.replace(recipe.section(StaticRecipe), kept=kept))
 
     def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """Needs a recipe whose static.kept is set (`resolve`)."""
+        """The recipe must have static.kept (see `resolve`)."""
         assert recipe.section(StaticRecipe).kept > 0
         width = max(1, round(recipe.section(StaticRecipe).kept * mlp.gate_proj.out_features))
         kept = neuron_statistics(mlp, data.fit_inputs).importance.topk(width).indices.sort().values.cpu()
@@ -86,9 +86,9 @@ class Static(LayerwiseMethod):
 
 
 def static_width(config: ModelConfig, recipe: Recipe) -> int:
-    """The most neurons per candidate layer, the same in all, with which the model stays within `target_active`.
+    """The largest number of neurons per candidate layer, equal in all, with which the model stays within `target_active`.
 
-    Raises ValueError when not even one does.
+    Raises ValueError if even one neuron is too many.
     """
 
     def cost(width: int) -> float:

@@ -1,8 +1,7 @@
-"""Small SVG charts: numbers in, elements out, nothing loaded from anywhere.
+"""Small SVG charts without outside resources.
 
-Text, axes and grid have the page's colour (`currentColor`), and the palette has enough contrast on white and on near-black.
-So a chart needs no theme of its own. Every mark shows its numbers when the pointer is over it. `standalone` makes a file of
-charts.
+Text, axes and grid have the page's colour (`currentColor`). The palette has enough contrast on white and on near-black. So
+charts need no themes. Each mark shows its numbers when the pointer is over it. `standalone` makes a file of charts.
 """
 
 import math
@@ -14,10 +13,10 @@ from ladimo.convert.report.markup import element, to_xml
 
 WIDTH, PLOT_HEIGHT = 440.0, 210.0
 LEFT, RIGHT, BOTTOM = 58.0, 16.0, 40.0
-LETTER = 6.4  # about the width of a letter at 12 px
+LETTER = 6.4  # the approximate width of a letter at 12 px
 ACCENT, FAINT = "#3b6fd4", "#7a828c"
 PALETTE = (ACCENT, "#d2601e", "#2b9348", "#9b59d0", "#d6394c", "#13869a", "#9c6b3f", FAINT)
-RAMP = ((59, 111, 212), (160, 75, 184), (217, 84, 43))  # the first item of an order to the last
+RAMP = ((59, 111, 212), (160, 75, 184), (217, 84, 43))  # colours from the first item of an order to the last
 SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "M-3.6 -3.6h7.2v7.2h-7.2z", "M0 -5L5 0L0 5L-5 0z", "M0 -4.6L4.8 3.8H-4.8z")
 
 
@@ -36,8 +35,8 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """hint: shown when the pointer is over it, in place of the numbers. label: written beside it where there is room. spread:
-    half the length of an error bar."""
+    """hint: shown in place of the numbers when the pointer is over the point. label: written beside the point if there is room.
+    spread: half the length of an error bar."""
 
     x: float
     y: float
@@ -48,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """colour: None for the next of the palette. line: whether the points are joined."""
+    """colour: None: the next one of the palette. line: whether the points are joined by a line."""
 
     name: str
     points: Sequence[Point]
@@ -65,7 +64,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """share: 0 for no colour, 1 for the strongest."""
+    """share: the strength of the colour, from 0 (none) to 1."""
 
     share: float
     text: str
@@ -74,7 +73,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Values from `low` to `high` to pixels from `start` to `end`, evenly or by their logarithm."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`, linearly or by their logarithm."""
 
     low: float
     high: float
@@ -96,7 +95,7 @@ def line_chart(
     ordinal: bool = False,
     guides: Sequence[tuple[float, str]] = (),
 ) -> Element:
-    """Lines with markers. ordinal: the series have an order, and their colours follow it. guides: dashed horizontal lines."""
+    """Lines with markers. ordinal: the colours of the series follow their order. guides: dashed horizontal lines."""
     shown = [
         Series(s.name, [p for p in s.points if not (x_axis.log and p.x <= 0 or y_axis.log and p.y <= 0)], s.colour, s.line)
         for s in series
@@ -143,8 +142,8 @@ def bar_chart(
     x_ticks: Sequence[tuple[float, str]] = (),
     marks: Iterable[tuple[float, str]] = (),
 ) -> Element:
-    """Bars of equal width that start at zero. x_ticks, marks: places, counted in bars from the left, and their texts. Marks
-    are dashed vertical lines. Without ticks the bars are numbered."""
+    """Bars of equal width that start at zero. x_ticks, marks: positions, counted in bars from the left, with their texts. Marks
+    are dashed vertical lines. Without ticks, the bars are numbered."""
     top, step = 34.0, (WIDTH - LEFT - RIGHT) / max(1, len(bars))
     y_scale = _scale([0.0, *(bar.value for bar in bars)], y_axis, top + PLOT_HEIGHT, top)
     every = math.ceil(len(bars) * 22 / (WIDTH - LEFT - RIGHT))
@@ -175,7 +174,7 @@ def bar_chart(
 def heatmap(
     title: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[Cell | None]], corner: str = ""
 ) -> Element:
-    """One cell per row and column, its strength behind its text; None is an empty cell. corner: what the rows are."""
+    """A cell for each row and column, with its colour behind its text. None: an empty cell. corner: the title of the rows."""
     texts = [cell.text for line in cells for cell in line if cell]
     cell_width = max(24.0, max(map(len, [*columns, *texts]), default=0) * LETTER + 10)
     left, top, height = max(map(len, [corner, *rows]), default=0) * LETTER + 16, 48.0, 22.0
@@ -207,7 +206,7 @@ def heatmap(
 
 
 def standalone(title: str, charts: Sequence[Element]) -> str:
-    """An SVG file with charts side by side under a title, light or dark as its reader wishes."""
+    """The content of an SVG file with charts side by side under a title, light or dark as the reader's system asks."""
     style = "svg{color:#1c1e21;background:#fff}@media (prefers-color-scheme:dark){svg{color:#e6e8eb;background:#14161a}}"
     parts, x, height = [element("style", style)], 0.0, 0.0
     for chart in charts:
@@ -222,7 +221,7 @@ def standalone(title: str, charts: Sequence[Element]) -> str:
 
 
 def ramp(share: float) -> str:
-    """The colour at place `share` in [0, 1] of an order."""
+    """The colour of an item at position `share` in [0, 1] of an order."""
     place = share * (len(RAMP) - 1)
     first = min(int(place), len(RAMP) - 2)
     mixed = (a + (b - a) * (place - first) for a, b in zip(RAMP[first], RAMP[first + 1], strict=True))
@@ -230,7 +229,7 @@ def ramp(share: float) -> str:
 
 
 def ticks(low: float, high: float, log: bool = False, whole: bool = False) -> list[float]:
-    """Three to about six round values within [low, high]."""
+    """About three to six round values within [low, high]."""
     if log:
         powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
         for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)):
@@ -247,10 +246,10 @@ def ticks(low: float, high: float, log: bool = False, whole: bool = False) -> li
 
 
 def _scale(values: Sequence[float], axis: Axis, start: float, end: float) -> Scale:
-    """A scale for all values and the axis' own range, with a margin. There is none below when the lowest value is zero."""
+    """A scale for all values and the axis's own range, with a margin. If the lowest value is zero, there is no lower margin."""
     held = [value for value in (*values, axis.low, axis.high) if math.isfinite(value)] or [1.0]
     low, high = min(held), max(held)
-    apart = high - low > 1e-9 * max(abs(low), abs(high))  # closer values count as one, and get a scale around it
+    apart = high - low > 1e-9 * max(abs(low), abs(high))  # closer values count as equal, and the scale is around them
     if axis.log:
         factor = (high / low) ** 0.05 if apart else 2.0
         return Scale(low / factor, high * factor, start, end, log=True)
@@ -266,7 +265,7 @@ def _axes(x_axis: Axis, y_axis: Axis, x_scale: Scale, y_scale: Scale) -> list[El
 
 
 def _frame(x_label: str, y_axis: Axis, y_scale: Scale) -> list[Element]:
-    """Axis labels, and a line across at each of the y axis' ticks."""
+    """The labels of the axes, and a horizontal line at each tick of the y axis."""
     middle, base = (y_scale.start + y_scale.end) / 2, y_scale.start
     turned = element("g", _text(0, 0, y_axis.label, "middle"), transform=f"translate(13 {middle:.1f}) rotate(-90)")
     parts = [_text((LEFT + WIDTH - RIGHT) / 2, base + 33, x_label, "middle"), turned]
@@ -279,7 +278,7 @@ def _frame(x_label: str, y_axis: Axis, y_scale: Scale) -> list[Element]:
 
 
 def _legend(entries: Sequence[tuple[str, str, int]], ordinal: bool) -> tuple[list[Element], float]:
-    """Names with their colours and shapes in rows under the title, and where the plot begins."""
+    """The names with their colours and shapes, in rows under the title; and the y coordinate at which the plot begins."""
     named = [entry for entry in entries if entry[0]]
     if ordinal and len(named) > 4:
         named = [named[0], named[len(named) // 2], named[-1]]
@@ -294,7 +293,7 @@ def _legend(entries: Sequence[tuple[str, str, int]], ordinal: bool) -> tuple[lis
 
 
 def _marker(x: float, y: float, colour: str, shape: int, hint: str = "", size: float = 1.0) -> Element:
-    # The wide transparent edge makes a small mark easy to point at.
+    # The wide transparent edge makes it easy to point at a small mark.
     return element(
         "path",
         *([_hint(hint)] if hint else []),
@@ -308,8 +307,8 @@ def _marker(x: float, y: float, colour: str, shape: int, hint: str = "", size: f
 
 
 def _label(x: float, y: float, text: str, taken: list[tuple[float, float, float, float]]) -> list[Element]:
-    """The text at the first of four places beside a point that no box of `taken` (x, y, width, height) covers. Nothing if
-    none is free."""
+    """The text at the first free one of four positions beside a point, or nothing if none is free. taken: the boxes (x, y,
+    width, height) that are in use."""
     width = len(text) * LETTER
     for left, base, anchor in (
         (x + 8, y - 6, "start"),

@@ -1,4 +1,4 @@
-"""Under which conditions all this was measured."""
+"""The report's section on the conditions of the measurements."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What a report says, in which order: a record -> a document. Sections for which the record has no data are left out.
+"""Makes a report's document from its record. Sections without data are left out.
 
-Every number comes from the record. Layers run down, policies across.
+Every number comes from the record. In tables, rows are layers and columns are policies.
 """
 
 from ladimo.convert.policies.choose import NAMED
@@ -15,7 +15,7 @@ from ladimo.convert.report.training import training_section
 
 
 def document(report: Report, view: MethodView) -> Document:
-    """view: what the report's method adds."""
+    """The document of a report. view: the part of the conversion method."""
     made = [
         frontier_section(report),
         policies_section(report),

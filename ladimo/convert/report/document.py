@@ -1,4 +1,4 @@
-"""What a report consists of: sections with tables and charts, whatever they are printed as."""
+"""The parts of a report: sections with tables and charts, independent of the output format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """caption: how to read the chart. numbers: the table that it draws, None where another table of the section has them.
-    small: one of a row of similar charts."""
+    """caption: explains the chart. numbers: a table of the chart's numbers; None if another table of the section has them.
+    small: whether it is one of several similar charts in a row."""
 
     chart: Element
     caption: str = ""
@@ -25,7 +25,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Closed until the reader opens it."""
+    """Blocks that are hidden until the reader opens them."""
 
     summary: str
     blocks: Sequence[Table | Figure]
@@ -55,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Of the table of layers. cells: by the layer's number."""
+    """A column of the table of layers. cells: by the layer's number."""
 
     title: str
     cells: Mapping[int, str]
@@ -63,9 +63,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class MethodView:
-    """What a conversion method adds to the report. lead: sentences for its beginning. parameters: which share of each layer
-    runs, in place of the rules of the policies. sensitivity, layers, training: figures for those sections. columns: of the
-    table of layers."""
+    """A conversion method's part of the report. lead: sentences for the beginning. parameters: text and figure about the share
+    of each layer that runs; None: the rules of the policies are shown. sensitivity, layers, training: figures for these
+    sections. columns: further columns of the table of layers."""
 
     lead: Sequence[str] = ()
     parameters: tuple[str, Figure] | None = None

@@ -1,4 +1,4 @@
-"""What each layer runs, what it costs to convert it, and the table of layers."""
+"""The report's sections on layers: the share that runs, the damage of a conversion, the table of layers."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from ladimo.convert.report.words import percent
 
 
 def parameters_section(report: Report, view: MethodView) -> Section:
-    """Which share of each layer runs: what the method shows of that, otherwise the rules of the policies."""
+    """The share of each layer that runs, as the method shows it, or else the rules of the policies."""
     text, figure = view.parameters or rules_figure(report)
     return Section("Where the parameters go", [text], [figure, *view.sensitivity])
 
@@ -58,7 +58,7 @@ def sensitivity_figure(report: Report) -> Figure | None:
 
 
 def layer_table(report: Report, columns: Sequence[Column]) -> Table:
-    """One row per layer. Columns for which no layer has a value are left out."""
+    """A table with a row per layer. Columns without values are left out."""
     dense = report.holdout_dense_perplexity
 
     def alone(layer: Layer) -> float | None:
@@ -111,13 +111,13 @@ def depth_section(report: Report) -> Section | None:
     ]
     damage = [Point(entry.converted, entry.perplexity_ratio, hint) for entry, hint in zip(entries, hints, strict=True)]
     x_axis = Axis("converted layers, least damaging first", whole=True)
-    kept = line_chart("What is saved, what is kept", lines, x_axis, Axis("of the dense model", unit="%"))
-    lost = line_chart("What is lost", [Series("perplexity", damage)], x_axis, Axis("perplexity / dense"))
+    kept = line_chart("Cost and agreement", lines, x_axis, Axis("of the dense model", unit="%"))
+    lost = line_chart("Loss of accuracy", [Series("perplexity", damage)], x_axis, Axis("perplexity / dense"))
     rows = [
         [str(entry.converted), percent(entry.active_parameters_ratio), f"{entry.perplexity_ratio:.4f}"]
         + [percent(entry.next_token_agreement), ", ".join(map(str, entry.layers))]
         for entry in entries
     ]
     table = Table(["converted", "active", "perplexity / dense", "same next token", "layers"], rows)
-    text = "Every point is measured with these layers converted, each under its full rule."
+    text = "Each point is measured with so many layers converted, each under its rule in policy full."
     return Section("How many layers", [text], [Figure(lost), Figure(kept), table])

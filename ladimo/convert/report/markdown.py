@@ -1,4 +1,4 @@
-"""A report as Markdown: charts are left out, their numbers are not."""
+"""Writes a report as Markdown, with tables of numbers in place of charts."""
 
 from collections.abc import Iterator
 

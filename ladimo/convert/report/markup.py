@@ -1,11 +1,12 @@
-"""HTML and SVG as trees of elements: the serialiser escapes every text and closes every tag."""
+"""HTML and SVG as trees of elements. The serialiser escapes all text and closes all tags."""
 
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 
 def element(tag: str, *children: "Element | str", **attributes: object) -> Element:
-    """`class_` is class, `stroke_width` is stroke-width; floats keep four digits, attributes that are None are left out."""
+    """An element. In names of attributes, `class_` means class, and `stroke_width` means stroke-width. Floats are written with
+    four digits. Attributes that are None are left out."""
     made = Element(tag)
     for name, value in attributes.items():
         if value is not None:

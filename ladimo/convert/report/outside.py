@@ -1,4 +1,4 @@
-"""Measurements made elsewhere: how methods compare, how fast the engine decodes, how tasks are solved."""
+"""The report's sections on measurements of other commands: comparison of methods, decoding speed, tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,8 @@ THROUGHPUT_CONDITIONS = ("cpu", "gpu", "device", "dtype", "threads", "prompt_tok
 def read_comparison(path: Path) -> list[dict[str, Any]]:
     """The key "comparison" of report.json, from a benchmark's JSON: a list, or an object with the list under "comparison".
 
-    Each entry has the fields of `Comparison`; others are dropped. Raises ValueError naming the file and the first wrong field.
+    Each entry must have the fields of `Comparison`; other fields are dropped. Raises ValueError with the names of the file and
+    the first wrong field.
     """
     raw = read_json(path)
     entries = raw.get("comparison") if isinstance(raw, dict) else raw
@@ -34,7 +35,7 @@ def read_comparison(path: Path) -> list[dict[str, Any]]:
 def read_throughput(path: Path) -> dict[str, Any]:
     """The key "throughput" of report.json, from the JSON of `loadtests.engine_bench`: its decode rows and their conditions.
 
-    Raises ValueError naming the file and the first wrong field.
+    Raises ValueError with the names of the file and the first wrong field.
     """
     raw = read_json(path)
     results = raw.get("results") if isinstance(raw, dict) else None
@@ -49,7 +50,7 @@ def read_throughput(path: Path) -> dict[str, Any]:
 
 
 def checked(kind: type[Entry], raw: object, where: str) -> Entry:
-    """A record whose numbers are finite and not negative. Raises ValueError naming the first that is not."""
+    """A record with finite numbers of at least 0. Raises ValueError with the name of the first wrong field."""
     entry = build(kind, raw, where, closed=False)
     for item in fields(kind):
         value = getattr(entry, item.name)
@@ -86,16 +87,14 @@ def comparison_section(report: Report) -> Section | None:
     }
     rows = [[name, f"{tokens:,}", *(found.get((tokens, name, target), "") for target in targets)] for tokens, name in runs]
     header = ["method", "tokens", *(f"{percent(target)} active" for target in targets)]
-    table = Table(
-        header, rows, "Perplexity over the dense model's by budget, ± half the distance from the best seed to the worst."
-    )
-    text = "Methods on the same model, tokens and evaluation text; bars reach from the best seed to the worst."
+    table = Table(header, rows, "Perplexity / dense by budget, ± half the distance between the best and the worst seed.")
+    text = "Methods on the same model, tokens and evaluation text. Bars reach from the best seed to the worst."
     return Section("Against other methods", [text], [*map(Figure, comparison_panels(entries)), table])
 
 
 def comparison_panels(entries: Sequence[Comparison]) -> list[Element]:
-    """Perplexity ratio against active parameters, a line per method with its seeds' spread and a chart per number of tokens.
-    All panels have the same axes and colours."""
+    """Charts of the perplexity ratio by active parameters, one for each number of tokens. Each method has a line, with the
+    spread of its seeds. All charts have the same axes and colours."""
     methods = list(dict.fromkeys(entry.method for entry in entries))
     ratios = [entry.perplexity_ratio + sign * entry.spread for entry in entries for sign in (-1, 1)]
     x_values = [100 * entry.active_parameters_ratio for entry in entries]
@@ -113,7 +112,7 @@ def comparison_panels(entries: Sequence[Comparison]) -> list[Element]:
 
 
 def comparison_chart(title: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG file of `comparison_panels`. entries: as in report.json."""
+    """The content of an SVG file with `comparison_panels`. entries: as in report.json."""
     return standalone(title, comparison_panels([build(Comparison, entry, closed=False) for entry in entries]))
 
 

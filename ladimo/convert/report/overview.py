@@ -1,4 +1,4 @@
-"""The beginning of a report: the headline, the frontiers and the policies."""
+"""The beginning of a report: the summary, the frontiers and the policies."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from ladimo.convert.report.document import Figure, Section, Table, Tile
 from ladimo.convert.report.record import Policy, Report
 from ladimo.convert.report.words import covering, duration, percent, source_name
 
-LIMITS = (1.01, 1.03, 1.05, 1.1, 1.2)  # perplexity ratios that quality guards are shown for
+LIMITS = (1.01, 1.03, 1.05, 1.1, 1.2)  # the perplexity ratios for which quality guards are shown
 
 
 def lead(report: Report) -> list[str]:
@@ -19,14 +19,14 @@ def lead(report: Report) -> list[str]:
     text = [
         f"{converted} of the {depth} layers of {source_name(report)} were converted by method {report.method.name}, "
         f"with {tokens:,} tokens of text and {duration(report.conditions.training_seconds)} of training. "
-        f"At its most accurate a token costs {percent(best.cost)} of the dense model's {best.cost_name} "
-        f"and has {best.perplexity_ratio:.3f} times its perplexity; at its cheapest "
-        f"{percent(cheapest.cost)} and {cheapest.perplexity_ratio:.3f}."
+        f"The most accurate policy needs {percent(best.cost)} of the dense model's {best.cost_name} per token and has "
+        f"{best.perplexity_ratio:.3f} times its perplexity. The cheapest one needs {percent(cheapest.cost)} and has "
+        f"{cheapest.perplexity_ratio:.3f} times its perplexity."
     ]
     limit = report.recipe.get("max_perplexity_ratio") or 1.03
     within = cheapest_within(report.policies, limit)
     text.append(
-        f"Within {100 * (limit - 1):.3g}% of the dense perplexity the cheapest measured policy is {within.policy}, which "
+        f"Within {100 * (limit - 1):.3g}% of the dense perplexity, the cheapest measured policy is {within.policy}. It "
         f"saves {percent(1 - within.cost)} of the {within.cost_name}."
         if within
         else f"No measured policy stays within {100 * (limit - 1):.3g}% of the dense perplexity."
@@ -60,9 +60,9 @@ def frontier_section(report: Report) -> Section:
             f"Frontier at batch {batch}", [one for one in series if one.points], x_axis, y_axis, guides=[(1.0, "dense model")]
         )
         caption = (
-            f"Nothing that reads fewer {cost} for one token is as accurate."
+            f"No policy that reads fewer {cost} for one token is as accurate as a policy of the frontier."
             if batch == 1
-            else f"Nothing that reads fewer {cost} for {batch} tokens at once is as accurate."
+            else f"No policy that reads fewer {cost} for {batch} tokens together is as accurate as a policy of the frontier."
         )
         figures.append(Figure(chart, caption))
     asked = report.recipe.get("max_perplexity_ratio")
@@ -73,8 +73,8 @@ def frontier_section(report: Report) -> Section:
         rows.append([name, *([found.policy, *figures_of(found)] if found else ["none", "", "", "", ""])])
     header = ["perplexity / dense at most", "cheapest policy", cost, "perplexity / dense", "same next token", "KL (nats)"]
     guard = Table(header, rows, "Quality guards: the cheapest measured policy within a limit.")
-    text = "Each point is a policy, measured end to end on the evaluation text; grey ones are beaten at this batch size."
-    return Section("What it costs, what it keeps", [text], [*figures, guard])
+    text = "Each point is a policy, measured end to end on the evaluation text. Grey policies are not on this frontier."
+    return Section("Cost and accuracy", [text], [*figures, guard])
 
 
 def policies_section(report: Report) -> Section:

@@ -1,7 +1,7 @@
-"""A report as one HTML page that stands alone.
+"""Writes a report as one self-contained HTML page.
 
-It has its own style, a few lines of script that only add comfort, and a content security policy under which it can load
-nothing.
+It has its own style. A few lines of script make tables sortable; the page also works without them. Its content security policy
+forbids loading anything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from ladimo.convert.report.charts import WIDTH
 from ladimo.convert.report.document import Document, Figure, Fold, Section, Table, Tile
 from ladimo.convert.report.markup import element, to_html
 
-PROSE = 24  # a column with a longer cell is text: it is set left and may wrap
+PROSE = 24  # characters; a column with a longer cell is text, which is aligned left and may wrap
 
 
 STYLE = """
@@ -123,7 +123,7 @@ def _section(section: Section, name: str) -> Element:
 
 
 def _blocks(blocks: Sequence[Table | Figure | Fold]) -> Iterator[Element]:
-    """Neighbouring figures share rows."""
+    """The elements of blocks. Neighbouring figures share a row."""
     for is_figure, group in groupby(blocks, lambda block: isinstance(block, Figure)):
         elements = [_block(block) for block in group]
         yield from [element("div", *elements, class_="figures")] if is_figure else elements
@@ -145,7 +145,7 @@ def _tile(tile: Tile) -> Element:
 
 
 def _figure(figure: Figure) -> Element:
-    fluid = float(figure.chart.get("width", 0)) == WIDTH  # others keep their size and scroll where the page is narrow
+    fluid = float(figure.chart.get("width", 0)) == WIDTH  # other charts keep their size, and scroll on a narrow page
     made = element("figure", element("div", figure.chart, class_="chart", tabindex=None if fluid else 0))
     if fluid:
         made.set("class", "fluid small" if figure.small else "fluid")

@@ -1,6 +1,6 @@
-"""report.json as typed values: what every conversion writes, and what some add. The first wrong field is named.
+"""report.json as typed values: the fields of every conversion, and those that some conversions add. Errors name the field.
 
-What a method writes besides is in `Report.raw`, for the method to read.
+`Report.raw` has all fields, also those of the method, which the method reads itself.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """The text that policies were measured on again."""
+    """The text of a later profile, on which policies were measured again."""
 
     text: TextFile
     tokens: dict[str, int]
@@ -69,12 +69,12 @@ class Policy:
 
     @property
     def cost(self) -> float:
-        """As `FrontierPoint.cost`."""
+        """The same as `FrontierPoint.cost`."""
         return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
 
     @property
     def cost_name(self) -> str:
-        """What the cost counts."""
+        """The unit that the cost counts."""
         return "active parameters" if self.bytes_ratio is None else "weight bytes"
 
 
@@ -91,7 +91,7 @@ class FrontierPoints:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """holdout: error on held-out tokens, over the variance of the FFN's outputs."""
+    """holdout: error on held-out tokens, divided by the variance of the FFN's outputs."""
 
     step: int
     holdout: float
@@ -99,7 +99,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Of a layer's router: see `ladimo.convert.policies.routing_profile`."""
+    """The profile of a layer's router; see `ladimo.convert.policies.routing_profile`."""
 
     histogram: list[int]
     mean_best_weight: float
@@ -110,7 +110,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A candidate layer. All but the first two depend on the method."""
+    """A candidate layer. All fields except the first two depend on the method."""
 
     layer: int
     converted: bool
@@ -124,9 +124,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One method at one budget. target, active_parameters_ratio: shares of the dense model's parameters, asked for and
-    reached. perplexity_ratio: to dense, the median of `seeds` seeds. spread: half the distance between the best and the worst
-    of them."""
+    """One method at one budget. target: the share of the dense model's parameters that was asked for.
+    active_parameters_ratio: the share that was reached. perplexity_ratio: relative to dense, the median over `seeds` seeds.
+    spread: half the distance between the best and the worst seed."""
 
     method: str
     tokens: int
@@ -204,7 +204,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Report":
-        """Raises ValueError naming the first field that is missing, wrong or at odds with the others."""
+        """Raises ValueError with the name of the first field that is missing, wrong, or contradicts other fields."""
         report = replace(build(cls, raw, closed=False), raw=dict(raw))
         names = [policy.policy for policy in report.policies]
         if not names:

@@ -1,4 +1,4 @@
-"""What the routers do."""
+"""The report's section on routing."""
 
 from ladimo.convert.policies.choose import NAMED
 from ladimo.convert.report.charts import Axis, Bar, Cell, bar_chart, heatmap
@@ -24,12 +24,12 @@ def routing_section(report: Report) -> Section | None:
     load = heatmap("Load of each expert / an even share", columns, rows, cells, "layer · expert")
     numbers = Table(["layer", *columns], [[row, *(f"{x:.3f}" for x in loads)] for row, loads in zip(rows, even, strict=True)])
     figures = [_histogram(layer, profile, report) for layer, profile in routed if layer.converted]
-    figures.append(Figure(load, "How often each expert is among the chosen under policy full; 1 is an even load.", numbers))
+    figures.append(Figure(load, "How often each expert is chosen under policy full. 1 is an even load.", numbers))
     dense = [_histogram(layer, profile, report) for layer, profile in routed if not layer.converted]
     folds = [Fold(f"The {len(dense)} layers that stay dense", dense)] if dense else []
     text = (
-        "The weight of each token's best expert. The policies' rules are chosen from it: near 1 one expert is enough, in the "
-        "middle the token decides."
+        "The weight of each token's best expert. The rules of the policies depend on it: near 1, one expert is enough; "
+        "otherwise the number of experts depends on the token."
     )
     return Section("Routing", [text], [*figures, *folds])
 

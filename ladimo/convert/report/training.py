@@ -1,4 +1,4 @@
-"""How layers were trained."""
+"""The report's section on training."""
 
 from ladimo.convert.report.charts import Axis, line_chart
 from ladimo.convert.report.document import Figure, MethodView, Section
@@ -21,7 +21,7 @@ def loss_figure(report: Report) -> Figure | None:
         start = {} if layer.initial_error is None else {0: layer.initial_error}
         series.append(curve(f"layer {layer.layer}", start | {point.step: point.holdout for point in layer.curve}))
     chart = line_chart("Loss of each layer", series, Axis("step"), Axis("error / variance", log=True), ordinal=True)
-    caption = "Squared error on held-out tokens over the variance of the FFN's output: 1 is as bad as answering its mean."
+    caption = "Squared error on held-out tokens, divided by the variance of the FFN's output. 1 is as bad as its mean."
     return Figure(chart, caption, curve_table("layer", series))
 
 
@@ -32,7 +32,7 @@ def initialisation_figure(report: Report) -> Figure | None:
     series = [curve(name, {point.step: point.holdout for point in points}) for name, points in found.curves.items()]
     chart = line_chart("What the source's weights are worth", series, Axis("step"), Axis("error / variance", log=True))
     caption = (
-        f"Layer {found.layer} trained for {found.steps} steps from the split weights and from random ones of the same size. "
-        f"All else is the same."
+        f"Layer {found.layer}, trained for {found.steps} steps from the split weights, and from random weights of the same "
+        f"size. All else is the same."
     )
     return Figure(chart, caption, curve_table("start", series))

@@ -1,4 +1,4 @@
-"""Numbers and curves in the words of the report."""
+"""Numbers, names and curves in the form of the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ def percent(share: float) -> str:
 
 
 def source_name(report: Report) -> str:
-    """As it was given; of an absolute path only the last part, which says nothing about somebody's disk."""
+    """The name of the source. An absolute path is cut to its last part, so the report does not show the user's directories."""
     name = Path(report.source.name)
     return name.name if name.is_absolute() else str(name)
 
 
 def covering(label: str, values: Sequence[float], unit: str = "") -> Axis:
-    """An axis over all of these, so that charts side by side have the same."""
+    """An axis over all values, so that neighbouring charts have the same axis."""
     return Axis(label, unit=unit, low=min(values), high=max(values))
 
 

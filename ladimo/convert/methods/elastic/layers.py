@@ -1,4 +1,4 @@
-"""One layer of method elastic: solved on its own, and read again by the later stages."""
+"""The layers of method elastic. Each is solved alone, and the later stages read the result."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 
-KEPT_BYTES = 2**30  # of solved layers that stay in memory
+KEPT_BYTES = 2**30  # the most bytes of solved layers that stay in memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,15 @@ def is_trained_whole(run: Run) -> bool:
 
 
 def contested_budgets(run: Run) -> tuple[int, ...]:
-    """Numbers of the budgets for which routed experts are tried."""
+    """The numbers of the budgets for which routed experts are tried."""
     elastic = run.recipe.section(ElasticRecipe)
     able = is_trained_whole(run) and routed_counts(run.recipe.split.experts) and not elastic.uniform
     return tuple(number for number, target in enumerate(elastic.budgets) if able and target <= elastic.routed)
 
 
 def solve_layer(run: Run, index: int, mlp: GatedMLP, data: LayerData) -> None:
-    """Neuron order, repairs and, where budgets may route, routed substitutes of one layer, into the workspace."""
+    """Solve one layer, and save its neuron order and its repairs in the workspace. If a budget may route, save its routed
+    substitutes, too."""
     started, experts, elastic = time.monotonic(), run.recipe.split.experts, run.recipe.section(ElasticRecipe)
     ordering = order_neurons(mlp, data, experts, elastic.ridge)
     repairs = {f"repair.{count}": repaired for count, repaired in ordering.repairs.items()}
@@ -67,8 +68,7 @@ def solve_layer(run: Run, index: int, mlp: GatedMLP, data: LayerData) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SolvedLayer:
-    """A dense FFN with the order [N] of its neurons. repairs: by number of experts n, the columns [D, K] of
-    down_proj for the first n."""
+    """A dense FFN with the order [N] of its neurons. repairs[n]: the columns [D, K] of down_proj for the first n experts."""
 
     mlp: GatedMLP
     num_experts: int
@@ -76,7 +76,7 @@ class SolvedLayer:
     repairs: dict[int, Tensor]
 
     def substitute(self, count: int) -> Weights:
-        """The first `count` experts with down_proj solved again."""
+        """The first `count` experts, with down_proj solved again."""
         return solved_substitute(self.mlp, self.order, self.num_experts, count, self.repairs[count])
 
     def with_substitutes(self, fixed: Sequence[Weights], routed: Sequence[Weights] = ()) -> ExpertLayer:
@@ -84,7 +84,7 @@ class SolvedLayer:
 
 
 class SolvedLayers:
-    """The solved layers of a run by number. Each is read once, as far as they fit in memory."""
+    """The solved layers of a run, by number. Layers that fit in memory are read only once."""
 
     def __init__(self, run: Run, kept_bytes: int = KEPT_BYTES) -> None:
         self._run = run

@@ -1,18 +1,18 @@
-"""Method elastic: our own. One checkpoint serves every budget. At the top it is the dense model exactly.
+"""Method elastic, our own: one checkpoint for every budget. Policy `full` is exactly the dense model.
 
-1. Each FFN's neurons are ordered by how much the layer needs them (`ladimo.convert.ffn.neuron_ordering`) and cut into experts
-   in that order. This is an exact partition: all experts together are the dense FFN.
-2. A budget keeps the first n experts of each layer. The solver (`ladimo.convert.policies.knapsack`) chooses n per layer by
-   what each width of each layer damages alone (`ladimo.convert.policies.sensitivity`).
-3. The budget runs its own copies of the experts it keeps, called substitutes. Their down_proj is solved again to make up for
-   what is left out. Then they are distilled end to end on the dense model's logits and hidden states, or layer by layer in a
-   model too large for that.
+1. The neurons of each FFN are ordered by importance (`ladimo.convert.ffn.neuron_ordering`) and divided into experts in this
+   order. This is an exact partition: all experts together are the dense FFN.
+2. A budget keeps the first n experts of each layer. The solver (`ladimo.convert.policies.knapsack`) chooses n for each layer,
+   from the damage of each width of each layer alone (`ladimo.convert.policies.sensitivity`).
+3. Each budget has its own copies of the experts that it keeps, called substitutes. Their down_proj is solved again to
+   compensate for the experts that are left out. Then they are distilled end to end on the dense model's logits and hidden
+   states. If the model is too large for that, they are distilled layer by layer.
 
-A policy is one static mask per layer. It needs no router, and the weights that it leaves out are read at no batch size.
+A policy is a static mask for each layer. It needs no router. The experts outside the mask are not read at any batch size.
 
-A small budget may also use routed substitutes: the FFN cut into E experts, of which a sigmoid router chooses k per token.
-They are regressed on the FFN layer by layer and then distilled end to end like the others. They hold more parameters for the
-same active ones, and are kept only where they clearly pay.
+A small budget may also use routed substitutes. The FFN is divided into E experts, and a sigmoid router chooses k of them per
+token. They are trained by regression on the FFN layer by layer, and then distilled end to end like the others. They need more
+parameters in memory for the same number of active ones. So they are kept only if they are clearly better.
 """
 
 import logging
@@ -67,26 +67,26 @@ class Elastic(Method):
         budgets = ", ".join(f"{budget:.0%}" for budget in elastic.budgets)
         trained = (
             f"are then distilled end to end on the dense model's logits and, with weight {elastic.hidden:g}, on its hidden "
-            f"states: Muon, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g}. A budget "
-            f"that this does not help on the holdout stays as it was solved. Models of more than {elastic.max_parameters:,} "
-            f"parameters are distilled layer by layer instead, with AdamW, each layer on what the layers before it give"
+            f"states: Muon, {elastic.steps} steps of {elastic.batch_tokens} tokens, learning rate {elastic.lr:g}. If this does "
+            f"not help a budget on the holdout, its solved weights stay. Models of more than {elastic.max_parameters:,} "
+            f"parameters are distilled layer by layer instead, with AdamW, on the outputs of the student's earlier layers"
             if elastic.steps
             else "are not trained further"
         )
         routed = (
             f"Budgets of at most {elastic.routed:.0%} also try a mixture with routed layers ({recipe.split.experts} experts, a "
             f"sigmoid router, the chosen scores divided by their sum), trained layer by layer for {elastic.routed_steps} steps "
-            f"and then like the others. It is kept beside the static one where its divergence on the holdout is at least "
+            f"and then like the others. It is kept beside the static policy if its divergence on the holdout is at least "
             f"{elastic.routed_margin:.0%} lower."
             if elastic.routed and elastic.steps
             else "Policies are static masks without a router."
         )
         return (
-            f"Elastic, LaDiMo's own method. Each FFN is cut into {recipe.split.experts} experts in the order in which it can "
-            f"spare its neurons (optimal brain surgeon on second moments), so that all experts are the dense FFN exactly. For "
-            f"each budget ({budgets} of the active parameters) a solver chooses how many experts each layer keeps, from the "
-            f"damage that each width of each layer does alone. The kept neurons' down_proj is solved again in closed form for "
-            f"what was left out, and these substitutes {trained}. {routed}"
+            f"Elastic, LaDiMo's own method. Each FFN is divided into {recipe.split.experts} experts, in the order of its "
+            f"neurons' importance (optimal brain surgeon on second moments). All experts together are exactly the dense FFN. "
+            f"For each budget ({budgets} of the active parameters) a solver chooses how many experts each layer keeps, from "
+            f"the damage of each width of each layer alone. For the kept neurons, down_proj is solved again in closed form to "
+            f"compensate for the others. These substitutes {trained}. {routed}"
         )
 
     def convert(self, run: Run, calibration: Calibration) -> Converted:
@@ -136,10 +136,10 @@ class Elastic(Method):
     def reprofile(
         self, recipe: Recipe, model: ConvertedModel, stored: Mapping[str, RoutingPolicy], blocks: Tensor, report: dict[str, Any]
     ) -> Candidates:
-        """Plans and substitutes stay; what is between them is chosen anew."""
+        """The policies of the plans stay. The mixtures between them are chosen again."""
         names = [*NAMED, *(budget["policy"] for budget in report["elastic"]["budgets"])]
         if missing := [name for name in names if name not in stored]:
-            raise ValueError(f"policy {missing[0]!r} is not there; it was made with the checkpoint and is needed")
+            raise ValueError(f"policy {missing[0]!r} is missing; it was made with the checkpoint and is needed")
         return budget_candidates(model, {name: stored[name].layers for name in names}, blocks, recipe)
 
     def view(self, report: Report) -> MethodView:
@@ -147,9 +147,9 @@ class Elastic(Method):
 
 
 def find_damage(run: Run, layers: SolvedLayers, calibration: Calibration) -> dict[str, Any]:
-    """KL divergence from the dense model when one layer alone is narrowed or routed: a stage. "damage": by layer and number
-    of fixed experts. "routed_damage": by layer and number of routed ones. "measured": the numbers of fixed experts whose
-    damage was measured rather than estimated, by layer."""
+    """The stage that finds the KL divergence from the dense model if one layer alone is narrowed or routed. "damage": by layer
+    and number of fixed experts. "routed_damage": by layer and number of routed experts. "measured": for each layer, the numbers
+    of fixed experts whose damage was measured, too."""
 
     def make() -> dict[str, Any]:
         blocks = scanned(calibration.holdout, run.recipe.section(ElasticRecipe))
@@ -169,9 +169,8 @@ def find_damage(run: Run, layers: SolvedLayers, calibration: Calibration) -> dic
 
 
 class Probe:
-    """Expert layers that hold all widths of a layer side by side, and its routed experts where budgets may route. Untrained.
-
-    fixed, routed: the rule for every number of experts.
+    """Makes expert layers with the untrained substitutes of all widths of a layer. If a budget may route, they also have its
+    routed experts. fixed, routed: the rule for each number of experts.
     """
 
     def __init__(self, run: Run, layers: SolvedLayers) -> None:
@@ -192,7 +191,7 @@ class Probe:
 
 
 def make_plans(run: Run, damage: Mapping[str, Any]) -> list[Plan]:
-    """Fixed widths of every layer for every budget, and mixtures with routed layers for the contested ones: a stage."""
+    """The stage that makes the plans: fixed widths for every budget, and mixtures with routed layers for contested budgets."""
     elastic, experts = run.recipe.section(ElasticRecipe), run.recipe.split.experts
     planner = Planner(run.dense.config, run.candidates, experts, elastic.budgets, contested_budgets(run))
     fixed, routed = (

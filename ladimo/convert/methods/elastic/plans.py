@@ -1,4 +1,4 @@
-"""Plans of method elastic: how many experts each layer runs for a budget. Values and pure functions, nothing is read or run."""
+"""Plans of method elastic: the number of experts that each layer runs for a budget. All are values and pure functions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ Damage = Mapping[int, Mapping[int, float]]  # KL in nats by layer and number of 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One way to cover a budget. budget: its number in the recipe. widths: experts that run per token in each layer, E where
-    nothing is left out. routed: the layers in which a router chooses them; in the others they are fixed."""
+    """A choice of experts for a budget. budget: its number in the recipe. widths: for each layer, the experts that run per
+    token; E: all experts. routed: the layers in which a router chooses the experts. In the other layers they are fixed."""
 
     budget: int
     widths: tuple[int, ...]
@@ -29,8 +29,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class TrainedPlan:
-    """A plan of the finished checkpoint. number: of its weights. curve: of its end-to-end distillation. layer_errors: where it
-    was distilled layer by layer, each layer's error before and after."""
+    """A plan of the finished checkpoint. number: identifies its weights. curve: the loss curve of its end-to-end distillation.
+    layer_errors: each layer's error before and after, if it was distilled layer by layer."""
 
     plan: Plan
     number: int
@@ -40,8 +40,8 @@ class TrainedPlan:
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """What plans are made from. dense: the dense model. candidates: layers that may be narrowed. budgets: shares of the dense
-    model's active parameters, most accurate first. contested: numbers of the budgets that may route layers."""
+    """Makes plans. dense: the dense model's configuration. candidates: the layers that may be narrowed. budgets: shares of the
+    dense model's active parameters, most accurate first. contested: the numbers of the budgets that may route layers."""
 
     dense: ModelConfig
     candidates: tuple[int, ...]
@@ -50,8 +50,8 @@ class Planner:
     contested: tuple[int, ...] = ()
 
     def plans(self, fixed: Damage, routed: Damage) -> list[Plan]:
-        """The best fixed widths for every budget. For each contested budget also a mixture with routed layers, if the solver
-        asks for any. Every plan leaves room for the routers of all: each policy reads them."""
+        """The best fixed widths for every budget. A contested budget also gets a mixture with routed layers, if the solver
+        prefers any. Every plan counts the routers of all plans, because every policy reads them."""
         experts = self.num_experts
         narrowed = {
             index: [Option(static_rule(0, experts), experts, 0.0)]
@@ -62,7 +62,7 @@ class Planner:
             index: options + [Option(routed_rule(0, count, experts), count, kl) for count, kl in routed.get(index, {}).items()]
             for index, options in narrowed.items()
         }
-        # First as if every contested budget routed every layer, then with the routers that were asked for and no others.
+        # First, assume that every contested budget routes every layer. Then solve again with only the chosen routers.
         most = dict.fromkeys(self.candidates, len(self.contested))
         asked = {number: self._solve(number, mixed, most).routed for number in self.contested}
         routers = {index: sum(index in layers for layers in asked.values()) for index in self.candidates}
@@ -74,7 +74,7 @@ class Planner:
         return plans
 
     def uniform(self) -> list[Plan]:
-        """The same width in every candidate layer."""
+        """Plans with the same width in every candidate layer."""
         config, plans = self.partitioned(dict.fromkeys(self.candidates, 0)), []
         for number, target in enumerate(self.budgets):
             within = [count for count in range(1, self.num_experts + 1) if _uniform_cost(config, count) <= target]
@@ -84,7 +84,7 @@ class Planner:
         return plans
 
     def partitioned(self, routers: Mapping[int, int]) -> ModelConfig:
-        """The model with exact partitions in the candidate layers, and so many routers in each."""
+        """The model with exact partitions in the candidate layers. routers: the number of routers in each of these."""
         experts, size = self.num_experts, -(-self.dense.intermediate_size // self.num_experts)
 
         def layer(index: int) -> MoeLayerConfig | None:
@@ -104,23 +104,23 @@ class Planner:
 
 
 def static_rule(first: int, count: int) -> LayerRule:
-    """The experts first .. first + count - 1, for every token."""
+    """A rule that runs the experts first .. first + count - 1 for every token."""
     return LayerRule(top_k=count, renormalize=False, experts=tuple(range(first, first + count)))
 
 
 def routed_rule(first: int, count: int, num_experts: int) -> LayerRule:
-    """`count` of the experts first .. first + num_experts - 1, chosen by the router."""
+    """A rule by which the router chooses `count` of the experts first .. first + num_experts - 1."""
     return LayerRule(top_k=count, experts=tuple(range(first, first + num_experts)))
 
 
 def converted_layers(plans: Sequence[Plan], candidates: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """Layers that some plan narrows."""
+    """The layers that at least one plan narrows."""
     return tuple(index for index in candidates if any(plan.widths[index] < num_experts for plan in plans))
 
 
 def plan_names(plans: Sequence[Plan], budgets: Sequence[float]) -> list[str]:
-    """One per plan: quality, balanced, those between by their share, fast. Where a budget has a routed plan, that plan bears
-    the name, and the fixed one the name with "-fixed" behind it."""
+    """A name for each plan: quality, balanced, further ones by their share, and fast. If a budget has a routed plan, that plan
+    gets the name, and the fixed plan gets the name with "-fixed"."""
     names = [NAMED[1], NAMED[2], *(f"active-{100 * target:g}" for target in budgets[2:-1]), NAMED[3]]
     routed = {plan.budget for plan in plans if plan.routed}
     return [names[plan.budget] + "-fixed" * (plan.budget in routed and not plan.routed) for plan in plans]
@@ -129,8 +129,8 @@ def plan_names(plans: Sequence[Plan], budgets: Sequence[float]) -> list[str]:
 def plan_policies(
     plans: Sequence[Plan], names: Sequence[str], converted: Sequence[int], num_experts: int, depth: int
 ) -> dict[str, Rules]:
-    """full and one policy per plan, the named ones first. A layer holds the exact partition, then the substitutes of each fixed
-    plan, then those of each routed plan."""
+    """Policy `full` and a policy for each plan, the named ones first. A layer has the exact partition, then the substitutes of
+    each fixed plan, then those of each routed plan."""
     full = tuple(static_rule(0, num_experts) if index in converted else None for index in range(depth))
     rules = {name: list(full) for name in names}
     for index in converted:

@@ -8,28 +8,37 @@ from ladimo.convert.distill.end_to_end import EndToEndOptions
 from ladimo.convert.recipe import Recipe, require
 from ladimo.model.config import ModelConfig
 
-MIN_STEPS, MAX_STEPS = 40, 320  # of the end-to-end stage where the recipe names no number
+MIN_STEPS, MAX_STEPS = 40, 320  # steps of the end-to-end stage, if the recipe has no number
 CPU_WORK = 8e11  # parameters x tokens x budgets: about a minute on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticRecipe:
-    """budgets: shares of the dense model's active parameters to solve and train for, most accurate first. There are at least
-    three: the first is policy quality, the second balanced, the last fast; those between are named by their share. An empty
-    list stands for three around `target_active`. ridge: how strongly a repair is pulled to the original weights, in units of
-    each channel's own power; 0 for the best value on the holdout. scan_tokens: holdout tokens on which damage is found.
-    uniform: the same width in every layer, to see what the solver's choice is worth.
+    """The keys of the recipe's table [elastic].
 
-    steps, batch_tokens, lr, hidden: end-to-end distillation of each budget. 0 steps leave the closed-form solution. -1 stands
-    for 320 steps, on a CPU for fewer the larger the model is, down to 40. batch_tokens is at least one block of text. lr is
-    Muon's and suits any hidden size. hidden is the weight of the hidden states' relative squared error beside the divergence
-    of the logits. This stage holds the whole model in fp32. Models of more than max_parameters are therefore distilled layer
-    by layer, each layer in as many steps, with AdamW at layer_lr for a hidden size of 128; the rate falls as one over the
-    size.
+    budgets: the shares of the dense model's active parameters to solve and train for, most accurate first, at least three. The
+    first is policy quality, the second balanced, the last fast. The others are named by their share. Empty: three around
+    `target_active`.
+    ridge: how strongly a repair is pulled to the original weights, in units of each channel's own power; 0: the best value on
+    the holdout.
+    scan_tokens: the holdout tokens on which damage is found.
+    uniform: the same width in every layer, to measure the benefit of the solver's choice.
 
-    routed: budgets of at most this share of active parameters also try routed experts; 0 for none. They are distilled layer
-    by layer for routed_steps steps of the recipe's `train`, then end to end. They are kept where their divergence on the
-    holdout is lower by the share routed_margin: they save less in larger batches. Models above max_parameters have none.
+    End-to-end distillation of each budget:
+    steps: 0: the closed-form solution stays. -1: 320 steps; on a CPU, larger models get fewer, but at least 40.
+    batch_tokens: tokens per step, at least one block of text.
+    lr: Muon's learning rate. One value suits any hidden size.
+    hidden: the weight of the hidden states' relative squared error, beside the divergence of the logits.
+    max_parameters: this stage has the whole model in memory in fp32. Larger models are distilled layer by layer instead, with
+    AdamW, and with the same number of steps for each layer.
+    layer_lr: AdamW's learning rate for a hidden size of 128. It is divided by the hidden size / 128.
+
+    Routed experts, which models above max_parameters never have:
+    routed: budgets of at most this share of active parameters try them; 0: none.
+    routed_steps: the steps of layer-by-layer training (with the other values of the recipe's `train`), before the end-to-end
+    stage.
+    routed_margin: they are kept if their divergence on the holdout is lower by at least this share. A margin is needed because
+    they save less in larger batches.
     """
 
     budgets: list[float] = field(default_factory=list)
@@ -67,7 +76,7 @@ class ElasticRecipe:
 
 
 def resolved(recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-    """With budgets that follow from `target_active` and steps that follow from the work, where the recipe names none."""
+    """The recipe with budgets that follow from `target_active`, and steps that follow from the model's size, if it has none."""
     elastic, target = recipe.section(ElasticRecipe), recipe.target_active
     if not elastic.budgets:
         budgets = [(1 + target) / 2, target, max(target - 0.75 * (1 - target), target / 2)]
@@ -78,8 +87,8 @@ def resolved(recipe: Recipe, config: ModelConfig, device: torch.device) -> Recip
 
 
 def default_steps(elastic: ElasticRecipe, config: ModelConfig, device: torch.device) -> int:
-    """MAX_STEPS. On a CPU as many as CPU_WORK allows, but at least MIN_STEPS. This depends on the model's shape and never on
-    the clock, so that a conversion that resumes goes on with the same number."""
+    """MAX_STEPS. On a CPU, as many as CPU_WORK allows, but at least MIN_STEPS. The number depends on the model's shape and not
+    on the clock, so a resumed conversion has the same number."""
     if device.type != "cpu":
         return MAX_STEPS
     parameters = config.dense_parameters + config.vocab_size * config.hidden_size

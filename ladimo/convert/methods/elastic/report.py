@@ -1,4 +1,4 @@
-"""What method elastic adds to a report: widths, damage, what routing could gain, and how substitutes were trained."""
+"""The part of method elastic in a report: widths, damage, the possible gain of routing, and the training of substitutes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class KlPoint:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """layer_errors: by layer, the error before and after, where it was distilled layer by layer."""
+    """layer_errors: by layer, the error before and after, if it was distilled layer by layer."""
 
     policy: str
     target: float
@@ -38,8 +38,8 @@ class ElasticPart:
 
 @dataclass(frozen=True, slots=True)
 class Ordering:
-    """By number of experts: the holdout error of as many fixed ones, repaired, and that of an oracle that picks for each
-    token."""
+    """errors: by number of experts, the holdout error of as many fixed, repaired experts. oracle_errors: that of an oracle that
+    chooses as many for each token."""
 
     errors: dict[str, float]
     oracle_errors: dict[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Ordering:
 
 @dataclass(frozen=True, slots=True)
 class ElasticLayer:
-    """damage: nats by number of experts. damage_measured: where it was measured rather than estimated, None for everywhere."""
+    """damage: nats by number of experts. damage_measured: the numbers of experts with a measured damage; None: all of them."""
 
     layer: int
     damage: dict[str, float]
@@ -63,14 +63,14 @@ class ElasticRecord:
 
 
 def elastic_view(report: Report) -> MethodView:
-    """Raises ValueError naming the first wrong field."""
+    """The method's part of the report. Raises ValueError with the name of the first wrong field."""
     record = build(ElasticRecord, report.raw, closed=False)
     budgets = record.elastic.budgets
     figures = [_oracle(record.layers), _distillation(budgets), _layer_errors(budgets)]
     return MethodView(
         lead=[
-            f"One set of weights serves every budget. The checkpoint holds {record.elastic.stored_ratio:.2f} times the dense "
-            f"model's parameters."
+            f"One checkpoint serves every budget. It stores {record.elastic.stored_ratio:.2f} times the dense model's "
+            f"parameters."
         ],
         parameters=_widths(record.elastic, report.num_hidden_layers),
         sensitivity=[_damage(record.layers)] if record.layers else [],
@@ -95,7 +95,7 @@ def _widths(elastic: ElasticPart, depth: int) -> tuple[str, Figure]:
     targets = ", ".join(f"{budget.policy} {percent(budget.target)}" for budget in budgets)
     text = f"How many of a layer's {experts} experts each budget keeps. Active parameters asked for: {targets}."
     if any(budget.routed for budget in budgets):
-        text += " An r marks routed layers: so many experts run, which ones a router decides for each token."
+        text += " An r marks routed layers. There, a router chooses so many experts for each token."
     return text, Figure(heatmap("Experts kept per layer and budget", columns, rows, cells, "layer"), numbers=table)
 
 
@@ -115,10 +115,10 @@ def _damage(layers: Sequence[ElasticLayer]) -> Figure:
     chart = line_chart("Damage of one narrower layer", series, x_axis, y_axis, ordinal=True)
     rows = [[str(layer.layer), *(_damage_cell(layer, n) for n in widths)] for layer in layers]
     caption = (
-        "Divergence from the dense model's predictions when only that layer is narrowed: what the solver trades. Estimated "
-        "from gradients. Widths marked * were measured, too, and the layer's estimates corrected by that."
+        "Divergence from the dense model's predictions if only that layer is narrowed. The solver chooses by it. It is "
+        "estimated from gradients. Widths marked * were measured, too, to correct the layer's estimates."
         if any(layer.damage_measured is not None for layer in layers)
-        else "Divergence from the dense model's predictions when only that layer is narrowed: what the solver trades."
+        else "Divergence from the dense model's predictions if only that layer is narrowed. The solver chooses by it."
     )
     return Figure(chart, caption, Table(["layer", *map(str, widths)], rows))
 
@@ -139,9 +139,9 @@ def _oracle(layers: Sequence[ElasticLayer]) -> Figure | None:
     chart = heatmap("Could routing pay? Oracle / static error", list(map(str, widths)), rows, cells, "layer · experts")
     ratios = [float(cell.text) for line in cells for cell in line if cell]
     caption = (
-        "Error of an oracle that picks each token's best experts, without repair, over that of the same number of fixed ones, "
-        f"repaired. Below 1 (coloured) routing has room, of which a real router gets a part: {sum(r < 1 for r in ratios)} of "
-        f"{len(ratios)} cases here."
+        "Error of an oracle that chooses each token's best experts, without repair, divided by the error of as many fixed, "
+        f"repaired experts. Below 1 (coloured), routing could gain, though a real router gains less: "
+        f"{sum(r < 1 for r in ratios)} of {len(ratios)} cases here."
     )
     numbers = Table(
         ["layer", *map(str, widths)],
@@ -166,13 +166,13 @@ def _distillation(budgets: Sequence[Budget]) -> Figure | None:
     chart = line_chart("End-to-end distillation", series, Axis("step"), Axis("KL to dense, nats", log=True))
     ends = [(budget.policy, budget.curve[0].holdout, budget.curve[-1].holdout) for budget in trained]
     held = [f"{name} {before:.4f} to {after:.4f}" for name, before, after in ends if before and after]
-    caption = "Divergence of each budget's predictions from the dense model's, on the batches in training."
+    caption = "Divergence of each budget's predictions from the dense model's, on the training batches."
     caption += f" Held out: {', '.join(held)}." if held else ""
     return Figure(chart, caption, curve_table("budget", series))
 
 
 def _layer_errors(budgets: Sequence[Budget]) -> Figure | None:
-    """Of budgets that were distilled layer by layer."""
+    """The errors of budgets that were distilled layer by layer."""
     trained = [budget for budget in budgets if budget.layer_errors]
     if not trained:
         return None
@@ -182,8 +182,8 @@ def _layer_errors(budgets: Sequence[Budget]) -> Figure | None:
     ]
     chart = line_chart("Layer by layer", series, Axis("layer"), Axis("error / variance", log=True))
     caption = (
-        "What each layer leaves of the difference between the student's hidden states and the dense model's, on held-out "
-        "tokens after training. The table has it before training, too."
+        "The remaining difference between the student's hidden states and the dense model's after each layer, on held-out "
+        "tokens after training. The table also has the difference before training."
     )
     rows = []
     for layer in sorted({int(layer) for budget in trained for layer in budget.layer_errors}):

@@ -1,4 +1,4 @@
-"""Substitutes: the experts that a budget of method elastic runs in place of the exact ones, and the layers that hold them.
+"""Substitutes: the experts that a budget of method elastic runs in place of the exact ones, and the layers with them.
 
 Legend: N neurons, D hidden_size, E experts, F moe_intermediate_size, n experts of a substitute.
 """
@@ -19,14 +19,14 @@ from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
 
-Weights = dict[str, Tensor]  # of a set of substitutes: gate_up_proj [n, 2F, D], down_proj [n, D, F]; routed: also gate [n, D]
+Weights = dict[str, Tensor]  # a set of substitutes: gate_up_proj [n, 2F, D], down_proj [n, D, F]; if routed, also gate [n, D]
 
 
 def with_substitutes(
     mlp: GatedMLP, order: Tensor, num_experts: int, fixed: Sequence[Weights], routed: Sequence[Weights] = ()
 ) -> ExpertLayer:
-    """An expert layer in fp32 on the FFN's device: the exact partition of the FFN in this order [N], then the sets of fixed
-    substitutes, then the routed ones. Only the routed ones have a router."""
+    """An expert layer in fp32 on the FFN's device. It has the exact partition of the FFN in this order [N], then the sets of
+    fixed substitutes, then the routed ones. Only the routed ones have a router."""
     partition = expert_neurons(order, num_experts)
     whole = MoeLayerConfig(num_experts, num_experts, partition.shape[1], expert_weight="one", router="none")
     exact = split_ffn(mlp, partition, whole, {})
@@ -57,32 +57,33 @@ def with_substitutes(
 
 
 def solved_substitute(mlp: GatedMLP, order: Tensor, num_experts: int, count: int, repaired: Tensor) -> Weights:
-    """The first `count` experts with down_proj [D, K] solved again, in fp32 on the host."""
+    """The first `count` experts with down_proj `repaired` [D, K], in fp32 on the host."""
     partition = expert_neurons(order, num_experts)[:count]
     layer = MoeLayerConfig(count, count, partition.shape[1], expert_weight="one", router="none")
     part = split_ffn(mlp, partition, layer, {}).experts
     columns = torch.zeros(repaired.shape[0], partition.numel())
-    columns[:, : repaired.shape[1]] = repaired  # only the last expert of all is padded, and it has no repair
+    columns[:, : repaired.shape[1]] = repaired  # only the last of all experts is padded, and no repair includes it
     down = columns.view(len(columns), count, -1).transpose(0, 1)
     return {"gate_up_proj": part.gate_up_proj.detach().cpu(), "down_proj": down.contiguous()}
 
 
 def routed_counts(num_experts: int) -> tuple[int, ...]:
-    """Experts per token for which routed substitutes are trained. One is too few: its score is divided by itself, so that the
-    router would learn nothing. Above half of the experts, fixed ones are as good."""
+    """The numbers of experts per token for which routed substitutes are trained. One is too few, because its score would be
+    divided by itself, and the router would learn nothing. With more than half of the experts, fixed ones are as good."""
     return tuple(range(2, num_experts // 2 + 1))
 
 
 def routed_layer(mlp: GatedMLP, num_experts: int, count: int) -> ExpertLayer:
-    """An FFN cut into routed experts of which `count` run per token, in fp32 on its device; the router is empty."""
+    """An FFN, split into routed experts of which `count` run per token, in fp32 on its device. The router has zero weights."""
     partition = contiguous_partition(mlp.gate_proj.out_features, num_experts)
     layer = MoeLayerConfig(num_experts, count, partition.shape[1], score_function="sigmoid")
     return split_ffn(mlp, partition, layer, {"weight": torch.zeros(num_experts, mlp.gate_proj.in_features)})
 
 
 def routed_substitute(mlp: GatedMLP, data: LayerData, recipe: Recipe, steps: int, generator: torch.Generator) -> Weights:
-    """Routed experts regressed on the FFN's outputs, in fp32 on the host. Each step draws how many run per token, so that the
-    result is a start for all budgets. Raises ValueError when there are more experts than neurons or the training diverges."""
+    """Routed experts, trained by regression on the FFN's outputs, in fp32 on the host. Each step draws how many experts run per
+    token, so that the result suits all budgets. Raises ValueError if there are more experts than neurons or the training
+    diverges."""
     check_experts(recipe.split.experts, mlp)
     counts = routed_counts(recipe.split.experts)
     layer = routed_layer(mlp, recipe.split.experts, counts[0])
@@ -94,7 +95,7 @@ def routed_substitute(mlp: GatedMLP, data: LayerData, recipe: Recipe, steps: int
 
 
 def weights_of(layer: ExpertLayer) -> Weights:
-    """Routed experts on the host."""
+    """The weights of routed experts, on the host."""
     weights = {**layer.experts.state_dict(), "gate": layer.gate.state_dict()["weight"]}
     return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 

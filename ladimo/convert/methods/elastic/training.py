@@ -1,4 +1,4 @@
-"""Training the substitutes of method elastic's plans: end to end, or layer by layer where the model is too large for that."""
+"""Trains the substitutes of method elastic's plans: end to end, or layer by layer if the model is too large for that."""
 
 import dataclasses
 import logging
@@ -26,22 +26,22 @@ from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.moe import ExpertLayer
 
-TRAINED = "substitutes.safetensors"  # of the plans that were distilled end to end
-LAYER_LR_SIZE = 128  # hidden size that the recipe's layer_lr is for
+TRAINED = "substitutes.safetensors"  # the substitutes that were distilled end to end
+LAYER_LR_SIZE = 128  # the hidden size for which the recipe gives layer_lr
 
 logger = logging.getLogger(__name__)
 
 
 def train_plans(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calibration: Calibration) -> list[TrainedPlan]:
-    """Train every plan's substitutes into the workspace, a stage. Returns the plans worth keeping: a plan with routed layers
-    only if it clearly beats the fixed one of its budget."""
+    """The stage that trains the substitutes of all plans. Returns the plans to keep. A plan with routed layers is kept only if
+    it is clearly better than the fixed plan of its budget."""
 
     def make() -> dict[str, Any]:
         started = time.monotonic()
         if is_trained_whole(run):
             kept = _end_to_end(run, layers, plans, calibration)
         elif run.recipe.section(ElasticRecipe).steps:
-            logger.info("the model is too large to be distilled end to end: layer by layer")
+            logger.info("the model is too large to be distilled end to end, so it is distilled layer by layer")
             kept = _layer_by_layer(run, layers, plans, calibration)
         else:
             kept = [TrainedPlan(plan, number) for number, plan in enumerate(plans)]
@@ -57,8 +57,8 @@ def train_plans(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calibrati
 
 
 def finish_layers(run: Run, layers: SolvedLayers, plans: Sequence[TrainedPlan], converted: Sequence[int]) -> None:
-    """The finished expert layers into the workspace: the exact partition, then the fixed substitutes of each plan, then the
-    routed ones."""
+    """Save the finished expert layers in the workspace. Each has the exact partition, then the fixed substitutes of the plans,
+    then the routed ones."""
     elastic, num_experts = run.recipe.section(ElasticRecipe), run.recipe.split.experts
     trained = run.workspace.load_tensors(TRAINED) if is_trained_whole(run) else {}
 
@@ -109,7 +109,7 @@ def _end_to_end(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calibrati
 
 
 def _students(run: Run, layers: SolvedLayers, plans: Sequence[Plan]) -> list[Student]:
-    """Every plan's substitutes before they are trained, in fp32 on the device."""
+    """The substitutes of all plans before training, in fp32 on the device."""
     num_experts = run.recipe.split.experts
     students: list[list[Any]] = [[] for _ in plans]
     for index in range(run.dense.config.num_hidden_layers):
@@ -128,7 +128,8 @@ def _students(run: Run, layers: SolvedLayers, plans: Sequence[Plan]) -> list[Stu
 
 
 def _layer_by_layer(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calibration: Calibration) -> list[TrainedPlan]:
-    """Every layer of every plan is regressed on the student's own inputs. What is in the workspace is not trained again."""
+    """Train every layer of every plan by regression on the student's own inputs. Layers in the workspace are not trained
+    again."""
     num_fit, num_experts = calibration.fit.numel(), run.recipe.split.experts
 
     def substitute(index: int, number: int, inputs: Tensor, targets: Tensor) -> torch.nn.Module | None:
@@ -152,7 +153,8 @@ def _layer_by_layer(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calib
 
 
 def _distill_layer(run: Run, layers: SolvedLayers, index: int, count: int, data: LayerData, name: str) -> tuple[float, float]:
-    """One substitute into the workspace: the better on the holdout of solved and trained. Its error before and after."""
+    """Train one substitute, and save the solved or the trained one in the workspace, whichever is better on the holdout.
+    Returns the error before and after."""
     elastic, solved = run.recipe.section(ElasticRecipe), layers[index].substitute(count)
     whole = as_ffn(solved).to(run.dense.device)
     width = whole.gate_proj.out_features
@@ -174,10 +176,10 @@ def _distill_layer(run: Run, layers: SolvedLayers, index: int, count: int, data:
 
 
 def scanned(blocks: Tensor, elastic: ElasticRecipe) -> Tensor:
-    """The first scan_tokens tokens, in whole blocks [B, S]."""
+    """The first scan_tokens tokens, as whole blocks [B, S]."""
     return blocks[: max(1, elastic.scan_tokens // blocks.shape[1])]
 
 
 def _student_name(index: int, number: int) -> str:
-    """Where a plan's substitute of a layer that was distilled alone lies in the workspace."""
+    """The name in the workspace of a plan's substitute of one layer, if it was distilled layer by layer."""
     return f"layers/{index}/student-{number}"
