@@ -24,8 +24,6 @@ from server.api.routes import completions, ops, pages, responses, routing
 from server.api.services import Services
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.errors import statuses
-from server.metrics import Metrics
-from server.policies.controller import Control, ControllerState, RecentLatencies, decide
 from server.policies.store import PolicyStore
 
 logger = logging.getLogger(__name__)
@@ -46,12 +44,11 @@ class Access:
 
 def create_app(
     services: Services,
-    latencies: RecentLatencies,
     access: Access = Access(),
     on_ready: Callable[[], None] = lambda: None,
     on_dead: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
-    """Build the ASGI application. The caller feeds `latencies` from the engine's `on_step`.
+    """Build the ASGI application.
 
     `on_ready` is called when the engine accepts requests. `on_dead` is called when the engine could not start, and when a step
     has failed.
@@ -61,7 +58,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(_run_engine(services.engine, services.store, on_ready, on_dead)),
-            asyncio.create_task(_control(services.store, services.metrics, latencies, services.control)),
+            asyncio.create_task(services.automatic_control.run()),
         ]
         try:
             yield
@@ -159,23 +156,3 @@ async def _run_engine(
     cause = await engine.wait_dead()
     if cause is not None:
         on_dead(cause)
-
-
-async def _control(store: PolicyStore, metrics: Metrics, latencies: RecentLatencies, control: Control) -> None:
-    """While the default is automatic, let the controller choose the accuracy."""
-    objective, state = None, ControllerState(1.0, 0.0)
-    while True:
-        await asyncio.sleep(control.interval_seconds)
-        now = latencies.clock()
-        if store.objective is None:
-            objective = None
-            continue
-        if store.objective != objective:  # switched on, or new targets: begin with accuracy 1
-            objective, state = store.objective, ControllerState(1.0, now)
-            store.auto_accuracy = 1.0
-        direction, state = decide(state, objective, latencies.measured(now, since=state.changed_at), now, control.dwell_seconds)
-        metrics.controller_decisions.labels(direction).inc()
-        if direction != "hold":
-            store.auto_accuracy = state.accuracy
-            logger.info("automatic control: accuracy %s to %.2f", direction, state.accuracy)
-            show_policies(store, metrics)

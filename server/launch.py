@@ -9,6 +9,7 @@ import platform
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.build import abandon
 from ladimo.model.quantization import find_format
 from server.api.admission import Admission
+from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import bounded_http
 from server.api.services import Services
 from server.app import Access, create_app, drain
@@ -35,7 +37,8 @@ from server.engine.core import build_core
 from server.engine.messages import StepStats
 from server.errors import ServiceError
 from server.metrics import MAX_EXPERT_SERIES, Metrics
-from server.policies.controller import RecentLatencies
+from server.policies.controller import Control
+from server.policies.load_meter import LoadMeter
 from server.policies.store import PolicyStore
 from server.settings import ServerSettings
 from server.text.language import Language
@@ -59,19 +62,18 @@ def launch(settings: ServerSettings, sockets: Sequence[socket.socket]) -> int:
     The engine thread may still be loading, or hang in a step. The process must then end without waiting for it.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    latencies = RecentLatencies()
     try:
-        services = build_services(settings, latencies)
+        services = build_services(settings)
     except (ValueError, ServiceError, OSError) as error:
         print(f"ladimo-server: {error}", file=sys.stderr)
         return 1
-    return _Run(settings, services, latencies).run(sockets)
+    return _Run(settings, services).run(sockets)
 
 
 class _Run:
     """One run of the server and its outcome."""
 
-    def __init__(self, settings: ServerSettings, services: Services, latencies: RecentLatencies) -> None:
+    def __init__(self, settings: ServerSettings, services: Services) -> None:
         self._settings, self._services = settings, services
         self._failed = False
         access = Access(
@@ -84,7 +86,7 @@ class _Run:
         )
         if settings.insecure_admin and not settings.is_loopback:
             logger.warning("--insecure-admin is ignored: %s is not a loopback address", settings.host)
-        app = create_app(services, latencies, access, on_ready=self._ready, on_dead=self._dead)
+        app = create_app(services, access, on_ready=self._ready, on_dead=self._dead)
         self._server = _Server(app, settings, self._drain)
 
     def run(self, sockets: Sequence[socket.socket]) -> int:
@@ -170,7 +172,7 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._begin_drain())
 
 
-def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Services:
+def build_services(settings: ServerSettings) -> Services:
     """Build all parts of the server. The weights are loaded later, by the engine on its own thread.
 
     Raises ValueError for settings and files that cannot be used, UnknownPolicy and NoFrontier for a default that is not there.
@@ -191,18 +193,22 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         settings.service_tiers,
     )
     name = settings.served_model_name or given_name(settings.model)
+    meter = LoadMeter(store.price)
     metrics = _build_metrics(config, name, exports_each_expert(settings.expert_metrics, config, len(store.policies())))
 
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
-        latencies.observe(stats)
+        meter.observe(stats, time.monotonic())
         admission.rates.observe(stats)
+
+    def on_arrival(sequences: int) -> None:
+        meter.arrived(sequences, time.monotonic())
 
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
-    admission = Admission(engine, settings.max_queue, on_reject, settings.max_queue_tokens)
+    admission = Admission(engine, settings.max_queue, on_reject, settings.max_queue_tokens, on_arrival)
     tokenizer = Tokenizer(directory, settings.allow_special_tokens)
     return Services(
         engine=engine,
@@ -210,6 +216,7 @@ def build_services(settings: ServerSettings, latencies: RecentLatencies) -> Serv
         store=store,
         language=Language(tokenizer, _tool_dialect(settings, tokenizer), tokenizer.grammar_compiler(config.vocab_size)),
         metrics=metrics,
+        automatic_control=AutomaticControl(store, metrics, meter, admission, Control()),
         config=config,
         model_name=name,
         frontier_batch=settings.frontier_batch,

@@ -39,6 +39,8 @@ MAX_EXPERT_SERIES = 5000
 PHASES = ("prefill", "mixed", "decode")
 SWAP_RESULTS = ("ok", "failed")
 DIRECTIONS = ("down", "hold", "up")
+SIGNALS = ("wait", "queue", "ttft", "itl")  # what automatic control looks at
+CHANGE_CAUSES = {"down": SIGNALS, "up": ("floor", "room")}
 
 
 class Metrics:
@@ -153,7 +155,18 @@ class Metrics:
             "routing_accuracy_floor", "Lowest accuracy that automatic control may set; NaN while it is off."
         )
         self.controller_decisions = counter(
-            "slo_controller_decisions_total", "Decisions of automatic control, one per second while it is on.", "direction"
+            "slo_controller_decisions_total", "Decisions of automatic control, two per second while it is on.", "direction"
+        )
+        self.controller_changes = counter(
+            "slo_controller_changes_total",
+            "Changes of the accuracy by automatic control, and what decided: wait or queue (the queue), ttft or itl, "
+            "floor, room.",
+            *("direction", "cause"),
+        )
+        self.controller_signals = gauge(
+            "slo_controller_signal_ratio",
+            "What automatic control looks at, each over its target; above 1 the accuracy falls. NaN while there is none.",
+            "signal",
         )
         self.build_info = gauge("build_info", "Always 1; the labels are the versions that run.", "version", "python", "torch")
         self.model_info = gauge(
@@ -177,6 +190,10 @@ class Metrics:
         ):
             for value in values:
                 metric.labels(value)
+        for direction, causes in CHANGE_CAUSES.items():
+            for cause in causes:
+                self.controller_changes.labels(direction, cause)
+        self.show_signals({})
 
     def record(self, stats: StepStats) -> None:
         """Add the statistics of one engine step to the metrics."""
@@ -212,6 +229,11 @@ class Metrics:
             if first is not None and request.generation_tokens > 1:
                 per_token = (request.e2e_seconds - first) / (request.generation_tokens - 1)
                 self.time_per_output_token.labels(request.policy).observe(per_token)
+
+    def show_signals(self, signals: Mapping[str, float]) -> None:
+        """Show the signals of automatic control, each over its target."""
+        for signal in SIGNALS:
+            self.controller_signals.labels(signal).set(signals.get(signal, math.nan))
 
     def show_policies(
         self, versions: Mapping[str, str], default: str, accuracy: float | None, floor: float | None = None

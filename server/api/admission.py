@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.messages import StepStats
 from server.errors import BadRequest, Dead, Draining, Loading, QueueFull, ServiceError
+from server.policies.load_meter import Queue
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120  # OpenAI's clients give up at once if they are told to wait longer
 LOADING_RETRY_SECONDS, DRAINING_RETRY_SECONDS, DEAD_RETRY_SECONDS = 2, 5, 30
@@ -71,7 +72,8 @@ class Permit:
 class Admission:
     """There are places for the engine's batch and for `max_queue` waiting sequences. `max_queue_tokens`: the most prompt tokens
     that may wait (None: no limit). If none wait, a request is admitted however long its prompt is. All tokens of a prompt count
-    until its sequence has its first token. `on_reject` gets the error code of each refusal.
+    until its sequence has its first token. `on_reject` gets the error code of each refusal,
+    `on_arrival` the number of sequences of each request.
 
     A request takes its places before its text is encoded, and room for its prompt tokens as soon as they are known.
     """
@@ -82,15 +84,23 @@ class Admission:
         max_queue: int,
         on_reject: Callable[[str], None],
         max_queue_tokens: int | None = None,
+        on_arrival: Callable[[int], None] = lambda sequences: None,
     ) -> None:
         self.in_flight = 0
         self.waiting_tokens = 0
         self.draining = False
         self.rates = Rates()
-        self._engine, self._on_reject = engine, on_reject
+        self._engine, self._on_reject, self._on_arrival = engine, on_reject, on_arrival
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def queue(self) -> Queue | None:
+        """How full the server is; None until the engine is ready."""
+        if self._engine.state is not EngineState.READY:
+            return None
+        return Queue(self.in_flight, self.waiting_tokens, self._engine.limits.max_num_seqs, self._max_queue)
 
     @property
     def capacity(self) -> int:
@@ -112,6 +122,7 @@ class Admission:
         Raises Loading, Dead, Draining or QueueFull. Raises BadRequest if there are more sequences than places in all.
         """
         error = self.unavailable()
+        self._on_arrival(sequences)
         if error is None and sequences > self.capacity:
             message = f"{sequences} choices (prompts times n) were asked for; at most {self.capacity} fit this server at once"
             raise BadRequest(message, param=param)

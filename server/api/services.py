@@ -13,11 +13,11 @@ from ladimo.model.config import ModelConfig
 from server.api.admission import Admission, Permit
 from server.api.answers.answering import AnswerParts, Tracing
 from server.api.answers.generation import GenerationParts
+from server.api.automatic_control import AutomaticControl
 from server.api.policy_changes import PolicyChanges
 from server.api.requests.terms import FairQueueing, RequestRules
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
-from server.policies.controller import Control
 from server.policies.store import PolicyStore
 from server.text.language import Language
 
@@ -38,7 +38,7 @@ class Services:
     `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
     `comment_seconds`: a stream sends a comment after so many seconds without an event.
     `scrape_seconds`: how long /metrics waits for the engine's counters.
-    `control`: the settings of automatic control.
+    `automatic_control`: sets the accuracy while the default is automatic.
     `admin_lock`: allows one admin action at a time, because each builds on the state that the last one left.
     """
 
@@ -47,6 +47,7 @@ class Services:
     store: PolicyStore
     language: Language
     metrics: Metrics
+    automatic_control: AutomaticControl
     config: ModelConfig
     model_name: str
     frontier_batch: int = 1
@@ -57,7 +58,6 @@ class Services:
     stall_timeout: float = 120.0
     comment_seconds: float = 10.0
     scrape_seconds: float = SCRAPE_SECONDS
-    control: Control = Control()
     created: int = field(default_factory=lambda: int(time.time()))
     admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -73,6 +73,7 @@ EngineDep = Annotated[AsyncEngine, _part(lambda services: services.engine)]
 AdmissionDep = Annotated[Admission, _part(lambda services: services.admission)]
 StoreDep = Annotated[PolicyStore, _part(lambda services: services.store)]
 LanguageDep = Annotated[Language, _part(lambda services: services.language)]
+AutomaticControlDep = Annotated[AutomaticControl, _part(lambda services: services.automatic_control)]
 MetricsDep = Annotated[Metrics, _part(lambda services: services.metrics)]
 ConfigDep = Annotated[ModelConfig, _part(lambda services: services.config)]
 ModelNameDep = Annotated[str, _part(lambda services: services.model_name)]

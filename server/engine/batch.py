@@ -1,5 +1,6 @@
 """The work of one step: a `Batch` of sequences for the scheduler, and the same as tensors for the model."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,19 @@ class Batch:
     def num_tokens(self) -> int:
         """The number of tokens that this step computes."""
         return len(self.decode) + sum(count for _, count in self.prefill)
+
+    @property
+    def decode_rows(self) -> dict[str, int]:
+        """The number of decoding sequences by policy name."""
+        return dict(Counter(sequence.request.policy.name for sequence in self.decode))
+
+    @property
+    def prefilled_tokens(self) -> dict[str, int]:
+        """The number of prompt tokens by policy name."""
+        tokens: Counter[str] = Counter()
+        for sequence, count in self.prefill:
+            tokens[sequence.request.policy.name] += count
+        return dict(tokens)
 
     @property
     def drawing(self) -> list[Sequence]:

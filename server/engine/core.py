@@ -88,6 +88,7 @@ class EngineCore:
         self._finished: list[RequestStats] = []
         self._reported = (0, 0, 0, 0)
         self._flight: _Flight | None = None  # the next step, if it was launched early
+        self._ended: float | None = None  # when the last step ended; None while there is no work
 
     @property
     def has_work(self) -> bool:
@@ -184,10 +185,12 @@ class EngineCore:
         preemptions, queries, hits, captures = (now - before for now, before in zip(totals, self._reported, strict=True))
         self._reported = totals
         finished_now, self._finished = self._finished, []
+        ended, before = self._clock(), self._ended
+        self._ended = ended if self._scheduler.has_work else None
         return StepResult(
             events,
             StepStats(
-                seconds=self._clock() - flight.started,
+                seconds=ended - flight.started,
                 prefill_tokens=sum(count for _, count in flight.batch.prefill),
                 decode_tokens=len(flight.batch.decode),
                 running=len(self._scheduler.running),
@@ -204,6 +207,9 @@ class EngineCore:
                 cuda_graph_bucket=flight.bucket,
                 cuda_graph_missed=self._runner.graph_captures > 0 and bool(flight.batch.decode) and flight.bucket is None,
                 cuda_graph_captures=captures,
+                interval_seconds=ended - (flight.started if before is None else before),
+                decode_rows=flight.batch.decode_rows,
+                prefilled_tokens=flight.batch.prefilled_tokens,
             ),
         )
 

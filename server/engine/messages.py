@@ -153,6 +153,9 @@ class StepStats:
     """Statistics of one engine step.
 
     Each list of latencies has one pair (policy name, seconds) for every token that the step produced.
+
+    interval_seconds: the time since the end of the step before, or since the step's start if the engine was idle in between.
+    decode_rows: sequences that decoded, by policy name. prefilled_tokens: prompt tokens that were computed, by policy name.
     """
 
     seconds: float
@@ -172,6 +175,9 @@ class StepStats:
     cuda_graph_bucket: int | None = None  # rows of the graph that was replayed; None: no graph
     cuda_graph_missed: bool = False  # the step decoded without a graph although graphs exist
     cuda_graph_captures: int = 0  # new since the step before; the first step reports those captured at the start
+    interval_seconds: float = 0.0
+    decode_rows: dict[str, int] = field(default_factory=dict)
+    prefilled_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,13 +34,14 @@ class Route:
     """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
 
     `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
-    "model", "tier", "auto" or "default".
+    "model", "tier", "auto" or "default". `floor`: the lowest accuracy to which it may be lowered; None if it may not.
     """
 
     policy: RoutingPolicy
     accuracy: float | None
     reason: str
     requested: str  # what the request asked for: a policy name, "accuracy", "auto" or "default"
+    floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,24 @@ class PolicyStore:
             raise UnknownPolicy(f"there is no routing policy {name!r}; GET /v1/routing lists them", param=param)
         return policy
 
+    def price(self, name: str) -> float:
+        """The cost of the policy of this name: as measured on the frontier, else at most. Unknown names have that of all
+        experts."""
+        policy = self.policies().get(name)
+        if policy is None:
+            return 1.0
+        if self.frontier is not None and self.checkpoint.get(name) == policy:
+            for point in self.frontier.points:
+                if point.policy == name:
+                    return point.cost
+        experts = tuple(None if rule is None else float(rule.top_k) for rule in policy.layers)
+        read = policy.bytes_ratio(self.config, experts)
+        return self.config.active_parameters_ratio(experts) if read is None else read
+
+    def price_at(self, accuracy: float) -> float:
+        """The cost of the policy that this accuracy chooses; 1 without a frontier."""
+        return 1.0 if self.frontier is None else self.frontier.choose(accuracy).cost
+
     def position(self, policy: RoutingPolicy) -> float | None:
         """The accuracy at which the frontier chooses this policy version; None if the frontier has no such point."""
         if self.frontier is None or self.checkpoint.get(policy.name) != policy:
@@ -170,10 +189,17 @@ class PolicyStore:
             route = self._at(ask.target.accuracy, ask.source, "accuracy")
         # With min_accuracy, a request allows automatic control to lower its accuracy that far.
         if isinstance(state.default, Automatic) and ask.min_accuracy is not None and route.accuracy is not None:
-            allowed = max(self._level(state.default.objective), ask.min_accuracy)
+            floor = max(state.default.objective.min_accuracy, ask.min_accuracy)
+            allowed = max(self.auto_accuracy, floor)
             if route.accuracy > allowed:
-                return self._at(allowed, AUTO, route.requested)
+                route = self._at(allowed, AUTO, route.requested)
+            return replace(route, floor=min(floor, allowed))
         return route
+
+    def lowered(self, route: Route, accuracy: float, reason: str) -> Route:
+        """The route at a lower accuracy, which its floor must allow."""
+        assert route.floor is not None and route.floor <= accuracy
+        return replace(self._at(accuracy, reason, route.requested), floor=route.floor)
 
     # Next states
 
@@ -255,9 +281,10 @@ class PolicyStore:
             case AtAccuracy(accuracy):
                 route = self._at(accuracy, "default", requested)
             case Automatic(objective):
-                route = self._at(self._level(objective), AUTO, requested)
+                route = self._at(max(self.auto_accuracy, objective.min_accuracy), AUTO, requested)
+                route = replace(route, floor=max(objective.min_accuracy, min_accuracy or 0.0))
         if min_accuracy is not None and route.accuracy is not None and route.accuracy < min_accuracy:
-            return self._at(min_accuracy, route.reason, requested)
+            return replace(self._at(min_accuracy, route.reason, requested), floor=route.floor)
         return route
 
     def _at(self, accuracy: float, reason: str, requested: str) -> Route:
@@ -265,9 +292,6 @@ class PolicyStore:
             raise NoFrontier("this checkpoint has no measured frontier, so accuracy cannot be chosen; name a policy")
         # The frontier was measured with the checkpoint's versions. They are served even if stored policies hide them.
         return Route(self.checkpoint[self.frontier.choose(accuracy).policy], accuracy, reason, requested)
-
-    def _level(self, objective: Objective) -> float:
-        return max(self.auto_accuracy, objective.min_accuracy)
 
     def _check_default(self, state: State, target: Target) -> None:
         match target:

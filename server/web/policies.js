@@ -49,6 +49,35 @@ function fillTable() {
   }));
 }
 
+const CAUSES = {
+  wait: "the wait in the queue", queue: "a filling queue", ttft: "the time to the first token", itl: "the time between tokens",
+  floor: "the lowest allowed accuracy", room: "room to spare", ceiling: "it failed a short while ago",
+};
+const SHOWN_CHANGES = 8;
+
+// What automatic control looks at and has done; hidden while it is off.
+function fillAutomatic() {
+  const control = routing.automatic_control;
+  byId("automatic").hidden = !control;
+  if (!control) return;
+  const signals = Object.entries(control.signals).map(([name, value]) => `${name} ${percent(value)}`);
+  byId("automatic-now").textContent =
+    `Accuracy ${fixed(control.accuracy, 2)}; last decision: ${control.direction}, because of ${CAUSES[control.cause]}. ` +
+    `Of their targets: ${signals.join(", ")}.`;
+  byId("changes").replaceChildren(...control.changes.slice(-SHOWN_CHANGES).reverse().map(change => {
+    const row = document.createElement("tr");
+    for (const [text, className] of [
+      [fixed(change.seconds_ago, 0), "number"], [change.direction, ""], [fixed(change.accuracy, 2), "number"],
+      [CAUSES[change.cause], "muted"],
+    ]) {
+      const cell = row.insertCell();
+      cell.textContent = text;
+      cell.className = className;
+    }
+    return row;
+  }));
+}
+
 export const defaultPolicy = () => routing?.default.policy;
 
 // The most experts per layer that any policy lets a token run, as a mean over its expert layers.
@@ -109,12 +138,13 @@ export async function refresh() {
   const names = routing.policies.map(policy => policy.name);
   for (const id of ["policy", "other", "new-policy"]) fillMenu(id, names);
   const knob = Boolean(routing.frontier?.length);
-  for (const control of document.querySelectorAll("#accuracy, [value=accuracy], [value=auto], #new-accuracy, #new-itl, #new-floor")) {
+  for (const control of document.querySelectorAll("#accuracy, [value=accuracy], [value=auto], #new-accuracy, #new-itl, #new-ttft, #new-floor")) {
     control.disabled = !knob;
   }
   byId("current").textContent = describe(routing.default);
   byId("default").textContent = `default: ${describe(routing.default)}`;
   fillTable();
+  fillAutomatic();
   drawFrontier();
 }
 
@@ -122,7 +152,8 @@ function newDefault() {
   const kind = document.querySelector("input[name=target]:checked").value;
   if (kind === "policy") return { policy: byId("new-policy").value };
   if (kind === "accuracy") return { accuracy: Number(byId("new-accuracy").value) };
-  return { auto: { itl_ms: Number(byId("new-itl").value), min_accuracy: Number(byId("new-floor").value) } };
+  const target = id => Number(byId(id).value) || null;
+  return { auto: { itl_ms: target("new-itl"), ttft_ms: target("new-ttft"), min_accuracy: Number(byId("new-floor").value) } };
 }
 
 async function change(method, path, body) {
@@ -144,7 +175,7 @@ export function listen() {
     change("PUT", "admin/routing/default", newDefault());
   });
   byId("roll-back").addEventListener("click", () => change("POST", "admin/routing/rollback"));
-  for (const [id, value] of [["new-policy", "policy"], ["new-accuracy", "accuracy"], ["new-itl", "auto"], ["new-floor", "auto"]]) {
+  for (const [id, value] of [["new-policy", "policy"], ["new-accuracy", "accuracy"], ["new-itl", "auto"], ["new-ttft", "auto"], ["new-floor", "auto"]]) {
     for (const event of ["change", "click"]) {
       byId(id).addEventListener(event, () => { document.querySelector(`input[name=target][value=${value}]`).checked = true; });
     }

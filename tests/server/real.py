@@ -13,7 +13,6 @@ from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_
 from server.app import Access, create_app
 from server.engine.async_engine import EngineState
 from server.launch import build_services
-from server.policies.controller import RecentLatencies
 from server.settings import read_settings
 
 ROOT = Path(ladimo.__file__).parents[1]
@@ -31,10 +30,9 @@ def find_model() -> Path:
 async def serving_model(model: Path, *flags: str, access: Access | None = None) -> AsyncIterator[str]:
     """The address of a server of the checkpoint, run on CPU with the given flags; its model's name is "model"."""
     settings = read_settings([str(model), "--device", "cpu", "--served-model-name", "model", *flags])
-    latencies = RecentLatencies()
-    services = build_services(settings, latencies)
+    services = build_services(settings)
     died: list[BaseException] = []
-    app = create_app(services, latencies, access or Access(), on_dead=died.append)
+    app = create_app(services, access or Access(), on_dead=died.append)
     http = bounded_http(HEADER_SECONDS, SEND_SECONDS)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.admission import Admission
+from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.api.requests.terms import FairQueueing
 from server.api.services import SCRAPE_SECONDS, Services
@@ -34,7 +35,8 @@ from server.engine.messages import StepStats
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.request import GenerationRequest
 from server.metrics import Metrics
-from server.policies.controller import Control, RecentLatencies
+from server.policies.controller import Control
+from server.policies.load_meter import LoadMeter
 from server.policies.store import PolicyStore
 from server.policies.targets import Target
 from server.policies.tiers import Tier
@@ -224,25 +226,31 @@ async def make_server(
     sizes: dict[str, Any] = {"config": CONFIG, "max_model_len": CONTEXT, "clock": parts.clock, **core}
     built, runner = fake_core(**sizes)
     num_experts = {index: layer.num_experts for index, layer in enumerate(CONFIG.layers) if layer is not None}
-    metrics, latencies = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio), RecentLatencies(parts.clock)
+    metrics = Metrics(CollectorRegistry(), num_experts, CONFIG.active_parameters_ratio)
+    store = make_store(parts.default, parts.directory, parts.tiers)
+    meter = LoadMeter(store.price)
 
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
-        latencies.observe(stats)
+        meter.observe(stats, parts.clock())
         admission.rates.observe(stats)
+
+    def on_arrival(sequences: int) -> None:
+        meter.arrived(sequences, parts.clock())
 
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(lambda: parts.build(built), on_step, parts.clock)
-    admission = Admission(engine, parts.max_queue, on_reject, parts.max_queue_tokens)
+    admission = Admission(engine, parts.max_queue, on_reject, parts.max_queue_tokens, on_arrival)
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     services = Services(
         engine=engine,
         admission=admission,
-        store=make_store(parts.default, parts.directory, parts.tiers),
+        store=store,
         language=Language(tokenizer, parts.tool_dialect, tokenizer.grammar_compiler(CONFIG.vocab_size)),
         metrics=metrics,
+        automatic_control=AutomaticControl(store, metrics, meter, admission, parts.control, parts.clock),
         config=CONFIG,
         model_name=MODEL,
         request_timeout=parts.request_timeout,
@@ -252,10 +260,9 @@ async def make_server(
         stall_timeout=parts.stall_timeout,
         comment_seconds=parts.comment_seconds,
         scrape_seconds=parts.scrape_seconds,
-        control=parts.control,
     )
     died: list[BaseException] = []
-    app = create_app(services, latencies, parts.access, on_dead=died.append)
+    app = create_app(services, parts.access, on_dead=died.append)
     yield app, services, runner, died
 
 

@@ -11,7 +11,7 @@ from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.fields.routing import DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.http.bodies import JsonRoute
 from server.api.policy_changes import PolicyChanges
-from server.api.services import AdmissionDep, FrontierBatchDep, PolicyChangesDep, StoreDep
+from server.api.services import AdmissionDep, AutomaticControlDep, FrontierBatchDep, PolicyChangesDep, StoreDep
 from server.errors import PreconditionFailed
 from server.policies.store import PolicyStore, Route, State
 
@@ -21,8 +21,12 @@ audit_log = logging.getLogger("server.audit")
 
 
 @router.get("/v1/routing")
-async def routing(store: StoreDep, frontier_batch: FrontierBatchDep) -> dict[str, Any]:
-    """The default, the service tiers, the policies with their versions and figures, and the frontier for `accuracy`."""
+async def routing(store: StoreDep, frontier_batch: FrontierBatchDep, automatic: AutomaticControlDep) -> dict[str, Any]:
+    """The default, the service tiers, the policies with their versions and figures, and the frontier for `accuracy`.
+
+    `automatic_control`: its last decision and its latest changes; null while it is off. `signals` are what it looks at, each
+    over its target.
+    """
     frontier = store.frontier
     return {
         "default": _default(store),
@@ -33,6 +37,7 @@ async def routing(store: StoreDep, frontier_batch: FrontierBatchDep) -> dict[str
         "policies": [_describe(policy, store) for policy in store.policies().values()],
         "frontier": None if frontier is None else [_point(point, frontier) for point in frontier.points],
         "frontier_batch": frontier_batch,
+        "automatic_control": automatic.status(),
     }
 
 

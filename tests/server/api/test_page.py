@@ -345,6 +345,24 @@ def test_the_default_is_swapped_and_rolled_back(page: Page) -> None:
     page.until(lambda: page("#current").text == "accuracy 0 → fast")
     page("#roll-back").click()
     page.until(lambda: page("#current").text == "balanced")
+    assert not page("#automatic").is_displayed()
+    page.type("#new-ttft", "0.001")  # out of reach, so answers lower the accuracy
+    page("#new-ttft").send_keys(Keys.TAB)
+    page.type("#new-floor", "0.4")
+    page("#operate .primary").click()
+    page.until(lambda: page("#current").text.startswith("automatic, accuracy"))
+    page.type("#max-tokens", "4")
+
+    def lowered() -> bool:
+        page.run()
+        return "the time to the first token" in page("#changes").text
+
+    page.until(lowered)
+    assert page("#automatic-now").text.startswith("Accuracy ")
+    page.check_accessible()
+    page("#roll-back").click()
+    page.until(lambda: page("#current").text == "balanced")
+    page.until(lambda: not page("#automatic").is_displayed())
     page("#roll-back").click()
     page.until(lambda: page("#current").text == "full")
 

@@ -8,7 +8,6 @@ import pytest
 
 from ladimo.policy import Frontier, RoutingPolicy
 from server.launch import build_services
-from server.policies.controller import RecentLatencies
 from server.policies.store import PolicyStore
 from server.policies.targets import Automatic, Named, Objective
 from server.policies.tiers import FLEX_PRIORITY, PRIORITY_PRIORITY, Tier, parse_tiers
@@ -192,4 +191,4 @@ def test_a_map_comes_from_flag_environment_or_file_and_is_checked_at_start(
             read_settings(["m", "--service-tiers", wrong])
     missing = read_settings([str(moe_dir), "--service-tiers", '{"flex": {"policy": "gone"}}'])
     with pytest.raises(ValueError, match=r"^the service tier 'flex' cannot be served: [^\n]*'gone'[^\n]*$"):
-        build_services(missing, RecentLatencies())
+        build_services(missing)

@@ -191,11 +191,10 @@ def test_without_the_extra_nothing_is_missed_until_it_is_asked_for(moe_dir: Path
 import sys
 sys.modules["opentelemetry.sdk"] = None  # importing it fails
 from server.launch import build_services
-from server.policies.controller import RecentLatencies
 from server.settings import read_settings
-assert build_services(read_settings(sys.argv[1:2]), RecentLatencies()).telemetry is None
+assert build_services(read_settings(sys.argv[1:2])).telemetry is None
 try:
-    build_services(read_settings(sys.argv[1:]), RecentLatencies())
+    build_services(read_settings(sys.argv[1:]))
 except ValueError as error:
     print(error)
 """

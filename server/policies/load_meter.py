@@ -1,0 +1,175 @@
+"""What the server knows of its load: latencies, demand, step costs, and what follows from them for the next request.
+
+It has no clock. All times are passed in, in seconds of one monotonic clock.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from server.engine.messages import StepStats
+from server.policies.costs import Demand, StepCosts
+
+LATENCY_SECONDS = 15.0
+MAX_SAMPLES = 4096
+ARRIVAL_SECONDS = 10.0
+FADING = 0.98  # the weight of a finished sequence after one more, and of a step's prices after one more step
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """`in_flight`: sequences that wait or run, of which `batch` run at once and `places` may wait. `waiting_tokens`: prompt
+    tokens of those that have no first token yet."""
+
+    in_flight: int
+    waiting_tokens: int
+    batch: int
+    places: int
+
+    @property
+    def share(self) -> float:
+        """How full it is, 0 to 1."""
+        return min(max(self.in_flight - self.batch, 0) / self.places, 1.0) if self.places else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """90th percentiles of recent latencies in seconds: between tokens, and to the first token. None without a sample."""
+
+    itl_seconds: float | None = None
+    ttft_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Latencies in seconds and the utilisation, 1 for a server that just keeps up, if all requests ran at one accuracy."""
+
+    itl_seconds: float
+    ttft_seconds: float
+    utilisation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All that the controller looks at.
+
+    wait_seconds: the time that a request would wait that came now. queue_share: how full the queue is, 0 to 1.
+    request_seconds: how long a request takes on average. arrivals: sequences asked for in the last ARRIVAL_SECONDS.
+    forecast: by accuracy; None while too little is known.
+    """
+
+    wait_seconds: float = 0.0
+    queue_share: float = 0.0
+    measured: Measured = Measured()
+    request_seconds: float = 0.0
+    arrivals: int = 0
+    forecast: Callable[[float], Forecast | None] = lambda accuracy: None
+
+
+class Mean:
+    """A mean in which old values fade. 0 before the first value."""
+
+    def __init__(self) -> None:
+        self.value = self._weight = 0.0
+
+    def add(self, value: float) -> None:
+        self._weight = FADING * self._weight + 1
+        self.value += (value - self.value) / self._weight
+
+
+class LoadMeter:
+    """Collects from engine steps and arrivals. `price`: of a policy by name, 0 to 1."""
+
+    def __init__(self, price: Callable[[str], float] = lambda policy: 1.0) -> None:
+        self.costs = StepCosts()
+        self._price_of = price
+        self._itl: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
+        self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._num_arrived = 0
+        self._price, self._prompt, self._output, self._duration = Mean(), Mean(), Mean(), Mean()
+
+    def arrived(self, sequences: int, now: float) -> None:
+        """Sequences were asked for, whether they were admitted or not."""
+        self._arrivals.append((now, sequences))
+        self._num_arrived += sequences
+        self.arrivals(now)  # forgets the old ones
+
+    def observe(self, stats: StepStats, now: float) -> None:
+        """Learn from one engine step."""
+        self._itl.extend((now, seconds) for _, seconds in stats.inter_token_seconds)
+        self._ttft.extend((now, seconds) for _, seconds in stats.first_token_seconds)
+        rows, tokens = self._by_price(stats.decode_rows), self._by_price(stats.prefilled_tokens)
+        if rows or tokens:
+            self.costs.observe(rows, tokens, stats.interval_seconds)
+        if rows:
+            self._price.add(sum(price * count for price, count in rows.items()) / sum(rows.values()))
+        for request in stats.finished:
+            if request.time_to_first_token_seconds is not None:
+                self._prompt.add(request.prompt_tokens - request.cached_tokens)
+                self._output.add(request.generation_tokens)
+                self._duration.add(request.e2e_seconds)
+
+    def demand(self, now: float) -> Demand:
+        """Of the last ARRIVAL_SECONDS."""
+        return Demand(self.arrivals(now) / ARRIVAL_SECONDS, self._prompt.value, self._output.value)
+
+    def arrivals(self, now: float) -> int:
+        """Sequences asked for in the last ARRIVAL_SECONDS."""
+        while self._arrivals and self._arrivals[0][0] <= now - ARRIVAL_SECONDS:
+            self._num_arrived -= self._arrivals.popleft()[1]
+        return self._num_arrived
+
+    @property
+    def price(self) -> float:
+        """The mean price of the rows of recent steps; 1 before the first."""
+        return self._price.value or 1.0
+
+    @property
+    def output_tokens(self) -> float:
+        """The mean length of an answer; 0 before the first."""
+        return self._output.value
+
+    def measured(self, now: float, since: float = -math.inf) -> Measured:
+        """Percentiles of the latencies after `since`, at most LATENCY_SECONDS old."""
+        begin = max(now - LATENCY_SECONDS, since)
+        return Measured(*(_p90(seconds for at, seconds in samples if at >= begin) for samples in (self._itl, self._ttft)))
+
+    def wait_seconds(self, queue: Queue, sequences: int = 1) -> float:
+        """How long new sequences would wait until their prompts are computed: until the prompts before them are done, and until
+        there is a place in the batch for the last of them. 0 while too little is known."""
+        prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price)
+        lengths = Demand(0.0, self._prompt.value, self._output.value)
+        ahead = max(queue.in_flight + sequences - queue.batch, 0)
+        return max(prompts, ahead * self.costs.sequence_seconds(lengths, queue.batch, self.price))
+
+    def load(self, queue: Queue, now: float, since: float, price_at: Callable[[float], float]) -> Load:
+        """The load now, with latencies after `since`. `price_at`: the price by accuracy."""
+        measured, demand, costs, batch = self.measured(now, since), self.demand(now), self.costs, queue.batch
+        base = costs.token_seconds(demand, batch, self.price) if costs.known else 0.0
+
+        def forecast(accuracy: float) -> Forecast | None:
+            if not base or not demand.output_tokens:
+                return None
+            price = price_at(accuracy)
+            token = costs.token_seconds(demand, batch, price)
+            first = costs.prompt_seconds(demand.prompt_tokens, price) + token
+            # What was measured knows of all that the costs leave out. So take only the ratio from the costs.
+            itl = token if measured.itl_seconds is None else measured.itl_seconds * token / base
+            ttft = first if measured.ttft_seconds is None else measured.ttft_seconds * token / base
+            return Forecast(itl, ttft, costs.utilisation(demand, batch, price))
+
+        return Load(self.wait_seconds(queue), queue.share, measured, self._duration.value, self.arrivals(now), forecast)
+
+    def _by_price(self, counts: dict[str, int]) -> dict[float, int]:
+        prices: dict[float, int] = {}
+        for policy, count in counts.items():
+            price = self._price_of(policy)
+            prices[price] = prices.get(price, 0) + count
+        return prices
+
+
+def _p90(samples: Iterable[float]) -> float | None:
+    ordered = sorted(samples)
+    return ordered[math.ceil(0.9 * len(ordered)) - 1] if ordered else None
