@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,11 +53,11 @@ class LayerRule:
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
         """The rule of the layer in policy `full`: as many experts as it was distilled for, and no substitutes.
 
-        Weights are renormalised to a sum of 1, unless every expert counts with 1 anyway.
+        Weights are renormalised to a sum of 1, unless every expert counts with 1 anyway, or the model was trained without.
         """
         experts = tuple(range(layer.num_experts - layer.substitutes)) if layer.substitutes else None
         scored = layer.expert_weight == "score" and not layer.fixed_experts
-        return cls(layer.num_experts_per_tok, renormalize=scored, experts=experts)
+        return cls(layer.num_experts_per_tok, renormalize=scored and layer.norm_topk_prob, experts=experts)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -190,6 +190,22 @@ class RoutingPolicy:
             read += bytes_per_weight(attention_bits) * queries + bytes_per_weight(careful) * config.key_value_parameters
             read += bytes_per_weight(bits) * ffn
         return read / whole
+
+
+def unmeasured_policies(config: ModelConfig) -> dict[str, RoutingPolicy]:
+    """The policies of a model without files for them, by name. A dense model has only "full".
+
+    A model that was trained as MoE also has "top-N" for every N below its own number of experts per token. Nothing is known of
+    their accuracy until `ladimo profile` measures it.
+    """
+    full = tuple(None if layer is None else LayerRule.full(layer) for layer in config.layers)
+    if not config.moe_layer_indices:
+        return {"full": RoutingPolicy("full", "the dense model", full)}
+    policies = {"full": RoutingPolicy("full", "as many experts per token as the model was trained with", full)}
+    for count in reversed(range(1, max(rule.top_k for rule in full if rule is not None))):
+        rules = tuple(None if rule is None else replace(rule, top_k=min(rule.top_k, count)) for rule in full)
+        policies[f"top-{count}"] = RoutingPolicy(f"top-{count}", f"{count} experts per token", rules)
+    return policies
 
 
 @dataclass(frozen=True)

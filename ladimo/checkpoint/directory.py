@@ -9,7 +9,7 @@ from typing import Any
 from ladimo.checkpoint.files import read_json, write_json
 from ladimo.model.config import MOE_TYPE, ModelConfig
 from ladimo.model.families import read_model_config
-from ladimo.policy import Frontier, RoutingPolicy
+from ladimo.policy import Frontier, RoutingPolicy, unmeasured_policies
 
 POLICIES = Path("routing/policies")
 FRONTIER = Path("routing/frontier.json")
@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
 # Fields of a dense model's config.json that a converted checkpoint does not have. We accept only models in which a sliding
 # window has no effect, and we write rotary embeddings in one form, `rope_parameters`.
 DROPPED_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "rope_theta", "rope_scaling")
+
+NOT_STATED = ("rope", "layers", "nested_bits", "trained_as_moe")
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -48,12 +50,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def read_policies(directory: Path, config: ModelConfig) -> dict[str, RoutingPolicy]:
-    """The policies of a checkpoint by name, validated. A dense checkpoint has only "full", with None for every layer.
+    """The policies of a checkpoint by name, validated. Those of a model without files for them are `unmeasured_policies`.
 
     Raises ValueError naming the file that is wrong or missing.
     """
-    if not config.moe_layer_indices:
-        return {"full": RoutingPolicy("full", "the dense model", (None,) * config.num_hidden_layers)}
+    if not config.moe_layer_indices or (config.trained_as_moe and not (directory / POLICIES).is_dir()):
+        return unmeasured_policies(config)
     policies = {}
     for file in sorted((directory / POLICIES).glob("*.json")):
         try:
@@ -96,7 +98,7 @@ def moe_config_json(dense: Mapping[str, Any], layers: list[dict[str, Any] | None
     """
     config = read_model_config(dense)
     kept = {name: value for name, value in dense.items() if name not in DROPPED_FIELDS}
-    stated = {name: value for name, value in asdict(config).items() if name not in ("rope", "layers", "nested_bits")}
+    stated = {name: value for name, value in asdict(config).items() if name not in NOT_STATED}
     return {
         **kept,
         **stated,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ladimo.checkpoint.files import read_json, write_json
 from ladimo.model.backends.choose import DTYPES
-from ladimo.model.families import Stored, find_family, read_model_config, renames_weights
+from ladimo.model.families import Stacked, Stored, find_family, read_model_config, renames_weights
 from ladimo.model.router import weight_dtype
 
 CONFIG = "config.json"
@@ -51,24 +51,29 @@ class TensorReader:
                 raise ValueError(f"{file}: lacks the tensor {missing[0]}")
 
     def __contains__(self, name: str) -> bool:
-        return self._locate(name).name in self.files
+        return all(stored in self.files for stored in self._locate(name).names)
 
     def unused(self, names: Iterable[str]) -> dict[str, Path]:
         """The stored tensors, with their files, that hold none of the parameters `names`."""
-        used = {self._locate(name).name for name in names}
+        used = {stored for name in names for stored in self._locate(name).names}
         return {name: file for name, file in self.files.items() if name not in used}
 
     def file(self, name: str) -> Path:
-        """The file of a tensor. Raises ValueError if the checkpoint has no such tensor."""
-        stored = self._locate(name).name
-        if stored not in self.files:
-            raise ValueError(f"{self.directory}: the checkpoint lacks the tensor {stored}")
-        return self.files[stored]
+        """The file of a tensor, or of its first part. Raises ValueError if the checkpoint has no such tensor."""
+        names = self._locate(name).names
+        for stored in names:
+            if stored not in self.files:
+                raise ValueError(f"{self.directory}: the checkpoint lacks the tensor {stored}")
+        return self.files[names[0]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it. Raises ValueError if the checkpoint has no such tensor."""
-        stored = self._locate(name)
-        with _open(self.file(name)) as handle:
+        stored, file = self._locate(name), self.file(name)
+        if isinstance(stored, Stacked):
+            with _open(self.files[stored.parts[0][0]]) as handle:
+                shapes = [handle.get_slice(part).get_shape() for part in stored.parts[0]]
+            return (len(stored.parts), sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        with _open(file) as handle:
             rows, *rest = handle.get_slice(stored.name).get_shape()
         if stored.rows is not None:
             rows = len(range(*stored.rows.indices(rows)))
@@ -76,7 +81,17 @@ class TensorReader:
 
     def get(self, name: str) -> Tensor:
         """Read a tensor, in its stored dtype. Raises ValueError if there is no such tensor or it cannot be read."""
-        stored, file = self._locate(name), self.file(name)
+        stored = self._locate(name)
+        self.file(name)
+        if isinstance(stored, Stored):
+            return self._read(stored)
+        try:
+            return torch.stack([torch.cat([self._read(Stored(part)) for part in parts]) for parts in stored.parts])
+        except RuntimeError as error:  # shapes or dtypes differ
+            raise ValueError(f"{self.directory}: the parts of {name} do not fit each other ({error})") from error
+
+    def _read(self, stored: Stored) -> Tensor:
+        file = self.files[stored.name]
         with _open(file) as handle:
             try:
                 if stored.rows is None:
@@ -109,7 +124,7 @@ class TensorReader:
         module.requires_grad_(False)
 
 
-def _locator(directory: Path) -> Callable[[str], Stored]:
+def _locator(directory: Path) -> Callable[[str], Stored | Stacked]:
     """A function from our name of a tensor to where the checkpoint stores it."""
     raw = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
     if not isinstance(raw, dict) or not renames_weights(raw.get("model_type")):

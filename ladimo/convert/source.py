@@ -23,7 +23,7 @@ def check_source(directory: Path) -> ModelConfig:
     """
     config = read_config(directory)
     if config.moe_layer_indices:
-        raise ValueError(f"{directory}: is converted already; give the dense model")
+        raise ValueError(f"{directory}: is a Mixture-of-Experts already; give a dense model")
     Encoder(directory, config)
     reader = TensorReader(directory)
     expected = {name: tuple(parameter.shape) for name, parameter in model_parameters(config)}

@@ -39,9 +39,9 @@ class Attention(BackendModule):
         """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, C]. Writes keys and values into the
         cache. `bits`: where the projections are nested, how many bits [T] each token reads of them; of keys and values at least
         `KEY_VALUE_BITS`."""
-        q = self.q_proj(hidden_states, *bits).view(-1, self.num_heads, self.head_dim)
         careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
-        k = self.k_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
+        q, k = self.normed(self.q_proj(hidden_states, *bits), self.k_proj(hidden_states, *careful))
+        q, k = q.view(-1, self.num_heads, self.head_dim), k.view(-1, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
         if kv_cache is None:
             out = attend_whole(apply_rope(q, *rope), apply_rope(k, *rope), v, inputs.num_sequences)
@@ -53,6 +53,10 @@ class Attention(BackendModule):
             out = self._attend_paged(q, inputs, kv_cache)
         projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim), *bits)
         return projected
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [T, H * C] and keys [T, G * C] as they are rotated. A family may have norms here."""
+        return q, k
 
     def _attend_paged(self, q: Tensor, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
         """Attention of one step, q [T, H, C] -> [T, H, C]. Decode rows are one batch; prefill segments run one by one."""

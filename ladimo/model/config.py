@@ -6,7 +6,7 @@ Field names are those of Hugging Face's config.json, which `ladimo.model.familie
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ladimo.model.fields import positive_int
+from ladimo.model.fields import positive_int, size
 
 MOE_TYPE = "ladimo_llama"
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -33,6 +33,9 @@ class MoeLayerConfig:
     substitutes: the last so many experts stand in for skipped ones. Policy `full` never runs them.
     fixed_experts: the first so many experts have no row in the router and always score 1. The mask of a policy keeps all or
     none of them, beside experts that are routed.
+    norm_topk_prob: policy `full` divides the weights of the chosen experts by their sum, where experts count with their score.
+    shared_expert_intermediate_size: the neurons of a shared expert as in Qwen2-MoE, which runs for every token and is weighted
+    by the sigmoid of a gate of its own. No policy concerns it. 0 for none.
     """
 
     num_experts: int
@@ -46,6 +49,8 @@ class MoeLayerConfig:
     selection_bias: bool = False
     substitutes: int = 0
     fixed_experts: int = 0
+    norm_topk_prob: bool = True
+    shared_expert_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
@@ -74,8 +79,11 @@ class MoeLayerConfig:
             raise ValueError(f"router_hidden_size must be null unless router is mlp, got {self.router_hidden_size!r}")
         if self.fixed_experts and (self.router != "linear" or self.score_function != "sigmoid"):
             raise ValueError(f"fixed_experts need router linear and score_function sigmoid, got {self.fixed_experts}")
-        if not isinstance(self.selection_bias, bool):
-            raise ValueError(f"selection_bias must be true or false, got {self.selection_bias!r}")
+        for name in ("selection_bias", "norm_topk_prob"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.shared_expert_intermediate_size != 0:
+            size({"shared_expert_intermediate_size": self.shared_expert_intermediate_size}, "shared_expert_intermediate_size")
 
     def router_parameters(self, hidden_size: int) -> int:
         """The number of parameters of the router. `hidden_size`: the size of the hidden states."""
@@ -89,8 +97,10 @@ class MoeLayerConfig:
         return weights + self.num_experts * self.selection_bias
 
     def active_parameters(self, hidden_size: int, experts: float) -> float:
-        """The number of parameters of the router and of so many experts."""
-        return self.router_parameters(hidden_size) + experts * 3 * hidden_size * self.moe_intermediate_size
+        """The number of parameters of the router, of so many experts and of the shared expert."""
+        shared = self.shared_expert_intermediate_size
+        neurons = experts * self.moe_intermediate_size + shared
+        return self.router_parameters(hidden_size) + 3 * hidden_size * neurons + hidden_size * (shared > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +132,8 @@ class ModelConfig:
     layers: one entry per layer; None for a layer that keeps its dense FFN. attention_bias: whether the query, key and value
     projections have biases. attention_output_bias: the same for the output projection. family: the model type of the dense
     model, which decides the modules of a layer. nested_bits: the lower precisions that every weight matrix can be read at,
-    none or 4 and 8 (`ladimo.model.nested`).
+    none or 4 and 8 (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is measured
+    against itself under policy `full`.
     """
 
     vocab_size: int
@@ -141,6 +152,7 @@ class ModelConfig:
     layers: tuple[MoeLayerConfig | None, ...]
     family: str = "llama"
     nested_bits: tuple[int, ...] = ()
+    trained_as_moe: bool = False
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:
@@ -154,8 +166,17 @@ class ModelConfig:
 
     @property
     def dense_parameters(self) -> int:
-        """The parameters of the dense model that one token uses, without embeddings and output head."""
-        return self.num_hidden_layers * (self.attention_parameters + self.ffn_parameters) + self.hidden_size
+        """The parameters of the dense model that one token uses, without embeddings and output head. For a model that was
+        trained as MoE, those that it uses with its own number of experts."""
+        ffns = self.num_hidden_layers * self.ffn_parameters
+        if self.trained_as_moe:
+            ffns = sum(
+                self.ffn_parameters
+                if layer is None
+                else int(layer.active_parameters(self.hidden_size, layer.num_experts_per_tok))
+                for layer in self.layers
+            )
+        return self.num_hidden_layers * self.attention_parameters + ffns + self.hidden_size
 
     def active_parameters_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
         """Active parameters per token divided by `dense_parameters`. Layer i runs `experts_per_token[i]` experts.

@@ -3,9 +3,11 @@ size."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.layers import GatedMLP
 from ladimo.model.nested import NestedWeights, by_precision
 from ladimo.model.quantization import Weights
 from ladimo.model.router import make_router
@@ -22,14 +24,39 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, size))
 
 
+class SharedExpertGate(nn.Module):
+    """Weighs the shared expert: sigmoid(weight x), weight [1, D]. It is never rounded to integers."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, D] -> [T, 1]."""
+        return F.linear(hidden_states, self.weight).sigmoid()
+
+
 class ExpertLayer(BackendModule):
-    """Takes the place of a dense FFN. `gate` is the router. `experts` are the parts of the FFN."""
+    """Takes the place of a dense FFN. `gate` is the router. `experts` are the parts of the FFN.
+
+    Some models also have a shared expert, which runs for every token.
+    """
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__()
         self.config = layer
         self.gate = make_router(hidden_size, layer)
         self.experts = Experts(hidden_size, layer)
+        if layer.shared_expert_intermediate_size:
+            self.shared_expert = GatedMLP(hidden_size, layer.shared_expert_intermediate_size)
+            self.shared_expert_gate = SharedExpertGate(hidden_size)
+
+    def add_shared(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+        """The output [T, D] of the chosen experts, with that of the shared expert, if the layer has one."""
+        if not self.config.shared_expert_intermediate_size:
+            return out
+        shared: Tensor = self.shared_expert_gate(hidden_states) * self.shared_expert(hidden_states)
+        return out + shared
 
     def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] -> output [T, D] and topk_ids [T, E], -1 where no expert ran.
@@ -47,7 +74,8 @@ class ExpertLayer(BackendModule):
         down: Weights | NestedWeights = self.experts.down_proj
         if not isinstance(gate_up, NestedWeights):
             assert not isinstance(down, NestedWeights)
-            return self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down), topk_ids
+            out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down)
+            return self.add_shared(out, hidden_states), topk_ids
         assert isinstance(down, NestedWeights)
 
         def run(tokens: Tensor, bits: float) -> Tensor:

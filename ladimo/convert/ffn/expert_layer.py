@@ -30,7 +30,7 @@ def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_i
     for stored in (layer.experts.gate_up_proj, layer.experts.down_proj):
         nested: Tensor | NestedWeights = stored
         weights.append(nested.at(bits or math.inf, inputs.dtype) if isinstance(nested, NestedWeights) else nested)
-    return apply_experts_grouped(inputs, topk_weights, topk_ids, *weights)
+    return layer.add_shared(apply_experts_grouped(inputs, topk_weights, topk_ids, *weights), inputs)
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:

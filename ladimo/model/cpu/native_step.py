@@ -118,6 +118,8 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if not find_family(config.family).is_llama_inside:
         raise Unsupported(f"family {config.family} has modules that it does not know")
+    if any(layer is not None and layer.shared_expert_intermediate_size for layer in config.layers):
+        raise Unsupported("it does not know shared experts")
     if config.nested_bits and quantize is not None:
         raise Unsupported(f"the weights have integers of their own, which {quantize} cannot replace")
     if dtype not in (torch.float32, torch.bfloat16):

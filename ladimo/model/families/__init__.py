@@ -9,12 +9,26 @@ from typing import Any
 
 from ladimo.model.config import MOE_TYPE, ModelConfig
 from ladimo.model.families.converted import CONVERTED
-from ladimo.model.families.family import Family, Stored, read_rope
+from ladimo.model.families.family import Family, Stacked, Stored, read_rope
 from ladimo.model.families.llama import LLAMA
 from ladimo.model.families.mistral import MISTRAL
+from ladimo.model.families.mixtral import MIXTRAL
+from ladimo.model.families.moe_family import MoeFamily
+from ladimo.model.families.olmoe import OLMOE
 from ladimo.model.families.qwen2 import QWEN2
+from ladimo.model.families.qwen2_moe import QWEN2_MOE
 
-__all__ = ["Family", "Stored", "dense_types", "find_family", "read_model_config", "read_rope", "register", "renames_weights"]
+__all__ = [
+    "Family",
+    "Stacked",
+    "Stored",
+    "dense_types",
+    "find_family",
+    "read_model_config",
+    "read_rope",
+    "register",
+    "renames_weights",
+]
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -24,13 +38,13 @@ def register(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, CONVERTED):
+for _family in (LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
     register(_family)
 
 
 def dense_types() -> list[str]:
     """The model types of dense models, which can be converted."""
-    return [model_type for model_type in _FAMILIES if model_type != MOE_TYPE]
+    return [name for name, family in _FAMILIES.items() if name != MOE_TYPE and not isinstance(family, MoeFamily)]
 
 
 def find_family(model_type: object) -> Family:

@@ -35,4 +35,4 @@ class Converted(Family):
         return tuple(layers)
 
 
-CONVERTED = Converted(MOE_TYPE)
+CONVERTED = Converted(MOE_TYPE, use_sliding_window=False)

@@ -26,6 +26,23 @@ class Stored:
     name: str
     rows: slice | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All stored tensors that belong to the parameter."""
+        return (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A parameter whose parts a checkpoint stores one by one: a stack of matrices, each of which joins the rows of tensors."""
+
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All stored tensors that belong to the parameter."""
+        return tuple(name for part in self.parts for name in part)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -35,7 +52,7 @@ class Family:
 
     num_key_value_heads: None means as many as query heads.
     qkv_bias, output_bias: whether the attention projections have biases. None means that the file's `attention_bias` decides.
-    sliding_window: in tokens; None means that the family has no window.
+    sliding_window: in tokens; None means none, unless the file says so.
     use_sliding_window: whether the window is used if the file does not say it.
     attention, ffn: the modules of every layer. The compiled CPU step knows only LLaMA's modules, so a family with other modules
     runs in torch.
@@ -56,8 +73,8 @@ class Family:
         """Whether the family uses LLaMA's modules for attention and FFN."""
         return self.attention is Attention and self.ffn is GatedMLP
 
-    def locate(self, name: str, config: ModelConfig) -> Stored:
-        """Where a dense checkpoint of the family stores the parameter that our network calls `name`."""
+    def locate(self, name: str, config: ModelConfig) -> Stored | Stacked:
+        """Where a checkpoint of the family stores the parameter that our network calls `name`."""
         return Stored(name)
 
     def read_config(self, raw: Mapping[str, Any]) -> ModelConfig:
@@ -114,7 +131,7 @@ class Family:
 
     def _refuse_sliding_window(self, raw: Mapping[str, Any], context: int) -> None:
         """Raises ValueError if the window is shorter than the context. Our attention and KV cache have no sliding window."""
-        if self.sliding_window is None or not flag(raw, "use_sliding_window", self.use_sliding_window):
+        if not flag(raw, "use_sliding_window", self.use_sliding_window):
             return
         if raw.get("sliding_window", self.sliding_window) is None:
             return

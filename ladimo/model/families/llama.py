@@ -2,4 +2,4 @@
 
 from ladimo.model.families.family import Family
 
-LLAMA = Family("llama")
+LLAMA = Family("llama", use_sliding_window=False)

@@ -275,7 +275,7 @@ def test_a_missing_shard_is_refused(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_converted_source_is_refused(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is converted already"):
+    with pytest.raises(ValueError, match="is a Mixture-of-Experts already"):
         convert(str(made.out), tmp_path / "moe", made.recipe, [made.text])
 
 
