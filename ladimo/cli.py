@@ -18,7 +18,7 @@ from ladimo.convert.pipeline import convert
 from ladimo.convert.progress import reporting
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
 from ladimo.convert.report.outside import read_comparison, read_throughput
-from ladimo.convert.report_files import REPORT, render_report
+from ladimo.convert.report_files import REPORT, measured_policies, render_report
 from ladimo.convert.reprofile import reprofile
 from ladimo.export import export, targets
 
@@ -245,7 +245,7 @@ def run_policies(options: argparse.Namespace) -> None:
     directory = resolve_directory(options.model)
     policies = read_policies(directory, read_config(directory))
     frontier = read_frontier(directory)
-    measured = {entry["policy"]: entry for entry in read_json(directory / REPORT)["policies"]} if frontier else {}
+    measured = {entry["policy"]: entry for entry in measured_policies(directory)}
     entries = [
         {
             **policy.to_dict(),

@@ -17,6 +17,7 @@ from ladimo.convert.evaluation.tasks import PROTOCOL, EncodedTask, encode_task, 
 from ladimo.convert.evaluation.variants import Rules, variant_of
 from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.provenance import find_dense_source
+from ladimo.convert.stock_model import open_model
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.policy import RoutingPolicy
 
@@ -41,7 +42,7 @@ def evaluate_checkpoint(
     ValueError for an unknown policy, text shorter than one block, a wrong task file or a broken checkpoint.
     """
     directory = resolve_directory(name)
-    own = StreamedModel(directory, choose_device(device))
+    own = open_model(directory, choose_device(device))
     policies = read_policies(directory, own.config)
     chosen = list(policies.values()) if policy == "all" else [_named(policies, policy)]
     encoder = Encoder(directory, own.config)
@@ -49,7 +50,8 @@ def evaluate_checkpoint(
     encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
     model, experts = own, None
     nested = bool(own.config.nested_bits)  # such a checkpoint contains the dense model
-    source = find_dense_source(directory, dense) if own.config.moe_layer_indices and not nested else None
+    converted = bool(own.config.moe_layer_indices) and not nested and not own.config.trained_as_moe
+    source = find_dense_source(directory, dense) if converted else None
     if source is not None:
         model, experts = StreamedModel(source, own.device), own.experts
     variants = [variant_of(entry, own.config) for entry in chosen]
@@ -57,7 +59,7 @@ def evaluate_checkpoint(
     if nested:
         model, experts, reference = own, None, ConvertedModel.nested(own).reference
         variants.append(reference)
-    elif model.config.moe_layer_indices:
+    elif converted and source is None:
         logger.warning("the dense source was not found, so figures relative to it are null; --dense DIR names its directory")
     else:
         reference = (None,) * model.config.num_hidden_layers

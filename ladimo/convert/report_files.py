@@ -14,6 +14,16 @@ from ladimo.convert.report.page import to_page
 from ladimo.convert.report.record import Report
 
 REPORT = "report.json"
+PROFILE = Path("routing/profile.json")  # what `ladimo profile` found for a model that was not converted
+
+
+def measured_policies(directory: Path) -> list[dict[str, Any]]:
+    """The entries of the measured policies of a checkpoint, none if there are none."""
+    for file in (directory / REPORT, directory / PROFILE):
+        if file.exists():
+            entries: list[dict[str, Any]] = read_json(file)["policies"]
+            return entries
+    return []
 
 
 def policy_entries(points: MeasuredPolicies) -> dict[str, Any]:

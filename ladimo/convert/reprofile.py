@@ -11,6 +11,7 @@ from ladimo.checkpoint import (
     FRONTIER,
     POLICIES,
     choose_device,
+    read_config,
     read_json,
     read_policies,
     resolve_directory,
@@ -25,6 +26,7 @@ from ladimo.convert.policies.frontier import measure_frontier
 from ladimo.convert.provenance import PROVENANCE, device_name, file_hash, find_dense_source
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report_files import REPORT, policy_entries, write_report
+from ladimo.convert.stock_profile import profile_stock
 from ladimo.convert.streamed_model import StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -34,10 +36,14 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
     """Rebuild policies, frontier and report in place, and return the report.
 
     The text is cut as in a conversion. The number of tokens to evaluate is a fifth of the recipe's tokens, and as many others
-    are for profiling. Policies that a user added stay. dense: the directory of the dense source, if it is not the one in
+    are for profiling. Policies that a user added stay. A model that was trained as MoE gets no report. dense: the directory of the dense source, if it is not the one in
     provenance.json. Raises ValueError if the model is dense, or if its dense source is not found.
     """
     directory = resolve_directory(name)
+    if read_config(directory).trained_as_moe:
+        if dense is not None:
+            raise ValueError(f"{directory}: was not converted, so it has no dense source; leave out --dense")
+        return profile_stock(directory, text, choose_device(device))
     own = StreamedModel(directory, choose_device(device))
     if not own.config.moe_layer_indices:
         raise ValueError(f"{directory}: is a dense model; there is no routing to profile")

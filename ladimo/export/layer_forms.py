@@ -46,6 +46,8 @@ def layer_form(rule: LayerRule, layer: MoeLayerConfig, selection_bias: Callable[
     Raises ValueError if the layer does what no other program can: a number of experts that depends on the token, weights of
     another form, or a router that is not linear.
     """
+    if layer.shared_expert_intermediate_size:
+        raise ValueError("has a shared expert with a gate of its own, which no target writes")
     allowed = tuple(range(layer.num_experts)) if rule.experts is None else rule.experts
     top_k = min(rule.top_k, len(allowed))
     _check_limits(rule, layer, top_k, len(allowed))

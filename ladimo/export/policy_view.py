@@ -16,9 +16,10 @@ from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json, stored_dt
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
-from ladimo.model.nested_layers import ROUNDING, SCALES, TIED_HEAD, matrix_named, read_matrix
+from ladimo.model.nested_layers import TIED_HEAD, matrix_named, read_matrix
 from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.model.router import SELECTION_BIAS
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 
 HEAD = "lm_head.weight"
@@ -93,8 +94,10 @@ class PolicyView:
 
     def common_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors but those of FFNs and experts, with transformers' names, at the bits that the policy reads."""
-        for name in self._reader.files:
-            if ".mlp." not in name and name != HEAD and not name.endswith((ROUNDING, SCALES)):
+        with torch.device("meta"):
+            network = MoeTransformer(self.source)
+        for name, _ in network.named_parameters():
+            if ".mlp." not in name and name != HEAD:
                 yield name, self._get(name)
         if not self.head_is_tied:
             head = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(HEAD)

@@ -14,7 +14,7 @@ from ladimo.checkpoint import load_model, read_json, read_policies, write_policy
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import MoeLayerConfig
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import LLAMA3_ROPE, VOCAB_SIZE, make_moe
+from tests.factories import LLAMA3_ROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.stepping import Stepper, make_tables
 
 CPU = torch.device("cpu")
@@ -136,6 +136,7 @@ def test_refusals_name_the_reason_and_what_would_work(
         ({}, LayerRule(2, mass=0.9), "mass may drop experts"),
         ({}, LayerRule(2, relative_floor=0.5), "relative_floor may drop experts"),
         ({}, LayerRule(1, batch_experts=2), "batch_experts may drop experts"),
+        ({"shared_expert_intermediate_size": 8}, LayerRule(2), "has a shared expert"),
         ({"router": "glu"}, LayerRule(2), "router is of the kind 'glu'"),
         ({"expert_weight": "one"}, LayerRule(2, renormalize=False), "weighs them all alike"),
         ({"score_norm_top_k": 2}, LayerRule(1, renormalize=False), "divided by the sum of the best 2"),
@@ -168,6 +169,15 @@ def test_what_no_other_program_computes(layer: dict[str, Any], rule: LayerRule, 
 )
 def test_what_a_layer_computes(layer: dict[str, Any], rule: LayerRule, form: FixedExperts | RoutedExperts) -> None:
     assert layer_form(rule, MoeLayerConfig(4, 2, 8, **layer), lambda: torch.zeros(4)) == form
+
+
+@pytest.mark.parametrize("policy", ["full", "top-1"])
+def test_a_stock_model_is_written_with_fewer_experts_per_token(policy: str, tmp_path: Path) -> None:
+    """Mixtral in, Mixtral out."""
+    mixtral = make_dense(tmp_path / "mixtral", model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+    export.export(mixtral, tmp_path / policy, "mixtral", policy)
+    raw = read_json(tmp_path / policy / "config.json")
+    assert (raw["num_experts_per_tok"], raw["num_local_experts"]) == (2 if policy == "full" else 1, 4)
 
 
 @NEEDS_GGUF

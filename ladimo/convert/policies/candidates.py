@@ -153,7 +153,7 @@ def _solved(
 def _distinct_rules(profile: LayerProfile) -> list[RuleProfile]:
     """The rules of a profile. Of rules with equal costs at batch 1 and at batch 32, only the one with the least error."""
     best: dict[tuple[float, float], RuleProfile] = {}
-    for entry in profile.by_top_k + profile.by_tau:
+    for entry in profile.rules:
         key = (round(entry.experts_per_token, 2), round(entry.distinct_experts, 2))
         if key not in best or entry.error < best[key].error:
             best[key] = entry

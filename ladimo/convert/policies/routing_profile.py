@@ -3,7 +3,7 @@
 Legend: T tokens, D hidden_size, E experts, k the number of experts for which the layer was trained.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -41,8 +41,8 @@ class RuleProfile:
 class LayerProfile:
     """histogram: the number of tokens by the score of their best expert, in HISTOGRAM_BINS equal bins of [0, 1].
     mean_best_weight: the mean of this score. load: each expert's share of the choices under `full`. by_top_k: the rules with 1
-    to k experts. by_tau: DYN(tau), with rising tau. kept_error, one_error: error of TOP1 with the best expert's own weight, and
-    with weight one."""
+    to k experts. by_tau: DYN(tau), with rising tau. by_floor: at most k experts, with rising relative_floor; empty unless
+    it was asked for. kept_error, one_error: error of TOP1 with the best expert's own weight, and with weight one."""
 
     histogram: list[int]
     mean_best_weight: float
@@ -51,12 +51,18 @@ class LayerProfile:
     by_tau: list[RuleProfile]
     kept_error: float
     one_error: float
+    by_floor: list[RuleProfile] = field(default_factory=list)
+
+    @property
+    def rules(self) -> list[RuleProfile]:
+        """All of them."""
+        return self.by_top_k + self.by_tau + self.by_floor
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "LayerProfile":
         rules = {
-            name: [RuleProfile(**{**entry, "rule": LayerRule(**entry["rule"])}) for entry in raw[name]]
-            for name in ("by_top_k", "by_tau")
+            name: [RuleProfile(**{**entry, "rule": LayerRule(**entry["rule"])}) for entry in raw.get(name, ())]
+            for name in ("by_top_k", "by_tau", "by_floor")
         }
         return cls(**{**raw, **rules})
 
@@ -64,8 +70,11 @@ class LayerProfile:
         return asdict(self)
 
 
-def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tuple[float, ...]) -> LayerProfile:
-    """The profile on the FFN's inputs and outputs [T, D]. taus: values to add to the standard grid.
+def profile_layer(
+    layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tuple[float, ...], floors: tuple[float, ...] = ()
+) -> LayerProfile:
+    """The profile on the FFN's inputs and outputs [T, D]. taus: values to add to the standard grid. floors: values of
+    relative_floor.
 
     DYN(tau) keeps the fewest best experts whose weights sum to at least tau, and at most k (for k = 2, this is LaDiMo's
     adaptive router).
@@ -90,16 +99,17 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
                 out = run_experts(layer, x, topk_weights, topk_ids).float()
                 errors[int(renormalize), count - 1, chunk] = (out - target).pow(2).mean(dim=1).cpu()
         load += torch.bincount(topk_ids.flatten().cpu(), minlength=config.num_experts)
-    cumulative = torch.cat(scores).cumsum(dim=1)  # [T, k]; a rule's mass is compared with these sums
+    best = torch.cat(scores)  # [T, k]
+    cumulative = best.cumsum(dim=1)  # a rule's mass is compared with these sums
     errors /= target_variance(targets)
 
-    def candidate(needed: Tensor, top_k: int, mass: float | None) -> RuleProfile:
+    def candidate(needed: Tensor, top_k: int, mass: float | None = None, floor: float = 0.0) -> RuleProfile:
         by_weighting = errors.gather(1, (needed - 1).expand(2, 1, -1)).mean(dim=(1, 2))
         # With all k experts, the weights sum to one in both cases. Then rounding errors must not decide.
-        whole = top_k == k and mass is None
+        whole = top_k == k and mass is None and not floor
         renormalize = full.renormalize if whole else bool(by_weighting[1] < by_weighting[0])
         return RuleProfile(
-            rule=LayerRule(top_k=top_k, mass=mass, renormalize=renormalize, experts=full.experts),
+            rule=LayerRule(top_k, mass=mass, renormalize=renormalize, experts=full.experts, relative_floor=floor),
             experts_per_token=needed.float().mean().item(),
             one_share=(needed == 1).float().mean().item(),
             full_share=(needed == k).float().mean().item(),
@@ -112,11 +122,12 @@ def profile_layer(layer: ExpertLayer, inputs: Tensor, targets: Tensor, taus: tup
         histogram=torch.histc(cumulative[:, 0], HISTOGRAM_BINS, 0, 1).int().tolist(),
         mean_best_weight=cumulative[:, 0].mean().item(),
         load=(load / load.sum()).tolist(),
-        by_top_k=[candidate(torch.full((tokens,), count), count, None) for count in range(1, k + 1)],
+        by_top_k=[candidate(torch.full((tokens,), count), count) for count in range(1, k + 1)],
         by_tau=[
             candidate(1 + (cumulative[:, : k - 1] < tau).sum(dim=1), k, tau)
             for tau in sorted({*TAUS, *(tau for tau in taus if 0 < tau < 1)})
         ],
         kept_error=errors[0, 0].mean().item(),
         one_error=errors[1, 0].mean().item(),
+        by_floor=[candidate((best >= floor * best[:, :1]).sum(dim=1), k, floor=floor) for floor in floors],
     )

@@ -109,7 +109,7 @@ def pair(tmp_path: Path, toy: None) -> tuple[Path, Path]:
     order = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     for name in sorted(reader.files, key=lambda name: next((i for i, part in enumerate(order) if part in name), 9)):
         tensor = reader.get(name) / (2 if "o_proj" in name else 1)
-        stored = family.locate(name, config).name
+        (stored,) = family.locate(name, config).names
         tensors[stored] = torch.cat([tensors[stored], tensor]) if stored in tensors else tensor
     save_file(tensors, directory / "model.safetensors")
     copy_tokenizer(llama, directory)

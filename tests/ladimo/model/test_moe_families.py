@@ -129,7 +129,7 @@ def test_a_policy_costs_its_share_of_the_models_own_parameters(stock: Path) -> N
     config = read_config(stock)
 
     def ratio(count: float) -> float:
-        experts = (layer and min(count, layer.num_experts_per_tok) for layer in config.layers)
+        experts = (None if layer is None else min(count, float(layer.num_experts_per_tok)) for layer in config.layers)
         return config.active_parameters_ratio(tuple(experts))
 
     assert ratio(99) == pytest.approx(1)
