@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
-SHARED = {
+SHARED: dict[str, Any] = {
     "model_type": "qwen2_moe",
     "num_experts": 6,
     "num_experts_per_tok": 3,
