@@ -36,8 +36,9 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
     """Rebuild policies, frontier and report in place, and return the report.
 
     The text is cut as in a conversion. The number of tokens to evaluate is a fifth of the recipe's tokens, and as many others
-    are for profiling. Policies that a user added stay. A model that was trained as MoE gets no report. dense: the directory of the dense source, if it is not the one in
-    provenance.json. Raises ValueError if the model is dense, or if its dense source is not found.
+    are for profiling. Policies that a user added stay. A model that was trained as MoE gets no report. dense: the directory of
+    the dense source, if it is not the one in provenance.json. Raises ValueError if the model is dense, or if its dense source
+    is not found.
     """
     directory = resolve_directory(name)
     if read_config(directory).trained_as_moe:
