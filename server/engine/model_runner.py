@@ -71,8 +71,8 @@ class ModelRunner:
     def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
         """Start to compute the batch, and to draw a token for each sequence whose last token is in it.
 
-        Call the returned function once to wait for the output. Until then, no batch but the next may be launched, and only if
-        this one replays a graph and the next runs ahead. Waiting synchronises with the device once, and once more for each
+        The returned function waits for the output. It must be called once. Before that, only one further batch may be launched,
+        and only if both replay graphs (see `Batch.previous`). Waiting synchronises with the device once, and once more for each
         sequence with log-probabilities.
         """
         self.model.backend.begin_step(batch.num_tokens)

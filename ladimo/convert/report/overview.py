@@ -26,7 +26,7 @@ def lead(report: Report) -> list[str]:
     limit = report.recipe.get("max_perplexity_ratio") or 1.03
     within = cheapest_within(report.policies, limit)
     text.append(
-        f"Within {100 * (limit - 1):.3g}% of the dense perplexity, the cheapest measured policy is {within.policy}. It "
+        f"Within {100 * (limit - 1):.3g}% of the dense perplexity the cheapest measured policy is {within.policy}, which "
         f"saves {percent(1 - within.cost)} of the {within.cost_name}."
         if within
         else f"No measured policy stays within {100 * (limit - 1):.3g}% of the dense perplexity."

@@ -23,7 +23,7 @@
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)
 
-// The last two are no matrix's kind: they stand for the high plane of a nested matrix, and for its two planes together.
+// No matrix has one of the last two kinds. They are for products with the high plane of a nested matrix, or with both planes.
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4, HIGH_PLANE, BOTH_PLANES };
 // How many bits of a matrix a token reads. See nested.py.
 enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };

@@ -38,8 +38,8 @@ class ElasticPart:
 
 @dataclass(frozen=True, slots=True)
 class Ordering:
-    """errors: by number of experts, the holdout error of as many fixed, repaired experts. oracle_errors: that of an oracle that
-    chooses as many for each token."""
+    """Holdout errors by number of experts n. errors: with n fixed experts, repaired. oracle_errors: with the best n experts of
+    each token, not repaired."""
 
     errors: dict[str, float]
     oracle_errors: dict[str, float] = field(default_factory=dict)
