@@ -8,8 +8,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY ladimo ladimo
 COPY server server
 RUN python -m venv /opt/ladimo && /opt/ladimo/bin/pip install --no-cache-dir .
-# The CPU step, for each kind of processor that may run the image; the server loads the best one it can run and says which.
-# Not from /src: the installed package is meant.
+# Compile the CPU step for each kind of processor that may run the image. The server loads the best one that its processor can
+# run, and says which. `cd /`, so that the installed package is used and not the one in /src.
 RUN cd / && /opt/ladimo/bin/python -m ladimo.model.cpu
 
 FROM python:3.12-slim

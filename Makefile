@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
-# A file's tests stay together, as they share what is costly to make.
+# The tests of a file run in one process, because they share fixtures that take long to make.
 test: check
 	$(BIN)/pytest -n auto --dist loadfile
 
@@ -29,8 +29,8 @@ fix: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) models build *.egg-info
 
-# The converter renames a finished checkpoint into place, so config.json is there only when everything is. A conversion that
-# was interrupted goes on where it stopped.
+# The converter renames a finished checkpoint to its place. So if config.json exists, the checkpoint is complete. An interrupted
+# conversion resumes.
 $(DEMO)/config.json: | $(VENV)/.installed
 	$(BIN)/ladimo convert ladimo/demo/model $(DEMO) --recipe ladimo/recipes/demo.toml
 

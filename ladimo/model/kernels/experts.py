@@ -9,9 +9,9 @@ The hidden activations of an expert are multiplied by the expert's weight, so th
 are summed in fp32 in the order of their numbers, so the result does not depend on the rest of the batch. If a token takes all
 experts of the layer, its output is one long product over all of them, which is the same work as the dense FFN.
 
-Weights may be integers with scales. They are unpacked in registers as they are read; `kernels.dequantize` explains W, BITS and
-PARTS. They stay integers even for long prompts. Floating-point weights would multiply faster there, but all experts of a layer
-would have to be unpacked, and a policy may use only a few.
+Weights may be integers with scales. They are unpacked in registers as they are read; `ladimo.model.kernels.dequantize` explains
+W, BITS and PARTS. They stay integers even for long prompts. Floating-point weights would multiply faster there, but all experts
+of a layer would have to be unpacked, and a policy may use only a few.
 
 Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts, K places per token.
 

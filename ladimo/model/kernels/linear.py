@@ -4,7 +4,7 @@ One row needs a matrix-vector product, and a few rows need one tile. The time of
 unpacked in registers. With many rows, multiplications take most of the time. The weights are then unpacked to floating point
 once, and torch multiplies.
 
-Legend: K inputs, N outputs; W, BITS and PARTS as in `kernels.dequantize`.
+Legend: K inputs, N outputs; W, BITS and PARTS as in `ladimo.model.kernels.dequantize`.
 """
 
 import torch
