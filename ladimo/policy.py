@@ -228,7 +228,7 @@ class FrontierPoint:
 
     @property
     def cost(self) -> float:
-        """What the knob walks: bytes where the policies differ in bits, else active parameters."""
+        """The cost by which an accuracy chooses: weight bytes if the policies differ in bits, otherwise active parameters."""
         return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-// The server as the page sees it: JSON, streams of events, and samples of /metrics.
+// Requests to the server: JSON, streams of events, and samples of /metrics.
 export const byId = id => document.getElementById(id);
 
 function headers(key) {
@@ -28,7 +28,7 @@ export async function ready() {
   return reply.ok ? "ready" : (await reply.json()).error.code;
 }
 
-// The events of a streamed completion, as they come.
+// Yields the events of a streamed completion.
 export async function* complete(body, signal) {
   const options = { method: "POST", headers: headers("api-key"), body: JSON.stringify(body), signal };
   const reply = await checked(await fetch("v1/completions", options));

@@ -1,4 +1,4 @@
-// Which experts run: the counters of /metrics as a table of layers and experts, over the last seconds or since start.
+// The experts at work: the counters of /metrics as a table of layers and experts, for the last seconds or since the start.
 import { byId, samples } from "./api.js";
 import { defaultPolicy } from "./policies.js";
 
@@ -13,12 +13,12 @@ async function scrape() {
   }
   const at = performance.now();
   scrapes.push({ at, counts });
-  // The newest scrape that is older than the window stays: counts are taken from there on.
+  // Keep the newest scrape that is older than the window. Counts are relative to it.
   while (scrapes.length > 2 && scrapes[1].at <= at - WINDOW_MILLISECONDS) scrapes.shift();
 }
 
-// [layer, [{count, open}]]: choices under a policy, or under all; open to the policy, or to the default, are the experts that it
-// may choose, which are those that have a series under it.
+// [layer, [{count, open}]]. count: an expert's choices under a policy, or under all policies. open: whether the policy, or the
+// default, may choose the expert. Such experts have a series under the policy.
 function tokens(policy) {
   const now = scrapes.at(-1).counts, before = byId("heat-window").value === "start" ? new Map() : scrapes[0].counts;
   const judge = now.get(policy || defaultPolicy()), layers = new Map();
@@ -69,7 +69,7 @@ function draw() {
         return element;
       }
       const share = sum ? count / sum : 0, element = cell("td", sum ? Math.round(100 * share) + " %" : "–");
-      // Full colour at twice an even share or more, and never so deep that the number is hard to read.
+      // The colour is full from twice an even share on. Even then the number is easy to read.
       element.style.setProperty("--share", (0.55 * Math.min(1, share * shown / 2)).toFixed(3));
       element.title = `${count.toLocaleString("en")} choices`;
       return element;

@@ -1,4 +1,4 @@
-// The page: its parts, and what keeps them up to date.
+// The page: starts its parts and keeps them up to date.
 import { byId, get, ready } from "./api.js";
 import * as experts from "./experts.js";
 import * as playground from "./playground.js";

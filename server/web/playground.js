@@ -1,4 +1,4 @@
-// Completions: streamed, under the routing that is asked for, and one beside another.
+// Completions: streamed, under the chosen routing, alone or beside a second one to compare.
 import { byId, complete, fixed, percent } from "./api.js";
 import { mostExperts } from "./policies.js";
 import { Tokens } from "./tokens.js";
@@ -21,7 +21,7 @@ function show(article, pairs) {
   }));
 }
 
-// One completion into one article. Resolves to its tokens and to how it ended: "done", "stopped" or "failed".
+// Show one completion in one article. Resolves to its tokens and its end: "done", "stopped" or "failed".
 async function run(article, prompt, body) {
   const shown = new Tokens(article, prompt, mostExperts());
   show(article, []);
@@ -60,7 +60,7 @@ async function run(article, prompt, body) {
   return { shown, end };
 }
 
-// Words and spaces of each text that the other does not have, by their longest common subsequence.
+// The words and spaces of each text that the other text does not have, found by their longest common subsequence.
 export function differences(left, right) {
   const piece = /\s+|[\p{L}\p{N}_]+|./gsu;
   const a = left.match(piece) ?? [], b = right.match(piece) ?? [];
@@ -90,7 +90,7 @@ export function differences(left, right) {
 async function start() {
   const [one, two] = document.querySelectorAll(".answer"), comparing = byId("compare").checked;
   const prompt = byId("prompt").value;
-  // Compared answers share a seed, so that only the routing tells them apart.
+  // Compared answers have the same seed, so that they differ only because of the routing.
   const given = byId("seed").value;
   const seed = given === "" ? (comparing ? Math.floor(Math.random() * 2 ** 31) : null) : Number(given);
   const body = {
@@ -114,7 +114,7 @@ async function start() {
     const asked = await run(one, prompt, { ...body, routing: chosenRouting() });
     said = { done: "Done.", stopped: "Stopped.", failed: "Failed." }[asked.end];
     if (comparing && asked.end === "done") {
-      // One after the other: side by side they would share a batch, and neither speed would be its own.
+      // The two run one after the other. At the same time they would share a batch, and their speeds would not be their own.
       const other = await run(two, prompt, { ...body, routing: byId("other").value });
       said = { done: "Done: the same text.", stopped: "Stopped.", failed: "Failed." }[other.end];
       if (other.end === "done" && other.shown.text !== asked.shown.text) {
@@ -138,7 +138,7 @@ export function listen(onKnob) {
     document.querySelector("input[name=how][value=accuracy]").checked = true;
     onKnob();
   });
-  for (const event of ["change", "click"]) { // a click on what is chosen already changes nothing, and means it all the same
+  for (const event of ["change", "click"]) { // a click on the entry that is already chosen counts, too, but is no change
     byId("policy").addEventListener(event, () => { document.querySelector("input[name=how][value=policy]").checked = true; });
     byId("other").addEventListener(event, () => { byId("compare").checked = true; });
   }

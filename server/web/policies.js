@@ -4,11 +4,11 @@ import { administer, byId, fixed, get, percent } from "./api.js";
 const SVG = "http://www.w3.org/2000/svg";
 let routing = null;
 
-// What a policy costs: bytes where policies read fewer bits, else active parameters.
+// The cost of a policy: weight bytes if policies read fewer bits, otherwise active parameters.
 const cost = figures => figures?.bytes_ratio ?? figures?.active_parameters_ratio;
 const costName = points => points.some(point => point.bytes_ratio != null) ? "weight bytes" : "active parameters";
 
-// The point the knob serves at an accuracy: the most accurate of those that are cheap enough.
+// The point of the frontier for an accuracy: the most accurate of the points that are cheap enough.
 function choose(points, accuracy) {
   const costs = points.map(cost);
   const low = Math.min(...costs), high = Math.max(...costs), limit = low + accuracy * (high - low) + 1e-9;
@@ -25,7 +25,7 @@ function describe(current) {
 
 function fillMenu(id, names) {
   const menu = byId(id), chosen = menu.value;
-  if ([...menu.options].map(option => option.value).join() === names.join()) return; // an open menu would close
+  if ([...menu.options].map(option => option.value).join() === names.join()) return; // a change would close an open menu
   menu.replaceChildren(...names.map(name => new Option(name, name)));
   if (names.includes(chosen)) menu.value = chosen;
 }
@@ -80,7 +80,7 @@ function fillAutomatic() {
 
 export const defaultPolicy = () => routing?.default.policy;
 
-// The most experts per layer that any policy lets a token run, as a mean over its expert layers.
+// The largest number of experts per layer that a token may run under any policy, as a mean over the expert layers.
 export function mostExperts() {
   const means = (routing?.policies ?? []).map(policy => {
     const rules = policy.layers.filter(rule => rule);

@@ -1,5 +1,5 @@
-// The tokens of one answer: each shaded by how many experts ran for it, and one of them chosen, whose layers' choices are told.
-// Pointing at a token chooses it; so does the slider below the text, which keyboards and screen readers use.
+// The tokens of one answer. Each is shaded by the number of experts that ran for it. For one chosen token, the experts of each layer
+// are listed. A token is chosen by pointing at it, or with the slider below the text, for keyboards and screen readers.
 
 function describe(layers, experts) {
   return layers.map((layer, place) => {
@@ -9,7 +9,7 @@ function describe(layers, experts) {
 }
 
 export class Tokens {
-  // `most`: experts per layer that are shaded deepest; one expert per layer is lightest.
+  // `most`: the experts per layer with the darkest shade. One expert per layer has the lightest.
   constructor(article, prompt, most) {
     this.pre = article.querySelector("pre");
     this.walk = article.querySelector(".walk");
