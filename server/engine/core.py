@@ -290,7 +290,7 @@ class EngineCore:
 
 
 def _trace_prompt(sequence: Sequence, count: int, experts: list[TokenExperts]) -> None:
-    """Store the experts of the next `count` tokens, up to the prompt's last token but one.
+    """Store the experts of the next `count` tokens, except those of the prompt's last token.
 
     The pass over the prompt's last token draws the first new token, so it belongs to that token's trace.
     """

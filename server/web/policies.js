@@ -55,7 +55,7 @@ const CAUSES = {
 };
 const SHOWN_CHANGES = 8;
 
-// What automatic control looks at and has done; hidden while it is off.
+// The figures and the latest changes of automatic control. Hidden while it is off.
 function fillAutomatic() {
   const control = routing.automatic_control;
   byId("automatic").hidden = !control;
