@@ -204,7 +204,7 @@ def unmeasured_policies(config: ModelConfig) -> dict[str, RoutingPolicy]:
     policies = {"full": RoutingPolicy("full", "as many experts per token as the model was trained with", full)}
     for count in reversed(range(1, max(rule.top_k for rule in full if rule is not None))):
         rules = tuple(None if rule is None else replace(rule, top_k=min(rule.top_k, count)) for rule in full)
-        policies[f"top-{count}"] = RoutingPolicy(f"top-{count}", f"{count} experts per token", rules)
+        policies[f"top-{count}"] = RoutingPolicy(f"top-{count}", f"{count} expert{'s' * (count > 1)} per token", rules)
     return policies
 
 
