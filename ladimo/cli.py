@@ -16,6 +16,7 @@ from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.progress import reporting
+from ladimo.convert.prune import prune
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
 from ladimo.convert.report.outside import read_comparison, read_throughput
 from ladimo.convert.report_files import REPORT, measured_policies, render_report
@@ -157,6 +158,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_policies)
 
     command = commands.add_parser(
+        "prune",
+        parents=[common],
+        help="leave out experts of a Mixtral, Qwen2-MoE or OLMoE model",
+        description="Write MODEL with fewer experts in every layer, as a checkpoint of the same model type. The experts that "
+        "add least are left out, by REAP's score, which `ladimo profile` measures.",
+    )
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory, after `ladimo profile`")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
+    command.add_argument("--experts", type=positive_flag, metavar="N", required=True, help="experts to keep in each layer")
+    command.set_defaults(run=run_prune)
+
+    command = commands.add_parser(
         "export",
         parents=[common],
         help="write a model for other programs",
@@ -266,6 +279,11 @@ def run_policies(options: argparse.Namespace) -> None:
             share = figures.get("bytes_ratio", figures["active_parameters_ratio"])
             cost = f"{100 * share:5.1f}%  perplexity {figures['perplexity']:.3f}"
         print(f"{entry['name']:<12} {entry['version']}  {cost}  {entry['description']}")
+
+
+def run_prune(options: argparse.Namespace) -> None:
+    kept = prune(options.model, options.out, options.experts)
+    print(f"{options.out}: written with {options.experts} experts in each of {len(kept)} layers")
 
 
 def run_export(options: argparse.Namespace) -> None:

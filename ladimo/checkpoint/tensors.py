@@ -90,6 +90,10 @@ class TensorReader:
         except RuntimeError as error:  # shapes or dtypes differ
             raise ValueError(f"{self.directory}: the parts of {name} do not fit each other ({error})") from error
 
+    def stored(self, name: str) -> Tensor:
+        """Read a tensor by its stored name. Raises ValueError if it cannot be read."""
+        return self._read(Stored(name))
+
     def _read(self, stored: Stored) -> Tensor:
         file = self.files[stored.name]
         with _open(file) as handle:

@@ -43,9 +43,10 @@ def ids(snippet: Snippet) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory in which the commands run: a dense model, its conversion, and texts."""
+    """The directory in which the commands run: a dense model, its conversion, a Mixtral, and texts."""
     directory = tmp_path_factory.mktemp("place")
     make_dense(directory / "path" / "to" / "llama", num_hidden_layers=2)
+    make_dense(directory / "path" / "to" / "mixtral", model_type="mixtral", num_hidden_layers=2)
     text = "\n".join(f"The {number}th line says that {number * number} is a square." for number in range(400))
     for name in ("corpus.txt", "held-out.txt"):
         (directory / name).write_text(text)

@@ -20,6 +20,7 @@ from ladimo.model.families.qwen2_moe import QWEN2_MOE
 
 __all__ = [
     "Family",
+    "MoeFamily",
     "Stacked",
     "Stored",
     "dense_types",
