@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="rebuild policies and frontier for another text, without training",
         description="Measure the routing weights on another text, and rebuild policies, frontier and report in place.",
     )
-    command.add_argument("model", metavar="MODEL", help="converted checkpoint directory")
+    command.add_argument("model", metavar="MODEL", help="directory of a converted checkpoint, or of a model trained as MoE")
     command.add_argument(
         "--text", type=Path, metavar="FILE", required=True, help="text of the kind that the model will serve, UTF-8"
     )

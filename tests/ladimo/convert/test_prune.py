@@ -54,9 +54,8 @@ def test_the_pruned_model_is_the_model_under_a_mask(
     rules: list[LayerRule | None] = []
     for index, layer in enumerate(config.layers):
         experts = second if index == config.moe_layer_indices[1] else kept
-        rules.append(
-            layer and LayerRule(min(3, len(kept)), renormalize=layer.norm_topk_prob, experts=experts),
-        )
+        rule = None if layer is None else LayerRule(min(3, len(kept)), renormalize=layer.norm_topk_prob, experts=experts)
+        rules.append(rule)
     expected = logits(source, RoutingPolicy("masked", "", tuple(rules)))
     assert (logits(tmp_path / "out") - expected).abs().max() < 1e-4
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
