@@ -26,7 +26,6 @@ from ladimo.model.cpu.cache import cache_directories, make_private
 from ladimo.model.nested import STEPS
 from ladimo.model.rule import RuleNumber
 
-SOURCES = Path(__file__).parent
 SHIPPED = Path(__file__).with_name("compiled")
 # No -ffast-math: the results of a token must not depend on its batch, and that needs a fixed order of sums.
 OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
@@ -34,7 +33,7 @@ OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno
 RULE_MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
 MACROS = (*RULE_MACROS, f"-DNESTED_STEPS={STEPS}")
 COMMON_FLAGS = (*OPTIONS, *MACROS)
-FLAGS = (*COMMON_FLAGS, "-march=native")
+NATIVE = "-march=native"
 COMPILERS = ("gcc", "cc", "clang")
 TIMEOUT_SECONDS = 120
 ABANDON_SECONDS = 2
@@ -48,6 +47,47 @@ class BuildError(Exception):
 
 class PlaceError(BuildError):
     """The step cannot be stored in or loaded from one directory. Another directory may work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """C code: all .c and .h files of a directory, the flags for every build of it, and the compilers to look for."""
+
+    directory: Path = Path(__file__).parent
+    flags: tuple[str, ...] = COMMON_FLAGS
+    compilers: tuple[str, ...] = COMPILERS
+
+    def files(self, *suffixes: str) -> list[Path]:
+        return sorted(path for path in self.directory.iterdir() if path.suffix in suffixes)
+
+    def hash(self, *parts: str) -> str:
+        """A hash of the source, the flags, and other things that decide what a build is."""
+        source = "".join(path.read_text(encoding="utf-8") for path in self.files(".c", ".h"))
+        return hashlib.sha256(repr((source, *self.flags, *parts)).encode()).hexdigest()[:16]
+
+    def compiler(self) -> str:
+        """Raises BuildError if there is none."""
+        found = next((path for name in self.compilers if (path := which(name))), None)
+        if found is None:
+            raise BuildError(f"there is no C compiler ({', '.join(self.compilers)})")
+        return found
+
+    def compile(self, flags: Sequence[str], target: Path) -> None:
+        """Compile to another name, then move the file, so that other processes never see a partial file. Raises BuildError,
+        OSError."""
+        command = [self.compiler(), *self.flags, *flags, *(str(path) for path in self.files(".c"))]
+        with _compiling:
+            _remove_leftovers(target.parent)
+            handle, partial = tempfile.mkstemp(prefix="partial-", suffix=".so", dir=target.parent)
+            os.close(handle)
+            try:
+                _run([*command, "-o", partial, "-lm"])
+                Path(partial).replace(target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+
+
+STEP = Code()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,42 +134,51 @@ def origin() -> str:
 @cache
 def _find() -> tuple[ctypes.CDLL, str] | str:
     try:
-        shipped = shipped_variant(SHIPPED)
-        if shipped is not None:
-            variant, path = shipped
-            return _load(path), f"compiled for {variant.name}, {path}"
-        code, path = _compile_somewhere(cache_directories())
-        return code, f"compiled for this processor, {path}"
+        return load_somewhere(STEP, SHIPPED, cache_directories())
     except BuildError as error:
         return str(error)
 
 
-def shipped_variant(directory: Path, features: frozenset[str] | None = None) -> tuple[Variant, Path] | None:
+def load_somewhere(code: Code, shipped: Path, directories: Sequence[Path]) -> tuple[ctypes.CDLL, str]:
+    """The best build for this processor in `shipped`. If there is none, compile one in the first of `directories` that allows
+    it. Returns the build, loaded, and where it comes from. Raises BuildError."""
+    found = shipped_variant(shipped, code=code)
+    if found is not None:
+        variant, path = found
+        return _load(path), f"compiled for {variant.name}, {path}"
+    library, path = _compile_somewhere(directories, code)
+    return library, f"compiled for this processor, {path}"
+
+
+def shipped_variant(directory: Path, features: frozenset[str] | None = None, code: Code = STEP) -> tuple[Variant, Path] | None:
     """The best variant in `directory` that a processor with these features can run. `features` None: this processor's.
 
     None if there is no such variant.
     """
     features = _features() if features is None else features
     for variant in VARIANTS.get(platform.machine(), ()):
-        path = variant_path(directory, variant)
+        path = variant_path(directory, variant, code)
         if variant.needs <= features and path.exists():
             return variant, path
     return None
 
 
-def variant_path(directory: Path, variant: Variant) -> Path:
+def variant_path(directory: Path, variant: Variant, code: Code = STEP) -> Path:
     """The file of a compiled variant. Its name has a hash of the source, so a file from other sources is never loaded."""
-    return directory / f"step-{variant.name}-{_hash(_source(), *COMMON_FLAGS, *variant.flags)}.so"
+    return directory / f"step-{variant.name}-{code.hash(*variant.flags)}.so"
 
 
-def compile_variants(directory: Path) -> list[Path]:
-    """Compile the step for every kind of processor of this architecture. Returns the files. Raises BuildError."""
-    compiler, paths = _compiler(), []
-    for variant in VARIANTS.get(platform.machine(), ()):
-        target = variant_path(directory, variant)
+def compile_variants(directory: Path, code: Code = STEP, variants: Sequence[Variant] | None = None) -> list[Path]:
+    """Compile the code for these kinds of processors. None: every kind of this architecture. Returns the files.
+
+    Raises BuildError.
+    """
+    paths = []
+    for variant in VARIANTS.get(platform.machine(), ()) if variants is None else variants:
+        target = variant_path(directory, variant, code)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, (*COMMON_FLAGS, *variant.flags), target)
+            code.compile(variant.flags, target)
         except OSError as error:
             raise BuildError(f"{directory}: cannot be written ({error.strerror})") from error
         target.chmod(0o755)
@@ -137,20 +186,21 @@ def compile_variants(directory: Path) -> list[Path]:
     return paths
 
 
-def compiled(directory: Path, flags: Sequence[str] = FLAGS) -> Path:
-    """The shared library in `directory`. It is compiled if it is not there yet. Raises BuildError.
+def compiled(directory: Path, flags: Sequence[str] = (), code: Code = STEP) -> Path:
+    """The shared library in `directory`, for this processor and with these further flags. It is compiled if it is not there
+    yet. Raises BuildError.
 
     The file name has a hash of the source, the flags, the compiler and the processor's features, because different machines may
     share one home directory.
     """
-    compiler = _compiler()
+    flags = (NATIVE, *flags)
+    compiler = code.compiler()
     version = _run([compiler, "--version"])
-    made_of = (_source(), *flags, compiler, version, platform.machine(), *sorted(_features()))
-    target = directory / f"step-{_hash(*made_of)}.so"
+    target = directory / f"step-{code.hash(*flags, compiler, version, platform.machine(), *sorted(_features()))}.so"
     try:
         make_private(directory)
         if not target.exists():
-            _compile(compiler, flags, target)
+            code.compile(flags, target)
     except OSError as error:
         raise PlaceError(f"{directory}: cannot be used ({error.strerror})") from error
     return target
@@ -168,19 +218,19 @@ _compiling = threading.Lock()
 _running: set["subprocess.Popen[str]"] = set()
 
 
-def _compile_somewhere(directories: Sequence[Path]) -> tuple[ctypes.CDLL, Path]:
+def _compile_somewhere(directories: Sequence[Path], code: Code) -> tuple[ctypes.CDLL, Path]:
     """Compile and load the step in the first directory that allows both. Raises BuildError."""
     refused = ["there is no directory to compile it to"] if not directories else []
     for directory in directories:
         try:
-            path = compiled(directory)
-            code = _load(path)
+            path = compiled(directory, code=code)
+            library = _load(path)
         except PlaceError as error:
             refused.append(str(error))
             continue
         if refused:
             log.warning("compiled code goes to %s: %s", directory, "; ".join(refused))
-        return code, path
+        return library, path
     raise BuildError("; ".join(refused))
 
 
@@ -189,20 +239,6 @@ def _load(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:  # for example, the file system forbids execution
         raise PlaceError(f"{path}: cannot be loaded ({error})") from error
-
-
-def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
-    """Compile to another name, then move the file, so that other processes never see a partial file. Raises BuildError,
-    OSError."""
-    with _compiling:
-        _remove_leftovers(target.parent)
-        handle, partial = tempfile.mkstemp(prefix="partial-", suffix=".so", dir=target.parent)
-        os.close(handle)
-        try:
-            _run([compiler, *flags, *(str(path) for path in _files(".c")), "-o", partial, "-lm"])
-            Path(partial).replace(target)
-        finally:
-            Path(partial).unlink(missing_ok=True)
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -237,25 +273,6 @@ def _end(process: "subprocess.Popen[str]") -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-
-
-def _compiler() -> str:
-    found = next((path for name in COMPILERS if (path := which(name))), None)
-    if found is None:
-        raise BuildError(f"there is no C compiler ({', '.join(COMPILERS)})")
-    return found
-
-
-def _files(*suffixes: str) -> list[Path]:
-    return sorted(path for path in SOURCES.iterdir() if path.suffix in suffixes)
-
-
-def _source() -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in _files(".c", ".h"))
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _features() -> frozenset[str]:

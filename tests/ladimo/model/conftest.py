@@ -18,5 +18,5 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         return
     if platform.machine() != "x86_64":
         pytest.skip("the flags are those of x86")
-    narrow = ctypes.CDLL(str(build.compiled(cache_directories()[0], (*build.FLAGS, *flags))))
+    narrow = ctypes.CDLL(str(build.compiled(cache_directories()[0], flags)))
     monkeypatch.setattr(native_step, "library", lambda: narrow)

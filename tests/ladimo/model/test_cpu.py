@@ -243,28 +243,23 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
         build._find.cache_clear()
 
 
-def test_a_build_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    (sources / "step.c").write_text("int main(void) { return nothing; }")
-    monkeypatch.setattr(build, "SOURCES", sources)
+def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "step.c").write_text("int main(void) { return nothing; }")
     with pytest.raises(build.BuildError, match="nothing"):
-        build.compiled(tmp_path / "cache")
+        build.compiled(tmp_path / "cache", code=build.Code(tmp_path))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_what_was_compiled_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = tmp_path / "sources"
-    sources.mkdir()
-    monkeypatch.setattr(build, "SOURCES", sources)
-    (sources / "step.c").write_text('#include "step.h"\nint one(void) { return ONE; }')
-    (sources / "step.h").write_text("#define ONE 1")
-    first = build.compiled(tmp_path / "cache")
+def test_what_was_compiled_is_used_again(tmp_path: Path) -> None:
+    code = build.Code(tmp_path)
+    (tmp_path / "step.c").write_text('#include "step.h"\nint one(void) { return ONE; }')
+    (tmp_path / "step.h").write_text("#define ONE 1")
+    first = build.compiled(tmp_path / "cache", code=code)
     made = first.stat().st_mtime_ns
-    assert build.compiled(tmp_path / "cache") == first
+    assert build.compiled(tmp_path / "cache", code=code) == first
     assert first.stat().st_mtime_ns == made
-    (sources / "step.h").write_text("#define ONE 2")
-    assert build.compiled(tmp_path / "cache") != first
+    (tmp_path / "step.h").write_text("#define ONE 2")
+    assert build.compiled(tmp_path / "cache", code=code) != first
 
 
 def test_models_the_kernel_cannot_run_are_left_to_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

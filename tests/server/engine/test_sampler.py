@@ -32,7 +32,7 @@ NARROW = ("avx2", "sse") if platform.machine() == "x86_64" else ()
 @cache
 def compiled(width: str = "as_wide_as_can_be", threads: int = 2) -> Sample:
     """The compiled draw, for vectors of a width."""
-    code = ctypes.CDLL(str(build.compiled(cache_directories()[0], (*build.FLAGS, *WIDTHS[width]))))
+    code = ctypes.CDLL(str(build.compiled(cache_directories()[0], WIDTHS[width])))
     native = NativeDraw(Pool(code, threads))
 
     def run(logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
