@@ -39,12 +39,13 @@ MAX_TEXT = 300  # longest message or parameter name, in characters; longer ones 
 
 class ServiceError(Exception):
     """The base of all errors. `param`: the wrong JSON path or header. `retry_after`: seconds. `headers`: sent with the
-    reply."""
+    reply. `facts`: more fields of the error object."""
 
     status = 500
     type = "server_error"
     code = "internal_error"
     headers: Mapping[str, str] = {}
+    facts: Mapping[str, Any] = {}
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -55,7 +56,7 @@ class ServiceError(Exception):
     def to_dict(self) -> dict[str, Any]:
         """The error object of a body or a stream event."""
         param = None if self.param is None else _cut(self.param)
-        return {"error": {"message": _cut(self.message), "type": self.type, "param": param, "code": self.code}}
+        return {"error": {"message": _cut(self.message), "type": self.type, "param": param, "code": self.code, **self.facts}}
 
 
 class BadRequest(ServiceError):
@@ -175,9 +176,15 @@ class UnsupportedMediaType(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """Too many sequences or prompt tokens are waiting."""
+    """Too many sequences or prompt tokens are waiting. `accuracy`: at this accuracy or less, the request would be served now;
+    None: it would not be served at any."""
 
     status, type, code = 429, "rate_limit_error", "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int, accuracy: float | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        if accuracy is not None:
+            self.facts = {"accuracy": accuracy}
 
 
 class HeadersTooLarge(ServiceError):

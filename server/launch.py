@@ -199,16 +199,12 @@ def build_services(settings: ServerSettings) -> Services:
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
         meter.observe(stats, time.monotonic())
-        admission.rates.observe(stats)
-
-    def on_arrival(sequences: int) -> None:
-        meter.arrived(sequences, time.monotonic())
 
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
-    admission = Admission(engine, settings.max_queue, on_reject, settings.max_queue_tokens, on_arrival)
+    admission = Admission(engine, settings.max_queue, on_reject, meter, settings.max_queue_tokens)
     tokenizer = Tokenizer(directory, settings.allow_special_tokens)
     return Services(
         engine=engine,

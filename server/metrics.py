@@ -147,7 +147,8 @@ class Metrics:
         )
         self.policy_requests = counter(
             "policy_requests_total",
-            "Requests by what they asked for, what served them, and what decided: body, header, model, tier, auto, default.",
+            "Requests by what they asked for, what served them, and what decided: body, header, model, tier, auto, queue, "
+            "deadline, default.",
             *("requested", "served", "reason"),
         )
         self.routing_accuracy = gauge("routing_accuracy", "Accuracy of the default, 0 to 1; NaN if it is not on the frontier.")

@@ -144,7 +144,7 @@ def service() -> dashboard.Dashboard:
                         (rate("ladimo_cuda_graph_captures_total"), "capture"),
                     ],
                     "cps",
-                    "Without CUDA graphs there are no replays, and the others are 0.",
+                    "Empty without CUDA graphs, but for misses and captures, which are then 0.",
                 ),
                 graph("CPU", [(rate("process_cpu_seconds_total", "instance"), "{{instance}}")], "short", "Cores in use."),
                 graph("Memory", [(gauge("process_resident_memory_bytes"), "{{instance}}")], "bytes"),
@@ -324,7 +324,7 @@ def policies() -> dashboard.Dashboard:
                     "Requests by what decided",
                     [(rate("ladimo_policy_requests_total", "reason"), "{{reason}}")],
                     "reqps",
-                    "body, header, model: the client's choice; auto: automatic control.",
+                    "body, header, model: the client's choice; auto: automatic control; queue, deadline: lowered, not refused.",
                     stack=True,
                 ),
                 graph(

@@ -1,41 +1,19 @@
 """Limits the sequences and the waiting prompt tokens in the server. Admits nothing while the engine loads, drains or is dead.
 
-A refused client is told when to retry. The time follows from the work that waits and the engine's recent speed.
+A refused client is told when to retry. The time follows from the work that waits and from what the engine's steps cost.
 """
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 
 from server.engine.async_engine import AsyncEngine, EngineState
-from server.engine.messages import StepStats
 from server.errors import BadRequest, Dead, Draining, Loading, QueueFull, ServiceError
-from server.policies.load_meter import Queue
+from server.policies.load_meter import LoadMeter, Queue
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1, 120  # OpenAI's clients give up at once if they are told to wait longer
 LOADING_RETRY_SECONDS, DRAINING_RETRY_SECONDS, DEAD_RETRY_SECONDS = 2, 5, 30
-RATE_STEPS = 1024
-
-
-class Rates:
-    """The engine's speed over its last steps. Idle time does not count."""
-
-    def __init__(self) -> None:
-        self._steps: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
-
-    def observe(self, stats: StepStats) -> None:
-        self._steps.append((stats.seconds, stats.prefill_tokens, len(stats.finished)))
-
-    @property
-    def sequences_per_second(self) -> float | None:
-        """Finished sequences per second; None before the first one."""
-        return _rate((seconds, finished) for seconds, _, finished in self._steps)
-
-    @property
-    def prompt_tokens_per_second(self) -> float | None:
-        """Prompt tokens per second, in steps that computed any; None before the first one."""
-        return _rate((seconds, tokens) for seconds, tokens, _ in self._steps if tokens)
 
 
 class Permit:
@@ -58,6 +36,10 @@ class Permit:
         self._admission.take_room(prompt_tokens, deadline)
         self._waiting_tokens = prompt_tokens
 
+    @property
+    def admission(self) -> "Admission":
+        return self._admission
+
     def started(self, prompt_tokens: int) -> None:
         """Give back the room of a sequence that has its first token. Its prompt no longer waits."""
         self._waiting_tokens -= prompt_tokens
@@ -72,8 +54,8 @@ class Permit:
 class Admission:
     """There are places for the engine's batch and for `max_queue` waiting sequences. `max_queue_tokens`: the most prompt tokens
     that may wait (None: no limit). If none wait, a request is admitted however long its prompt is. All tokens of a prompt count
-    until its sequence has its first token. `on_reject` gets the error code of each refusal,
-    `on_arrival` the number of sequences of each request.
+    until its sequence has its first token. `on_reject` gets the error code of each refusal.
+    `meter` knows how long what waits will take.
 
     A request takes its places before its text is encoded, and room for its prompt tokens as soon as they are known.
     """
@@ -83,14 +65,15 @@ class Admission:
         engine: AsyncEngine,
         max_queue: int,
         on_reject: Callable[[str], None],
+        meter: LoadMeter,
         max_queue_tokens: int | None = None,
-        on_arrival: Callable[[int], None] = lambda sequences: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.in_flight = 0
         self.waiting_tokens = 0
         self.draining = False
-        self.rates = Rates()
-        self._engine, self._on_reject, self._on_arrival = engine, on_reject, on_arrival
+        self.meter = meter
+        self._engine, self._on_reject, self._clock = engine, on_reject, clock
         self._max_queue, self._max_queue_tokens = max_queue, max_queue_tokens
         self._idle = asyncio.Event()
         self._idle.set()
@@ -122,11 +105,11 @@ class Admission:
         Raises Loading, Dead, Draining or QueueFull. Raises BadRequest if there are more sequences than places in all.
         """
         error = self.unavailable()
-        self._on_arrival(sequences)
+        self.meter.arrived(sequences, self._clock())
         if error is None and sequences > self.capacity:
             message = f"{sequences} choices (prompts times n) were asked for; at most {self.capacity} fit this server at once"
             raise BadRequest(message, param=param)
-        self._refuse(error or self._no_places(sequences) or self._no_room())
+        self.refuse(error or self._no_places(sequences) or self._no_room())
         self.in_flight += sequences
         self._idle.clear()
 
@@ -135,7 +118,7 @@ class Admission:
 
         Raises QueueFull if too many prompt tokens would wait, or if those that wait already would take until the deadline.
         """
-        self._refuse(self._no_room(prompt_tokens, deadline))
+        self.refuse(self._no_room(prompt_tokens) or self._too_late(deadline))
         self.waiting_tokens += prompt_tokens
 
     def give_back(self, sequences: int, prompt_tokens: int) -> None:
@@ -144,10 +127,16 @@ class Admission:
         if self.in_flight == 0:
             self._idle.set()
 
+    def answer_seconds(self, policy: str) -> float:
+        """How long the newest request needs until its end under this policy. 0 while too little is known."""
+        queue = self.queue
+        return 0.0 if queue is None else self.meter.answer_seconds(queue, self.meter.price_of(policy), self._clock())
+
     async def wait_idle(self) -> None:
         await self._idle.wait()
 
-    def _refuse(self, error: ServiceError | None) -> None:
+    def refuse(self, error: ServiceError | None) -> None:
+        """Count and raise the error, if there is one."""
         if error is not None:
             self._on_reject(error.code)
             raise error
@@ -156,29 +145,29 @@ class Admission:
         too_many = self.in_flight + sequences - self.capacity
         if too_many <= 0:
             return None
-        return QueueFull("too many requests are waiting", retry_after=_retry_after(too_many, self.rates.sequences_per_second))
+        seconds = self.meter.completion_seconds(too_many, self._engine.limits.max_num_seqs)
+        return QueueFull("too many requests are waiting", retry_after=retry_after(seconds))
 
-    def _no_room(self, prompt_tokens: int = 0, deadline: float | None = None) -> QueueFull | None:
-        if not self.waiting_tokens:
+    def _no_room(self, prompt_tokens: int = 0) -> QueueFull | None:
+        most = self._max_queue_tokens
+        if most is None or not self.waiting_tokens or self.waiting_tokens + prompt_tokens <= most:
             return None
-        rate = self.rates.prompt_tokens_per_second
-        if self._max_queue_tokens is not None and self.waiting_tokens + prompt_tokens > self._max_queue_tokens:
-            too_many = self.waiting_tokens + prompt_tokens - self._max_queue_tokens
-            return QueueFull("too many prompt tokens are waiting", retry_after=_retry_after(too_many, rate))
-        if deadline is not None and rate and self.waiting_tokens / rate > deadline - asyncio.get_running_loop().time():
-            message = "the requests that wait already would take longer than the request's deadline allows"
-            return QueueFull(message, retry_after=_retry_after(self.waiting_tokens, rate))
-        return None
+        queue = self.queue
+        assert queue is not None
+        share = (self.waiting_tokens + prompt_tokens - most) / self.waiting_tokens
+        return QueueFull("too many prompt tokens are waiting", retry_after=retry_after(share * self.meter.wait_seconds(queue)))
+
+    def _too_late(self, deadline: float | None) -> QueueFull | None:
+        queue = self.queue
+        if deadline is None or queue is None:
+            return None
+        wait = self.meter.wait_seconds(queue)
+        if wait <= deadline - asyncio.get_running_loop().time():
+            return None
+        message = f"the requests that wait already are expected to take {wait:.1f} s, longer than the request's deadline allows"
+        return QueueFull(message, retry_after=retry_after(wait))
 
 
-def _retry_after(amount: int, rate: float | None) -> int:
-    """Whole seconds until `amount` is done at this rate."""
-    seconds = MIN_RETRY_SECONDS if not rate else math.ceil(amount / rate)
-    return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
-
-
-def _rate(amounts: Iterator[tuple[float, int]]) -> float | None:
-    seconds, total = 0.0, 0
-    for step_seconds, amount in amounts:
-        seconds, total = seconds + step_seconds, total + amount
-    return total / seconds if seconds and total else None
+def retry_after(seconds: float) -> int:
+    """The value of the header: whole seconds, within bounds."""
+    return min(max(math.ceil(seconds), MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

@@ -6,7 +6,7 @@ It has no clock. All times are passed in, in seconds of one monotonic clock.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine.messages import StepStats
 from server.policies.costs import Demand, StepCosts
@@ -83,7 +83,7 @@ class LoadMeter:
 
     def __init__(self, price: Callable[[str], float] = lambda policy: 1.0) -> None:
         self.costs = StepCosts()
-        self._price_of = price
+        self.price_of = price
         self._itl: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._arrivals: deque[tuple[float, int]] = deque()
@@ -126,23 +126,26 @@ class LoadMeter:
         """The mean price of the rows of recent steps; 1 before the first."""
         return self._price.value or 1.0
 
-    @property
-    def output_tokens(self) -> float:
-        """The mean length of an answer; 0 before the first."""
-        return self._output.value
-
     def measured(self, now: float, since: float = -math.inf) -> Measured:
         """Percentiles of the latencies after `since`, at most LATENCY_SECONDS old."""
         begin = max(now - LATENCY_SECONDS, since)
         return Measured(*(_p90(seconds for at, seconds in samples if at >= begin) for samples in (self._itl, self._ttft)))
 
-    def wait_seconds(self, queue: Queue, sequences: int = 1) -> float:
-        """How long new sequences would wait until their prompts are computed: until the prompts before them are done, and until
-        there is a place in the batch for the last of them. 0 while too little is known."""
-        prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price)
+    def completion_seconds(self, sequences: int, batch: int) -> float:
+        """How long it takes until so many sequences of a full batch have ended. 0 while too little is known."""
         lengths = Demand(0.0, self._prompt.value, self._output.value)
-        ahead = max(queue.in_flight + sequences - queue.batch, 0)
-        return max(prompts, ahead * self.costs.sequence_seconds(lengths, queue.batch, self.price))
+        return sequences * self.costs.sequence_seconds(lengths, batch, self.price)
+
+    def wait_seconds(self, queue: Queue) -> float:
+        """How long the newest sequence of the queue waits: until the prompts before it are computed, and until there is a place
+        in the batch for it. 0 if nothing is before it, and while too little is known."""
+        prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price)
+        return max(prompts, self.completion_seconds(max(queue.in_flight - queue.batch, 0), queue.batch))
+
+    def answer_seconds(self, queue: Queue, price: float, now: float) -> float:
+        """How long the newest sequence of the queue needs until its end, if it has the mean length and this price."""
+        token = self.costs.token_seconds(self.demand(now), queue.batch, price) if self.costs.known else 0.0
+        return self.wait_seconds(queue) + self._output.value * token
 
     def load(self, queue: Queue, now: float, since: float, price_at: Callable[[float], float]) -> Load:
         """The load now, with latencies after `since`. `price_at`: the price by accuracy."""
@@ -160,12 +163,13 @@ class LoadMeter:
             ttft = first if measured.ttft_seconds is None else measured.ttft_seconds * token / base
             return Forecast(itl, ttft, costs.utilisation(demand, batch, price))
 
-        return Load(self.wait_seconds(queue), queue.share, measured, self._duration.value, self.arrivals(now), forecast)
+        wait = self.wait_seconds(replace(queue, in_flight=queue.in_flight + 1))
+        return Load(wait, queue.share, measured, self._duration.value, self.arrivals(now), forecast)
 
     def _by_price(self, counts: dict[str, int]) -> dict[float, int]:
         prices: dict[float, int] = {}
         for policy, count in counts.items():
-            price = self._price_of(policy)
+            price = self.price_of(policy)
             prices[price] = prices.get(price, 0) + count
         return prices
 

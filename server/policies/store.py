@@ -34,7 +34,8 @@ class Route:
     """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
 
     `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
-    "model", "tier", "auto" or "default". `floor`: the lowest accuracy to which it may be lowered; None if it may not.
+    "model", "tier", "auto", "queue", "deadline" or "default".
+    `floor`: the lowest accuracy to which it may be lowered; None if it may not.
     """
 
     policy: RoutingPolicy

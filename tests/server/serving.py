@@ -233,16 +233,12 @@ async def make_server(
     def on_step(stats: StepStats) -> None:
         metrics.record(stats)
         meter.observe(stats, parts.clock())
-        admission.rates.observe(stats)
-
-    def on_arrival(sequences: int) -> None:
-        meter.arrived(sequences, parts.clock())
 
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
     engine = AsyncEngine(lambda: parts.build(built), on_step, parts.clock)
-    admission = Admission(engine, parts.max_queue, on_reject, parts.max_queue_tokens, on_arrival)
+    admission = Admission(engine, parts.max_queue, on_reject, meter, parts.max_queue_tokens, parts.clock)
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     services = Services(
         engine=engine,

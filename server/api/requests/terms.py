@@ -10,6 +10,7 @@ from server.api.answers.generation import Terms
 from server.api.fields.completions import GenerationFields
 from server.api.fields.wire import WireModel, unknown_field
 from server.api.http.deadline import request_deadline
+from server.api.requests.pressure import under_pressure
 from server.api.requests.routing_choice import routing_choice
 from server.errors import UnsupportedParameter
 from server.policies.store import PolicyStore
@@ -39,6 +40,7 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     tier = rules.store.tier(body.service_tier)
     ask = routing_choice(body.routing, request, body.model, rules.model_name, rules.store) or tier.ask
     route = rules.store.resolve(ask, controlled=tier.controlled)
+    route = under_pressure(route, tier, deadline, rules.store, permit.admission)
     request.state.routing_policy = route.policy.name
     return Terms(
         permit,

@@ -104,10 +104,10 @@ def test_the_wait_is_that_for_a_place_or_for_the_prompts_before() -> None:
     meter.costs = taught()
     meter._output.add(40.0)
     meter._prompt.add(64.0)
-    assert meter.wait_seconds(Queue(7, 0, 8, 64)) == 0.0
+    assert meter.wait_seconds(Queue(8, 0, 8, 64)) == 0.0
     one = 40 * step_seconds(8, 1.0) / 8 + prompt_seconds(64, 1.0)
-    assert meter.wait_seconds(Queue(8, 0, 8, 64)) == pytest.approx(one, rel=0.05)
-    assert meter.wait_seconds(Queue(18, 640, 8, 64)) == pytest.approx(11 * one, rel=0.05)
+    assert meter.wait_seconds(Queue(9, 0, 8, 64)) == pytest.approx(one, rel=0.05)
+    assert meter.wait_seconds(Queue(19, 640, 8, 64)) == pytest.approx(11 * one, rel=0.05)
     assert meter.wait_seconds(Queue(7, 5120, 8, 64)) == pytest.approx(10 * prompt_seconds(512, 1.0), rel=0.05)
 
 

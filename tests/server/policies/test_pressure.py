@@ -1,0 +1,105 @@
+"""Under pressure: who allows less accuracy gets less instead of a refusal, and who does not learns what would be served."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from server.policies.controller import Control
+from server.policies.costs import StepCosts
+from tests.server.serving import ADMIN, Parts, Server, serving
+
+FLOOR = 0.3
+
+
+@asynccontextmanager
+async def pressed(tmp_path: Path, waiting: int, auto: bool = True) -> AsyncIterator[Server]:
+    """A server whose queue of 20 has so many sequences, and whose automatic control has gone down to 0.7. Its engine waits."""
+    still = Control(interval_seconds=0.01, react_seconds=1e9, dwell_seconds=1e9)
+    async with serving(tmp_path, Parts(max_queue=20, control=still), max_num_seqs=2) as server:
+        if auto:
+            body = {"auto": {"itl_ms": 1e6, "min_accuracy": FLOOR}}
+            assert (await server.client.put("/admin/routing/default", json=body, headers=ADMIN)).status_code == 200
+            await server.until(lambda: server.services.automatic_control.status() is not None)
+            server.services.store.auto_accuracy = 0.7
+        server.runner.gate.clear()
+        first = asyncio.create_task(server.complete("a", n=2, max_tokens=1))
+        await server.submitted(2)
+        rest = [asyncio.create_task(server.complete("a", n=1, max_tokens=1)) for _ in range(waiting)]
+        await server.submitted(2 + waiting)
+        yield server
+        server.runner.gate.set()
+        await asyncio.gather(first, *rest)
+
+
+async def ask(server: Server, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    """The reply. Whatever waits is let go once the request is in the queue."""
+    asked = server.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, **fields}, headers=headers or {})
+    task = asyncio.create_task(asked)
+    in_flight = server.services.admission.in_flight
+    await server.until(lambda: task.done() or server.services.admission.in_flight > in_flight)
+    if not task.done():
+        server.runner.gate.set()
+    return await task
+
+
+def routed(reply: httpx.Response) -> tuple[str, float, str]:
+    routing = reply.json()["routing"]
+    return routing["policy"], routing["accuracy"], routing["reason"]
+
+
+async def test_with_room_in_the_queue_the_controller_alone_decides(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=15) as server:
+        assert routed(await ask(server)) == ("quality", 0.7, "auto")
+
+
+async def test_in_a_nearly_full_queue_a_request_gets_what_it_allows(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=18) as server:
+        assert routed(await ask(server)) == ("fast", FLOOR, "queue")
+    async with pressed(tmp_path, waiting=18) as server:
+        own = {"policy": "full", "min_accuracy": 0.5}
+        assert routed(await ask(server, routing=own)) == ("balanced", 0.5, "queue")
+
+
+async def test_a_request_that_insists_is_told_what_would_be_served_and_that_is_served(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=18) as server:
+        for fields in ({"routing": "full"}, {"routing": {"accuracy": 0.9}}, {"service_tier": "default"}):
+            reply = await ask(server, **fields)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"], error["accuracy"]) == (429, "queue_full", 0.7)
+            assert int(reply.headers["retry-after"]) >= 1
+        samples = await server.metrics()
+        assert samples['ladimo_admission_rejections_total{reason="queue_full"}'] == 3
+        assert (await ask(server, routing={"accuracy": error["accuracy"]})).status_code == 200
+
+
+async def test_the_tier_that_goes_first_keeps_its_place_and_its_policy(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=18) as server:
+        assert routed(await ask(server, service_tier="priority")) == ("full", 1.0, "tier")
+
+
+async def test_without_automatic_control_nothing_is_lowered_or_kept(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=18, auto=False) as server:
+        assert routed(await ask(server, routing={"policy": "full", "min_accuracy": 0.1})) == ("full", 1.0, "body")
+
+
+async def test_a_full_queue_refuses_everybody_and_promises_nothing(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=20) as server:
+        asked: list[dict[str, Any]] = [{}, {"routing": {"accuracy": 0}}]
+        for fields in asked:
+            reply = await ask(server, **fields)
+            assert reply.status_code == 429 and "accuracy" not in reply.json()["error"]
+
+
+async def test_a_near_deadline_lowers_who_allows_it(tmp_path: Path) -> None:
+    for seconds, expected in ((1000, ("quality", 0.7, "auto")), (15, ("fast", FLOOR, "deadline"))):
+        async with pressed(tmp_path, waiting=0) as server:
+            meter = server.services.admission.meter
+            meter.costs = StepCosts()
+            for rows in (1, 2, 1, 2):
+                meter.costs.observe({1.0: rows}, {}, 1.0)  # a second for each token
+            meter._output.add(20.0)
+            assert routed(await ask(server, {"X-Request-Timeout": str(seconds)})) == expected
