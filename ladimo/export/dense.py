@@ -5,8 +5,6 @@ from typing import Any
 from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors
 from ladimo.export.policy_view import PolicyView
 
-OURS = ("moe_layers", "attention_output_bias", "family", "nested_bits")
-
 
 class DenseTarget(HuggingFaceTarget):
     """The target `dense`. A LLaMA has one FFN width for all layers, so narrower FFNs are padded with zeros."""
@@ -17,9 +15,7 @@ class DenseTarget(HuggingFaceTarget):
     def config(self, view: PolicyView) -> dict[str, Any]:
         for layer, form in view.routed.items():
             raise ValueError(f"{view.name(layer)}: {form}; the target has no router")
-        source, common = view.source, view.common_config()
-        kept = {name: value for name, value in view.raw_config().items() if name not in OURS}
-        config = {**kept, "intermediate_size": common["intermediate_size"], "tie_word_embeddings": view.head_is_tied}
+        source, config = view.source, view.common_config()
         if source.attention_output_bias == source.attention_bias:
             return config | {
                 "model_type": "llama",
@@ -28,7 +24,6 @@ class DenseTarget(HuggingFaceTarget):
             }
         if source.attention_output_bias:
             raise ValueError("the model has a bias on the attention's output alone, the target on all projections or on none")
-        del config["attention_bias"]
         # Qwen2 has biases on queries, keys and values only.
         return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
 
