@@ -1,4 +1,4 @@
-"""Export to a GGUF file for llama.cpp: weights without a tokenizer, so the model takes token ids.
+"""Export to a GGUF file for llama.cpp.
 
 The file holds what another target writes for transformers, under llama.cpp's names. A plain LLaMA and Mixtral become the
 architecture `llama`, GLM4-MoE becomes `glm4moe`. `llama` expects the rows of the query and key projections in the interleaved
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ladimo.export.checking import Check
 from ladimo.export.dense import DenseTarget
+from ladimo.export.gguf_tokenizer import add_tokenizer, find_splitting
 from ladimo.export.glm4_moe import Glm4MoeTarget
 from ladimo.export.hugging_face import HuggingFaceTarget
 from ladimo.export.mixtral import MixtralTarget
@@ -51,6 +52,10 @@ EXPERT_NAMES = {
 ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
 ROUTER = "ffn_gate_inp"
+# Words, numbers, spaces, marks, code and other scripts: what tokenizers split differently.
+SAMPLE = (
+    "The model's 12345 words: I'll  say\n\n\tdef f(x):\n    return x**2 #1\r\nna\u00efve caf\u00e9, \u4f60\u597d \U0001f600!!\n"
+)
 FILE_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 logger = logging.getLogger(__name__)
@@ -76,7 +81,7 @@ class GgufTarget:
     """The target `gguf`."""
 
     name = "gguf"
-    help = "model.gguf for llama.cpp, as dense, mixtral or glm4: weights without a tokenizer, so that it takes token ids"
+    help = "model.gguf for llama.cpp, as dense, mixtral or glm4"
     forms: tuple[HuggingFaceTarget, ...] = (DenseTarget(), MixtralTarget(), Glm4MoeTarget())
 
     def check(self, view: PolicyView) -> None:
@@ -86,10 +91,12 @@ class GgufTarget:
             raise ValueError("the package gguf is not installed (pip install 'ladimo[bench]')")
 
     def write(self, view: PolicyView, out: Path) -> None:
-        """Write model.gguf, with matrices in the type of the stored weights."""
+        """Write model.gguf, with matrices in the type of the stored weights. Raises ValueError as `add_tokenizer` does."""
+        if find_splitting(view.directory) is None:
+            logger.warning("gguf: the tokenizer is not one that can be written for llama.cpp, so the file takes token ids")
         form = self._form(view)
         config = form.config(view)
-        write_gguf(out / "model.gguf", config, form.tensors(view, config), FILE_TYPES[view.dtype])
+        write_gguf(out / "model.gguf", config, form.tensors(view, config), FILE_TYPES[view.dtype], view.directory)
 
     def verify(self, check: Check, out: Path) -> None:
         """Check the same tensors in transformers, and the file itself in llama.cpp if llama-cpp-python is installed."""
@@ -100,8 +107,13 @@ class GgufTarget:
         if importlib.util.find_spec("llama_cpp") is None:
             logger.warning("llama-cpp-python is not installed, so the file itself was not run")
             return
-        # llama.cpp rounds activations to the type of the matrices.
-        check.compare(_llama_cpp_logits(out / "model.gguf", check.ids), "llama.cpp", check.view.dtype != torch.float32)
+        model = _load(out / "model.gguf", check.ids.shape[1])
+        try:
+            _check_tokens(model, check.view.directory)
+            # llama.cpp rounds activations to the type of the matrices.
+            check.compare(_logits(model, check.ids), "llama.cpp", check.view.dtype != torch.float32)
+        finally:
+            model.close()
 
     def _form(self, view: PolicyView) -> HuggingFaceTarget:
         reasons = []
@@ -117,9 +129,16 @@ class GgufTarget:
         raise ValueError("; ".join(reasons))
 
 
-def write_gguf(path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], weights: str) -> None:
+def write_gguf(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    weights: str,
+    tokenizer: Path | None = None,
+) -> None:
     """Write a model of type llama, qwen2, mixtral or glm4_moe. `config`: its config.json. `tensors`: its tensors with the names
-    on disk. `weights`: the type of matrices in the file, which is F32, F16, BF16, Q8_0 or Q4_0."""
+    on disk. `weights`: the type of matrices in the file, which is F32, F16, BF16, Q8_0 or Q4_0. `tokenizer`: the directory of
+    its tokenizer; None for a file without one."""
     import gguf
 
     architecture = ARCHITECTURES[config["model_type"]]
@@ -138,7 +157,10 @@ def write_gguf(path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[st
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope.theta)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer, tokenizer, config["vocab_size"])
     if config["model_type"] == "mixtral":
         writer.add_expert_count(config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -220,17 +242,32 @@ def _rope_factors(rope: RopeConfig, head_dim: int) -> Tensor:
     return rope_inverse_frequencies(RopeConfig(rope.theta), head_dim) / rope_inverse_frequencies(rope, head_dim)
 
 
-def _llama_cpp_logits(file: Path, ids: Tensor) -> Tensor:
-    """What llama.cpp computes with the file: ids [B, S] -> logits [B * S, V]. Its cache is in fp32, as ours."""
+def _load(file: Path, context: int) -> Any:
+    """The file in llama.cpp, with a cache in fp32, as ours."""
     import llama_cpp
 
-    length = ids.shape[1]
     kinds = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, **kinds)
+    return llama_cpp.Llama(str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False, **kinds)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """What llama.cpp computes: ids [B, S] -> logits [B * S, V]."""
     found = []
     for row in ids.tolist():
         model.reset()
         model.eval(row)
-        found.append(torch.from_numpy(model.scores[:length].copy()))
-    model.close()
+        found.append(torch.from_numpy(model.scores[: len(row)].copy()))
     return torch.cat(found)
+
+
+def _check_tokens(model: Any, directory: Path) -> None:
+    """Raises ValueError if llama.cpp reads a text as other tokens than the model's own tokenizer."""
+    if find_splitting(directory) is None:
+        return
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(directory)(SAMPLE, add_special_tokens=False).input_ids
+    found = model.tokenize(SAMPLE.encode(), add_bos=False, special=False)
+    if found != expected:
+        place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
+        raise ValueError(f"llama.cpp reads a text as other tokens than the tokenizer, from token {place} on")
