@@ -13,9 +13,10 @@ BIN := $(VENV)/bin
 serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
-# The tests of a file run in one process, because they share fixtures that take long to make.
+# The tests of a file run in one process, because they share fixtures that take long to make. There is one process per core, so
+# torch gets one thread in each: more threads would only wait for each other.
 test: check
-	$(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -15,13 +15,14 @@ The file is long because it has one section per measurement, and all sections us
 import argparse
 import gc
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from server.engine.request import GenerationRequest, SamplingParams
 ROOT = Path(__file__).parent.parent
 FORMATS: tuple[str | None, ...] = (None, "int8", "int4")
 DRY_LIMIT = 240  # seconds per section of a dry run
-LEAST_SECONDS = 10  # a section does not begin with less time left
+LEAST_SECONDS = 10.0
 
 
 @dataclass
@@ -424,12 +425,11 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
 }
 
 
-def run_section(name: str, out: Path, shape: str, dry: bool) -> int:
-    """Run a section in this process. Returns the exit code."""
-    bench = Bench(name, out, shape, dry)
+def run_section(bench: Bench, measure: Callable[[Bench], None]) -> None:
+    """Run a section in this process. What it had measured when it failed is kept."""
     started = time.perf_counter()
     try:
-        SECTIONS[name][0](bench)
+        measure(bench)
     except Exception as error:
         bench.notes["error"] = f"{type(error).__name__}: {error}"
         raise
@@ -437,23 +437,26 @@ def run_section(name: str, out: Path, shape: str, dry: bool) -> int:
         bench.notes["seconds"] = time.perf_counter() - started
         print(json.dumps(bench.save()), flush=True)
         gc.collect()
-    return 0
 
 
-def run_all(names: Sequence[str], out: Path, shape: str, dry: bool, seconds: float) -> dict[str, str]:
-    """Run each section in its own process. Returns the outcome of each by name."""
+def run_all(
+    commands: Mapping[str, list[str]], limits: Mapping[str, float], seconds: float, least: float = LEAST_SECONDS
+) -> dict[str, str]:
+    """Run each section in its own process. Returns the outcome of each by name.
+
+    `limits`: the seconds that each may take; `seconds`: those that all may take together. A section does not begin with less
+    than `least` seconds left.
+    """
     started = time.monotonic()
     outcome: dict[str, str] = {}
-    for name in names:
-        left = seconds - (time.monotonic() - started)
-        limit = DRY_LIMIT if dry else min(SECTIONS[name][1], left)
-        if limit < LEAST_SECONDS:
+    for name, command in commands.items():
+        limit = min(limits[name], seconds - (time.monotonic() - started))
+        if limit < least:
             outcome[name] = "skipped: no time left"
             continue
         print(f"\n== {name}", flush=True)
-        command = [sys.executable, "-m", "loadtests.gpu_suite", "--section", name, "--out", str(out), "--shape", shape]
         begun = time.monotonic()
-        process = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
             code = process.wait(timeout=limit)
             outcome[name] = "ok" if code == 0 else f"failed with {code}"
@@ -479,13 +482,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = args.shape or ("tiny" if args.dry_run else "llama-2-7b")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.section:
-        return run_section(args.section, args.out, shape, args.dry_run)
+        run_section(Bench(args.section, args.out, shape, args.dry_run), SECTIONS[args.section][0])
+        return 0
     names = [name for name in args.only.split(",") if name]
     if unknown := sorted(set(names) - set(SECTIONS)):
         parser.error(f"there is no section {unknown[0]!r}; sections: {', '.join(SECTIONS)}")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry-run runs on CPU")
-    outcome = run_all(names, args.out.resolve(), shape, args.dry_run, args.seconds)
+    flags = ["--out", str(args.out.resolve()), "--shape", shape, *(["--dry-run"] if args.dry_run else [])]
+    commands = {name: [sys.executable, "-m", "loadtests.gpu_suite", "--section", name, *flags] for name in names}
+    limits = {name: DRY_LIMIT if args.dry_run else SECTIONS[name][1] for name in names}
+    outcome = run_all(commands, limits, math.inf if args.dry_run else args.seconds)
     print()
     for name, what in outcome.items():
         print(f"{name:<10} {what}")

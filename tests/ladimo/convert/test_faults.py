@@ -16,6 +16,7 @@ from tests.ladimo.convert.test_pipeline import results
 # for the n-th time: between any two of these moments nothing changes on disk but the file being written.
 KILLER = """
 import os, random, signal, sys
+import torch._dynamo  # an optimizer imports it; so it is imported once and not by every run
 from ladimo import cli
 
 here, arguments = sys.argv[1], sys.argv[2:]

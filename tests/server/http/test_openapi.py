@@ -1,7 +1,8 @@
-"""The OpenAPI page says what the server does, and schemathesis asks thousands of questions of it."""
+"""The OpenAPI page says what the server does, and schemathesis asks many questions of it."""
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests.server.real import serving_model
 from tests.server.serving import serving
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
+# With LONG_TESTS set, schemathesis also makes thousands of cases at and beyond the limits of each field.
+SCOPE = ("--max-examples", "100") if os.environ.get("LONG_TESTS") else ("--max-examples", "10", "--phases", "fuzzing,stateful")
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
@@ -50,7 +53,7 @@ async def test_every_route_is_described_with_its_errors(tmp_path: Path) -> None:
 async def test_schemathesis_finds_nothing(moe_dir: Path, tmp_path: Path) -> None:
     async with serving_model(moe_dir, "--max-model-len", "64", access=Access(open_admin=True)) as url:
         process = await asyncio.create_subprocess_exec(
-            *(str(SCHEMATHESIS), "run", f"{url}/openapi.json", "--max-examples", "10", "--checks", CHECKS),
+            *(str(SCHEMATHESIS), "run", f"{url}/openapi.json", *SCOPE, "--checks", CHECKS),
             *("--exclude-path", "/admin/drain"),  # after which all others are answered 503
             *("--continue-on-failure", "--generation-database", "none", "--no-color"),
             *("--seed", "1"),  # other seeds are for a search by hand: a change must not fail by another draw
