@@ -79,16 +79,20 @@ def apply_experts(
     gate_up_proj: Weights,
     down_proj: Weights,
     tiles: tuple[Tile, Tile] | None = None,
+    dense_tokens: int = DENSE_TOKENS,
+    max_tokens: int = MAX_TOKENS,
 ) -> Tensor:
     """Run the chosen experts, [T, D] -> [T, D]. See the reference. `tiles` replaces the default choice, which depends on the
     number of tokens."""
     num_tokens = hidden_states.shape[0]
-    run = _matvec if num_tokens == 1 else _grouped
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    for begin in range(0, num_tokens, MAX_TOKENS):
-        part = slice(begin, begin + MAX_TOKENS)
+    for begin in range(0, num_tokens, max_tokens):
+        part = slice(begin, begin + max_tokens)
         x, weights, ids = (tensor[part].contiguous() for tensor in (hidden_states, topk_weights, topk_ids))
-        run(x, weights, ids, gate_up_proj, down_proj, out[part], tiles)
+        if num_tokens == 1:
+            _matvec(x, weights, ids, gate_up_proj, down_proj, out, tiles)
+        else:
+            _grouped(x, weights, ids, gate_up_proj, down_proj, out[part], tiles, dense_tokens)
     return out
 
 
@@ -225,11 +229,12 @@ def _grouped(
     down_proj: Weights,
     out: Tensor,
     tiles: tuple[Tile, Tile] | None,
+    dense_tokens: int,
 ) -> None:
     num_tokens, hidden_size = x.shape
     num_experts, _, intermediate_size = down_proj.shape
     num_places = ids.shape[1]
-    dense = num_tokens >= DENSE_TOKENS
+    dense = num_tokens >= dense_tokens
     first, second = tiles or grouped_tiles(num_tokens, integers=not isinstance(gate_up_proj, Tensor))
     # The lists of `list_kernel`. Only `dense` needs those from E on.
     num_lists = 2 * num_experts + 1 if dense else num_experts
