@@ -14,9 +14,11 @@ serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
 # The tests of a file run in one process, because they share fixtures that take long to make. There is one process per core, so
-# torch gets one thread in each: more threads would only wait for each other.
+# torch gets one thread in each, and a thread that waits gives its core away.
+test: export OMP_NUM_THREADS = 1
+test: export OMP_WAIT_POLICY = PASSIVE
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
