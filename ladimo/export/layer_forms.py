@@ -71,7 +71,7 @@ def layer_form(rule: LayerRule, layer: MoeLayerConfig, selection_bias: Callable[
         normalised = rule.renormalize or summed == top_k
         plain = summed == (len(allowed) if layer.score_function == "softmax" else None)
         if not normalised and not plain:
-            raise ValueError(f"weighs {top_k} experts by scores that are divided by the sum of the best {summed}")
+            raise ValueError(f"weighs its best {top_k} by scores that are divided by the sum of the best {summed}")
     if normalised and len(allowed) == 1:
         return FixedExperts(allowed, (1.0,))
     _check_linear(layer)

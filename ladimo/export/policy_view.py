@@ -37,7 +37,7 @@ class PolicyView:
 
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
         if not find_family(config.family).is_llama_inside:
-            raise ValueError(f"{directory}: a {config.family} model is no LLaMA inside")
+            raise ValueError(f"{directory}: family {config.family} has modules that no target knows")
         self.directory, self.source, self.policy = directory, config, policy
         self.dtype = stored_dtype(directory)
         self._reader = TensorReader(directory)

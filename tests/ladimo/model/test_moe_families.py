@@ -1,7 +1,7 @@
 """Models that were trained as Mixture-of-Experts: the same as in transformers at their own number of experts, and below it."""
 
 import asyncio
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ladimo.checkpoint import load_model, load_to_serve, read_config, read_json,
 from ladimo.convert.source import check_source
 from ladimo.model.families import dense_types, read_model_config
 from ladimo.model.inputs import StepInputs
+from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
@@ -54,9 +55,14 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_dense(tmp_path_factory.mktemp(request.param), **MODELS[request.param])
 
 
+@cache
+def network(directory: Path) -> MoeTransformer:
+    return load_model(directory, torch.float32, CPU)
+
+
 @torch.no_grad()
 def ours(directory: Path, policy: RoutingPolicy | None = None) -> torch.Tensor:
-    model = load_model(directory, torch.float32, CPU)
+    model = network(directory)
     policy = policy or read_policies(directory, model.config)["full"]
     logits: torch.Tensor = model(StepInputs.whole_sequences(IDS), None, make_tables(model, [policy])).logits
     return logits
