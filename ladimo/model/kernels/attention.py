@@ -19,19 +19,27 @@ PROGRAMS = 512
 POSITIONS = 64
 
 
-def num_parts(batch: int, num_kv_heads: int, max_context: int) -> int:
+def num_parts(batch: int, num_kv_heads: int, max_context: int, programs: int = PROGRAMS, positions: int = POSITIONS) -> int:
     """The number of parts of a context. It depends on shapes only, so a captured launch stays valid while contexts grow."""
-    wanted = triton.cdiv(PROGRAMS, batch * num_kv_heads)
-    parts: int = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(max_context, POSITIONS), 64)))
+    wanted = triton.cdiv(programs, batch * num_kv_heads)
+    parts: int = triton.next_power_of_2(max(1, min(wanted, triton.cdiv(max_context, positions), 64)))
     return parts
 
 
-def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
+def attend_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    programs: int = PROGRAMS,
+    positions: int = POSITIONS,
+) -> Tensor:
     """Attention with one query per sequence, q [B, H, C] -> [B, H, C]. See the reference."""
     batch, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     per_group = heads // kv_heads
-    parts = num_parts(batch, kv_heads, block_table.shape[1] * block_size)
+    parts = num_parts(batch, kv_heads, block_table.shape[1] * block_size, programs, positions)
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     # A single part writes `out`. Several parts write weighted sums of values, and the maximum and sum of the exponentials.
     sums = out if parts == 1 else torch.empty(batch, heads, parts, head_dim, dtype=torch.float32, device=q.device)
@@ -40,7 +48,7 @@ def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
         "H": heads,
         "C": head_dim,
         "PARTS": parts,
-        "POSITIONS": POSITIONS,
+        "POSITIONS": positions,
         "BLOCK_C": max(16, triton.next_power_of_2(head_dim)),
     }
     _attend_part_kernel[(kv_heads, batch, parts)](

@@ -136,7 +136,9 @@ def _select_kernel(
     tl.store(ids_ptr + places, ids, mask=live)
 
 
-def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int) -> Tensor:
+def apply_batch_budget(
+    topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, allowed: Tensor, num_decode: int, tile: int = BUDGET_TILE
+) -> Tensor:
     """See the reference. There is only one program, so the sums over tokens always run in the same order."""
     num_tokens, num_experts = topk_ids.shape
     shared = torch.empty(num_tokens, num_experts, dtype=torch.bool, device=topk_ids.device)
@@ -152,7 +154,7 @@ def apply_batch_budget(topk_weights: Tensor, topk_ids: Tensor, rows: Tensor, all
         rows.stride(0),
         allowed.stride(0),
         E=num_experts,
-        BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, BUDGET_TILE // block_e)),
+        BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, tile // block_e)),
         BLOCK_E=block_e,
     )
     return shared
@@ -206,7 +208,9 @@ def _apply_batch_budget_kernel(
         tl.store(shared_ptr + tokens[:, None] * E + experts[None, :], shared.to(tl.uint8), mask=live)
 
 
-def record(expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distinct_experts: Tensor) -> None:
+def record(
+    expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distinct_experts: Tensor, tile: int = COUNT_TILE
+) -> None:
     """Add the choices of one step to the counters of `RoutingTables`. One program per layer.
 
     expert_ids [L, T, K], policy_ids [T]; counters expert_tokens [P, L, E] and distinct_experts [L, E + 1].
@@ -223,7 +227,7 @@ def record(expert_ids: Tensor, policy_ids: Tensor, expert_tokens: Tensor, distin
         num_layers,
         K=num_places,
         E=num_experts,
-        BLOCK=min(triton.next_power_of_2(num_tokens * num_places), max(16, COUNT_TILE // block_e)),
+        BLOCK=min(triton.next_power_of_2(num_tokens * num_places), max(16, tile // block_e)),
         BLOCK_E=block_e,
     )
 

@@ -32,27 +32,20 @@ SHAPES = [(4, 4, 16), (4, 2, 16), (7, 1, 20), (6, 3, 32), (32, 2, 8)]
 
 @pytest.mark.parametrize("programs", [1, 1000], ids=["one part", "many parts"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_attend_decode(
-    heads: int, kv_heads: int, head_dim: int, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "POSITIONS", 16)
+def test_attend_decode(heads: int, kv_heads: int, head_dim: int, programs: int, device: torch.device) -> None:
     contexts = [1, 70, 33, 16]
     q, k, v, table = draw(len(contexts), heads, kv_heads, head_dim, 20, device, torch.float32)
     context_lens = torch.tensor(contexts, device=device)
-    parts = kernels.num_parts(len(contexts), kv_heads, 80)
+    parts = kernels.num_parts(len(contexts), kv_heads, 80, programs, 16)
     assert parts == (1 if programs == 1 else 8)
     expected = plain.attend_decode(q, k, v, table, context_lens)
-    torch.testing.assert_close(kernels.attend_decode(q, k, v, table, context_lens), expected, rtol=0, atol=2e-6)
+    out = kernels.attend_decode(q, k, v, table, context_lens, programs, 16)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("programs", [1, 1000], ids=["one part", "many parts"])
-def test_padding_is_zero_and_nothing_beyond_the_context_is_read(
-    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_is_zero_and_nothing_beyond_the_context_is_read(programs: int, device: torch.device) -> None:
     """Rows of no context give zeros; places that nobody wrote hold what is not a number."""
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "POSITIONS", 16)
     q, k, v, table = draw(3, 4, 2, 16, 9, device, torch.float32)
     context_lens = torch.tensor([0, 21, 0], device=device)
     table[0], table[2] = 0, 0
@@ -62,7 +55,7 @@ def test_padding_is_zero_and_nothing_beyond_the_context_is_read(
     written[table[1][positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE] = True
     for cache in (k, v):
         cache.flatten(0, 1)[~written] = torch.nan
-    out = kernels.attend_decode(q, k, v, table, context_lens)
+    out = kernels.attend_decode(q, k, v, table, context_lens, programs, 16)
     torch.testing.assert_close(out[1:2], expected, rtol=0, atol=2e-6)
     assert (out[[0, 2]] == 0).all()
 

@@ -73,9 +73,8 @@ def test_select_experts(seed: int, device: torch.device) -> None:
     assert torch.equal(shared, apply_batch_budget(weights, ids, rows, allowed, num_decode))
 
 
-def test_apply_batch_budget_of_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apply_batch_budget_of_several_tiles(device: torch.device) -> None:
     """More tokens than one tile holds; weights whose sums are exact in any order."""
-    monkeypatch.setattr(kernels, "BUDGET_TILE", 32)
     generator = torch.Generator().manual_seed(0)
     rows = rule_row(LayerRule(2, renormalize=False, batch_experts=3)).repeat(70, 1)
     rows[::9, RuleNumber.BATCH_EXPERTS] = torch.inf
@@ -85,7 +84,7 @@ def test_apply_batch_budget_of_several_tiles(device: torch.device, monkeypatch: 
     weights = torch.randint(1, 9, (70, 8), generator=generator) / 8 * (ids >= 0)
     allowed = torch.rand(70, 8, generator=generator) < 0.7
     weights, ids, rows, allowed = (tensor.to(device) for tensor in (weights, ids, rows, allowed))
-    shared = kernels.apply_batch_budget(weights, ids, rows, allowed, 60)
+    shared = kernels.apply_batch_budget(weights, ids, rows, allowed, 60, tile=32)
     assert torch.equal(shared, apply_batch_budget(weights, ids, rows, allowed, 60))
     assert (shared.sum(dim=1)[1:60:9] <= 3).all() and (shared[61:] == allowed[61:]).all()
 
@@ -112,9 +111,9 @@ def test_hostile_logits_choose_real_experts_once(bad: float, score_function: Sco
     assert weights.isfinite().all()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 6, 150])
-def test_record(num_tokens: int, device: torch.device) -> None:
-    """Two steps of mixed policies, more choices than one tile holds, a dense layer in the middle."""
+@pytest.mark.parametrize(("num_tokens", "tile"), [(1, 8192), (6, 8192), (150, 8192), (150, 64)])
+def test_record(num_tokens: int, tile: int, device: torch.device) -> None:
+    """Two steps of mixed policies, choices that one tile holds or not, a dense layer in the middle."""
     generator = torch.Generator().manual_seed(num_tokens)
     expected, counted = (RoutingTables.empty(4, 3, 5, device) for _ in range(2))
     for _ in range(2):
@@ -124,13 +123,7 @@ def test_record(num_tokens: int, device: torch.device) -> None:
         ids[1] = -1
         ids, policy_ids = ids.to(device), policy_ids.to(device)
         expected.record(ids, policy_ids)
-        kernels.record(ids, policy_ids, counted.expert_tokens, counted.distinct_experts)
+        kernels.record(ids, policy_ids, counted.expert_tokens, counted.distinct_experts, tile)
     assert torch.equal(counted.expert_tokens, expected.expert_tokens)
     assert torch.equal(counted.distinct_experts, expected.distinct_experts)
     assert counted.expert_tokens.sum() > 0 and (counted.expert_tokens[0] == 0).all()
-
-
-def test_record_of_a_large_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles per layer."""
-    monkeypatch.setattr(kernels, "COUNT_TILE", 64)
-    test_record(150, device)
