@@ -81,11 +81,17 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def routed_layers(view: PolicyView) -> dict[int, RoutedExperts]:
-    """The layers that choose by token. Raises ValueError if there are none."""
+def routed_layers(view: PolicyView, shared: bool = False) -> dict[int, RoutedExperts]:
+    """The layers that choose by token. `shared`: whether the model type has shared experts with a gate of their own.
+
+    Raises ValueError if there are no such layers, and for a shared expert that the model type cannot have.
+    """
     routed = view.routed
     if not routed:
         raise ValueError(f"policy {view.policy.name!r} runs the same experts for every token, so the model has no router")
+    for layer, form in routed.items():
+        if form.shared_width and not shared:
+            raise ValueError(f"{view.name(layer)}: has a shared expert with a gate, the target has none")
     return routed
 
 
@@ -99,6 +105,7 @@ def same_everywhere(view: PolicyView, routed: dict[int, RoutedExperts]) -> Route
         for what, a, b in (
             ("experts per token", form.top_k, other.top_k),
             ("experts to choose from", len(form.choices), len(other.choices)),
+            ("neurons in its shared expert", form.shared_width, other.shared_width),
         ):
             if a != b:
                 raise ValueError(f"{view.name(layer)} has {b} {what}, layer {first} has {a}; they must be equal")
@@ -107,9 +114,9 @@ def same_everywhere(view: PolicyView, routed: dict[int, RoutedExperts]) -> Route
     return form
 
 
-def plain_softmax(view: PolicyView) -> RoutedExperts:
+def plain_softmax(view: PolicyView, shared: bool = False) -> RoutedExperts:
     """The form of a model that routes by softmax alone, the same in all routed layers. Raises ValueError for any other."""
-    routed = routed_layers(view)
+    routed = routed_layers(view, shared)
     for layer, form in routed.items():
         if form.score_function != "softmax":
             raise ValueError(f"{view.name(layer)}: scores by {form.score_function}, the target by softmax")

@@ -26,7 +26,7 @@ class RoutedExperts:
 
     always: experts that run for every token with weight 1. choices: the experts that the router chooses from. top_k: how many
     of them run. normalised: whether the weights of the chosen experts are divided by their sum. selection_bias: whether a bias
-    changes the order of the experts.
+    changes the order of the experts. shared_width: the neurons of a shared expert with a gate of its own, 0 for none.
     """
 
     always: tuple[int, ...]
@@ -35,6 +35,7 @@ class RoutedExperts:
     score_function: ScoreFunction
     normalised: bool
     selection_bias: bool
+    shared_width: int = 0
 
     def __str__(self) -> str:
         return f"chooses {self.top_k} of {len(self.choices)} experts by token"
@@ -46,11 +47,12 @@ def layer_form(rule: LayerRule, layer: MoeLayerConfig, selection_bias: Callable[
     Raises ValueError if the layer does what no other program can: a number of experts that depends on the token, weights of
     another form, or a router that is not linear.
     """
-    if layer.shared_expert_intermediate_size:
-        raise ValueError("has a shared expert with a gate of its own, which no target writes")
     allowed = tuple(range(layer.num_experts)) if rule.experts is None else rule.experts
     top_k = min(rule.top_k, len(allowed))
     _check_limits(rule, layer, top_k, len(allowed))
+    shared_width = layer.shared_expert_intermediate_size
+    if shared_width and (layer.router != "linear" or layer.expert_weight == "one" or layer.fixed_experts):
+        raise ValueError("has a shared expert beside experts that are not routed, or not weighted, as in Qwen2-MoE")
     if layer.router == "none":
         return _in_order(rule, layer, selection_bias() if layer.selection_bias else None)
     always = tuple(expert for expert in allowed if expert < layer.fixed_experts)
@@ -72,10 +74,10 @@ def layer_form(rule: LayerRule, layer: MoeLayerConfig, selection_bias: Callable[
         plain = summed == (len(allowed) if layer.score_function == "softmax" else None)
         if not normalised and not plain:
             raise ValueError(f"weighs its best {top_k} by scores that are divided by the sum of the best {summed}")
-    if normalised and len(allowed) == 1:
+    if normalised and len(allowed) == 1 and not shared_width:
         return FixedExperts(allowed, (1.0,))
     _check_linear(layer)
-    return RoutedExperts((), allowed, top_k, layer.score_function, normalised, layer.selection_bias)
+    return RoutedExperts((), allowed, top_k, layer.score_function, normalised, layer.selection_bias, shared_width)
 
 
 def _check_limits(rule: LayerRule, layer: MoeLayerConfig, top_k: int, num_allowed: int) -> None:

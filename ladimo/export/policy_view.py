@@ -140,6 +140,12 @@ class PolicyView:
         rows = torch.tensor(experts, dtype=torch.int64) - moe.fixed_experts
         return self._reader.get(f"model.layers.{layer}.mlp.gate.weight")[rows]
 
+    def shared_expert(self, layer: int) -> tuple[Ffn, Tensor]:
+        """A shared expert with a gate of its own, and the gate [1, D]."""
+        prefix = f"model.layers.{layer}.mlp.shared_expert"
+        gate, up, down = (self._get(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        return (gate, up, down), self._reader.get(f"{prefix}_gate.weight")
+
     def selection_bias(self, layer: int) -> Tensor:
         """The router's bias [E] in fp32, which changes the order of all experts of a layer."""
         return self._reader.get(f"model.layers.{layer}.mlp.gate.{SELECTION_BIAS}").float()

@@ -1,7 +1,7 @@
 """Export to Qwen2-MoE: softmax routers in some layers, all with the same number of experts; other layers are dense.
 
-Qwen2-MoE also has a shared expert, which here is small and zero. vLLM always reads biases of queries, keys and values, so they
-are written as zeros where the model has none.
+Qwen2-MoE also has a shared expert. Where the model has none, it is small and zero. vLLM always reads biases of queries, keys
+and values, so they are written as zeros where the model has none.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class Qwen2MoeTarget(HuggingFaceTarget):
     help = "Qwen2-MoE, for softmax routers with one top-k, in some layers or all (SGLang needs all)"
 
     def config(self, view: PolicyView) -> dict[str, Any]:
-        form = plain_softmax(view)
+        form = plain_softmax(view, shared=True)
         refuse_output_bias(view)
         source, width = view.source, expert_width(view)
         if source.head_dim * source.num_attention_heads != source.hidden_size:
@@ -40,7 +40,7 @@ class Qwen2MoeTarget(HuggingFaceTarget):
             "num_experts": len(form.choices),
             "num_experts_per_tok": form.top_k,
             "moe_intermediate_size": width,
-            "shared_expert_intermediate_size": min(SHARED_WIDTH, width),
+            "shared_expert_intermediate_size": form.shared_width or min(SHARED_WIDTH, width),
             "norm_topk_prob": form.normalised,
             "mlp_only_layers": [layer for layer in range(source.num_hidden_layers) if layer not in view.routed],
             "decoder_sparse_step": 1,
@@ -63,6 +63,10 @@ class Qwen2MoeTarget(HuggingFaceTarget):
         experts = view.experts(layer, choices)
         yield f"{prefix}gate.weight", view.router(layer, choices)
         yield from expert_tensors(prefix, padded(*experts, config["moe_intermediate_size"]))
-        nothing = torch.zeros(config["shared_expert_intermediate_size"], config["hidden_size"], dtype=experts[0].dtype)
-        yield from dense_tensors(f"{prefix}shared_expert.", (nothing, nothing.clone(), nothing.T.clone()))
-        yield f"{prefix}shared_expert_gate.weight", nothing[:1].clone()
+        if view.routed[layer].shared_width:
+            shared, gate = view.shared_expert(layer)
+        else:
+            nothing = torch.zeros(config["shared_expert_intermediate_size"], config["hidden_size"], dtype=view.dtype)
+            shared, gate = (nothing, nothing.clone(), nothing.T.clone()), nothing[:1].clone()
+        yield from dense_tensors(f"{prefix}shared_expert.", shared)
+        yield f"{prefix}shared_expert_gate.weight", gate

@@ -15,6 +15,7 @@ from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import MoeLayerConfig
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import LLAMA3_ROPE, VOCAB_SIZE, make_dense, make_moe
+from tests.ladimo.model.test_moe_families import MODELS
 from tests.ladimo.stepping import Stepper, make_tables
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_refusals_name_the_reason_and_what_would_work(
         ({}, LayerRule(2, mass=0.9), "mass may drop experts"),
         ({}, LayerRule(2, relative_floor=0.5), "relative_floor may drop experts"),
         ({}, LayerRule(1, batch_experts=2), "batch_experts may drop experts"),
-        ({"shared_expert_intermediate_size": 8}, LayerRule(2), "has a shared expert"),
+        ({"shared_expert_intermediate_size": 8, "expert_weight": "one"}, LayerRule(2), "has a shared expert beside"),
         ({"router": "glu"}, LayerRule(2), "router is of the kind 'glu'"),
         ({"expert_weight": "one"}, LayerRule(2, renormalize=False), "weighs them all alike"),
         ({"score_norm_top_k": 2}, LayerRule(1, renormalize=False), "divided by the sum of the best 2"),
@@ -178,6 +179,20 @@ def test_a_stock_model_is_written_with_fewer_experts_per_token(policy: str, tmp_
     export.export(mixtral, tmp_path / policy, "mixtral", policy)
     raw = read_json(tmp_path / policy / "config.json")
     assert (raw["num_experts_per_tok"], raw["num_local_experts"]) == (2 if policy == "full" else 1, 4)
+
+
+def test_a_shared_expert_is_written_where_the_target_has_one(tmp_path: Path) -> None:
+    """Also with one expert to choose from. Its weight is its score, or one if weights are divided by their sum."""
+    stock = make_dense(tmp_path / "stock", **MODELS["qwen2_moe"])
+    export.export(stock, tmp_path / "top-2", "qwen2", "top-2")
+    assert read_json(tmp_path / "top-2/config.json")["shared_expert_intermediate_size"] == 40
+    for renormalize in (False, True):
+        rule = LayerRule(1, renormalize=renormalize, experts=(2,))
+        write_policy(stock, RoutingPolicy("single", "", (rule, None, rule)))
+        write_policy(stock, RoutingPolicy("full", "", (rule, None, rule)))
+        export.export(stock, tmp_path / f"single-{renormalize}", "qwen2", "single")
+    with pytest.raises(ValueError, match="layer 0: has a shared expert with a gate, the target has none; try --target qwen2$"):
+        export.export(stock, tmp_path / "out", "mixtral", "single")
 
 
 @NEEDS_GGUF
