@@ -29,7 +29,7 @@ from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.load.arrivals import Arrival, arrivals, burst, constant, ramp, trace
 from loadtests.load.client import Client, Outcome
 from loadtests.load.figures import Objectives, parse_objectives, summary, table
-from loadtests.load.page import page, timeline
+from loadtests.load.page import page, plot, timeline
 from loadtests.load.workload import Lengths, parse_routing, plan
 
 TEXT = Path(__file__).parents[1] / "README.md"
@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="run", help="the name of this run in tables and plots")
     parser.add_argument("--html", type=Path, help="write a page with plots")
+    parser.add_argument("--plot", type=Path, help="write the plots alone, as SVG")
     parser.add_argument("--json", type=Path, help="write the record to a file, for --compare")
     parser.add_argument("--compare", type=Path, help="the record of an earlier run, which is set beside this one")
     return parser
@@ -142,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{row[0]:<26} " + " ".join(f"{cell:>14}" for cell in row[1:]))
     if args.html is not None:
         write_text(args.html, page(record, earlier))
+    if args.plot is not None:
+        write_text(args.plot, plot(record, earlier))
     line = json.dumps(record)
     if args.json is not None:
         write_text(args.json, line)

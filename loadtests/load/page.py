@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ladimo.convert.report.charts import Axis, Point, Series, line_chart
+from ladimo.convert.report.charts import Axis, Point, Series, line_chart, standalone
 from ladimo.convert.report.document import Document, Figure, Section, Table, Tile
 from ladimo.convert.report.page import to_page
 from loadtests.load.figures import percentile, show, table
 
-BINS = 60
+BINS = 40
 
 
 def page(record: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> str:
@@ -40,6 +40,11 @@ def page(record: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> s
     return to_page(Document(f"Load test: {record['name']}", [record["command"]], tiles, sections))
 
 
+def plot(record: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> str:
+    """The plots of the page alone, as an SVG file."""
+    return standalone(f"Load test: {record['model']}", _charts([record] if other is None else [record, other]))
+
+
 def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Any]:
     seconds = Axis("seconds since the start", unit=" s", low=0.0)
     several = len(runs) > 1
@@ -56,7 +61,7 @@ def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Any]:
         token.append(Series(named(run, "p90"), _points(bins, "p90_tpot_ms")))
         kept.append(Series(named(run, "share"), _points(bins, "good_share")))
         knob.append(Series(named(run, "given, mean"), _points(bins, "mean_accuracy")))
-        settings = [Point(each["at"], each["accuracy"]) for each in run["knob"] if each["accuracy"] is not None]
+        settings = _corners([Point(each["at"], each["accuracy"]) for each in run["knob"] if each["accuracy"] is not None])
         if settings:
             knob.append(Series(named(run, "default"), settings))
     return [
@@ -92,6 +97,16 @@ def timeline(outcomes: Sequence[Any], good: Sequence[bool], seconds: float) -> l
             }
         )
     return bins
+
+
+def _corners(points: Sequence[Point]) -> list[Point]:
+    """Without the points that lie between two of the same height."""
+    last = len(points) - 1
+    return [
+        point
+        for number, point in enumerate(points)
+        if number in (0, last) or not points[number - 1].y == point.y == points[number + 1].y
+    ]
 
 
 def _points(bins: Sequence[Mapping[str, Any]], name: str) -> list[Point]:

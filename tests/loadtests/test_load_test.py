@@ -136,13 +136,15 @@ async def test_a_run_reports_everything_and_compares(tmp_path: Path, capsys: pyt
         assert record["conditions"]["seed"] == 5
         page = tmp_path / "page.html"
         await asyncio.to_thread(
-            load_test.main, [*flags, "--name", "again", "--compare", str(tmp_path / "one.json"), "--html", str(page)]
+            load_test.main,
+            [*flags, "--name", "again", "--compare", str(tmp_path / "one.json"), "--html", str(page), "--plot", f"{page}.svg"],
         )
         out = capsys.readouterr().out
         again = json.loads(out.splitlines()[-1])
         assert again["figures"]["requests"] == figures["requests"]  # the same seed asks the same
         assert re.search(r"^p90_ttft_ms +\S+ +\S+ +\d+\.\d\d$", out, re.M)
         html = page.read_text()
+        assert Path(f"{page}.svg").read_text().startswith("<svg")
         assert (
             html.count("<svg") == 5
             and "again" in html
