@@ -50,7 +50,7 @@ class _HiddenStatesExpertLayer(ExpertLayer):
         rows, allowed = policy.to_rows(self.config.num_experts)
         row = torch.tensor(rows[0], device=flat.device).expand(len(flat), -1)
         mask = torch.tensor(allowed, device=flat.device).expand(len(flat), -1)
-        out, _ = super().forward(flat, row, mask)
+        out, *_ = super().forward(flat, row, mask)
         return out.view_as(hidden_states)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ladimo.model.config import ModelConfig, MoeLayerConfig
-from ladimo.model.precision import KEY_VALUE_BITS, WHOLE_BYTES, bytes_per_weight
+from ladimo.model.precision import KEY_VALUE_BITS, NESTED_BITS, WHOLE_BYTES, bytes_per_weight
 from ladimo.model.rule import RuleNumber, Spec
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -37,6 +37,8 @@ class LayerRule:
     relative_floor: drop experts whose score is lower than this share of the best score. 0 = drop none.
     bits, attention_bits: how many bits are read of the experts' weights, and of the attention's. None = all. See
     `ladimo.model.nested`.
+    refine: a neuron whose score at 4 bits is at least this many times the token's mean score is read at 8 bits. None = no
+    neuron. Needs bits 4. See `ladimo.model.refinement`.
     """
 
     top_k: int
@@ -48,6 +50,7 @@ class LayerRule:
     relative_floor: float = 0.0
     bits: int | None = None
     attention_bits: int | None = None
+    refine: float | None = None
 
     @classmethod
     def full(cls, layer: MoeLayerConfig) -> "LayerRule":
@@ -62,7 +65,7 @@ class LayerRule:
     @property
     def limits(self) -> dict[str, float]:
         """The numbers, by field, that are set and may drop one of the `top_k` experts, by its score or by the batch budget."""
-        fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE, RuleNumber.BITS, RuleNumber.ATTENTION_BITS)
+        fixed = (RuleNumber.TOP_K, RuleNumber.RENORMALIZE, RuleNumber.BITS, RuleNumber.ATTENTION_BITS, RuleNumber.REFINE)
         values = {number.field: getattr(self, number.field) for number in RuleNumber if number not in fixed}
         return {name: value for name, value in values.items() if value != RULE_FIELDS[name].default}
 
@@ -87,19 +90,21 @@ RULE_FIELDS = {field.name: field for field in fields(LayerRule)}
 @dataclass(frozen=True)
 class RoutingPolicy:
     """A named policy: one rule per layer, None for a dense layer. `head_bits`: how many bits are read of the output head's
-    weights, None for all. Equal content has an equal `version` on every machine."""
+    weights, None for all. `head_refine`: words whose logit at 4 bits is at most this far below the best one are read at 8
+    bits; None for no word. Equal content has an equal `version` on every machine."""
 
     name: str
     description: str
     layers: tuple[LayerRule | None, ...]
     head_bits: int | None = None
+    head_refine: float | None = None
 
     @classmethod
     def from_dict(cls, raw: object) -> "RoutingPolicy":
         """Read policy JSON. Raises ValueError, with the JSON path of the first wrong field at the beginning of its message."""
         if not isinstance(raw, Mapping):
             raise ValueError("policy: must be a JSON object")
-        unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers", "head_bits"})
+        unknown = sorted(str(key) for key in set(raw) - {"name", "description", "layers", "head_bits", "head_refine"})
         if unknown:
             raise ValueError(f"{unknown[0]}: unknown field")
         name = raw.get("name")
@@ -112,13 +117,21 @@ class RoutingPolicy:
         if not isinstance(layers, list):
             raise ValueError("layers: must be a list with one entry per layer")
         rules = tuple(_rule(entry, f"layers[{index}]") for index, entry in enumerate(layers))
-        return cls(name, description, rules, _checked(raw.get("head_bits"), RuleNumber.BITS.spec, "head_bits"))
+        head_bits, head_refine = (
+            _checked(raw.get(field), number.spec, field)
+            for field, number in (("head_bits", RuleNumber.BITS), ("head_refine", RuleNumber.REFINE))
+        )
+        return cls(name, description, rules, head_bits, head_refine)
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON. `from_dict` reads it back."""
         layers = [None if rule is None else rule.to_dict() for rule in self.layers]
-        written = {"name": self.name, "description": self.description, "layers": layers}
-        return written if self.head_bits is None else {**written, "head_bits": self.head_bits}
+        written: dict[str, Any] = {"name": self.name, "description": self.description, "layers": layers}
+        if self.head_bits is not None:
+            written["head_bits"] = self.head_bits
+        if self.head_refine is not None:
+            written["head_refine"] = _canonical(self.head_refine)
+        return written
 
     @cached_property
     def version(self) -> str:
@@ -137,6 +150,7 @@ class RoutingPolicy:
         if len(self.layers) != config.num_hidden_layers:
             raise ValueError(f"layers: has {len(self.layers)} entries, the model has {config.num_hidden_layers} layers")
         _check_bits(self.head_bits, config, "head_bits")
+        _check_refine(self.head_refine, self.head_bits, "head_refine")
         for index, (rule, layer) in enumerate(zip(self.layers, config.layers, strict=True)):
             path = f"layers[{index}]"
             if layer is None or rule is None:
@@ -151,13 +165,15 @@ class RoutingPolicy:
                     raise ValueError(f"{path}.{number.field}: is {value}, the layer has {layer.num_experts} experts")
             _check_bits(rule.bits, config, f"{path}.bits")
             _check_bits(rule.attention_bits, config, f"{path}.attention_bits")
+            _check_refine(rule.refine, rule.bits, f"{path}.refine")
             if rule.experts is not None and max(rule.experts) >= layer.num_experts:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
     def to_rows(self, num_experts: int) -> tuple[list[list[float]], list[list[bool]]]:
         """The numbers of the rules, [L + 1][len(RuleNumber)], and the masks of experts that may be chosen, [L][num_experts].
 
-        A dense layer chooses no expert and is read whole. The last row is the output head's, of which only BITS counts.
+        A dense layer chooses no expert and is read whole. The last row is the output head's, of which only BITS and REFINE
+        count.
         `num_experts` is the width of the table.
         """
         rows, allowed = [], []
@@ -168,11 +184,12 @@ class RoutingPolicy:
             else:
                 rows.append([number.encode(getattr(rule, number.field)) for number in RuleNumber])
                 allowed.append([rule.experts is None or expert in rule.experts for expert in range(num_experts)])
-        rows.append(_whole_row(self.head_bits))
+        rows.append(_whole_row(self.head_bits, self.head_refine))
         return rows, allowed
 
-    def bytes_ratio(self, config: ModelConfig, experts_per_token: Sequence[float | None]) -> float | None:
-        """`FrontierPoint.bytes_ratio` when layer i runs experts_per_token[i] experts; None for a model of one precision."""
+    def bytes_ratio(self, config: ModelConfig, experts_per_token: Sequence[float | None], refined_rows: float) -> float | None:
+        """`FrontierPoint.bytes_ratio` when layer i runs experts_per_token[i] experts, and so many rows of `hidden_size` weights
+        are refined (`StepOutput.refined_rows`). None for a model of one precision."""
         if not config.nested_bits:
             return None
         layer_parameters = config.attention_parameters + config.ffn_parameters
@@ -189,7 +206,8 @@ class RoutingPolicy:
             queries = config.attention_parameters - config.key_value_parameters
             read += bytes_per_weight(attention_bits) * queries + bytes_per_weight(careful) * config.key_value_parameters
             read += bytes_per_weight(bits) * ffn
-        return read / whole
+        # A refined row is read from the low plane, and its scales are read once more.
+        return (read + refined_rows * config.hidden_size * bytes_per_weight(NESTED_BITS[0])) / whole
 
 
 def unmeasured_policies(config: ModelConfig) -> dict[str, RoutingPolicy]:
@@ -360,10 +378,16 @@ def _check_bits(bits: int | None, config: ModelConfig, path: str) -> None:
         raise ValueError(f"{path}: is {bits}; this checkpoint's weights can be read at {known}null (all bits)")
 
 
-def _whole_row(bits: int | None = None) -> list[float]:
+def _check_refine(refine: float | None, bits: int | None, path: str) -> None:
+    if refine is not None and bits != NESTED_BITS[0]:
+        raise ValueError(f"{path}: needs {NESTED_BITS[0]} bits, which are refined to {NESTED_BITS[1]}; bits is {bits}")
+
+
+def _whole_row(bits: int | None = None, refine: float | None = None) -> list[float]:
     """A row that chooses no expert and reads so many bits of everything."""
     row = [0.0] * len(RuleNumber)
     row[RuleNumber.BITS] = row[RuleNumber.ATTENTION_BITS] = RuleNumber.encode(bits)
+    row[RuleNumber.REFINE] = RuleNumber.encode(refine)
     return row
 
 

@@ -73,7 +73,7 @@ def decode(model: MoeTransformer, policy: RoutingPolicy, tokens: Tensor) -> Run:
             num_decode=rows,
         )
         started = time.perf_counter()
-        logits, expert_ids = model.step(inputs, cache, tables)
+        logits, expert_ids, _ = model.step(inputs, cache, tables)
         seconds.append(time.perf_counter() - started)
         assert expert_ids is not None
         tables.record(expert_ids, inputs.policy_ids)

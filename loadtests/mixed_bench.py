@@ -12,12 +12,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ladimo.checkpoint import load_to_serve, read_config, read_policies
+from ladimo.checkpoint import load_to_serve, read_config, read_frontier, read_policies
 from ladimo.model.config import ModelConfig
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import OtherLoad, conditions
@@ -36,10 +36,12 @@ def mixtures(policies: Sequence[RoutingPolicy], batch: int) -> dict[str, list[Ro
     return rows
 
 
-def cost(policy: RoutingPolicy, config: ModelConfig) -> float:
-    """Weight bytes of a nested model, else active parameters at the policy's most experts; both relative to the dense model."""
+def cost(policy: RoutingPolicy, config: ModelConfig, measured: Mapping[str, float]) -> float:
+    """The measured cost on the frontier. Of a policy that is not there, weight bytes of a nested model without what it refines,
+    else active parameters at its most experts. All relative to the dense model."""
     experts = tuple(None if rule is None else float(rule.top_k) for rule in policy.layers)
-    return policy.bytes_ratio(config, experts) or config.active_parameters_ratio(experts)
+    known = measured.get(policy.name)
+    return known or policy.bytes_ratio(config, experts, 0.0) or config.active_parameters_ratio(experts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [name for name in args.policies.split(",") if name not in known]:
         parser.error(f"there is no policy {missing[0]!r}; there are {', '.join(known)}")
     policies = [known[name] for name in args.policies.split(",")]
+    measured = {point.policy: point.cost for point in read_frontier(args.model).points if point.batch == 1}
     sizes = EngineConfig(
         device="cpu",
         max_num_seqs=max(batches),
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row: dict[str, Any] = {
                 "batch": batch,
                 "policies": name,
-                "cost": statistics.mean(cost(policy, config) for policy in mixed[name]),
+                "cost": statistics.mean(cost(policy, config, measured) for policy in mixed[name]),
                 "tokens_per_second": batch / statistics.median(run.step_seconds for run in samples),
                 "ratio": statistics.median(ratios),
                 "ratio_spread": [min(ratios), max(ratios)],

@@ -1,7 +1,7 @@
 """Prometheus metrics of the experts, made from the engine's counters: load by layer, expert and policy, and its balance."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from server.engine.messages import ExpertSnapshot
 from server.exposition import PREFIX, BucketRow, Declaration, Row, header, line, series
@@ -50,8 +50,16 @@ ACTIVE_PARAMETERS = Declaration(
     "Active parameters per token divided by the dense model's, measured since the start.",
     ("policy",),
 )
+REFINED = Declaration(
+    f"{PREFIX}refined_total",
+    "counter",
+    "Neurons that were read at 8 bits instead of 4, by layer and group of neighbouring neurons, summed over tokens. Words of"
+    " the output head for layer=head. Only of policies that refine. --expert-metrics says whether it is exported.",
+    ("layer", "group", "policy"),
+)
 EXPERT_METRICS = (
     EXPERT_TOKENS,
+    REFINED,
     EXPERTS_PER_TOKEN,
     DISTINCT_EXPERTS,
     LOAD_IMBALANCE,
@@ -81,6 +89,7 @@ class ExpertExposition:
         self._per_expert = per_expert
         self._text = self._written({})
         self._rows: dict[tuple[str, int, tuple[int, ...]], Row] = {}
+        self._refined_rows: dict[tuple[str, int], Row] = {}
         self._distinct = {
             layer: BucketRow(DISTINCT_EXPERTS.name, range(experts + 1), layer=str(layer))
             for layer, experts in num_experts.items()
@@ -99,6 +108,9 @@ class ExpertExposition:
             }
             for policy in loads:
                 self._policy(policy, loads[policy], snapshot, lines)
+            for policy, layers in (snapshot.refined or {}).items():
+                if self._per_expert and any(map(any, layers)):
+                    lines[REFINED].extend(self._refined(policy, layers))
             for layer, experts in self._num_experts.items():
                 self._layer(layer, experts, loads, snapshot, lines)
             self._text = self._written(lines)
@@ -107,7 +119,7 @@ class ExpertExposition:
     def _written(self, lines: Mapping[Declaration, list[str]]) -> str:
         parts: list[str] = []
         for metric in EXPERT_METRICS:
-            if self._per_expert or metric is not EXPERT_TOKENS:
+            if self._per_expert or metric not in (EXPERT_TOKENS, REFINED):
                 parts.append(header(metric.name, metric.type, metric.help))
                 parts += lines.get(metric, ())
         return "".join(parts)
@@ -132,6 +144,18 @@ class ExpertExposition:
             lines[ACTIVE_PARAMETERS].append(
                 line(ACTIVE_PARAMETERS.name, self._active_parameters_ratio(tuple(measured)), policy=policy)
             )
+
+    def _refined(self, policy: str, layers: list[list[int]]) -> Iterator[str]:
+        """The lines of one policy that refines. The last entry of `layers` is the output head's."""
+        for place, groups in enumerate(layers):
+            layer = str(place) if place < len(layers) - 1 else "head"
+            key = (policy, place)
+            if key not in self._refined_rows:
+                numbers = range(len(groups))
+                self._refined_rows[key] = Row(
+                    series(REFINED.name, group=str(group), layer=layer, policy=policy) for group in numbers
+                )
+            yield self._refined_rows[key].write(groups)
 
     def _layer(
         self,

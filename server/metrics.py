@@ -128,6 +128,10 @@ class Metrics:
         self.preemptions = counter("preemptions_total", "Sequences sent back to the queue because KV blocks ran out.")
         self.step_seconds = histogram("engine_step_seconds", "Duration of one engine step.", STEP_SECONDS, "phase")
         self.step_tokens = histogram("step_tokens", "Tokens computed in one step.", STEP_TOKENS)
+        self.weight_bytes = counter(
+            "weight_bytes_total",
+            "Bytes of nested weights that steps read, output head included. A step reads each plane once for all its tokens.",
+        )
         self.heartbeat_age = gauge("engine_heartbeat_age_seconds", "Time since the engine loop last ran; below 1 when idle.")
         self.graph_replays = counter(
             "cuda_graph_replays_total", "Decode steps replayed from a CUDA graph, by its number of rows.", "bucket"
@@ -213,6 +217,7 @@ class Metrics:
             phase = "decode" if not stats.prefill_tokens else "mixed" if stats.decode_tokens else "prefill"
             self.step_seconds.labels(phase).observe(stats.seconds)
             self.step_tokens.observe(tokens)
+            self.weight_bytes.inc(stats.weight_bytes)
         for policy, seconds in stats.first_token_seconds:
             self.time_to_first_token.labels(policy).observe(seconds)
         for policy, seconds in stats.inter_token_seconds:

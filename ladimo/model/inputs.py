@@ -1,7 +1,7 @@
 """The inputs of a forward pass besides the weights and the KV cache, and its outputs. There is no global state.
 
 Legend: T tokens in the step, R tokens whose logits are wanted, V vocabulary, B sequences, N blocks per sequence, L layers,
-E experts (of the largest layer), K places per token, P policies (rows of the policy table).
+E experts (of the largest layer), K places per token, P policies (rows of the policy table), G = REFINED_GROUPS.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.rule import RuleNumber
 
 # On a CPU it takes tens of microseconds to count the choices of a decode step, and most of this is the overhead of calls. To
@@ -73,6 +74,17 @@ class StepOutput(NamedTuple):
 
     logits: Tensor  # [R, V]
     expert_ids: Tensor | None  # [L, T, E]; -1 = no expert, so a dense layer has only -1; None for a dense model
+    # [L + 1, T, G]: the neurons of each layer, and the words of the output head, that were read at 8 bits instead of 4. None if
+    # the weights are not nested. See `ladimo.model.refinement`.
+    refined: Tensor | None = None
+
+    @property
+    def refined_rows(self) -> Tensor | None:
+        """The rows of weights that each token refined, [T] int64: three of a neuron, one of a word."""
+        if self.refined is None:
+            return None
+        counts = self.refined.sum(dim=-1)
+        return 3 * counts[:-1].sum(dim=0) + counts[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class RoutingTables:
     allowed: Tensor  # [P, L, E] bool: the experts that may be chosen
     expert_tokens: Tensor  # [P, L, E] int64: how often the expert was chosen under the policy
     distinct_experts: Tensor  # [L, E + 1] int64: steps in which exactly n experts of the layer ran
+    refined: Tensor  # [P, L + 1, G] int64: the neurons of the layers, and the words, that were refined under the policy
     batch_budgets: bool = False  # whether batch_experts has an effect; an option of the engine
     _deferred: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -99,6 +112,7 @@ class RoutingTables:
             allowed=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.bool, device=device),
             expert_tokens=torch.zeros(num_policies, num_layers, num_experts, dtype=torch.int64, device=device),
             distinct_experts=torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device),
+            refined=torch.zeros(num_policies, num_layers + 1, REFINED_GROUPS, dtype=torch.int64, device=device),
             batch_budgets=batch_budgets,
         )
 
@@ -120,6 +134,10 @@ class RoutingTables:
         layer = torch.arange(expert_ids.shape[0], device=expert_ids.device).view(-1, 1, 1)
         step = torch.zeros_like(policy_ids)
         self._count(layer, expert_ids.clamp(min=0), policy_ids.view(1, -1, 1), step.view(1, -1, 1), kept, num_steps=1)
+
+    def record_refined(self, refined: Tensor, policy_ids: Tensor) -> None:
+        """Count what one step refined: `StepOutput.refined` [L + 1, T, G], policy_ids [T]. Does not wait for the device."""
+        self.refined.index_add_(0, policy_ids, refined.transpose(0, 1).to(torch.int64))
 
     def defer(self, expert_ids: Tensor, policy_ids: Tensor) -> None:
         """Count the choices of one step later, in `settle`, together with other steps. Arguments are those of `record`.

@@ -9,6 +9,7 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
 from ladimo.model.nested import NestedWeights, by_precision
+from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import Weights
 from ladimo.model.router import make_router
 from ladimo.model.rule import RuleNumber
@@ -58,8 +59,11 @@ class ExpertLayer(BackendModule):
         shared: Tensor = self.shared_expert_gate(hidden_states) * self.shared_expert(hidden_states)
         return out + shared
 
-    def forward(self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, D] -> output [T, D] and topk_ids [T, E], -1 where no expert ran.
+    def forward(
+        self, hidden_states: Tensor, rows: Tensor, allowed: Tensor, num_budgeted: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states [T, D] -> output [T, D], topk_ids [T, E], -1 where no expert ran, and the refined neurons [T, G], None
+        if the weights are not nested.
 
         `rows` [T, len(RuleNumber)] and the masks `allowed` [T, E] are the tokens' rules. The batch budgets of the rules apply
         to the first `num_budgeted` tokens.
@@ -74,8 +78,7 @@ class ExpertLayer(BackendModule):
         down: Weights | NestedWeights = self.experts.down_proj
         if not isinstance(gate_up, NestedWeights):
             assert not isinstance(down, NestedWeights)
-            out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down)
-            return self.add_shared(out, hidden_states), topk_ids
+            return self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down), topk_ids, None
         assert isinstance(down, NestedWeights)
 
         def run(tokens: Tensor, bits: float) -> Tensor:
@@ -83,4 +86,19 @@ class ExpertLayer(BackendModule):
             return self.backend.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights)
 
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)
-        return by_precision(rows[:, RuleNumber.BITS], run, tokens), topk_ids
+        out = by_precision(rows[:, RuleNumber.BITS], run, tokens)
+        refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64, device=tokens.device)
+        refine = rows[:, RuleNumber.REFINE]
+        if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
+            again, counts = self.backend.apply_refined(
+                hidden_states, topk_weights, topk_ids, gate_up, down, self.experts.norms, refine
+            )
+            refining = (refine < torch.inf).unsqueeze(-1)
+            return torch.where(refining, again, out), topk_ids, counts * refining
+        tokens = (refine < torch.inf).nonzero().flatten()
+        if len(tokens):
+            chosen = (part[tokens] for part in (hidden_states, topk_weights, topk_ids))
+            out[tokens], refined[tokens] = self.backend.apply_refined(
+                *chosen, gate_up, down, self.experts.norms, refine[tokens]
+            )
+        return out, topk_ids, refined

@@ -15,6 +15,7 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
 from ladimo.model.nested import NestedWeights, by_precision, read_planes
 from ladimo.model.quantization import QuantizedWeights, find_format
+from ladimo.model.refinement import column_norms, refine_logits
 from ladimo.model.router import Router
 
 # Of a matrix `name`: the tensors that a checkpoint keeps beside it.
@@ -33,6 +34,7 @@ class Matrix(NamedTuple):
     scales: str
 
 
+HEAD = "lm_head"
 TIED_HEAD = Matrix("model.embed_tokens.weight", f"lm_head.{ROUNDING}", f"lm_head.{SCALES}")
 
 
@@ -59,14 +61,28 @@ class NestedLinear(BackendModule):
         return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), self.bias), x)
 
 
+class NestedHead(NestedLinear):
+    """The output head: words may be refined."""
+
+    def refined(self, x: Tensor, bits: Tensor, refine: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, K], bits and refine [T] -> logits [T, V] and the refined words [T, G] (`refinement.refine_logits`)."""
+        logits = self(x, bits)
+        again, counts = refine_logits(x, logits, self.nested, refine)
+        refining = (refine < torch.inf).unsqueeze(-1)
+        return torch.where(refining, again, logits), counts * refining
+
+
 class NestedExperts(nn.Module):
     """In the place of `Experts`."""
+
+    norms: Tensor  # of the columns of down_proj, fp32 [E, F]
 
     def __init__(self, experts: Experts, gate_up: Planes, down: Planes) -> None:
         super().__init__()
         self.gate_up_whole, self.down_whole = experts.gate_up_proj, experts.down_proj
         _keep(self, "gate_up", gate_up)
         _keep(self, "down", down)
+        self.register_buffer("norms", column_norms(experts.down_proj))
 
     @property
     def gate_up_proj(self) -> NestedWeights:
@@ -85,7 +101,8 @@ def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
             planes = _read(get, matrix_named(f"{path}.weight"), child.weight.device)
-            setattr(module, name, NestedLinear(child.weight, child.bias, planes))
+            kind = NestedHead if path == HEAD else NestedLinear
+            setattr(module, name, kind(child.weight, child.bias, planes))
         elif isinstance(child, Experts):
             device = child.down_proj.device
             gate_up, down = (_read(get, matrix_named(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
@@ -95,9 +112,9 @@ def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
 
 
 @torch.no_grad()
-def nested_head(embedding: Tensor, get: Get) -> NestedLinear:
+def nested_head(embedding: Tensor, get: Get) -> NestedHead:
     """The output head of a model whose head is its embedding [V, D]."""
-    return NestedLinear(embedding, None, _read(get, TIED_HEAD, embedding.device))
+    return NestedHead(embedding, None, _read(get, TIED_HEAD, embedding.device))
 
 
 def matrix_named(weight: str) -> Matrix:

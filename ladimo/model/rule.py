@@ -53,6 +53,7 @@ class RuleNumber(IntEnum):
     BATCH_EXPERTS = Spec(int, lowest=1, nullable=True, of_experts=True)
     BITS = Spec(int, lowest=1, highest=16, nullable=True)
     ATTENTION_BITS = Spec(int, lowest=1, highest=16, nullable=True)
+    REFINE = Spec(float, nullable=True)
 
     @property
     def field(self) -> str:

@@ -14,6 +14,7 @@ from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import RMSNorm, RotaryEmbedding
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.nested_layers import NestedHead
 from ladimo.model.rule import RuleNumber
 
 
@@ -52,8 +53,9 @@ class DecoderLayer(nn.Module):
         kv_cache: KVCache | None,
         rules: tuple[Tensor, Tensor] | None,
         num_budgeted: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [T, D] -> hidden states after the layer [T, D], and the experts that ran [T, E].
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states [T, D] -> hidden states after the layer [T, D], the experts that ran [T, E], and the refined neurons
+        [T, G] of a nested layer.
 
         `rules` are those of `RoutingTables.rules`. Their batch budgets apply to the first `num_budgeted` tokens. A dense layer
         needs no rules and returns None for the experts.
@@ -62,12 +64,12 @@ class DecoderLayer(nn.Module):
         attended = self._attention(hidden_states, rope, inputs, kv_cache, *bits)
         ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         if not isinstance(self.mlp, ExpertLayer):
-            return hidden_states + self.mlp(ffn_inputs), None
+            return hidden_states + self.mlp(ffn_inputs), None, None
         assert rules is not None
         rows, allowed = rules
         mask = allowed[:, self.layer, : self.mlp.config.num_experts]
-        out, topk_ids = self.mlp(ffn_inputs, rows[:, self.layer], mask, num_budgeted)
-        return hidden_states + out, topk_ids
+        out, topk_ids, refined = self.mlp(ffn_inputs, rows[:, self.layer], mask, num_budgeted)
+        return hidden_states + out, topk_ids, refined
 
     def _attention(
         self,
@@ -117,25 +119,33 @@ class MoeTransformer(BackendModule):
         rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices or self.config.nested_bits else None
         num_budgeted = inputs.num_decode if tables.batch_budgets else 0
         expert_ids: list[Tensor | None] = []
+        refined: list[Tensor | None] = []
         for layer in self.model.layers:
-            hidden_states, topk_ids = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted)
+            hidden_states, topk_ids, neurons = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted)
             expert_ids.append(topk_ids)
-        bits = rules[0][:, -1, RuleNumber.BITS] if self.config.nested_bits and rules is not None else None
-        if inputs.logit_indices is not None:
-            hidden_states = hidden_states[inputs.logit_indices]
-            bits = None if bits is None else bits[inputs.logit_indices]
-        return StepOutput(self.logits(hidden_states, bits), self._stack(expert_ids))
+            refined.append(neurons)
+        wanted = slice(None) if inputs.logit_indices is None else inputs.logit_indices
+        if not isinstance(self.lm_head, NestedHead):
+            return StepOutput(self.logits(hidden_states[wanted]), self._stack(expert_ids))
+        assert rules is not None
+        bits, refine = (rules[0][wanted, -1, number] for number in (RuleNumber.BITS, RuleNumber.REFINE))
+        logits, words = self.lm_head.refined(self.model.norm(hidden_states[wanted]), bits, refine)
+        every = words.new_zeros(len(hidden_states), words.shape[1])
+        every[wanted] = words
+        none = torch.zeros_like(every)
+        counts = [none if neurons is None else neurons for neurons in refined]
+        return StepOutput(logits, self._stack(expert_ids), torch.stack((*counts, every)))
 
     def step(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
         """One step over the KV cache. The back end runs `forward`, or its own compiled code for the same."""
         return self.backend.step(self, inputs, kv_cache, tables)
 
-    def logits(self, hidden_states: Tensor, bits: Tensor | None = None) -> Tensor:
-        """Final norm and output head: [R, D] -> [R, V]. `bits` [R]: of a nested head that each token wants, None for all."""
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and output head: [R, D] -> [R, V]. Of a nested head all bits are read."""
         normed: Tensor = self.model.norm(hidden_states)
         if self.lm_head is None:
             return F.linear(normed, self.model.embed_tokens.weight)
-        logits: Tensor = self.lm_head(normed) if bits is None else self.lm_head(normed, bits)
+        logits: Tensor = self.lm_head(normed)
         return logits
 
     def _stack(self, expert_ids: list[Tensor | None]) -> Tensor | None:

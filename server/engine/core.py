@@ -35,6 +35,7 @@ from server.engine.request import FinishReason, GenerationRequest, Sequence, Tok
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.row_queue import RowQueue
 from server.engine.scheduling.scheduler import Scheduler
+from server.engine.weight_bytes import WeightBytes
 
 
 class Runner(Protocol):
@@ -84,6 +85,7 @@ class EngineCore:
         self._runner, self._scheduler, self._table = runner, scheduler, table
         self._row_queue = RowQueue(table)
         self._eos_token_ids = eos_token_ids
+        self._weight_bytes = WeightBytes(table.config)
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
         self._reported = (0, 0, 0, 0)
@@ -148,13 +150,15 @@ class EngineCore:
         """Wait for the step's output, then update sequences, blocks and counters."""
         batch = flight.batch
         events: list[TokenEvent] = []
-        stats = _Tally()
+        stats, weight_bytes = _Tally(), 0.0
         if flight.wait is not None:
             output = flight.wait()
             if batch.previous is not None:
                 batch, output = _still_there(batch, output)
             scheduled = batch.scheduled
             self._account(scheduled, output)
+            policies = {sequence.request.policy.version: sequence.request.policy for sequence, _ in scheduled}
+            weight_bytes = self._weight_bytes.of_step(policies.values(), sum(output.refined_rows))
             traces = [
                 self._trace(sequence, experts)
                 for (sequence, count), experts in zip(scheduled, output.experts, strict=True)
@@ -172,6 +176,7 @@ class EngineCore:
                         request_id=sequence.request.request_id,
                         token_id=drawn.token_id,
                         experts_per_token=self._experts_per_token(sequence),
+                        refined_rows=sequence.refined_rows / max(sequence.num_routed, 1),
                         finished=finished,
                         logprobs=drawn.logprobs,
                         cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_ids)),
@@ -197,6 +202,7 @@ class EngineCore:
                 waiting=len(self._scheduler.waiting) + len(self._row_queue),
                 kv_cache_usage_ratio=self._scheduler.blocks.usage_ratio,
                 preemptions=preemptions,
+                weight_bytes=weight_bytes,
                 prefix_cache_queries=queries,
                 prefix_cache_hits=hits,
                 first_token_seconds=stats.first_token_seconds,
@@ -240,9 +246,10 @@ class EngineCore:
 
     def _account(self, scheduled: list[tuple[Sequence, int]], output: BatchOutput) -> None:
         """Record expert counts, prompt log-probabilities and traces. Must run before `update` changes `num_computed`."""
-        figures = zip(scheduled, output.expert_counts, output.prompt_logprobs, output.experts, strict=True)
-        for (sequence, count), experts, logprobs, traced in figures:
+        figures = zip(scheduled, output.expert_counts, output.refined_rows, output.prompt_logprobs, output.experts, strict=True)
+        for (sequence, count), experts, refined, logprobs, traced in figures:
             sequence.num_routed += count
+            sequence.refined_rows += refined
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]
             if logprobs:  # for the tokens after the computed ones; a recomputed prompt gives the same values
                 sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
@@ -310,6 +317,7 @@ def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]
     left = BatchOutput(
         drawn=[output.drawn[row] for row in rows],
         expert_counts=[output.expert_counts[row] for row in rows],
+        refined_rows=[output.refined_rows[row] for row in rows],
         prompt_logprobs=[output.prompt_logprobs[row] for row in rows],
         experts=[output.experts[row] for row in rows],
     )

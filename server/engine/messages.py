@@ -105,14 +105,16 @@ class TokenEvent:
     is set.
 
     `experts_per_token` is the measured mean per layer over the request so far, prompt included; None for a dense layer.
-    `logprobs`, `prompt_logprobs` and `trace` are set only if the request asked for them. `prompt_logprobs` comes with the first
-    event: one entry per prompt token, the first of them None. `cached_tokens` counts prompt tokens that were found in the
-    prefix cache and not computed again.
+    `refined_rows` is the mean number of rows of weights that a token refined (`StepOutput.refined_rows`). `logprobs`,
+    `prompt_logprobs` and `trace` are set only if the request asked for them. `prompt_logprobs` comes with the first event: one
+    entry per prompt token, the first of them None. `cached_tokens` counts prompt tokens that were found in the prefix cache and
+    not computed again.
     """
 
     request_id: str
     token_id: int | None
     experts_per_token: tuple[float | None, ...] = ()
+    refined_rows: float = 0.0
     finished: RequestStats | None = None
     error: Exception | None = None
     logprobs: TokenLogprobs | None = None
@@ -139,6 +141,8 @@ class ExpertSnapshot:
     routed_tokens[policy]: tokens computed under the policy.
     distinct_experts[layer][n]: steps in which exactly n different experts of the layer ran.
     A dense layer has zeros everywhere and no reachable experts.
+    refined[policy][layer][group]: how many neurons of the group were read at 8 bits instead of 4, summed over tokens; of the
+    last entry, how many words of the output head. None if the weights are not nested (`ladimo.model.refinement`).
     """
 
     call_id: int
@@ -146,6 +150,7 @@ class ExpertSnapshot:
     reachable: dict[str, list[list[int]]]
     routed_tokens: dict[str, int]
     distinct_experts: list[list[int]]
+    refined: dict[str, list[list[int]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,7 @@ class StepStats:
     waiting: int
     kv_cache_usage_ratio: float
     preemptions: int
+    weight_bytes: float = 0.0  # that the step read, see `WeightBytes`; 0 if the weights are not nested
     prefix_cache_queries: int = 0  # tokens of admitted sequences that were looked up in the prefix cache
     prefix_cache_hits: int = 0  # how many of these tokens were found
     first_token_seconds: list[tuple[str, float]] = field(default_factory=list)

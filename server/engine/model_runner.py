@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ladimo.model.inputs import RoutingTables, StepInputs
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
@@ -33,12 +33,14 @@ class BatchOutput:
     """The output of one step. `drawn` has one entry for each sequence that gets a new token, in batch order.
 
     The other lists have one entry for each scheduled sequence. `expert_counts`: how many experts the sequence's tokens of this
-    step ran, by layer. `prompt_logprobs`: log-probabilities of the prompt tokens that follow the step's tokens; empty unless
-    the request asked for them. `experts`: the experts of each of the step's tokens; empty unless the request is traced.
+    step ran, by layer. `refined_rows`: how many rows of weights these tokens refined (`StepOutput.refined_rows`).
+    `prompt_logprobs`: log-probabilities of the prompt tokens that follow the step's tokens; empty unless the request asked for
+    them. `experts`: the experts of each of the step's tokens; empty unless the request is traced.
     """
 
     drawn: list[Drawn]
     expert_counts: list[list[int]]
+    refined_rows: list[int]
     prompt_logprobs: list[list[TokenLogprobs]]
     experts: list[list[TokenExperts]]
 
@@ -95,7 +97,8 @@ class ModelRunner:
 
     def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
-        logits, expert_ids = self.model.step(inputs, self.kv_cache, self.tables)
+        output = self.model.step(inputs, self.kv_cache, self.tables)
+        logits, expert_ids = output.logits, output.expert_ids
         per_sequence, ends, drawing = None, logits, batch.drawing
         if batch.prefill:  # without a prompt, every row has one token's logits and draws
             scheduled = batch.scheduled
@@ -104,7 +107,7 @@ class ModelRunner:
             ends = torch.cat(last) if last else logits[:0]
         token_ids = self._draw(ends, drawing)
         self._draw_adjusted(token_ids, ends, drawing)
-        counts = self._count_experts(batch, inputs, expert_ids)
+        counts = self._count(batch, inputs, output)
         return self._output(batch, token_ids, counts, expert_ids, ends, per_sequence)
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
@@ -137,8 +140,8 @@ class ModelRunner:
         """Start the step's only copy to the host, and return the function that waits for it.
 
         R sequences draw, out of B scheduled ones. token_ids [R] are their tokens and `ends` [R, V] the logits of these. counts
-        [B, L] are the numbers of experts that ran, and expert_ids [L, T, E] the experts of all T tokens. `per_sequence` has all
-        logits of each scheduled sequence; None if the batch has no prompts.
+        [B, L + 1] are the numbers of experts that ran, and the refined rows. expert_ids [L, T, E] are the experts of all T
+        tokens. `per_sequence` has all logits of each scheduled sequence; None if the batch has no prompts.
         """
         scheduled, drawing = batch.scheduled, batch.drawing
         num_drawn, width = len(drawing), counts.shape[1]
@@ -157,26 +160,33 @@ class ModelRunner:
                     ]
             return BatchOutput(
                 drawn=drawn,
-                expert_counts=[flat[i : i + width] for i in range(0, len(flat), width)],
+                expert_counts=[flat[i : i + width - 1] for i in range(0, len(flat), width)],
+                refined_rows=flat[width - 1 :: width],
                 prompt_logprobs=prompt_logprobs,
                 experts=self._unpack_experts(scheduled, expert_ids, packed[end:]),
             )
 
         return wait
 
-    def _count_experts(self, batch: Batch, inputs: StepInputs, expert_ids: Tensor | None) -> Tensor:
-        """Add the step to the counters of the routing tables. Returns [B, L]: the number of experts that ran for each scheduled
-        sequence in each layer."""
+    def _count(self, batch: Batch, inputs: StepInputs, output: StepOutput) -> Tensor:
+        """Add the step to the counters of the routing tables. Returns [B, L + 1]: the number of experts that ran for each
+        scheduled sequence in each layer, and the rows of weights that it refined."""
         lengths = [1] * len(batch.decode) + [count for _, count in batch.prefill]
-        if expert_ids is None:
-            return torch.zeros(len(lengths), self.model.config.num_hidden_layers, dtype=torch.int64, device=self.device)
-        self.model.backend.count(self.tables, expert_ids, inputs.policy_ids)
-        per_token = (expert_ids >= 0).sum(dim=-1).t()  # [T, L]
+        num_layers, expert_ids = self.model.config.num_hidden_layers, output.expert_ids
+        per_token = torch.zeros(batch.num_tokens, num_layers + 1, dtype=torch.int64, device=self.device)
+        if expert_ids is None and output.refined is None:
+            return per_token.new_zeros(len(lengths), num_layers + 1)
+        if expert_ids is not None:
+            self.model.backend.count(self.tables, expert_ids, inputs.policy_ids)
+            per_token[:, :num_layers] = (expert_ids >= 0).sum(dim=-1).t()
+        if output.refined is not None:
+            self.tables.record_refined(output.refined, inputs.policy_ids)
+            per_token[:, num_layers] = output.refined_rows
         if not batch.prefill:
             return per_token
         repeats = to_device(lengths, torch.int64, self.device)
         rows = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats, output_size=batch.num_tokens)
-        return per_token.new_zeros(len(lengths), per_token.shape[1]).index_add_(0, rows, per_token)
+        return per_token.new_zeros(len(lengths), num_layers + 1).index_add_(0, rows, per_token)
 
     def _unpack_experts(
         self, scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None, traced: Rows[int]

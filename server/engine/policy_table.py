@@ -5,7 +5,7 @@ lives, so no kernel is compiled again and no graph is captured again.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,9 @@ class PolicyTable:
         self._rows: list[_Row | None] = [None] * num_rows
         self._by_version: dict[str, int] = {}
         self._clock = 0
-        self._expert_tokens: dict[str, torch.Tensor] = {}  # by name: counts of rows that were reused
+        # By name: counts of rows that were reused.
+        self._expert_tokens: dict[str, torch.Tensor] = {}
+        self._refined: dict[str, torch.Tensor] = {}
         self._reachable: dict[str, list[set[int]]] = {}  # by name, of all versions so far: experts by layer
         self._routed_tokens: Counter[str] = Counter()
 
@@ -102,23 +104,28 @@ class PolicyTable:
     def snapshot(self, call_id: int) -> ExpertSnapshot:
         """The counters since the start, read from the device. Waits for the device."""
         self.tables.settle()
-        current = self.tables.expert_tokens.cpu()
-        totals = {name: counts.clone() for name, counts in self._expert_tokens.items()}
-        for row, entry in enumerate(self._rows):
-            if entry is not None:
-                name = entry.policy.name
-                totals[name] = totals[name] + current[row] if name in totals else current[row]
+        totals = self._totals(self._expert_tokens, self.tables.expert_tokens)
         distinct = self.tables.distinct_experts.tolist()
         for layer, moe in enumerate(self.config.layers):
             if moe is None:  # a dense layer counts "0 experts" in every step, which means nothing
                 distinct[layer] = [0] * len(distinct[layer])
         return ExpertSnapshot(
             call_id=call_id,
-            expert_tokens={name: counts.tolist() for name, counts in totals.items()},
+            expert_tokens=totals,
             reachable={name: [sorted(layer) for layer in layers] for name, layers in self._reachable.items()},
             routed_tokens=dict(self._routed_tokens),
             distinct_experts=distinct,
+            refined=self._totals(self._refined, self.tables.refined) if self.config.nested_bits else None,
         )
+
+    def _totals(self, reused: Mapping[str, torch.Tensor], counters: torch.Tensor) -> dict[str, list[list[int]]]:
+        """Counters of the table's rows by policy name, and those of the rows that were reused."""
+        current, totals = counters.cpu(), {name: counts.clone() for name, counts in reused.items()}
+        for row, entry in enumerate(self._rows):
+            if entry is not None:
+                name = entry.policy.name
+                totals[name] = totals[name] + current[row] if name in totals else current[row]
+        return {name: counts.tolist() for name, counts in totals.items()}
 
     def _entry(self, row: int) -> _Row:
         entry = self._rows[row]
@@ -157,10 +164,11 @@ class PolicyTable:
         entry = self._rows[row]
         if entry is not None:
             self.tables.settle()
-            counts = self.tables.expert_tokens[row].cpu().clone()
             name = entry.policy.name
-            self._expert_tokens[name] = self._expert_tokens[name] + counts if name in self._expert_tokens else counts
-            self.tables.expert_tokens[row].zero_()
+            for kept, counters in ((self._expert_tokens, self.tables.expert_tokens), (self._refined, self.tables.refined)):
+                counts = counters[row].cpu().clone()
+                kept[name] = kept[name] + counts if name in kept else counts
+                counters[row].zero_()
             del self._by_version[entry.policy.version]
             self._rows[row] = None
         return row

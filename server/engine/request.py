@@ -120,6 +120,7 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache at the last admission
+    refined_rows: int = 0  # rows of weights that were refined, summed over all computed tokens
     num_routed: int = 0  # tokens that expert_counts sums over: all computed ones, recomputed ones again
     prompt_experts: list[TokenExperts] = field(default_factory=list)  # for a traced prompt, without the last token
     num_reached: int = 0  # the largest value of num_computed so far

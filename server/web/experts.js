@@ -7,9 +7,11 @@ let scrapes = []; // [{at, counts: Map(policy -> Map("layer expert" -> tokens))}
 
 async function scrape() {
   const counts = new Map();
-  for (const { labels, value } of await samples("ladimo_expert_tokens_total")) {
+  // Nested weights: what a token chooses are the neurons that it reads at 8 bits, counted in groups.
+  const refined = (await samples("ladimo_refined_total")).filter(({ labels }) => labels.layer !== "head");
+  for (const { labels, value } of refined.length ? refined : await samples("ladimo_expert_tokens_total")) {
     if (!counts.has(labels.policy)) counts.set(labels.policy, new Map());
-    counts.get(labels.policy).set(`${labels.layer} ${labels.expert}`, value);
+    counts.get(labels.policy).set(`${labels.layer} ${labels.expert ?? labels.group}`, value);
   }
   const at = performance.now();
   scrapes.push({ at, counts });

@@ -33,7 +33,7 @@ class Cached(Stepper):
 
     @torch.no_grad()
     def step(self, decode: Sequence[Row] = (), prefill: Sequence[tuple[Row, int]] = ()) -> list[Tensor]:
-        logits, _ = self.native(self.inputs(decode, prefill), self.kv_cache, self.tables)
+        logits, *_ = self.native(self.inputs(decode, prefill), self.kv_cache, self.tables)
         counts = [1] * len(decode) + [count for _, count in prefill]
         for row, count in zip([*decode, *(row for row, _ in prefill)], counts, strict=True):
             row.computed += count

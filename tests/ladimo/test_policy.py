@@ -200,11 +200,17 @@ def test_rows() -> None:
         return {number.field: value for number, value in zip(RuleNumber, rows[0], strict=True)}
 
     rows, allowed = RoutingPolicy.from_dict(policy_json()).to_rows(4)
-    whole = [math.inf if number.field in ("bits", "attention_bits") else 0.0 for number in RuleNumber]
+    whole = [math.inf if number.field in ("bits", "attention_bits", "refine") else 0.0 for number in RuleNumber]
     assert rows[1] == rows[3] == whole  # the dense layer and the output head
     assert allowed == [[True, False, False, True], [False] * 4, [True] * 4]
     unlimited = {"top_k": 2.0, "mass": math.inf, "floor": 0.25, "renormalize": 1.0}
-    without = {"relative_floor": 0.0, "batch_experts": math.inf, "bits": math.inf, "attention_bits": math.inf}
+    without = {
+        "relative_floor": 0.0,
+        "batch_experts": math.inf,
+        "bits": math.inf,
+        "attention_bits": math.inf,
+        "refine": math.inf,
+    }
     assert numbers(mass=None, floor=0.25) == {**unlimited, **without}
     given = {
         "mass": 0.8,
@@ -213,6 +219,7 @@ def test_rows() -> None:
         "relative_floor": 0.5,
         "bits": 4,
         "attention_bits": 8,
+        "refine": 1.5,
     }
     assert numbers(**given) == {"top_k": 2.0, "floor": 0.0, **{name: float(value) for name, value in given.items()}}
 

@@ -97,6 +97,7 @@ class FakeRunner:
         return BatchOutput(
             drawn,
             counts,
+            [0] * len(counts),
             [self._prompt_logprobs(*scheduled) for scheduled in batch.scheduled],
             [self._experts(*scheduled) for scheduled in batch.scheduled],
         )

@@ -19,14 +19,15 @@ MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """experts_per_token: mean for each layer; None for a dense layer. distinct_experts: for each layer, the mean number of
-    different experts in a batch of 32 random tokens. next_token_agreement: share of positions where the most likely next token
-    is that of the reference. kl: mean KL divergence from the reference's next-token distribution, in nats. Both are None
-    without a reference."""
+    """experts_per_token: mean per layer, None where dense. distinct_experts: mean number of different experts that a batch of
+    32 tokens drawn at random runs, per layer. refined_rows: mean number of rows of weights that a token refines
+    (`StepOutput.refined_rows`). next_token_agreement: share of tokens whose most likely next token is the reference's. kl: mean
+    KL divergence from the reference's next-token distribution, in nats. Both are None without a reference."""
 
     perplexity: float
     experts_per_token: tuple[float | None, ...]
     distinct_experts: tuple[float | None, ...]
+    refined_rows: float
     next_token_agreement: float | None
     kl: float | None
 
@@ -52,6 +53,7 @@ def measure(
             perplexity=math.exp(scores[variant][0]),
             experts_per_token=tuple(None if layer is None else layer.per_token for layer in ran[variant]),
             distinct_experts=tuple(None if layer is None else layer.distinct for layer in ran[variant]),
+            refined_rows=3 * sum(layer.refined for layer in ran[variant] if layer is not None) + scores[variant][3],
             next_token_agreement=scores[variant][1],
             kl=scores[variant][2],
         )
@@ -60,8 +62,8 @@ def measure(
 
 
 def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig, dense: float | None) -> dict[str, object]:
-    """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the perplexity of the dense source."""
-    read = policy.bytes_ratio(config, measurement.experts_per_token)
+    """A policy's entry in the JSON of `ladimo evaluate` and in report.json. dense: the dense source's perplexity."""
+    read = policy.bytes_ratio(config, measurement.experts_per_token, measurement.refined_rows)
     return {
         "policy": policy.name,
         "version": policy.version,
@@ -82,13 +84,15 @@ def num_scored(blocks: Tensor) -> int:
 
 def _score(
     model: StreamedModel, blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
-) -> dict[Rules, tuple[float, float | None, float | None]]:
-    """For each variant: mean negative log-likelihood in nats, agreement with the reference, KL divergence from it."""
-    sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
+) -> dict[Rules, tuple[float, float | None, float | None, float]]:
+    """Per variant: mean negative log-likelihood in nats, agreement with the reference, KL from it, refined words per token."""
+    sums = {variant: torch.zeros(4, dtype=torch.float64) for variant in states}
 
     def log_probs(variant: Rules, row: slice) -> Tensor:
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
-        return logits(model, variant, hidden_states).float().log_softmax(dim=-1)
+        scores, words = logits(model, variant, hidden_states)
+        sums[variant][3] += words
+        return scores.float().log_softmax(dim=-1)
 
     for index in track(range(len(blocks)), "sequences scored"):  # one at a time, because logits take much memory
         row = slice(index, index + 1)
@@ -101,9 +105,9 @@ def _score(
                 sums[variant][1] += (logp.argmax(dim=-1) == base.argmax(dim=-1)).sum().item()
                 sums[variant][2] += F.kl_div(logp, base, reduction="sum", log_target=True).item()
     means = {variant: (total / num_scored(blocks)).tolist() for variant, total in sums.items()}
-    if not all(loss < MAX_LOSS for loss, _, _ in means.values()):  # also false for NaN
+    if not all(loss < MAX_LOSS for loss, *_ in means.values()):  # also false for NaN
         raise ValueError(f"{model.directory}: the model's loss is not finite; are its weights sound?")
     return {
-        variant: (loss, None, None) if reference is None else (loss, agreement, max(kl, 0.0))
-        for variant, (loss, agreement, kl) in means.items()
+        variant: (loss, None, None, words) if reference is None else (loss, agreement, max(kl, 0.0), words)
+        for variant, (loss, agreement, kl, words) in means.items()
     }

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladimo.convert.ffn.expert_layer import route, run_experts
+from ladimo.convert.ffn.expert_layer import route, run_experts, run_refined
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.model.moe import ExpertLayer
+from ladimo.model.nested_layers import NestedHead
 from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -26,10 +27,12 @@ DISTINCT_BATCH = 32  # the tokens of a batch in which different experts are coun
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """Means for one expert layer: the experts per token, and the different experts per batch of 32 tokens."""
+    """What ran in one expert layer, means: experts per token, different experts per batch of 32 tokens, and refined neurons per
+    token."""
 
     per_token: float
     distinct: float
+    refined: float
 
 
 def run_variants(
@@ -59,7 +62,11 @@ def run_variants(
 
 def variant_of(policy: RoutingPolicy, config: ModelConfig) -> Rules:
     """The policy as a variant of the model."""
-    return (*policy.layers, LayerRule(1, bits=policy.head_bits)) if config.nested_bits else policy.layers
+    return (
+        (*policy.layers, LayerRule(1, bits=policy.head_bits, refine=policy.head_refine))
+        if config.nested_bits
+        else policy.layers
+    )
 
 
 def policy_of(name: str, description: str, rules: Rules, config: ModelConfig) -> RoutingPolicy:
@@ -68,15 +75,22 @@ def policy_of(name: str, description: str, rules: Rules, config: ModelConfig) ->
         return RoutingPolicy(name, description, rules)
     head = rules[-1]
     assert head is not None
-    return RoutingPolicy(name, description, rules[:-1], head.bits)
+    return RoutingPolicy(name, description, rules[:-1], head.bits, head.refine)
 
 
-def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> Tensor:
-    """Run the final norm and the output head of a variant: [R, D] -> [R, V]."""
-    head = variant[-1] if model.config.nested_bits else None
-    if head is None or head.bits is None:
-        return model.ends.logits(hidden_states)
-    return model.ends.logits(hidden_states, torch.full((len(hidden_states),), head.bits, device=hidden_states.device))
+def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> tuple[Tensor, int]:
+    """Final norm and output head of a variant: [R, D] -> [R, V], and how many words of all R together were refined."""
+    rule = variant[-1] if model.config.nested_bits else None
+    if rule is None or rule.bits is None:
+        return model.ends.logits(hidden_states), 0
+    head = model.ends.lm_head
+    assert isinstance(head, NestedHead)
+    bits = hidden_states.new_full((len(hidden_states),), rule.bits)
+    normed = model.ends.model.norm(hidden_states)
+    if rule.refine is None:
+        return head(normed, bits), 0
+    refined, words = head.refined(normed, bits, torch.full_like(bits, rule.refine))
+    return refined, int(words.sum())
 
 
 def _advance(
@@ -89,6 +103,7 @@ def _advance(
     """Run the hidden states [B, S, D] of every batch through one layer, once per branch. Return the states and what ran."""
     states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
     ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
+    neurons = dict.fromkeys(branches, 0)
     for number, hidden_states in enumerate(batches):
         for bits, same in _by_attention_bits(branches):
             for rows, attended, ffn_inputs in model.attend(layer, hidden_states, bits):
@@ -99,7 +114,11 @@ def _advance(
                     else:
                         assert expert_layer is not None
                         _, topk_weights, topk_ids = route(expert_layer, ffn_inputs, rule)
-                        out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.bits)
+                        if rule.refine is None:
+                            out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.bits)
+                        else:
+                            out, refined = run_refined(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.refine)
+                            neurons[branch] += int(refined.sum())
                         ids[branch].append(topk_ids.to("cpu", torch.int16))
                     states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
     ran: dict[Rules, Ran | None] = {}
@@ -110,7 +129,7 @@ def _advance(
             every = torch.cat(ids[branch]).long()
             needed = (every >= 0).sum(dim=1)
             distinct = distinct_experts(every, needed, expert_layer.config.num_experts)
-            ran[branch] = Ran(needed.float().mean().item(), distinct)
+            ran[branch] = Ran(needed.float().mean().item(), distinct, neurons[branch] / len(every))
     return states, ran
 
 

@@ -3,12 +3,13 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested import NestedWeights
+from ladimo.model.refinement import apply_refined
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -23,6 +24,23 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
 
 
+def run_refined(
+    layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, refine: float
+) -> tuple[Tensor, Tensor]:
+    """Nested experts at 4 bits, with neurons refined: [T, D] -> [T, D] and the refined neurons [T, G]."""
+    gate_up, down = nested_weights(layer)
+    floors = torch.full((len(inputs),), refine, device=inputs.device)
+    return apply_refined(inputs, topk_weights, topk_ids, gate_up, down, layer.experts.get_buffer("norms"), floors)
+
+
+def nested_weights(layer: ExpertLayer) -> tuple[NestedWeights, NestedWeights]:
+    """The gate and up, and the down projections of a nested layer."""
+    gate_up: Tensor | NestedWeights = layer.experts.gate_up_proj
+    down: Tensor | NestedWeights = layer.experts.down_proj
+    assert isinstance(gate_up, NestedWeights) and isinstance(down, NestedWeights)
+    return gate_up, down
+
+
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:
     """[T, D] -> [T, D]. Tokens are grouped by expert on every device, because there are many tokens and gradients, and no graph
     is captured. `bits`: how many bits of nested weights are read; None: all."""
@@ -31,6 +49,15 @@ def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_i
         nested: Tensor | NestedWeights = stored
         weights.append(nested.at(bits or math.inf, inputs.dtype) if isinstance(nested, NestedWeights) else nested)
     return layer.add_shared(apply_experts_grouped(inputs, topk_weights, topk_ids, *weights), inputs)
+
+
+def run_ffn(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer's FFN, be it dense or an expert layer under policy `full`: [T, D] -> [T, D]."""
+    if not isinstance(mlp, ExpertLayer):
+        out: Tensor = mlp(inputs)
+        return out
+    _, topk_weights, topk_ids = route(mlp, inputs, full_rule(mlp))
+    return run_experts(mlp, inputs, topk_weights, topk_ids)
 
 
 def full_rule(layer: ExpertLayer) -> LayerRule:

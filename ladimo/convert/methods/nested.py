@@ -1,17 +1,18 @@
 """Method nested: one set of weights at several precisions.
 
-1. One pass over the dense model gathers the second moments of every matrix's inputs (`ladimo.convert.rounding.moments`).
-2. Each matrix gets two planes of four bits (`ladimo.model.nested`). The high plane is chosen with error feedback
-   (`ladimo.convert.rounding.gptq`). The weights themselves stay, so policy `full` is the dense model.
-3. The damage of reading 4 instead of 8 bits is measured for each FFN, each attention and the output head alone. Policies take
-   these changes in the order of damage per saved byte.
+1. One pass over the dense model gathers the second moments of what every matrix multiplies (`rounding.moments`).
+2. Every matrix gets two planes of four bits each (`ladimo.model.nested`). The high plane is chosen with error feedback
+   (`rounding.gptq`). The weights themselves stay, so that policy `full` is the dense model.
+3. The damage of reading 4 instead of 8 bits is found for each FFN, each attention and the output head alone: that of layers
+   is estimated (`policies.precision`), that of the head measured. FFNs and the head have two: with and without refining what
+   matters to a token (`ladimo.model.refinement`). The solver takes the changes in the order of damage per byte saved.
 
-Nothing is trained. No FFN is split. Each is one expert, and the policy chooses its bits.
+Nothing is trained. No FFN is split: each is one expert. A policy chooses its bits, and its neurons are refined one by one.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from ladimo.convert.evaluation.variants import Rules, policy_of
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.registry import register
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
+from ladimo.convert.policies.frontier import policy_cost
+from ladimo.convert.policies.precision import precision_damages
 from ladimo.convert.recipe import Recipe, require
 from ladimo.convert.rounding.gptq import choose_scales, round_with_feedback
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
@@ -43,15 +46,32 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class NestedRecipe:
-    """damage_tokens: the number of held-out tokens on which the damage of each change is measured. points: how many policies
-    are added between 8 bits everywhere and 4 bits everywhere."""
+    """damage_tokens: held-out tokens on which the damage of each change is found. points: how many policies the solver adds
+    between 8 bits everywhere and 4 bits everywhere. refine, head_refine: those of the policies that refine
+    (`RoutingPolicy`)."""
 
     damage_tokens: int = 4096
     points: int = 5
+    refine: float = 1.5
+    head_refine: float = 8.0
 
     def __post_init__(self) -> None:
         require(self.damage_tokens >= 1, "nested.damage_tokens", "must be at least 1", self.damage_tokens)
         require(self.points >= 0, "nested.points", "must be at least 0", self.points)
+        for name in ("refine", "head_refine"):
+            require(getattr(self, name) >= 0, f"nested.{name}", "must be at least 0", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One part read at 4 bits instead of 8: the FFN or the attention of layer `index`, or the head. damage: by how much the KL
+    divergence from the whole model grows, in nats per token. saved: the share of the dense model's bytes that it saves."""
+
+    part: str
+    index: int
+    refined: bool
+    damage: float
+    saved: float
 
 
 @register
@@ -69,7 +89,8 @@ class Nested(Method):
         return (
             "One set of weights at three precisions: 4 bits, 8 bits (a second plane of 4 bits below the first) and whole. The "
             "4-bit integers are the weights rounded up or down with error feedback (GPTQ, arXiv 2210.17323), a scale per row "
-            "and 32 columns. Nothing is trained. A policy chooses the bits of every FFN, every attention and the output head."
+            "and 32 columns. Nothing is trained. A policy chooses the bits of every FFN, every attention and the output head. "
+            "Where it refines, a token reads the neurons and words that matter to it at 8 bits, and all others at 4."
         )
 
     def convert(self, run: Run, calibration: Calibration) -> Converted:
@@ -79,16 +100,17 @@ class Nested(Method):
             {"layer": index, "converted": True, "seconds": run.workspace.finished_record(index)["seconds"]}
             for index in range(run.dense.config.num_hidden_layers)
         ]
-        damages = run.workspace.stage("damages", lambda: measured_damages(own, calibration.holdout, run.recipe))
+        measured = run.workspace.stage("damages", lambda: {"changes": estimated_changes(own, calibration.holdout, run.recipe)})
         layers = {index: layer for index, layer in enumerate(own.config.layers) if layer is not None}
-        return Converted(layers, entries, lambda model: bit_candidates(model.config, damages, run.recipe), damages, own=own)
+        return Converted(
+            layers, entries, lambda model: bit_candidates(model.config, measured["changes"], run.recipe), measured, own=own
+        )
 
     def reprofile(
         self, recipe: Recipe, model: ConvertedModel, stored: Mapping[str, RoutingPolicy], blocks: Tensor, report: dict[str, Any]
     ) -> Candidates:
-        damages = measured_damages(model.dense, blocks, recipe)
-        report |= damages
-        return bit_candidates(model.config, damages, recipe)
+        report["changes"] = estimated_changes(model.dense, blocks, recipe)
+        return bit_candidates(model.config, report["changes"], recipe)
 
 
 def round_layers(run: Run, blocks: Tensor) -> None:
@@ -141,57 +163,92 @@ def nested_model(run: Run) -> StreamedModel:
     return StreamedModel(directory, source.device)
 
 
-def measured_damages(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> dict[str, Any]:
-    """The growth of the KL divergence from the whole model, in nats per token, if one part reads 4 bits and all others read 8.
-    The parts are each layer's FFN, each layer's attention, and the output head. The result is a record of JSON values."""
-    few = blocks[: max(1, round(recipe.section(NestedRecipe).damage_tokens / blocks.shape[1]))]
-    depth = model.config.num_hidden_layers
-    whole, base = _same(model.config, None), _same(model.config, HIGH)
+def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> list[dict[str, Any]]:
+    """What each change of one part costs, when all others read 8 bits: a list of `Change` as JSON values. The changes of layers
+    are estimated, those of the head are measured."""
+    options = recipe.section(NestedRecipe)
+    few = blocks[: max(1, round(options.damage_tokens / blocks.shape[1]))]
+    depth, config = model.config.num_hidden_layers, model.config
+    whole, base = _same(config, None), _same(config, HIGH)
+    heads = {
+        True: _changed(base, depth, bits=LOW, refine=options.head_refine),
+        False: _changed(base, depth, bits=LOW),
+    }
+    measured = measure(model, None, few, [whole, base, *heads.values()], whole)
+    least = measured[base].kl
+    assert least is not None
+    changes = []
+    for refined, rules in heads.items():
+        kl = measured[rules].kl
+        assert kl is not None
+        saved = policy_cost(base, measured[base], config) - policy_cost(rules, measured[rules], config)
+        changes.append(Change("head", depth, refined, max(kl - least, 0.0), saved))
+    at8 = {index: _rule(base, index) for index in range(depth)}
     changed = {
-        **{("ffn", index): _changed(base, index, bits=LOW) for index in range(depth)},
-        **{("attention", index): _changed(base, index, attention_bits=LOW) for index in range(depth)},
-        ("head", 0): _changed(base, depth, bits=LOW),
+        index: {
+            ("ffn", True): dataclasses.replace(rule, bits=LOW, refine=options.refine),
+            ("ffn", False): dataclasses.replace(rule, bits=LOW),
+            ("attention", False): dataclasses.replace(rule, attention_bits=LOW),
+        }
+        for index, rule in at8.items()
     }
-    measured = measure(model, None, few, [whole, base, *changed.values()], whole)
-
-    def damage(part: str, index: int) -> float:
-        lost, least = measured[changed[part, index]].kl, measured[base].kl
-        assert lost is not None and least is not None
-        return max(lost - least, 0.0)
-
-    return {
-        "damage_ffn": [damage("ffn", index) for index in range(depth)],
-        "damage_attention": [damage("attention", index) for index in range(depth)],
-        "damage_head": damage("head", 0),
-    }
+    damages, neurons = precision_damages(model, {index: [at8[index], *changed[index].values()] for index in at8}, few)
+    experts = (1.0,) * depth
+    for index, parts in changed.items():
+        for (part, refined), rule in parts.items():
+            rules = (*base[:index], rule, *base[index + 1 :])
+            cost = policy_of("rules", "", rules, config).bytes_ratio(config, experts, 3 * neurons[index][rule])
+            assert cost is not None
+            damage = max(damages[index][rule] - damages[index][at8[index]], 0.0)
+            changes.append(Change(part, index, refined, damage, policy_cost(base, measured[base], config) - cost))
+    return [dataclasses.asdict(change) for change in changes]
 
 
-def bit_candidates(config: ModelConfig, damages: Mapping[str, Any], recipe: Recipe) -> Candidates:
-    """The named policies, the recipe's number of others between 8 and 4 bits, and the guard. Changes from 8 to 4 bits are made
-    in the order of damage per saved byte, the least damaging first."""
-    depth, queries = config.num_hidden_layers, config.attention_parameters - config.key_value_parameters
-    changes = [
-        *((damages["damage_ffn"][i] / config.ffn_parameters, i, "bits") for i in range(depth)),
-        *((damages["damage_attention"][i] / queries, i, "attention_bits") for i in range(depth)),
-        (damages["damage_head"] / config.head_parameters, depth, "bits"),
-    ]
-    path = [_same(config, HIGH)]
-    for _, index, name in sorted(changes):
-        path.append(_changed(path[-1], index, **{name: LOW}))
-    costs = [_cost(rules, config) for rules in path]
+def bit_candidates(config: ModelConfig, damages: Sequence[Mapping[str, Any]], recipe: Recipe) -> Candidates:
+    """The named policies, the recipe's number of others between 8 and 4 bits, and the guard.
+
+    Of all changes from 8 to 4 bits, those with the least damage per saved byte come first. A part that can be refined changes
+    in two steps: to 4 bits refined, and to 4 bits. If the second step is the better one, both are taken together.
+    """
+    options, known = recipe.section(NestedRecipe), {}
+    for raw in damages:
+        one = Change(**raw)
+        known[one.part, one.index, one.refined] = one
+    steps: list[tuple[float, float, Change]] = []  # damage per saved byte, saved bytes, and what it changes to
+    for (part, index, refined), end in known.items():
+        middle = known.get((part, index, True))
+        if refined or middle is None:
+            if not refined:
+                steps.append((end.damage / end.saved, end.saved, end))
+            continue
+        rest = max(end.damage - middle.damage, 0.0), end.saved - middle.saved
+        if middle.saved <= 0 or rest[1] <= 0 or middle.damage / middle.saved >= rest[0] / rest[1]:
+            steps.append((end.damage / end.saved, end.saved, end))
+        else:
+            steps += [(middle.damage / middle.saved, middle.saved, middle), (rest[0] / rest[1], rest[1], end)]
+    path, saved = [_same(config, HIGH)], [0.0]
+    for _, bytes_saved, to in sorted(steps, key=lambda step: step[:2]):
+        path.append(_apply(path[-1], to, options))
+        saved.append(saved[-1] + bytes_saved)
 
     def near(share: float) -> Rules:
-        """The rules whose bytes are nearest to this share of the way from the most to the fewest bytes."""
-        wanted = costs[0] + share * (costs[-1] - costs[0])
-        return path[min(range(len(path)), key=lambda place: abs(costs[place] - wanted))]
+        """The solution whose saved bytes are nearest to this share of all that can be saved."""
+        return path[min(range(len(path)), key=lambda place: abs(saved[place] - share * saved[-1]))]
 
-    full, points, ratio = _same(config, None), recipe.section(NestedRecipe).points, recipe.max_perplexity_ratio
+    full, points, ratio = _same(config, None), options.points, recipe.max_perplexity_ratio
     rules = {"full": full, "quality": path[0], "balanced": near(0.5), "fast": path[-1]}
     for point in range(1, points + 1):
         found = near(point / (points + 1))
         if found not in rules.values():
-            rules[f"bytes-{100 * _cost(found, config):.1f}"] = found
+            rules[f"saved-{100 * point / (points + 1):.0f}"] = found
     return Candidates(rules, Guard(ratio, [full, *path]) if ratio else None)
+
+
+def _apply(rules: Rules, to: Change, options: NestedRecipe) -> Rules:
+    if to.part == "attention":
+        return _changed(rules, to.index, attention_bits=LOW)
+    floor = options.head_refine if to.part == "head" else options.refine
+    return _changed(rules, to.index, bits=LOW, refine=floor if to.refined else None)
 
 
 def _same(config: ModelConfig, bits: int | None) -> Rules:
@@ -201,16 +258,15 @@ def _same(config: ModelConfig, bits: int | None) -> Rules:
     return (*rules, LayerRule(1, bits=bits))
 
 
-def _changed(rules: Rules, index: int, **numbers: Any) -> Rules:
+def _rule(rules: Rules, index: int) -> LayerRule:
     rule = rules[index]
     assert rule is not None
+    return rule
+
+
+def _changed(rules: Rules, index: int, **numbers: Any) -> Rules:
+    rule = _rule(rules, index)
     return (*rules[:index], dataclasses.replace(rule, **numbers), *rules[index + 1 :])
-
-
-def _cost(rules: Rules, config: ModelConfig) -> float:
-    ratio = policy_of("rules", "", rules, config).bytes_ratio(config, (1.0,) * config.num_hidden_layers)
-    assert ratio is not None
-    return ratio
 
 
 def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, Tensor]]:

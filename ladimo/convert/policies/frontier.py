@@ -73,19 +73,20 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
 
 
 def policy_cost(rules: Rules, measurement: Measurement, config: ModelConfig) -> float:
-    """The cost by which an accuracy chooses; see `FrontierPoint.cost`."""
-    ratio = policy_of("rules", "", rules, config).bytes_ratio(config, measurement.experts_per_token)
+    """What the knob walks; see `FrontierPoint.cost`."""
+    ratio = policy_of("rules", "", rules, config).bytes_ratio(config, measurement.experts_per_token, measurement.refined_rows)
     return config.active_parameters_ratio(measurement.experts_per_token) if ratio is None else ratio
 
 
 def rule_name(rule: LayerRule | None) -> str:
-    """A short name: "TOP2", "DYN(0.8)", "5 fixed" (a static mask) or "dense". Other limits are added, as in "TOP4
-    relative_floor 0.3". Bits are added, too, as in "TOP1 at 4 bits, attention at 8"."""
+    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3", and so are
+    bits: "TOP1 at 4 bits refined from 1.5, attention at 8"."""
     if rule is None:
         return "dense"
     if rule.bits is not None or rule.attention_bits is not None:
-        name = rule_name(replace(rule, bits=None, attention_bits=None))
-        return f"{name} at {rule.bits or 'all'} bits, attention at {rule.attention_bits or 'all'}"
+        name = rule_name(replace(rule, bits=None, attention_bits=None, refine=None))
+        refined = "" if rule.refine is None else f" refined from {rule.refine:g}"
+        return f"{name} at {rule.bits or 'all'} bits{refined}, attention at {rule.attention_bits or 'all'}"
     if not rule.limits and rule.experts is not None and rule.top_k >= len(rule.experts):
         return f"{len(rule.experts)} fixed"
     name = f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
@@ -98,7 +99,8 @@ def describe_rules(rules: Rules, config: ModelConfig) -> str:
     names = [rule_name(rule) for rule in policy.layers if rule is not None]
     counts = [f"{name} in {names.count(name)} layer{'s' * (names.count(name) > 1)}" for name in dict.fromkeys(names)]
     if config.nested_bits:
-        counts.append(f"output head at {policy.head_bits or 'all'} bits")
+        refined = "" if policy.head_refine is None else f" refined to {policy.head_refine:g} below the best"
+        counts.append(f"output head at {policy.head_bits or 'all'} bits{refined}")
     return ", ".join(counts)
 
 
@@ -120,6 +122,12 @@ def _cheapest_within(
     return None if low < 0 else guard.path[low]
 
 
+def _distinct_rows(measurement: Measurement, config: ModelConfig) -> float:
+    """An upper limit of the different rows of weights that a batch of 32 tokens refines."""
+    every = 3 * config.intermediate_size * config.num_hidden_layers + config.vocab_size
+    return min(every, DISTINCT_BATCH * measurement.refined_rows)
+
+
 def _frontier(
     policies: Mapping[Rules, RoutingPolicy],
     measured: Mapping[Rules, Measurement],
@@ -137,14 +145,16 @@ def _frontier(
             perplexity=measured[rules].perplexity,
             perplexity_ratio=measured[rules].perplexity / perplexity,
             experts_per_token=measured[rules].experts_per_token,
-            bytes_ratio=policy.bytes_ratio(config, measured[rules].experts_per_token),
+            bytes_ratio=policy.bytes_ratio(config, measured[rules].experts_per_token, measured[rules].refined_rows),
         )
         for rules, policy in policies.items()
     }
     if batch == 1:
         return pareto(points.values())
     reads = {
-        point.policy: policies[rules].bytes_ratio(config, measured[rules].distinct_experts)
+        point.policy: policies[rules].bytes_ratio(
+            config, measured[rules].distinct_experts, _distinct_rows(measured[rules], config)
+        )
         or config.active_parameters_ratio(measured[rules].distinct_experts)
         for rules, point in points.items()
     }

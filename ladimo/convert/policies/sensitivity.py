@@ -11,7 +11,7 @@ The larger the damage, the more the second order underestimates it. So if the da
 is measured. This gives a factor f between measurement and estimate. Rules with a smaller estimate are corrected by less, by
 f ** (their estimate / the largest one).
 
-Legend: B sequences, S positions, T = B * S tokens, D hidden_size, V vocabulary, M samples.
+The passes are those of `backward`. Legend: B sequences, S positions, T = B * S tokens, D hidden_size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,13 @@ from torch import Tensor
 from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import Rules, distinct_experts
 from ladimo.convert.ffn.expert_layer import route, run_experts
-from ladimo.convert.progress import track
-from ladimo.convert.streamed_model import ExpertSource, StreamedModel, chunks
+from ladimo.convert.policies.backward import Chunk, Visit, run_backward
+from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule
 
 SAMPLES = 2
-LARGE = 0.01  # nats; if the largest estimate of a layer is above this, its rule is measured
-CHUNK_TOKENS = 2048  # tokens that pass through a layer together, with the values that a gradient needs
+LARGE = 0.01  # nats; where the most damaging rule of a layer is estimated above this, it is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +114,26 @@ def is_routed(rule: LayerRule) -> bool:
 def estimate_damages(
     dense: StreamedModel, experts: ExpertSource, rules: Mapping[int, Sequence[LayerRule]], blocks: Tensor, samples: int
 ) -> Estimates:
-    """Second-order estimates by layer and rule. One layer is in memory at a time. The inputs of all layers are kept."""
-    inputs = layer_inputs(dense, blocks)
-    gradients = output_gradients(dense, inputs.pop(), samples)
+    """To second order, by layer and rule. One layer is in memory at a time, and its inputs are kept for all of them."""
     sums: dict[int, dict[LayerRule, Tensor]] = {}
     ran: dict[int, dict[LayerRule, list[Tensor]]] = {}
-    first = min(rules, default=dense.config.num_hidden_layers)
-    for index in track(list(reversed(range(first, dense.config.num_hidden_layers))), "layers backward"):
-        wanted, hidden_states = rules.get(index, ()), inputs.pop()
-        layer, expert_layer = dense.layer(index), experts(index) if wanted else None
+
+    def begin(index: int) -> Visit:
+        wanted = rules.get(index, ())
+        expert_layer = experts(index) if wanted else None
         sums[index] = {rule: torch.zeros(len(blocks), dtype=torch.float64) for rule in wanted}
         ran[index] = {rule: [] for rule in wanted}
-        for rows in chunks(blocks, CHUNK_TOKENS):
-            given = hidden_states[rows].to(dense.device).requires_grad_()
-            attended, ffn_inputs = _attend(dense, layer, given)
-            outputs = layer.mlp(ffn_inputs)
-            back = gradients[:, rows].to(dense.device).flatten(1, 2)  # [M, T, D]
+
+        def visit(chunk: Chunk) -> None:
             for rule in wanted:
                 assert expert_layer is not None
-                error, ids = _change(expert_layer, ffn_inputs.detach(), outputs.detach(), rule)
-                products = (back.float() * error.float()).sum(dim=2).double().square().sum(dim=0)  # [T]
-                sums[index][rule][rows] = products.view(given.shape[:2]).sum(dim=1).cpu()
+                error, ids = _change(expert_layer, chunk.ffn_inputs, chunk.ffn_outputs, rule)
+                sums[index][rule][chunk.rows] = chunk.products(error)
                 ran[index][rule].append(ids.to("cpu", torch.int16))
-            if index > first:
-                out = (attended + outputs).view(given.shape)
-                for sample in range(samples):
-                    (found,) = torch.autograd.grad(
-                        out, given, gradients[sample, rows].to(out), retain_graph=sample < samples - 1
-                    )
-                    gradients[sample, rows] = found.to(gradients)
+
+        return visit
+
+    run_backward(dense, blocks, samples, min(rules, default=dense.config.num_hidden_layers), begin)
     scored = samples * (blocks.shape[1] - 1)  # per sequence
     return {
         index: {
@@ -153,43 +142,6 @@ def estimate_damages(
         for index, own in sums.items()
         if index in rules
     }
-
-
-@torch.no_grad()
-def layer_inputs(dense: StreamedModel, blocks: Tensor) -> list[Tensor]:
-    """Hidden states [B, S, D] before each layer and after the last one, on the host."""
-    states = [dense.embed(blocks)]
-    for index in track(range(dense.config.num_hidden_layers), "layers forward"):
-        layer, after = dense.layer(index), torch.empty_like(states[-1])
-        for rows, attended, ffn_inputs in dense.attend(layer, states[-1]):
-            after[rows] = (attended + layer.mlp(ffn_inputs)).view(after[rows].shape).cpu()
-        states.append(after)
-    return states
-
-
-def output_gradients(dense: StreamedModel, hidden_states: Tensor, samples: int) -> Tensor:
-    """Gradients [M, B, S, D] with respect to the last layer's output [B, S, D], in fp32 on the host. They are those of the
-    log-probability of a drawn next token, after every position except the last."""
-    generator = torch.Generator(dense.device).manual_seed(0)
-    gradients = torch.zeros(samples, *hidden_states.shape)
-    for row, one in enumerate(track(hidden_states, "sequences", len(hidden_states))):
-        given = one[:-1].to(dense.device).requires_grad_()
-        logits = dense.ends.logits(given).float()
-        probabilities = logits.detach().softmax(dim=-1)
-        for sample in range(samples):
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            score = -probabilities  # the gradient of log p(drawn) with respect to the logits is onehot(drawn) - p
-            score.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=score.dtype))
-            (found,) = torch.autograd.grad(logits, given, score, retain_graph=sample < samples - 1)
-            gradients[sample, row, :-1] = found.float().cpu()
-    return gradients
-
-
-def _attend(dense: StreamedModel, layer: DecoderLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Run attention with gradients on whole sequences [B, S, D] on the device. Returns the states after attention and the FFN's
-    inputs, [T, D]."""
-    ((_, attended, ffn_inputs),) = dense.attend(layer, hidden_states)
-    return attended, ffn_inputs
 
 
 @torch.no_grad()

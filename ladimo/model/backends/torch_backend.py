@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ladimo.model import experts, norm_activation, paged_attention, quantization, routing
+from ladimo.model import experts, norm_activation, paged_attention, quantization, refinement, routing
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import huge_zeros
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
@@ -57,6 +57,7 @@ class TorchBackend:
     select_experts = staticmethod(routing.select_experts)
     apply_batch_budget = staticmethod(routing.apply_batch_budget)
     apply_experts = staticmethod(experts.apply_experts)
+    apply_refined = staticmethod(refinement.apply_refined)
     linear = staticmethod(quantization.linear)
 
     def __init__(

@@ -24,6 +24,7 @@ from shutil import which
 
 from ladimo.model.cpu.cache import cache_directories, make_private
 from ladimo.model.nested import STEPS
+from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.rule import RuleNumber
 
 SHIPPED = Path(__file__).with_name("compiled")
@@ -31,7 +32,7 @@ SHIPPED = Path(__file__).with_name("compiled")
 OPTIONS = ("-O3", "-std=gnu17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
 # The columns of a policy's row, and the steps of nested weights, so that the C code uses the same definitions as Python.
 RULE_MACROS = (f"-DRULE_NUMBERS={len(RuleNumber)}", *(f"-DRULE_{number.name}={number.value}" for number in RuleNumber))
-MACROS = (*RULE_MACROS, f"-DNESTED_STEPS={STEPS}")
+MACROS = (*RULE_MACROS, f"-DNESTED_STEPS={STEPS}", f"-DREFINED_GROUPS={REFINED_GROUPS}")
 COMMON_FLAGS = (*OPTIONS, *MACROS)
 NATIVE = "-march=native"
 COMPILERS = ("gcc", "cc", "clang")

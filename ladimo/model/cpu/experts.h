@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "state.h"
+#include "refine.h"
 
 // The product m x for one token. Writes out[16 * panels].
 static void multiply_token(const Matrix *m, const void *x, float *out) {
@@ -155,9 +155,6 @@ static void share_experts(const State *s) {
     }
 }
 
-static inline int64_t *pairs_of(const State *s, int64_t e) { return s->first_pair + e * PRECISIONS; }
-static inline int64_t count_pairs(const State *s, int64_t e) { return pairs_of(s, e)[PRECISIONS] - pairs_of(s, e)[0]; }
-
 // Sort the pairs of tokens and experts by expert, and those of an expert by precision. In a dense layer every token runs the only
 // expert, whole.
 static void sort_pairs(State *s) {
@@ -202,17 +199,9 @@ static int64_t group_tokens(const Engine *engine, State *s) {
     return s->first_chunk[experts] = chunks;
 }
 
-// Write the activations first .. first + count - 1 of a token that has `size`. In integer formats this is exactly one group.
-static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t count, int64_t size, int64_t kind) {
-    if (kind == FLOAT32 || kind == BFLOAT16) {
-        write_activations(inner + activation_bytes(first, kind), x, count, kind);
-        return;
-    }
-    Rounded out = rounded(inner, size);
-    round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
-}
-
-static void gate_up_block(const State *s, const Matrix *matrix, const int64_t *pairs, int64_t block, int64_t begin) {
+static void gate_up_block(
+    const State *s, const Matrix *matrix, const float *norms, const int64_t *pairs, int64_t block, int64_t begin
+) {
     int64_t half = panels_of(matrix, block) / 2, size = s->layer->expert_size;
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
@@ -223,6 +212,10 @@ static void gate_up_block(const State *s, const Matrix *matrix, const int64_t *p
             float product[PANELS / 2 * ROWS];
             uint8_t *inner = s->inner + (at + i) * s->inner_bytes;
             const vf *gate = (const vf *)(sums + i * 2 * half * ROWS), *up = gate + half * VECTORS;
+            if (precision == BITS4 && refines(s, s->pair_token[at + i])) {
+                keep_block(s, norms, at + i, block, gate, up);
+                continue;
+            }
             for (int64_t v = 0; v < half * VECTORS; v++) ((vf *)product)[v] = silu(gate[v]) * up[v];
             write_inner(inner, product, block * PANELS / 2 * ROWS, half * ROWS, size, activations_at(precision, s->activations));
         }
@@ -236,10 +229,11 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     chunk -= s->first_chunk[e];
     Matrix matrix = expert_matrix(&s->layer->gate_up, e);
     const int64_t *pairs = pairs_of(s, e);
+    const float *norms = s->layer->column_norms ? s->layer->column_norms + e * s->layer->expert_size : NULL;
     int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK);
     int64_t begin = pairs[0] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
     for (int64_t block = first; block < least(first + s->span, num_blocks(&matrix)); block++)
-        gate_up_block(s, &matrix, pairs, block, begin);
+        gate_up_block(s, &matrix, norms, pairs, block, begin);
 }
 
 // 64 rows of the output, for all experts and tokens. One thread adds up each row, in the order of the experts.
@@ -261,6 +255,10 @@ static void down_chunk(const void *job, int64_t block) {
             for (int64_t i = 0; i < n; i++) {
                 float *target = s->x + s->pair_token[at + i] * m->hidden + row, weight = s->pair_weight[at + i];
                 for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
+                if (precision != BITS4 || !refines(s, s->pair_token[at + i])) continue;
+                float refined[BLOCK_ROWS];
+                low_columns(s, &matrix, at + i, block, refined);
+                for (int64_t c = 0; c < rows; c++) target[c] += weight * refined[c];
             }
         }
     }

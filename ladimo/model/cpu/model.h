@@ -32,17 +32,19 @@ enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
 // A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
 // besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, in fp32 for
 // the integers in `data`, in bf16 for the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
+// `single`: the low plane once more, laid out so that one neuron or one word can be read alone (refine.h); else NULL.
 typedef struct {
-    const uint8_t *data, *high, *low, *scales;
-    int64_t rows, panels, cols, kind, careful_row;
+    const uint8_t *data, *high, *low, *scales, *single;
+    int64_t rows, panels, cols, kind, careful_row, single_bytes;  // single_bytes: of `single`, for one expert
 } Matrix;
 
 // One layer. gate_up and down hold the matrices of all E experts, one after another; a dense FFN is one expert. In gate_up, each
 // block has two panels of gate rows and two of up rows.
 typedef struct {
     const float *input_norm, *post_norm, *qkv_bias, *o_bias, *selection_bias;
+    const float *column_norms;  // [E, expert_size] of a nested layer, zeros for padding; else NULL
     Matrix qkv, o, gate_up, down, router, router_second;
-    int64_t num_experts, expert_size;  // num_experts 0: a dense FFN
+    int64_t num_experts, expert_size, neurons;  // num_experts 0: a dense FFN. neurons: of an expert, without padding
     int64_t router_kind, fixed_experts, sigmoid, score_norm_top_k, weight_one;
 } Layer;
 
@@ -74,4 +76,5 @@ typedef struct {
     void *k_cache, *v_cache;
     float *logits;        // [R, V]
     int64_t *expert_ids;  // [L, T, E]
+    int32_t *refined;     // [L + 1, T, REFINED_GROUPS], zeros before the step; NULL if the weights are not nested
 } Step;

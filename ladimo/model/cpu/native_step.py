@@ -21,7 +21,8 @@ from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedLinear
+from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
@@ -33,16 +34,16 @@ WAKE_THREADS_FROM = 10**6
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("data", "high", "low", "scales")] + [
-        (name, c_int64) for name in ("rows", "panels", "cols", "kind", "careful_row")
+    _fields_ = [(name, c_void_p) for name in ("data", "high", "low", "scales", "single")] + [
+        (name, c_int64) for name in ("rows", "panels", "cols", "kind", "careful_row", "single_bytes")
     ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("input_norm", "post_norm", "qkv_bias", "o_bias", "selection_bias")]
+        [(name, c_void_p) for name in ("input_norm", "post_norm", "qkv_bias", "o_bias", "selection_bias", "column_norms")]
         + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
-        + [(name, c_int64) for name in ("num_experts", "expert_size", "router_kind", "fixed_experts")]
+        + [(name, c_int64) for name in ("num_experts", "expert_size", "neurons", "router_kind", "fixed_experts")]
         + [(name, c_int64) for name in ("sigmoid", "score_norm_top_k", "weight_one")]
     )
 
@@ -99,6 +100,7 @@ class _Step(ctypes.Structure):
             "v_cache",
             "logits",
             "expert_ids",
+            "refined",
         )
     ]
 
@@ -185,7 +187,7 @@ class NativeStep:
             embedding=self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
-            head=self._matrix(pack(head, format)),
+            head=self._matrix(pack(head, format, single=True)),
             layers=layers,
         )
         self._multiply_adds = config.dense_parameters + head.shape.numel()  # per token, an upper estimate
@@ -212,6 +214,9 @@ class NativeStep:
         expert_ids = None
         if self._model.max_experts:
             expert_ids = torch.empty(config.num_hidden_layers, num_tokens, config.max_num_experts, dtype=torch.int64)
+        refined = None
+        if config.nested_bits:
+            refined = torch.zeros(config.num_hidden_layers + 1, num_tokens, REFINED_GROUPS, dtype=torch.int32)
         # Must stay alive until the call returns, because contiguous() may have made copies.
         given = [
             tensor.contiguous()
@@ -242,10 +247,11 @@ class NativeStep:
             kv_cache.v.data_ptr(),
             logits.data_ptr(),
             None if expert_ids is None else expert_ids.data_ptr(),
+            None if refined is None else refined.data_ptr(),
         )
         if self._run(self.pool.handle, self._model, step):
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
-        return StepOutput(logits, expert_ids)
+        return StepOutput(logits, expert_ids, refined)
 
     def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: str) -> None:
         attention = layer.self_attn
@@ -270,7 +276,10 @@ class NativeStep:
         moe = layer.mlp.config
         self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
         self._fill_router(target, layer.mlp.gate)
-        target.num_experts = moe.num_experts
+        target.num_experts, target.neurons = moe.num_experts, moe.moe_intermediate_size
+        if isinstance(layer.mlp.experts, NestedExperts):
+            norms = layer.mlp.experts.norms
+            target.column_norms = self._keep(F.pad(norms, (0, target.expert_size - norms.shape[1])))
         target.sigmoid = moe.score_function == "sigmoid"
         target.score_norm_top_k = moe.score_norm_top_k or 0
         target.weight_one = moe.expert_weight == "one"
@@ -298,7 +307,7 @@ class NativeStep:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 
     def _matrix(self, packed: Packed, careful_row: int = NO_ROW) -> _Matrix:
-        parts = (packed.data, packed.high, packed.low, packed.scales)
+        parts = (packed.data, packed.high, packed.low, packed.scales, packed.single)
         return _Matrix(
             *(None if part is None else self._keep(part) for part in parts),
             packed.rows,
@@ -306,6 +315,7 @@ class NativeStep:
             packed.cols,
             KINDS.index(packed.format),
             careful_row,
+            0 if packed.single is None else packed.single[0].numel(),
         )
 
     def _keep(self, tensor: Tensor) -> int:

@@ -37,6 +37,7 @@ class Packed:
 
     `rows`, `panels` and `cols` are those of one matrix. `scales` has P * 16 * K / S numbers for each matrix; None for
     floating-point formats without planes. `high` and `low` are the planes of nested weights; their scales are in bf16.
+    `single`: the low plane once more, for reading single neurons or words (`refine.h`); bytes [E, ...].
     """
 
     data: Tensor
@@ -47,30 +48,36 @@ class Packed:
     format: str
     high: Tensor | None = None
     low: Tensor | None = None
+    single: Tensor | None = None
 
 
-def pack(weights: Source, format: str) -> Packed:
+def pack(weights: Source, format: str, single: bool = False) -> Packed:
     """Pack weights in `format`, and besides, if they are nested, their planes. K must be even, and for integer formats and for
-    nested weights a multiple of `GROUP`."""
-    return _pack(_full(weights), format, _planes(weights))
+    nested weights a multiple of `GROUP`. `single`: rows of nested weights can be read alone."""
+    planes = _planes(weights)
+    packed = _pack(_full(weights), format, planes)
+    return replace(packed, single=_single_rows(planes)[None]) if single and planes is not None else packed
 
 
 def pack_gate_up(gate_up: Source, format: str) -> Packed:
     """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows."""
     full, planes = _full(gate_up), _planes(gate_up)
     size = padded_size(full.shape[1] // 2, format, nested=planes is not None)
-    if planes is not None:
-        planes = Planes(*(_pair_panels(part, size) for part in planes))
-    return _pack(_pair_panels(full, size), format, planes)
+    if planes is None:
+        return _pack(_pair_panels(full, size), format, None)
+    halves = Planes(*(torch.cat([_fill_rows(half, size) for half in part.chunk(2, dim=1)], dim=1) for part in planes))
+    packed = _pack(_pair_panels(full, size), format, Planes(*(_pair_panels(part, size) for part in planes)))
+    return replace(packed, single=_single_rows(halves))
 
 
 def pack_down(down: Source, format: str) -> Packed:
     """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds."""
     full, planes = _full(down), _planes(down)
     idle = padded_size(full.shape[2], format, nested=planes is not None) - full.shape[2]
-    if planes is not None:
-        planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
-    return _pack(F.pad(full, (0, idle)), format, planes)
+    if planes is None:
+        return _pack(F.pad(full, (0, idle)), format, None)
+    planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
+    return replace(_pack(F.pad(full, (0, idle)), format, planes), single=_single_columns(planes))
 
 
 def stack_rows(matrices: Sequence[Source]) -> Source:
@@ -130,10 +137,36 @@ def _pack(weights: Tensor, format: str, planes: Planes | None) -> Packed:
 
 def _pair_panels(gate_up: Tensor, size: int) -> Tensor:
     """[E, 2F, ...] -> [E, 2 size, ...]: both halves are padded with zeros, and their panels alternate in pairs."""
-    halves = (F.pad(half, (0, 0, 0, size - half.shape[1])) for half in gate_up.chunk(2, dim=1))
+    halves = (_fill_rows(half, size) for half in gate_up.chunk(2, dim=1))
     gate, up = (half.unflatten(1, (-1, LANES)).split(PANELS // 2, dim=1) for half in halves)
     pairs = [torch.cat(both, dim=1) for both in zip(gate, up, strict=True)]
     return torch.cat(pairs, dim=1).flatten(1, 2)
+
+
+def _fill_rows(matrices: Tensor, size: int) -> Tensor:
+    """[E, N, ...] -> [E, size, ...], with zeros."""
+    return F.pad(matrices, (0, 0, 0, size - matrices.shape[1]))
+
+
+def _single_rows(planes: Planes) -> Tensor:
+    """The low plane [..., N, K] by rows, as `refine.h` wants them: bytes [..., N, K / 32, 18]."""
+    groups = (planes.low + 8).view(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
+    halves = groups[..., 0, :] | groups[..., 1, :] << 4
+    scales = planes.scales.to(SCALE_DTYPE).contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+    return torch.cat((halves, scales), dim=-1)
+
+
+def _single_columns(planes: Planes) -> Tensor:
+    """The low plane [E, D, F] by columns, as `refine.h` wants them: bytes [E, F / 32, 18 D], D filled up to whole blocks."""
+    block = PANELS * LANES
+    idle = -planes.low.shape[1] % block
+    low = F.pad(planes.low, (0, 0, 0, idle)).transpose(1, 2)  # [E, F, D]
+    halves = (low + 8).view(torch.uint8).unflatten(-1, (-1, 2, block // 2))
+    columns = (
+        (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2).unflatten(1, (-1, GROUP)).flatten(-2)
+    )  # [E, F / 32, 16 D]
+    scales = F.pad(planes.scales, (0, 0, 0, idle)).transpose(1, 2).to(SCALE_DTYPE).contiguous().view(torch.uint8)
+    return torch.cat((scales, columns), dim=-1)
 
 
 def _in_panels(weights: Tensor) -> Iterator[Tensor]:

@@ -269,6 +269,7 @@ static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     if (m->scales) one.scales += e * m->panels * panel_scale_bytes(m);
     if (m->high) one.high += e * m->panels * panel_bytes(m, HIGH_PLANE);
     if (m->low) one.low += e * m->panels * panel_bytes(m, HIGH_PLANE);
+    if (m->single) one.single += e * m->single_bytes;
     return one;
 }
 

@@ -25,6 +25,10 @@ typedef struct {
     int64_t *first_pair;          // [E * PRECISIONS + 1]: the first pair of expert e at precision p is number e * PRECISIONS + p
     int64_t *first_chunk;         // [E + 1]: the first chunk of expert e in the gate and up products
     int64_t span;                 // number of blocks of such a chunk
+    float *gate_up;               // [pairs, 2 F], only if tokens refine: gate and up at 4 bits, then in place of gate what goes into down
+    float *score_sums;            // [pairs, F / 32]: the sum of the scores of each block of neurons
+    uint32_t *chosen;             // [pairs, F / 32]: a bit for each refined neuron
+    float *floors;                // [T]: the least score of a refined neuron
     int64_t *query_items;         // {row, start, length, position} of tokens that attend together, see `query_items`
     int64_t num_items;
 } State;
@@ -43,6 +47,13 @@ static inline int64_t attention_precision(const State *s, int64_t t) { return pr
 static inline int64_t experts_precision(const State *s, int64_t t) { return precision_of(s, &s->layer->gate_up, t, RULE_BITS); }
 static inline int64_t token_of(const State *s, int64_t r) { return s->step->logit_indices ? s->step->logit_indices[r] : r; }
 static inline int64_t head_precision(const State *s, int64_t r) { return precision_of(s, &s->model->head, token_of(s, r), RULE_BITS); }
+
+// Whether token t refines what it reads at 4 bits. The caller knows that it reads at 4 bits.
+static inline int refines(const State *s, int64_t t) { return rule_of(s, t)[RULE_REFINE] < INFINITY; }
+// The counters of what token t refines in this layer, or in the output head.
+static inline int32_t *refined_of(const State *s, int64_t t) {
+    return s->step->refined + (s->layer_index * s->step->num_tokens + t) * REFINED_GROUPS;
+}
 
 // Sort `count` rows by their precision into `order`.
 static void sort_rows(State *s, int64_t count, int64_t (*precision)(const State *, int64_t)) {
@@ -67,4 +78,17 @@ static void normalise(const float *x, const float *weight, int64_t size, double 
     for (; i < size; i++) rest += x[i] * x[i];
     float scale = 1.0f / sqrtf((sum_lanes(squares) + rest) / (float)size + (float)eps);
     for (i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static inline int64_t *pairs_of(const State *s, int64_t e) { return s->first_pair + e * PRECISIONS; }
+static inline int64_t count_pairs(const State *s, int64_t e) { return pairs_of(s, e)[PRECISIONS] - pairs_of(s, e)[0]; }
+
+// Write the activations first .. first + count - 1 of a token that has `size`. In integer formats this is exactly one group.
+static void write_inner(uint8_t *inner, const float *x, int64_t first, int64_t count, int64_t size, int64_t kind) {
+    if (kind == FLOAT32 || kind == BFLOAT16) {
+        write_activations(inner + activation_bytes(first, kind), x, count, kind);
+        return;
+    }
+    Rounded out = rounded(inner, size);
+    round_group(x, (Rounded){out.columns + first, out.scales + first / GROUP, out.sums + first / GROUP}, 0);
 }

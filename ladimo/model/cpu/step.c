@@ -29,6 +29,13 @@ static void input_norm_token(const void *job, int64_t t) {
     write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(attention_precision(s, t), s->activations));
 }
 
+// Whether a token refines in this layer, or in the output head.
+static int any_refines(const State *s) {
+    for (int64_t t = 0; t < s->step->num_tokens; t++)
+        if (refines(s, t)) return 1;
+    return 0;
+}
+
 static void run_layer(Engine *engine, State *s) {
     const Model *m = s->model;
     const Layer *l = s->layer;
@@ -46,6 +53,7 @@ static void run_layer(Engine *engine, State *s) {
     int64_t chunks = group_tokens(engine, s);
     if (!chunks) return;
     run(engine, gate_up_chunk, s, chunks);
+    if (l->column_norms && any_refines(s)) refine_neurons(engine, s);
     run(engine, down_chunk, s, num_blocks(&l->down));
 }
 
@@ -92,7 +100,7 @@ static void *carve(uint8_t **at, size_t size) {
 // Place the buffers one after another, beginning at `at`. Returns the end.
 static uint8_t *lay_out(State *s, uint8_t *at) {
     const Model *m = s->model;
-    size_t tokens = s->step->num_tokens, pairs = tokens, inner = 0, experts = 1;
+    size_t tokens = s->step->num_tokens, pairs = tokens, inner = 0, experts = 1, neurons = 0;
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *l = m->layers + i;
         size_t places = l->num_experts ? l->num_experts : 1;
@@ -100,6 +108,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
         pairs = tokens * places > pairs ? tokens * places : pairs;
         size_t bytes = tokens * places * activation_bytes(l->expert_size, s->activations);
         inner = bytes > inner ? bytes : inner;
+        neurons = tokens * places * l->expert_size > neurons ? tokens * places * l->expert_size : neurons;
     }
     size_t rows = (size_t)s->step->num_logits > tokens ? (size_t)s->step->num_logits : tokens;
     s->x = carve(&at, tokens * m->hidden * sizeof(float));
@@ -116,6 +125,11 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     s->first_pair = carve(&at, (experts * PRECISIONS + 1) * sizeof(int64_t));
     s->first_chunk = carve(&at, (experts + 1) * sizeof(int64_t));
     s->query_items = carve(&at, s->num_items * 4 * sizeof(int64_t));
+    if (!s->step->refined) neurons = 0;  // only nested weights can be refined
+    s->gate_up = carve(&at, 2 * neurons * sizeof(float));
+    s->score_sums = carve(&at, neurons / GROUP * sizeof(float));
+    s->chosen = carve(&at, neurons / GROUP * sizeof(uint32_t));
+    s->floors = carve(&at, neurons ? tokens * sizeof(float) : 0);
     return at;
 }
 
@@ -145,6 +159,7 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
             engine,
             (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, NULL, 0, 1}
         );
+        if (step->refined && any_refines(&state)) run(engine, refine_words, &state, step->num_logits);
     }
     set_awake(engine, 0);
     return 0;

@@ -114,6 +114,7 @@ class Choice:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.experts_per_token: tuple[float | None, ...] = ()
+        self.refined_rows = 0.0
         self.finish_reason: str | None = None
         self.answer = answer
         self._engine, self._echo = engine, echo
@@ -127,6 +128,7 @@ class Choice:
         async with aclosing(self._engine.generate(self.request)) as events:
             async for event in events:
                 self.experts_per_token, self.cached_tokens = event.experts_per_token, event.cached_tokens
+                self.refined_rows = event.refined_rows
                 delta = self._prompt_delta(event) if first else Delta(self.index, "", None, first=False)
                 if self.answer:
                     delta = self._extended(delta, event)
@@ -268,7 +270,7 @@ class Generation:
             "experts_per_token": sum(layers) / len(layers) if layers else None,
             "reason": self.route.reason,
         }
-        read = policy.bytes_ratio(config, measured)
+        read = policy.bytes_ratio(config, measured, _mean([choice.refined_rows for choice in self.choices], weights))
         return written if read is None else {**written, "bytes_ratio": read}
 
 

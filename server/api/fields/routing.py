@@ -56,6 +56,11 @@ class PolicyBody(Strict):
     description: str = Field("", max_length=MAX_DESCRIPTION, description="One line, without control characters.")
     layers: list[LayerRuleBody | None]  # type: ignore[valid-type]
     head_bits: int | None = Field(None, ge=1, le=16, description="How many bits of the output head are read; all if null.")
+    head_refine: float | None = Field(
+        None,
+        ge=0,
+        description="Words whose logit at 4 bits is at most this far below the best are read at 8 bits; none if null.",
+    )
     version: str | None = _read_only()
     source: str | None = _read_only()
     accuracy: float | None = _read_only()

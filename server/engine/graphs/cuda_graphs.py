@@ -119,7 +119,7 @@ class DecodeGraphs:
         self._draws[bucket, cuts]()
 
     def _capture_all(self, capturer: GraphCapturer) -> None:
-        counters = (self._tables.expert_tokens, self._tables.distinct_experts)
+        counters = (self._tables.expert_tokens, self._tables.distinct_experts, self._tables.refined)
         before = [counter.clone() for counter in counters]
         for rows in reversed(self.buckets):
             self._steps[rows] = capturer.capture(lambda rows=rows: self._step(rows))  # type: ignore[misc]
@@ -132,13 +132,17 @@ class DecodeGraphs:
     def _step(self, rows: int) -> None:
         buffers = self.buffers
         inputs = buffers.step_inputs(rows)
-        logits, expert_ids = self._model.step(inputs, self._kv_cache, self._tables)
+        output = self._model.step(inputs, self._kv_cache, self._tables)
+        logits, expert_ids, refined = output
         buffers.logits[:rows].copy_(logits)
         buffers.results[:rows, 0].copy_(logits.argmax(dim=-1))
         if expert_ids is not None:
             self._model.backend.record(self._tables, expert_ids, inputs.policy_ids)
             buffers.expert_ids[:, :rows].copy_(expert_ids)
-            buffers.results[:rows, 1:].copy_((expert_ids >= 0).sum(dim=-1).t())
+            buffers.results[:rows, 1:-1].copy_((expert_ids >= 0).sum(dim=-1).t())
+        if refined is not None:
+            self._tables.record_refined(refined, inputs.policy_ids)
+            buffers.results[:rows, -1].copy_(output.refined_rows)
 
     def _draw(self, rows: int, cuts: bool) -> None:
         drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))

@@ -36,7 +36,8 @@ class StepBuffers:
     floats: Tensor  # [4, R] float64: temperature, top_p, min_p, uniform
     block_table: Tensor  # [R, N] int64
     logits: Tensor  # [R, V]
-    results: Tensor  # [R, 1 + L] int64: the token drawn, then the number of experts that ran in each layer
+    # [R, 2 + L] int64: the token drawn, the number of experts that ran in each layer, and the rows of weights that were refined
+    results: Tensor
     expert_ids: Tensor  # [L, R, E] int64, -1 where no expert ran
 
     @classmethod
@@ -56,7 +57,7 @@ class StepBuffers:
             floats=zeros(4, rows, dtype=torch.float64),
             block_table=zeros(rows, blocks_per_row),
             logits=zeros(rows, config.vocab_size, dtype=dtype),
-            results=zeros(rows, 1 + num_layers),
+            results=zeros(rows, 2 + num_layers),
             expert_ids=zeros(num_layers, rows, config.max_num_experts) - 1,
         )
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,17 +141,47 @@ def test_moments_are_of_what_each_matrix_multiplies(nested: Made) -> None:
     assert math.isfinite(next(iter(measured.values())).perplexity)
 
 
+def change(part: str, index: int, damage: float, saved: float, refined: bool = False) -> dict[str, Any]:
+    return {"part": part, "index": index, "refined": refined, "damage": damage, "saved": saved}
+
+
 def test_the_solver_takes_the_least_damage_per_byte_first(nested: Made) -> None:
+    """Layer 1's FFN costs nothing and goes first. Layer 0's is refined first, and reads 4 bits alone at the end. Refining layer
+    2's does not pay, so it changes at once."""
     config: ModelConfig = read_config(nested.out)
     depth = config.num_hidden_layers
-    damages = {"damage_ffn": [0.5, 0.0, 0.2], "damage_attention": [0.1, 0.3, 0.9], "damage_head": 0.7}
-    rules = bit_candidates(config, damages, small_recipe(method="nested", **{"nested.points": 20})).rules
-    policies = [RoutingPolicy(name, "", variant[:depth]) for name, variant in rules.items()]
-    assert len({policy.version for policy in policies}) == len(policies)
-    ordered = sorted(rules.values(), key=lambda variant: -sum((rule.bits or 16) == 4 for rule in variant if rule))
-    few = min((variant for variant in rules.values() if variant[1] and variant[1].bits == 4), key=lambda v: str(v).count("=4"))
-    assert few[1] is not None and few[1].bits == 4  # the FFN without damage goes first
-    assert variant_of(RoutingPolicy("p", "", ordered[0][:depth], 4), config) == ordered[0]
+    changes = [
+        change("ffn", 0, 0.01, 0.08, refined=True),
+        change("ffn", 0, 0.9, 0.1),
+        change("ffn", 1, 0.0, 0.08, refined=True),
+        change("ffn", 1, 0.0, 0.1),
+        change("ffn", 2, 0.3, 0.05, refined=True),
+        change("ffn", 2, 0.35, 0.1),
+        *(change("attention", index, 0.1, 0.05) for index in range(depth)),
+        change("head", depth, 0.01, 0.19, refined=True),
+        change("head", depth, 0.7, 0.2),
+    ]
+    found = bit_candidates(config, changes, small_recipe(method="nested", **{"nested.points": 50}))
+    rules = sorted(found.rules.values(), key=lambda variant: sum((rule.bits or 16) == 4 for rule in variant if rule))
+    assert len(set(rules)) == len(rules)
+    first = next(variant for variant in rules if any(rule and rule.bits == 4 for rule in variant))
+    assert [rule and (rule.bits, rule.refine) for rule in first] == [(8, None), (4, None), (8, None), (8, None)]
+    seen = {place: {(rule.bits, rule.refine) for variant in rules if (rule := variant[place])} for place in range(depth + 1)}
+    assert (4, 1.5) in seen[0] and (4, 8.0) in seen[depth]
+    assert all(refine is None for place in (1, 2) for _, refine in seen[place])
+    assert variant_of(RoutingPolicy("p", "", rules[-1][:depth], 4), config) == found.rules["fast"]
+
+
+def test_policies_refine_what_a_token_needs(nested: Made) -> None:
+    """The measured bytes of a policy that refines lie above those of the same bits alone."""
+    config = read_config(nested.out)
+    policies = read_policies(nested.out, config)
+    refining = [name for name, policy in policies.items() if any(rule and rule.refine for rule in policy.layers)]
+    assert refining
+    points = {point.policy: point for point in read_frontier(nested.out).points}
+    for name in set(refining) & set(points):
+        unrefined = policies[name].bytes_ratio(config, (1.0,) * config.num_hidden_layers, 0.0)
+        assert points[name].bytes_ratio > unrefined
 
 
 def test_a_perplexity_guard_is_kept(nested: Made, tmp_path: Path) -> None:

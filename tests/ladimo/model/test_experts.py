@@ -126,7 +126,7 @@ def test_split_exactness() -> None:
     rows, allowed = RoutingPolicy("p", "", (LayerRule(EXPERTS, renormalize=False),)).to_rows(EXPERTS)
     hidden_states = torch.randn(50, HIDDEN)
     with torch.no_grad():
-        out, ids = layer(hidden_states, torch.tensor(rows[0]).expand(50, -1), torch.tensor(allowed).expand(50, EXPERTS))
+        out, ids, _ = layer(hidden_states, torch.tensor(rows[0]).expand(50, -1), torch.tensor(allowed).expand(50, EXPERTS))
         assert (ids >= 0).all()
         torch.testing.assert_close(out, mlp(hidden_states), rtol=0, atol=1e-5)
 

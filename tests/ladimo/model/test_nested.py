@@ -84,7 +84,7 @@ def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
     assert error(codes + low / STEPS) < 0.1 * error(codes)
 
 
-def logits(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> Tensor:
+def run(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> StepOutput:
     config = model.config
     tables = RoutingTables.empty(len(policies) + 1, config.num_hidden_layers, config.max_num_experts, "cpu")
     for row, policy in enumerate(policies, start=1):
@@ -93,7 +93,11 @@ def logits(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, po
     inputs = StepInputs.whole_sequences(ids)
     inputs = StepInputs(**{**{name: getattr(inputs, name) for name in inputs.__dataclass_fields__}, "policy_ids": policy_ids})
     output: StepOutput = model(inputs, None, tables)
-    return output.logits
+    return output
+
+
+def logits(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> Tensor:
+    return run(model, policies, ids, policy_ids).logits
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied head", "head of its own"])
@@ -144,9 +148,60 @@ def test_tokens_of_a_batch_read_what_their_policies_say(nested_dir: Path) -> Non
     assert len({tuple(row[-1].tolist()) for row in together}) == len(policies)
 
 
+def refining(model: MoeTransformer, refine: float | None, head_refine: float | None, bits: int = 4) -> RoutingPolicy:
+    rule = LayerRule(4, renormalize=False, bits=bits, attention_bits=8, refine=refine)
+    return RoutingPolicy("refining", "", (rule,) * model.config.num_hidden_layers, bits, head_refine)
+
+
+def test_refining_is_between_four_and_eight_bits(nested_dir: Path) -> None:
+    """Refining everything gives 8 bits, refining nothing gives 4, and some neurons and words give something between."""
+    model = load_model(nested_dir, torch.float32, torch.device("cpu"))
+    ids, ones = torch.arange(60).view(2, 30), torch.ones(60, dtype=torch.int64)
+    outputs = {
+        name: run(model, [policy], ids, ones)
+        for name, policy in {
+            "8 bits": refining(model, None, None, bits=8),
+            "all": refining(model, 0.0, 1e9),
+            "some": refining(model, 0.8, 0.5),
+            "none": refining(model, 1e9, None),
+            "4 bits": refining(model, None, None),
+        }.items()
+    }
+    torch.testing.assert_close(outputs["all"].logits, outputs["8 bits"].logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs["none"].logits, outputs["4 bits"].logits, atol=1e-4, rtol=1e-4)
+    distance = {name: float((output.logits - outputs["8 bits"].logits).norm()) for name, output in outputs.items()}
+    assert distance["all"] < distance["some"] < 0.8 * distance["4 bits"]
+    config = model.config
+    every = 3 * config.num_hidden_layers * config.intermediate_size + config.vocab_size
+    rows = {name: output.refined_rows for name, output in outputs.items()}
+    assert rows["all"] is not None and set(rows["all"].tolist()) == {every}
+    for name in ("8 bits", "4 bits", "none"):
+        assert rows[name] is not None and not rows[name].any()
+    some = rows["some"]
+    assert some is not None and 0 < int(some.min()) <= int(some.max()) < every
+    assert len(set(some.tolist())) > 1  # a choice of each token
+
+
+def test_what_is_refined_is_read(nested_dir: Path) -> None:
+    """The share of bytes grows from that of 4 bits to that of 8 bits and the scales, which are read twice."""
+    config = read_config(nested_dir)
+    model = load_model(nested_dir, torch.float32, torch.device("cpu"))
+    experts = (4.0,) * config.num_hidden_layers
+    at4, at8 = (refining(model, None, None, bits=bits).bytes_ratio(config, experts, 0.0) for bits in (4, 8))
+    every = 3 * config.num_hidden_layers * config.intermediate_size + config.vocab_size
+    refined = [refining(model, 1.0, None).bytes_ratio(config, experts, share * every) for share in (0.0, 0.5, 1.0)]
+    assert at4 is not None and at8 is not None
+    assert refined[0] == at4
+    assert refined[0] < refined[1] < refined[2]  # type: ignore[operator]
+    assert refined[2] == pytest.approx(at8, rel=0.12)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda policy: policy["layers"][1].update(bits=8, refine=1.0), r"layers\[1\].refine: needs 4 bits, .* bits is 8"),
+        (lambda policy: policy["layers"][1].update(refine=-1), r"layers\[1\].refine: must be null or a number of at least 0"),
+        (lambda policy: policy.update(head_bits=None, head_refine=3.0), "head_refine: needs 4 bits"),
         (lambda policy: policy["layers"][1].update(bits=5), r"layers\[1\].bits: is 5; .* 4, 8, null"),
         (lambda policy: policy["layers"][0].update(attention_bits=16), r"layers\[0\].attention_bits: is 16"),
         (lambda policy: policy.update(head_bits=2), "head_bits: is 2"),

@@ -1,5 +1,6 @@
 """The compiled CPU step over nested weights: each token reads its own precision, and has the same bits in any company."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep, Unsupported
 from ladimo.model.inputs import StepInputs
-from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.nested_layers import NestedExperts, NestedHead, NestedLinear
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.quantization import GROUP
+from ladimo.model.refinement import count_refined
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import EXACT, make_moe, make_nested
@@ -37,13 +39,15 @@ BITS = (4, 8, None)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:
-    """The model, with the four policies of its checkpoint, and one whose bits differ from layer to layer."""
+    """The model, with the four policies of its checkpoint, one whose bits differ from layer to layer, and one that refines."""
     model = load_model(path, dtype, torch.device("cpu"))
     rules = tuple(
         None if layer is None else LayerRule(2, renormalize=False, bits=BITS[index % 3], attention_bits=BITS[(index + 1) % 3])
         for index, layer in enumerate(model.config.layers)
     )
-    return model, [*read_policies(path, model.config).values(), RoutingPolicy("mixed", "", rules, 8)]
+    refining = tuple(None if rule is None else replace(rule, top_k=3, bits=4, attention_bits=8, refine=1.2) for rule in rules)
+    several = [RoutingPolicy("mixed", "", rules, 8), RoutingPolicy("refined", "", refining, 4, 1.0)]
+    return model, [*read_policies(path, model.config).values(), *several]
 
 
 def round_groups(x: Tensor) -> Tensor:
@@ -79,9 +83,35 @@ class RoundedBackend(TorchBackend):
             out += weight * F.linear(inner if whole else round_groups(inner), down_proj[expert])
         return out
 
+    @staticmethod
+    def apply_refined(  # type: ignore[override]
+        hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Any, down: Any, norms: Tensor, refine: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The low plane of down is multiplied with activations that are not rounded."""
+        dtype, inputs, out = hidden_states.dtype, round_groups(hidden_states), torch.zeros_like(hidden_states)
+
+        def hidden(bits: float) -> Tensor:
+            gate, up = torch.einsum("td,efd->etf", inputs, gate_up.at(bits, dtype)).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        weight = torch.stack([torch.where(topk_ids == e, topk_weights, 0).sum(dim=1) for e in range(len(norms))])  # [E, T]
+        at4, at8, runs = hidden(4), hidden(8), (weight > 0).unsqueeze(-1)
+        scores = at4.abs() * norms.unsqueeze(1) * runs
+        mean = scores.sum(dim=(0, 2)) / runs.sum(dim=(0, 2)) / norms.shape[1]
+        refined = (scores >= (refine * mean).view(1, -1, 1)) & runs
+        inner, at4_down = torch.where(refined, at8, at4), down.at(4, dtype)
+        for expert in range(len(norms)):
+            low = F.linear(inner[expert] * refined[expert], (down.at(8, dtype) - at4_down)[expert])
+            out += weight[expert].unsqueeze(-1) * (F.linear(round_groups(inner[expert]), at4_down[expert]) + low)
+        return out, count_refined(refined.transpose(0, 1).flatten(1))
+
 
 def round_like_the_step(model: MoeTransformer) -> None:
     RoundedBackend().prepare(model)
+    head = model.lm_head
+    assert isinstance(head, NestedHead)
+    exact = head.refined
+    head.refined = lambda x, bits, refine: exact(torch.where(bits[:, None] <= 8, round_groups(x), x), bits, refine)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, NestedLinear):
             module.register_forward_pre_hook(round_inputs)

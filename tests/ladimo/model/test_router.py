@@ -60,7 +60,9 @@ def test_without_a_router_experts_come_by_number(score_function: Any) -> None:
         (LayerRule(200), list(range(200))),
     ]:
         rows, allowed = RoutingPolicy("p", "", (rule,)).to_rows(200)
-        _, ids = layer(torch.randn(4, 8).bfloat16(), torch.tensor(rows[0]).expand(4, -1), torch.tensor(allowed).expand(4, 200))
+        _, ids, _ = layer(
+            torch.randn(4, 8).bfloat16(), torch.tensor(rows[0]).expand(4, -1), torch.tensor(allowed).expand(4, 200)
+        )
         assert ids[:, : len(expected)].tolist() == [expected] * 4
         assert (ids[:, len(expected) :] == -1).all()
 
@@ -77,7 +79,7 @@ def test_selection_bias_orders_and_does_not_score() -> None:
     layer.gate.e_score_correction_bias[3] = 2.0  # above any score: always first
     rows, allowed = RoutingPolicy("p", "", (LayerRule(1, renormalize=False),)).to_rows(4)
     x, row = torch.randn(50, 8), torch.tensor(rows[0]).expand(50, -1)
-    out, ids = layer(x, row, torch.tensor(allowed).expand(50, -1))
+    out, ids, _ = layer(x, row, torch.tensor(allowed).expand(50, -1))
     assert (ids[:, 0] == 3).all()
     only = torch.tensor([[False, False, False, True]]).expand(50, -1)
     torch.testing.assert_close(out, plain(x, row, only)[0])

@@ -175,7 +175,7 @@ def test_a_table_swapped_between_replays_changes_the_outcome(moe_dir: Path, mode
         out = runner.launch(batch)()
         runner.graphs = graphs
         expected.append(out)
-        assert graphs.buffers.results[0].tolist() == [out.drawn[0].token_id, *out.expert_counts[0]]
+        assert graphs.buffers.results[0].tolist() == [out.drawn[0].token_id, *out.expert_counts[0], 0]
     assert all(not torch.equal(seen[i], seen[j]) for i in range(4) for j in range(i))
 
 
