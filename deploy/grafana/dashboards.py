@@ -264,6 +264,23 @@ def experts() -> dashboard.Dashboard:
                     width=12,
                 ),
             ],
+            "Nested weights": [
+                graph(
+                    "Weight bytes per step",
+                    [(f"{rate('ladimo_weight_bytes_total')} / {rate('ladimo_step_tokens_count')}", "mean")],
+                    "bytes",
+                    "A step reads each plane once, for all its tokens. 0 if the weights are not nested.",
+                    width=12,
+                ),
+                graph(
+                    "Refined neurons",
+                    [(rate("ladimo_refined_total", "layer", POLICY), "layer {{layer}}")],
+                    "cps",
+                    f"Neurons, and words of the output head, that tokens read at 8 bits instead of 4. {aggregate}",
+                    stack=True,
+                    width=12,
+                ),
+            ],
         },
     )
 

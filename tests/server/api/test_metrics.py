@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from server.engine.messages import ExpertSnapshot, StepStats
+from server.expert_metrics import ExpertExposition
 from server.exposition import Histogram as OurHistogram
 from server.launch import exports_each_expert
 from server.metrics import Metrics
@@ -200,6 +201,27 @@ def test_a_policy_is_judged_by_the_experts_that_it_may_choose() -> None:
     assert page['ladimo_experts_never_used{layer="0"}'] == 1
 
 
+def test_refined_neurons_have_series_where_a_policy_refines() -> None:
+    snapshot = ExpertSnapshot(
+        call_id=0,
+        expert_tokens={"fine": [[4]], "plain": [[2]]},
+        reachable={"fine": [[0]], "plain": [[0]]},
+        routed_tokens={"fine": 4, "plain": 2},
+        distinct_experts=[[0, 4]],
+        refined={"fine": [[3, 0], [0, 7]], "plain": [[0, 0], [0, 0]]},
+    )
+    for per_expert in (True, False):
+        exposition = ExpertExposition({0: 1}, lambda experts: 1.0, per_expert)
+        lines = [line for line in exposition.write(snapshot).splitlines() if line.startswith("ladimo_refined_total")]
+        expected = [
+            'ladimo_refined_total{group="0",layer="0",policy="fine"} 3',
+            'ladimo_refined_total{group="1",layer="0",policy="fine"} 0',
+            'ladimo_refined_total{group="0",layer="head",policy="fine"} 0',
+            'ladimo_refined_total{group="1",layer="head",policy="fine"} 7',
+        ]
+        assert lines == (expected if per_expert else [])
+
+
 def test_prefix_cache_figures_come_from_the_steps() -> None:
     metrics = Metrics(CollectorRegistry(), {}, lambda experts: 1.0)
     for hits in (3, 4):
@@ -224,7 +246,13 @@ async def test_declarations_say_what_is_exported(tmp_path: Path) -> None:
                     assert set(sample.labels) - {"le"} == set(declaration.labels)
                 bounds = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
                 assert not declaration.buckets or bounds == {*declaration.buckets, math.inf}
-        unfed = {"ladimo_cuda_graph_replays", "ladimo_admission_rejections", "ladimo_build_info", "ladimo_model_info"}
+        unfed = {
+            "ladimo_refined",
+            "ladimo_cuda_graph_replays",
+            "ladimo_admission_rejections",
+            "ladimo_build_info",
+            "ladimo_model_info",
+        }
         assert seen == set(declared) - unfed
 
 
