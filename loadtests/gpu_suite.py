@@ -319,7 +319,9 @@ def counting(bench: Bench) -> None:
         counted: DecodeGraphs(
             model,
             runner.kv_cache,
-            tables if counted else Uncounted(tables.rows, tables.allowed, tables.expert_tokens, tables.distinct_experts),
+            tables
+            if counted
+            else Uncounted(tables.rows, tables.allowed, tables.expert_tokens, tables.distinct_experts, tables.refined),
             8,
             sizes,
             Rerun() if bench.dry else CudaGraphs(bench.device),

@@ -78,7 +78,8 @@ class ExpertLayer(BackendModule):
         down: Weights | NestedWeights = self.experts.down_proj
         if not isinstance(gate_up, NestedWeights):
             assert not isinstance(down, NestedWeights)
-            return self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down), topk_ids, None
+            out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down)
+            return self.add_shared(out, hidden_states), topk_ids, None
         assert isinstance(down, NestedWeights)
 
         def run(tokens: Tensor, bits: float) -> Tensor:

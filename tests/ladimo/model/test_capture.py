@@ -114,7 +114,7 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
     config = read_config(moe_dir)
     with fake():
         step = DecodeStep(config, batch, budgets=batch > 1)
-        logits, expert_ids = step.run()
+        logits, expert_ids, _ = step.run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None
         assert expert_ids.shape == (config.num_hidden_layers, batch, config.max_num_experts)
@@ -146,7 +146,7 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
             monkeypatch.setattr(module, name, Launch(name))
     config = read_config(moe_dir)
     with fake():
-        logits, expert_ids = DecodeStep(config, batch, format=format, budgets=batch == 64, backend=TritonBackend).run()
+        logits, expert_ids, _ = DecodeStep(config, batch, format=format, budgets=batch == 64, backend=TritonBackend).run()
         assert logits.shape == (batch, config.vocab_size)
         assert expert_ids is not None and expert_ids.shape[1] == batch
     names = {
@@ -167,7 +167,7 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
 
 def test_decode_step_of_dense_model(dense_dir: Path) -> None:
     with fake():
-        logits, expert_ids = DecodeStep(read_config(dense_dir), 4).run()
+        logits, expert_ids, _ = DecodeStep(read_config(dense_dir), 4).run()
         assert logits.shape[0] == 4
         assert expert_ids is None
 

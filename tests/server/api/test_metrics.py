@@ -214,10 +214,10 @@ def test_refined_neurons_have_series_where_a_policy_refines() -> None:
         exposition = ExpertExposition({0: 1}, lambda experts: 1.0, per_expert)
         lines = [line for line in exposition.write(snapshot).splitlines() if line.startswith("ladimo_refined_total")]
         expected = [
-            'ladimo_refined_total{group="0",layer="0",policy="fine"} 3',
-            'ladimo_refined_total{group="1",layer="0",policy="fine"} 0',
-            'ladimo_refined_total{group="0",layer="head",policy="fine"} 0',
-            'ladimo_refined_total{group="1",layer="head",policy="fine"} 7',
+            'ladimo_refined_total{group="0",layer="0",policy="fine"} 3.0',
+            'ladimo_refined_total{group="1",layer="0",policy="fine"} 0.0',
+            'ladimo_refined_total{group="0",layer="head",policy="fine"} 0.0',
+            'ladimo_refined_total{group="1",layer="head",policy="fine"} 7.0',
         ]
         assert lines == (expected if per_expert else [])
 

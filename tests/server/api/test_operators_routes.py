@@ -183,7 +183,7 @@ async def test_the_description_of_a_rule_is_what_the_store_takes(tmp_path: Path,
     async with serving(tmp_path) as server:
         reply = await put(server, "mine", {"layers": [None if layer is None else rule for layer in LAYERS]})
     error = reply.json().get("error", {"message": ""})
-    words = ("the layer has", "--batch-budgets", "this checkpoint's weights can be read at")
+    words = ("the layer has", "--batch-budgets", "this checkpoint's weights can be read at", "refine: needs 4 bits")
     depends_on_model = any(word in error["message"] for word in words)
     assert described == (reply.status_code == 200 or depends_on_model), error["message"]
 
