@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [name for name in args.policies.split(",") if name not in known]:
         parser.error(f"there is no policy {missing[0]!r}; there are {', '.join(known)}")
     policies = [known[name] for name in args.policies.split(",")]
-    measured = {point.policy: point.cost for point in read_frontier(args.model).points if point.batch == 1}
+    frontier = read_frontier(args.model)
+    measured = {point.policy: point.cost for point in frontier.points if point.batch == 1} if frontier else {}
     sizes = EngineConfig(
         device="cpu",
         max_num_seqs=max(batches),

@@ -99,5 +99,5 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
 def _nest(model: MoeTransformer, reader: TensorReader) -> None:
     """Give the model's layers, and its output head, the precisions that the checkpoint keeps."""
     if model.lm_head is None:
-        model.lm_head = nested_head(model.model.embed_tokens.weight, reader.get)  # type: ignore[assignment]
+        model.lm_head = nested_head(model.model.embed_tokens.weight, reader.get)
     nest_layers(model, reader.get)

@@ -89,17 +89,14 @@ class ExpertLayer(BackendModule):
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)
         out = by_precision(rows[:, RuleNumber.BITS], run, tokens)
         refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64, device=tokens.device)
-        refine = rows[:, RuleNumber.REFINE]
+        refine, norms = rows[:, RuleNumber.REFINE], self.experts.get_buffer("norms")
         if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
-            again, counts = self.backend.apply_refined(
-                hidden_states, topk_weights, topk_ids, gate_up, down, self.experts.norms, refine
-            )
+            again, counts = self.backend.apply_refined(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
             refining = (refine < torch.inf).unsqueeze(-1)
             return torch.where(refining, again, out), topk_ids, counts * refining
         tokens = (refine < torch.inf).nonzero().flatten()
         if len(tokens):
-            chosen = (part[tokens] for part in (hidden_states, topk_weights, topk_ids))
             out[tokens], refined[tokens] = self.backend.apply_refined(
-                *chosen, gate_up, down, self.experts.norms, refine[tokens]
+                hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], gate_up, down, norms, refine[tokens]
             )
         return out, topk_ids, refined

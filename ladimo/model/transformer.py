@@ -105,7 +105,9 @@ class MoeTransformer(BackendModule):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | NestedHead | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
 
     def forward(self, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:

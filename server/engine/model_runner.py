@@ -179,9 +179,10 @@ class ModelRunner:
         if expert_ids is not None:
             self.model.backend.count(self.tables, expert_ids, inputs.policy_ids)
             per_token[:, :num_layers] = (expert_ids >= 0).sum(dim=-1).t()
-        if output.refined is not None:
+        refined_rows = output.refined_rows
+        if output.refined is not None and refined_rows is not None:
             self.tables.record_refined(output.refined, inputs.policy_ids)
-            per_token[:, num_layers] = output.refined_rows
+            per_token[:, num_layers] = refined_rows
         if not batch.prefill:
             return per_token
         repeats = to_device(lengths, torch.int64, self.device)

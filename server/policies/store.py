@@ -145,7 +145,7 @@ class PolicyStore:
                 if point.policy == name:
                     return point.cost
         experts = tuple(None if rule is None else float(rule.top_k) for rule in policy.layers)
-        read = policy.bytes_ratio(self.config, experts)
+        read = policy.bytes_ratio(self.config, experts, policy.most_refined_rows(self.config))
         return self.config.active_parameters_ratio(experts) if read is None else read
 
     def price_at(self, accuracy: float) -> float:

@@ -96,7 +96,8 @@ def _score_rows(
     targets = torch.tensor([token for _, one in places for token in one.ids[one.start :]])
     log_probs, greedy = [], []
     for part, target in zip(torch.cat(rows).split(logit_rows), targets.split(logit_rows), strict=True):
-        logp = logits(model, variant, part.to(model.device)).float().log_softmax(dim=-1).cpu()
+        scores, _ = logits(model, variant, part.to(model.device))
+        logp = scores.float().log_softmax(dim=-1).cpu()
         log_probs.append(logp.gather(1, target[:, None])[:, 0])
         greedy.append(logp.argmax(dim=-1) == target)
     lengths = [len(row) for row in rows]

@@ -54,9 +54,8 @@ def run_backward(model: StreamedModel, blocks: Tensor, samples: int, first: int,
             attended, ffn_inputs = _attend(model, layer, given)
             outputs = run_ffn(layer.mlp, ffn_inputs)
             back = gradients[:, rows].to(model.device).flatten(1, 2)  # [M, T, D]
-            parts = (part.detach() for part in (given, attended, ffn_inputs, outputs))
             with torch.no_grad():
-                visit(Chunk(rows, layer, *parts, back))
+                visit(Chunk(rows, layer, given.detach(), attended.detach(), ffn_inputs.detach(), outputs.detach(), back))
             if index > first:
                 out = (attended + outputs).view(given.shape)
                 for sample in range(samples):

@@ -21,7 +21,7 @@ from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.nested_layers import NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
@@ -277,8 +277,8 @@ class NativeStep:
         self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
         self._fill_router(target, layer.mlp.gate)
         target.num_experts, target.neurons = moe.num_experts, moe.moe_intermediate_size
-        if isinstance(layer.mlp.experts, NestedExperts):
-            norms = layer.mlp.experts.norms
+        if self.config.nested_bits:
+            norms = layer.mlp.experts.get_buffer("norms")
             target.column_norms = self._keep(F.pad(norms, (0, target.expert_size - norms.shape[1])))
         target.sigmoid = moe.score_function == "sigmoid"
         target.score_norm_top_k = moe.score_norm_top_k or 0

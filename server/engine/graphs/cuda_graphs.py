@@ -140,9 +140,10 @@ class DecodeGraphs:
             self._model.backend.record(self._tables, expert_ids, inputs.policy_ids)
             buffers.expert_ids[:, :rows].copy_(expert_ids)
             buffers.results[:rows, 1:-1].copy_((expert_ids >= 0).sum(dim=-1).t())
-        if refined is not None:
+        refined_rows = output.refined_rows
+        if refined is not None and refined_rows is not None:
             self._tables.record_refined(refined, inputs.policy_ids)
-            buffers.results[:rows, -1].copy_(output.refined_rows)
+            buffers.results[:rows, -1].copy_(refined_rows)
 
     def _draw(self, rows: int, cuts: bool) -> None:
         drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))

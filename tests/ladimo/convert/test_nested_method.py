@@ -178,10 +178,12 @@ def test_policies_refine_what_a_token_needs(nested: Made) -> None:
     policies = read_policies(nested.out, config)
     refining = [name for name, policy in policies.items() if any(rule and rule.refine for rule in policy.layers)]
     assert refining
-    points = {point.policy: point for point in read_frontier(nested.out).points}
+    frontier = read_frontier(nested.out)
+    assert frontier is not None
+    points = {point.policy: point for point in frontier.points}
     for name in set(refining) & set(points):
         unrefined = policies[name].bytes_ratio(config, (1.0,) * config.num_hidden_layers, 0.0)
-        assert points[name].bytes_ratio > unrefined
+        assert unrefined is not None and points[name].cost > unrefined
 
 
 def test_a_perplexity_guard_is_kept(nested: Made, tmp_path: Path) -> None:

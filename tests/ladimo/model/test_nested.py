@@ -176,7 +176,8 @@ def test_refining_is_between_four_and_eight_bits(nested_dir: Path) -> None:
     rows = {name: output.refined_rows for name, output in outputs.items()}
     assert rows["all"] is not None and set(rows["all"].tolist()) == {every}
     for name in ("8 bits", "4 bits", "none"):
-        assert rows[name] is not None and not rows[name].any()
+        none = rows[name]
+        assert none is not None and not none.any()
     some = rows["some"]
     assert some is not None and 0 < int(some.min()) <= int(some.max()) < every
     assert len(set(some.tolist())) > 1  # a choice of each token

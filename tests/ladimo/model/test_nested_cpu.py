@@ -84,7 +84,7 @@ class RoundedBackend(TorchBackend):
         return out
 
     @staticmethod
-    def apply_refined(  # type: ignore[override]
+    def apply_refined(
         hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Any, down: Any, norms: Tensor, refine: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The low plane of down is multiplied with activations that are not rounded."""
@@ -111,7 +111,11 @@ def round_like_the_step(model: MoeTransformer) -> None:
     head = model.lm_head
     assert isinstance(head, NestedHead)
     exact = head.refined
-    head.refined = lambda x, bits, refine: exact(torch.where(bits[:, None] <= 8, round_groups(x), x), bits, refine)  # type: ignore[method-assign]
+
+    def rounded(x: Tensor, bits: Tensor, refine: Tensor) -> tuple[Tensor, Tensor]:
+        return exact(torch.where(bits[:, None] <= max(NESTED_BITS), round_groups(x), x), bits, refine)
+
+    head.refined = rounded  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, NestedLinear):
             module.register_forward_pre_hook(round_inputs)
