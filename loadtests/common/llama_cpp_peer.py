@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp as library
+import numpy as np
+import torch
+from torch import Tensor
 
 STEP_TOKENS = 512  # tokens per call of the library, and per matrix product
 # The library calls it as long as the process lives, so it must not die with an object.
@@ -67,6 +70,15 @@ class LlamaCpp:
         while len(found) < tokens:
             found += self._step([(found[-1], len(prompt) + len(found) - 1, 0, True)])
         return found
+
+    def logits(self, window: Sequence[int]) -> Tensor:
+        """The logits after every token of a window [n, V], computed as one prompt of at most STEP_TOKENS tokens."""
+        assert len(window) <= STEP_TOKENS
+        library.llama_memory_clear(library.llama_get_memory(self.context), True)
+        self._step([(token, position, 0, True) for position, token in enumerate(window)])
+        vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(library.llama_get_model(self.context)))
+        rows = (library.llama_get_logits_ith(self.context, place) for place in range(len(window)))
+        return torch.stack([torch.from_numpy(np.ctypeslib.as_array(row, (vocab,)).copy()) for row in rows])
 
     def _step(self, rows: Sequence[Row]) -> list[int]:
         """Compute the rows. Returns the next token for each row whose logits are wanted."""
