@@ -2,10 +2,10 @@
 
     python -m loadtests.precision_bench DENSE NESTED --text FILE [--tokens 8192] [--gguf FILE]
 
-All rows see the same windows of the text. Ours are computed by the compiled step, as the server computes them. The cost of a row
-is the bytes of weights that a decoded token reads, output head included, relative to 16 bits. `--gguf` names an unrounded GGUF
-file of the dense model (`ladimo export --target gguf --policy full`). llama.cpp rounds it to its own formats and runs these. Its
-ratios are to its own run of the unrounded file. The last line is one JSON object.
+All rows see the same windows of the text. Ours are computed by the compiled step, as the server computes them. The cost of a
+row is the bytes of weights that a decoded token reads, output head included, relative to 16 bits. `--gguf` names an unrounded
+GGUF file of the dense model (`ladimo export --target gguf --policy full`). llama.cpp rounds it to its own formats and runs
+these. Its ratios are to its own run of the unrounded file. The last line is one JSON object.
 """
 
 import argparse
