@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from server.engine.request import FinishReason, GenerationRequest, Sequence, Tok
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.row_queue import RowQueue
 from server.engine.scheduling.scheduler import Scheduler
+from server.engine.tally import Tally
 from server.engine.weight_bytes import WeightBytes
 
 
@@ -150,7 +150,7 @@ class EngineCore:
         """Wait for the step's output, then update sequences, blocks and counters."""
         batch = flight.batch
         events: list[TokenEvent] = []
-        stats, weight_bytes = _Tally(), 0.0
+        stats, weight_bytes = Tally(), 0.0
         if flight.wait is not None:
             output = flight.wait()
             if batch.previous is not None:
@@ -322,27 +322,6 @@ def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]
         experts=[output.experts[row] for row in rows],
     )
     return Batch(decode=[batch.decode[row] for row in rows]), left
-
-
-class _Tally:
-    """Latencies in seconds and token counts of one step, by policy name."""
-
-    def __init__(self) -> None:
-        self.first_token_seconds: list[tuple[str, float]] = []
-        self.inter_token_seconds: list[tuple[str, float]] = []
-        self.prompt_tokens: Counter[str] = Counter()
-        self.generation_tokens: Counter[str] = Counter()
-
-    def token(self, sequence: Sequence, now: float) -> None:
-        policy = sequence.request.policy.name
-        if sequence.last_token is None:
-            sequence.first_token = now
-            self.first_token_seconds.append((policy, now - sequence.arrived))
-            self.prompt_tokens[policy] += len(sequence.request.prompt_ids)
-        else:
-            self.inter_token_seconds.append((policy, now - sequence.last_token))
-        sequence.last_token = now
-        self.generation_tokens[policy] += 1
 
 
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
