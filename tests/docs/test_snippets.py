@@ -22,7 +22,7 @@ from tests.server.process.test_launch import running_server
 
 ADDRESS = "http://127.0.0.1:8000"
 # Blocks that need what a test has not: a fresh machine, docker, Prometheus, task files, a GPU.
-UNTESTED = ["make serve", "make observe", "docker build", "python -c"]
+UNTESTED = ["make serve", "make observe", "docker build", "python -c", "python -m loadtests.load_test"]
 # Figures and files, not commands.
 DATA = {"json", "toml", ""}
 CONVERT = ["convert", "path/to/llama", "out/llama-moe", "--text", "corpus.txt"]
