@@ -187,6 +187,11 @@ class RoutingPolicy:
         rows.append(_whole_row(self.head_bits, self.head_refine))
         return rows, allowed
 
+    @property
+    def refines(self) -> bool:
+        """Whether a token chooses what it reads at more bits."""
+        return self.head_refine is not None or any(rule is not None and rule.refine is not None for rule in self.layers)
+
     def most_refined_rows(self, config: ModelConfig) -> int:
         """An upper limit of the rows of weights that a token refines."""
         neurons = config.intermediate_size * sum(rule is not None and rule.refine is not None for rule in self.layers)

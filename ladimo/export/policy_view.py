@@ -32,12 +32,18 @@ Ffn = tuple[Tensor, Tensor, Tensor]  # gate [W, D], up [W, D], down [D, W]
 class PolicyView:
     """The model as it runs under the policy. Weights have the dtype that they are stored in.
 
-    Raises ValueError for a family whose modules are not those of LLaMA, and for what `layer_form` refuses.
+    Raises ValueError for a family whose modules are not those of LLaMA, for a policy that refines, and for what `layer_form`
+    refuses.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
         if not find_family(config.family).is_llama_inside:
             raise ValueError(f"{directory}: family {config.family} has modules that no target knows")
+        if policy.refines:
+            raise ValueError(
+                f"policy {policy.name!r}: each token chooses which neurons and words it reads at more bits, which no target can"
+                " hold; export a policy without refine and head_refine"
+            )
         self.directory, self.source, self.policy = directory, config, policy
         self.dtype = stored_dtype(directory)
         self._reader = TensorReader(directory)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool) -> N
         written.append(theirs(tmp_path / policy))
         assert (ours(nested, policy) - written[-1]).abs().max() < 1e-4
     assert min((a - b).abs().max() for a, b in itertools.combinations(written, 2)) > 0.01
+
+
+def test_a_policy_that_refines_is_refused(tmp_path: Path) -> None:
+    """The same bits without refinement can be exported, but that would be another model."""
+    nested = make_nested(tmp_path / "nested")
+    policy = read_policies(nested, read_config(nested))["fast"]
+    write_policy(nested, replace(policy, name="refined", head_refine=2.0))
+    with pytest.raises(ValueError, match="policy 'refined': each token chooses .* which no target can hold"):
+        export.export(nested, tmp_path / "out", "dense", "refined")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:
