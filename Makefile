@@ -17,8 +17,10 @@ serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 # torch gets one thread in each, and a thread that waits gives its core away.
 test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = PASSIVE
-test: check
-	$(BIN)/pytest -n auto --dist loadfile
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n auto --dist loadfile; tests=$$?; wait $$types && exit $$tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

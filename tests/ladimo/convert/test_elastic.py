@@ -102,7 +102,7 @@ def test_all_experts_are_the_dense_ffn_and_a_substitute_is_its_repair(neurons: i
     alone = with_substitutes(mlp, widths.order, 4, [pair])
     alone.config = dataclasses.replace(alone.config, substitutes=0)
     rows = rule_row(LayerRule(2, renormalize=False)).expand(100, -1)
-    out, ids = alone(data.holdout_inputs, rows, (torch.arange(6) >= 4).expand(100, -1))
+    out, ids, _ = alone(data.holdout_inputs, rows, (torch.arange(6) >= 4).expand(100, -1))
     assert set(ids.flatten().tolist()) == {4, 5, -1}
     error = (out - data.holdout_targets).square().mean() / data.holdout_targets.var(dim=0, correction=0).mean()
     assert error.item() == pytest.approx(widths.errors[2], rel=1e-3)

@@ -62,8 +62,11 @@ def test_kernels_are_not_for_training() -> None:
 
 
 def test_every_operation_has_a_kernel() -> None:
+    """Only nested weights run in torch's operations on a GPU."""
     operations = {name for name, value in vars(TorchBackend).items() if isinstance(value, staticmethod)}
-    assert operations == {name for name, value in vars(TritonBackend).items() if isinstance(value, staticmethod)}
+    assert operations - {"apply_refined"} == {
+        name for name, value in vars(TritonBackend).items() if isinstance(value, staticmethod)
+    }
 
 
 def test_serving_on_a_cpu_does_not_import_triton(moe_dir: Path) -> None:
