@@ -6,6 +6,7 @@ A real (random) model, so that whatever passes the HTTP edge goes through the re
 import asyncio
 import gzip
 import json
+import os
 import resource
 import zlib
 from collections.abc import Coroutine, Iterator, Sequence
@@ -222,7 +223,10 @@ def check(client: Client, path: str, body: dict[str, Any]) -> None:
 
 
 PATH = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"])
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+# LONG_TESTS tries twice as many.
+FUZZ = settings(
+    max_examples=400 if os.environ.get("LONG_TESTS") else 200, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @FUZZ
