@@ -13,14 +13,14 @@ BIN := $(VENV)/bin
 serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
-# The tests of a file run in one process, because they share fixtures that take long to make. There is one process more than cores,
-# because some tests only wait. So torch gets one thread in each, and a thread that waits gives its core away.
+# The tests of a file run in one process, because they share fixtures that take long to make. There is one process per core, so
+# torch gets one thread in each, and a thread that waits gives its core away.
 test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n $$(($$(nproc) + 1)) --dist loadfile; tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n auto --dist loadfile; tests=$$?; wait $$types && exit $$tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

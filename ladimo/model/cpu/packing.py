@@ -161,10 +161,9 @@ def _single_columns(planes: Planes) -> Tensor:
     block = PANELS * LANES
     idle = -planes.low.shape[1] % block
     low = F.pad(planes.low, (0, 0, 0, idle)).transpose(1, 2)  # [E, F, D]
-    halves = (low + 8).view(torch.uint8).unflatten(-1, (-1, 2, block // 2))
-    columns = (
-        (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2).unflatten(1, (-1, GROUP)).flatten(-2)
-    )  # [E, F / 32, 16 D]
+    parts = (low + 8).view(torch.uint8).unflatten(-1, (-1, 4, 2, 8))  # blocks, bytes of a word, halves of a byte, words
+    words = (parts[..., 0, :] | parts[..., 1, :] << 4).transpose(-1, -2)
+    columns = words.flatten(2).unflatten(1, (-1, GROUP)).flatten(-2)  # [E, F / 32, 16 D]
     scales = F.pad(planes.scales, (0, 0, 0, idle)).transpose(1, 2).to(SCALE_DTYPE).contiguous().view(torch.uint8)
     return torch.cat((scales, columns), dim=-1)
 

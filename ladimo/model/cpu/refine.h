@@ -2,7 +2,8 @@
 //
 // In `single`, a row of gate, up or head is groups of 18 bytes: 32 columns of the low plane (the first 16 in the lower halves of
 // the bytes), then the group's scale in bf16. A column of down belongs to a group of 32 neurons: the scales of all outputs in
-// bf16, then the outputs of one neuron after another. A byte has two outputs of a block of 64, number i and number i + 32.
+// bf16, then the outputs of one neuron after another. Of a block of 64 outputs there are 8 words of 32 bits: word w has the outputs
+// w, 8 + w, 16 + w, ..., in 4 bits each, the first one in the lowest. So outputs are unpacked without crossing lanes.
 
 #pragma once
 
@@ -10,6 +11,12 @@
 
 #define GROUP_BYTES (GROUP / 2 + 2)
 #define BLOCK_ROWS (PANELS * ROWS)
+
+// Vectors of 8 numbers, whatever the width of the registers, because a block has 8 words.
+typedef float v8f __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t v8i __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t v8u __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t v8h __attribute__((vector_size(16), aligned(2), may_alias));
 
 static inline int64_t single_row_bytes(const Matrix *m) { return m->cols / GROUP * GROUP_BYTES; }
 static inline int64_t single_group_bytes(const Matrix *m) { return num_blocks(m) * BLOCK_ROWS * GROUP_BYTES; }
@@ -58,22 +65,21 @@ static void low_columns(const State *s, const Matrix *m, int64_t pair, int64_t b
     for (int64_t g = 0; g < size / GROUP; g++) {
         if (!chosen[g]) continue;
         const uint8_t *group = m->single + g * single_group_bytes(m);
-        const vh *scales = (const vh *)(group + block * BLOCK_ROWS * 2);
-        vf sum[BLOCK_ROWS / LANES] = {0};
+        const v8h *scales = (const v8h *)(group + block * BLOCK_ROWS * 2);
+        v8f sum[8] = {0};
         float offset = 0;
         for (uint32_t left = chosen[g]; left; left &= left - 1) {
             int64_t neuron = __builtin_ctz(left);
             const uint8_t *bytes = group + outputs * 2 + neuron * outputs / 2 + block * BLOCK_ROWS / 2;
             float value = x[g * GROUP + neuron];
             offset += value;
-            UNROLL for (int i = 0; i < BLOCK_ROWS / 2 / LANES; i++) {
-                vb both = *(const vb *)(bytes + i * LANES);
-                sum[i] += value * __builtin_convertvector(both & 15, vf);
-                sum[i + BLOCK_ROWS / 2 / LANES] += value * __builtin_convertvector(both >> 4 & 15, vf);
-            }
+            v8u words = *(const v8u *)bytes;
+            UNROLL for (int i = 0; i < 8; i++) sum[i] += value * __builtin_convertvector((v8i)(words >> 4 * i & 15), v8f);
         }
-        for (int i = 0; i < BLOCK_ROWS / LANES; i++)
-            ((vf *)out)[i] += (sum[i] - OFFSET(4) * offset) * (widen(scales[i]) * (1.0f / NESTED_STEPS));
+        for (int i = 0; i < 8; i++) {
+            v8f scale = (v8f)(__builtin_convertvector(scales[i], v8u) << 16);
+            ((v8f *)out)[i] += (sum[i] - OFFSET(4) * offset) * (scale * (1.0f / NESTED_STEPS));
+        }
     }
 }
 
