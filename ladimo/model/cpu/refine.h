@@ -115,6 +115,10 @@ static void find_floors(const State *s) {
         if (runs[t]) s->floors[t] *= rule_of(s, t)[RULE_REFINE] / (float)(runs[t] * l->neurons);
 }
 
+static inline void prefetch(const uint8_t *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // One block of 32 neurons of an expert, for all its tokens that refine. A neuron's rows are read once for all of them.
 static void refine_chunk(const void *job, int64_t chunk) {
     const State *s = job;
@@ -136,6 +140,16 @@ static void refine_chunk(const void *job, int64_t chunk) {
         }
         s->chosen[pair * blocks + block] = chosen;
         wanted |= chosen;
+    }
+    // Single rows are too short for the processor to guess what comes next. The columns of down are read soon after.
+    const Matrix down = expert_matrix(&l->down, e);
+    int64_t row_bytes = single_row_bytes(&matrix), column_bytes = num_blocks(&down) * BLOCK_ROWS / 2;
+    for (uint32_t left = wanted; left; left &= left - 1) {
+        int64_t j = __builtin_ctz(left);
+        const uint8_t *row = matrix.single + (first + j) * row_bytes;
+        prefetch(row, row_bytes);
+        prefetch(row + size * row_bytes, row_bytes);
+        prefetch(down.single + block * single_group_bytes(&down) + (4 + j) * column_bytes, column_bytes);
     }
     for (; wanted; wanted &= wanted - 1) {
         int64_t j = __builtin_ctz(wanted);
