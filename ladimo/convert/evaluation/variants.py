@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladimo.convert.ffn.expert_layer import route, run_experts, run_refined
+from ladimo.convert.ffn.expert_layer import run_rule
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
@@ -113,12 +113,8 @@ def _advance(
                         out = layer.mlp(ffn_inputs)
                     else:
                         assert expert_layer is not None
-                        _, topk_weights, topk_ids = route(expert_layer, ffn_inputs, rule)
-                        if rule.refine is None:
-                            out = run_experts(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.bits)
-                        else:
-                            out, refined = run_refined(expert_layer, ffn_inputs, topk_weights, topk_ids, rule.refine)
-                            neurons[branch] += int(refined.sum())
+                        out, topk_ids, refined = run_rule(expert_layer, ffn_inputs, rule)
+                        neurons[branch] += refined
                         ids[branch].append(topk_ids.to("cpu", torch.int16))
                     states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
     ran: dict[Rules, Ran | None] = {}

@@ -24,21 +24,18 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
 
 
-def run_refined(
-    layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, refine: float
-) -> tuple[Tensor, Tensor]:
-    """Nested experts at 4 bits, with neurons refined: [T, D] -> [T, D] and the refined neurons [T, G]."""
-    gate_up, down = nested_weights(layer)
-    floors = torch.full((len(inputs),), refine, device=inputs.device)
-    return apply_refined(inputs, topk_weights, topk_ids, gate_up, down, layer.experts.get_buffer("norms"), floors)
-
-
-def nested_weights(layer: ExpertLayer) -> tuple[NestedWeights, NestedWeights]:
-    """The gate and up, and the down projections of a nested layer."""
+def run_rule(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor, int]:
+    """The layer under a rule: inputs [T, D] -> outputs [T, D], topk_ids [T, K], and how many neurons all tokens together
+    refine."""
+    _, topk_weights, topk_ids = route(layer, inputs, rule)
+    if rule.refine is None:
+        return run_experts(layer, inputs, topk_weights, topk_ids, rule.bits), topk_ids, 0
     gate_up: Tensor | NestedWeights = layer.experts.gate_up_proj
     down: Tensor | NestedWeights = layer.experts.down_proj
     assert isinstance(gate_up, NestedWeights) and isinstance(down, NestedWeights)
-    return gate_up, down
+    floors, norms = torch.full((len(inputs),), rule.refine, device=inputs.device), layer.experts.get_buffer("norms")
+    out, neurons = apply_refined(inputs, topk_weights, topk_ids, gate_up, down, norms, floors)
+    return out, topk_ids, int(neurons.sum())
 
 
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:

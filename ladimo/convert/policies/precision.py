@@ -6,10 +6,9 @@ rule here changes the bits of the attention or of the FFN, so the error is that 
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from ladimo.convert.ffn.expert_layer import route, run_experts, run_refined
+from ladimo.convert.ffn.expert_layer import run_rule
 from ladimo.convert.policies.backward import Chunk, Visit, run_backward
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.moe import ExpertLayer
@@ -36,7 +35,9 @@ def precision_damages(
                 ((_, attended, ffn_inputs),) = model.attend(chunk.layer, chunk.hidden_states, bits)
                 for rule in rules[index]:
                     if rule.attention_bits == bits:
-                        out, neurons = run_rule(chunk.layer.mlp, ffn_inputs, rule)
+                        mlp = chunk.layer.mlp
+                        assert isinstance(mlp, ExpertLayer)
+                        out, _, neurons = run_rule(mlp, ffn_inputs, rule)
                         error = attended + out - whole
                         damages[index][rule] += 0.5 * float(chunk.products(error).sum()) / scored
                         refined[index][rule] += neurons / blocks.numel()
@@ -45,13 +46,3 @@ def precision_damages(
 
     run_backward(model, blocks, samples, 0, begin)
     return damages, refined
-
-
-def run_rule(mlp: torch.nn.Module, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, int]:
-    """The FFN under a rule: inputs [T, D] -> outputs [T, D], and the number of neurons that all tokens together refine."""
-    assert isinstance(mlp, ExpertLayer)
-    _, topk_weights, topk_ids = route(mlp, inputs, rule)
-    if rule.refine is None:
-        return run_experts(mlp, inputs, topk_weights, topk_ids, rule.bits), 0
-    out, neurons = run_refined(mlp, inputs, topk_weights, topk_ids, rule.refine)
-    return out, int(neurons.sum())

@@ -186,6 +186,14 @@ def test_policies_refine_what_a_token_needs(nested: Made) -> None:
         assert unrefined is not None and points[name].cost > unrefined
 
 
+def test_refinement_can_be_turned_off(nested: Made, tmp_path: Path) -> None:
+    """As the guide says: with a floor that no neuron reaches, no policy refines neurons."""
+    out = tmp_path / "out"
+    assert convert(str(nested.dense), out, small_recipe(method="nested", **{"nested.refine": 1000.0}), [nested.text])
+    for policy in read_policies(out, read_config(out)).values():
+        assert all(rule is None or rule.refine is None for rule in policy.layers)
+
+
 def test_a_perplexity_guard_is_kept(nested: Made, tmp_path: Path) -> None:
     """The cheapest measured policy within the ratio is added, as every method does."""
     out = tmp_path / "out"

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,17 +17,11 @@ from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import make_dense
 from tests.ladimo.convert.conftest import make_text, small_recipe
+from tests.ladimo.model.test_moe_families import MODELS
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
-SHARED: dict[str, Any] = {
-    "model_type": "qwen2_moe",
-    "num_experts": 6,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 40,
-    "mlp_only_layers": [1],
-}
+SHARED = MODELS["qwen2_moe"]
 
 
 @pytest.fixture(scope="module")
