@@ -14,6 +14,7 @@ from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
     CliSettingsSource,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -46,6 +47,12 @@ def _check_proxies(proxies: list[str]) -> list[str]:
     for proxy in proxies:
         ipaddress.ip_network(proxy)
     return proxies
+
+
+def _is_service_link(name: str, text: str | None) -> bool:
+    """Whether Kubernetes set the variable. In a namespace with a Service called `ladimo`, it sets LADIMO_PORT to an address such
+    as tcp://10.0.0.1:80 in every pod. The names of its other variables are no settings."""
+    return name.lower() == "ladimo_port" and (text or "").startswith(("tcp://", "udp://", "sctp://"))
 
 
 def _read_keys(path: Path) -> list[SecretStr]:
@@ -82,6 +89,8 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {name: text for name, text in env_settings.env_vars.items() if not _is_service_link(name, text)}
         return env_settings, init_settings
 
     model: CliPositionalArg[str | None] = Field(None, description="Directory in Hugging Face layout, or a hub id.")

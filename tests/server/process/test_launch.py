@@ -17,7 +17,7 @@ import pytest
 
 from server.__main__ import main
 from server.policies.targets import AtAccuracy, Named
-from server.settings import read_settings
+from server.settings import ServerSettings, read_settings
 from tests.factories import make_dense, make_moe
 
 
@@ -53,6 +53,24 @@ def test_a_config_file_gives_way_to_environment_and_flags(tmp_path: Path, monkey
     assert (settings.model, settings.port, settings.max_queue, settings.max_num_seqs) == ("model", 9300, 8, 3)
     monkeypatch.setenv("LADIMO_CONFIG", str(file))
     assert read_settings([]).max_num_seqs == 3
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "sctp"])
+def test_variables_of_a_kubernetes_service_named_ladimo_are_no_settings(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = f"LADIMO_PORT_80_{protocol.upper()}"
+    address = {f"{port}_ADDR": "10.0.0.1", f"{port}_PORT": "80", f"{port}_PROTO": protocol, port: f"{protocol}://10.0.0.1:80"}
+    service = {"LADIMO_SERVICE_HOST": "10.0.0.1", "LADIMO_SERVICE_PORT": "80", "LADIMO_SERVICE_PORT_HTTP": "80"}
+    for name, value in {"LADIMO_PORT": f"{protocol}://10.0.0.1:80", **address, **service}.items():
+        monkeypatch.setenv(name, value)
+    settings = read_settings(["model"])
+    assert settings.port == ServerSettings.model_fields["port"].default
+    assert settings.model_fields_set == {"model"}
+    file = tmp_path / "server.toml"
+    file.write_text("port = 9100\n")
+    assert read_settings(["model", "--config", str(file)]).port == 9100
+    assert read_settings(["model", "--port", "9300"]).port == 9300
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "\u2028", "a\tb", " a", "a ", "\udc80"])
