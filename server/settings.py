@@ -50,8 +50,8 @@ def _check_proxies(proxies: list[str]) -> list[str]:
 
 
 def _is_service_link(name: str, text: str | None) -> bool:
-    """Whether Kubernetes set the variable. In a namespace with a Service called `ladimo`, it sets LADIMO_PORT to an address such
-    as tcp://10.0.0.1:80 in every pod. The names of its other variables are no settings."""
+    """Whether Kubernetes set the variable. For a Service called `ladimo`, it sets LADIMO_PORT in the namespace's pods, to an
+    address such as tcp://10.0.0.1:80. The names of its other variables are no settings."""
     return name.lower() == "ladimo_port" and (text or "").startswith(("tcp://", "udp://", "sctp://"))
 
 

@@ -21,10 +21,10 @@ from tests.factories import make_dense, make_moe
 from tests.server.process.test_launch import running_server
 
 ADDRESS = "http://127.0.0.1:8000"
-# Blocks that need what a test has not: a fresh machine, docker, Prometheus, task files, a GPU.
-UNTESTED = ["make serve", "make observe", "docker build", "python -c", "python -m loadtests.load_test"]
+# Blocks that need what a test has not: a fresh machine, docker, a cluster, Prometheus, task files, a GPU.
+UNTESTED = ["make serve", "kubectl create", "make observe", "docker build", "python -c", "python -m loadtests.load_test"]
 # Figures and files, not commands.
-DATA = {"json", "toml", ""}
+DATA = {"json", "toml", "yaml", ""}
 CONVERT = ["convert", "path/to/llama", "out/llama-moe", "--text", "corpus.txt"]
 # The documents' conversions in a fraction of the time.
 QUICK = "scan_tokens = 512\nrouted_steps = 2\n[train]\nsteps = 2\n"
