@@ -6,6 +6,7 @@ The model is a LlamaForCausalLM in which converted layers have our `ExpertLayer`
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 from transformers.utils import cached_file
 
 from ladimo.model.config import MOE_TYPE, MoeLayerConfig
@@ -23,16 +25,17 @@ from ladimo.policy import LayerRule, RoutingPolicy
 
 
 class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's configuration with four more fields.
+    """LLaMA's configuration with more fields.
 
     `moe_layers` has one entry per layer, None for a layer with a dense FFN. `attention_output_bias`: whether the output
     projection of the attention has a bias; None means the same as `attention_bias`. `family`: the type of the dense model.
-    `nested_bits`: None once a model is made, because transformers holds the whole weights only.
+    `qk_norm`: see `ModelConfig`. `nested_bits`: None once a model is made, because transformers holds the whole weights only.
     """
 
     model_type = MOE_TYPE
     moe_layers: list[dict[str, Any] | None] | None = None
     attention_output_bias: bool | None = None
+    qk_norm: str = "none"
     family: str = "llama"
     nested_bits: list[int] | None = None
 
@@ -59,12 +62,14 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
     _keep_in_fp32_modules_strict = [SELECTION_BIAS]
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
-        if not find_family(config.family).is_llama_inside:
+        if find_family(config.family).has_own_modules:
             raise ValueError(f"family {config.family}: transformers' LLaMA cannot stand in for its modules")
         super().__init__(config)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
             o_proj = layer.self_attn.o_proj
+            if config.qk_norm != "none":
+                _add_norms(layer.self_attn, config)
             if output_bias != config.attention_bias:  # LLaMA has one flag for all four projections
                 layer.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=output_bias)
             if entry is not None:
@@ -115,6 +120,20 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
                 layer.mlp.rule = rule
+
+
+def _add_norms(attention: LlamaAttention, config: LadimoLlamaConfig) -> None:
+    """Give an attention norms of queries and keys. They are computed where the projections end, so all else is LLaMA's."""
+    for name in ("q", "k"):
+        projection = getattr(attention, f"{name}_proj")
+        size = config.head_dim if config.qk_norm == "head" else projection.out_features
+        setattr(attention, f"{name}_norm", LlamaRMSNorm(size, config.rms_norm_eps))
+        projection.register_forward_hook(partial(_norm_output, getattr(attention, f"{name}_norm")))
+
+
+def _norm_output(norm: LlamaRMSNorm, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    normed: Tensor = norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+    return normed
 
 
 def _read_policy(name: str, policy: str) -> RoutingPolicy:

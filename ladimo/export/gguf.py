@@ -36,6 +36,8 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -64,17 +66,20 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """interleaved: whether rows of queries and keys are interleaved. scaled_rope: whether a file can scale the frequencies.
-    second_norm: the name of the norm before the FFN."""
+    biases: whether the attention can have biases. second_norm: the name of the norm before the FFN."""
 
     name: str
     interleaved: bool
     scaled_rope: bool
+    biases: bool
     second_norm: str
 
 
-LLAMA = Architecture("llama", interleaved=True, scaled_rope=True, second_norm="ffn_norm")
-GLM4_MOE = Architecture("glm4moe", interleaved=False, scaled_rope=False, second_norm="post_attention_norm")
-ARCHITECTURES = {"llama": LLAMA, "qwen2": LLAMA, "mixtral": LLAMA, "glm4_moe": GLM4_MOE}  # by model type of transformers
+LLAMA = Architecture("llama", interleaved=True, scaled_rope=True, biases=True, second_norm="ffn_norm")
+GLM4_MOE = Architecture("glm4moe", interleaved=False, scaled_rope=False, biases=True, second_norm="post_attention_norm")
+QWEN3 = Architecture("qwen3", interleaved=False, scaled_rope=False, biases=False, second_norm="ffn_norm")
+# By model type of transformers.
+ARCHITECTURES = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": QWEN3, "mixtral": LLAMA, "glm4_moe": GLM4_MOE}
 
 
 class GgufTarget:
@@ -120,7 +125,10 @@ class GgufTarget:
         for form in self.forms:
             try:
                 config = form.config(view)
-                if view.source.rope.type != "default" and not ARCHITECTURES[config["model_type"]].scaled_rope:
+                architecture = ARCHITECTURES[config["model_type"]]
+                if view.source.attention_bias and not architecture.biases:
+                    raise ValueError("llama.cpp reads no biases in the attention for it, the model has some")
+                if view.source.rope.type != "default" and not architecture.scaled_rope:
                     raise ValueError(f"llama.cpp reads only plain RoPE for it, the model has type {view.source.rope.type}")
             except ValueError as error:
                 reasons.append(f"as {form.name}: {error}")
@@ -136,7 +144,7 @@ def write_gguf(
     weights: str,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write a model of type llama, qwen2, mixtral or glm4_moe. `config`: its config.json. `tensors`: its tensors with the names
+    """Write a model of a type in `ARCHITECTURES`. `config`: its config.json. `tensors`: its tensors with the names
     on disk. `weights`: the type of matrices in the file, which is F32, F16, BF16, Q8_0 or Q4_0. `tokenizer`: the directory of
     its tokenizer; None for a file without one."""
     import gguf

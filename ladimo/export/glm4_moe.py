@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_output_bias
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_norms, refuse_output_bias
 from ladimo.export.null_experts import Places, fit_places, placed_experts
 from ladimo.export.policy_view import PolicyView
 
@@ -24,6 +24,7 @@ class Glm4MoeTarget(HuggingFaceTarget):
 
     def config(self, view: PolicyView) -> dict[str, Any]:
         refuse_output_bias(view)
+        refuse_norms(view, known=["head"])
         leading, places = _leading(view), _places(view)
         layers = range(view.source.num_hidden_layers)
         shared = max(view.ffn_width(layer) for layer in layers[leading:])
@@ -41,7 +42,7 @@ class Glm4MoeTarget(HuggingFaceTarget):
             "routed_scaling_factor": 1.0,
             "n_group": 1,
             "topk_group": 1,
-            "use_qk_norm": False,
+            "use_qk_norm": view.source.qk_norm == "head",
             "attention_bias": view.source.attention_bias,
             "partial_rotary_factor": 1.0,
             "rope_parameters": {**common["rope_parameters"], "partial_rotary_factor": 1.0},

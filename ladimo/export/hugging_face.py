@@ -1,7 +1,7 @@
 """What targets in Hugging Face layout have in common. Legend: D hidden_size, W width of an FFN."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,15 @@ def plain_softmax(view: PolicyView, shared: bool = False) -> RoutedExperts:
 
 
 def refuse_output_bias(view: PolicyView) -> None:
-    """Raises ValueError for a bias after the attention, which only LLaMA itself has."""
+    """Raises ValueError for a bias after the attention, which no target that routes has."""
     if view.source.attention_output_bias:
         raise ValueError("the model has a bias on the attention's output, the target has none")
+
+
+def refuse_norms(view: PolicyView, known: Collection[str] = ()) -> None:
+    """Raises ValueError for norms of queries and keys. `known`: the values of `ModelConfig.qk_norm` that the target has."""
+    if view.source.qk_norm not in ("none", *known):
+        raise ValueError("the model norms queries and keys, the target does not")
 
 
 def dense_tensors(prefix: str, ffn: Ffn) -> Tensors:

@@ -6,7 +6,7 @@ vLLM and SGLang read.
 
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_output_bias
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_norms, refuse_output_bias
 from ladimo.export.null_experts import Places, fit_places, placed_experts
 from ladimo.export.policy_view import PolicyView
 
@@ -19,6 +19,7 @@ class MimoV2Target(HuggingFaceTarget):
 
     def config(self, view: PolicyView) -> dict[str, Any]:
         refuse_output_bias(view)
+        refuse_norms(view)
         source, places, common = view.source, _places(view), view.common_config()
         if source.rope.type != "default":
             raise ValueError(f"the model has RoPE of type {source.rope.type}; vLLM and SGLang read plain RoPE for the target")

@@ -32,12 +32,12 @@ Ffn = tuple[Tensor, Tensor, Tensor]  # gate [W, D], up [W, D], down [D, W]
 class PolicyView:
     """The model as it runs under the policy. Weights have the dtype that they are stored in.
 
-    Raises ValueError for a family whose modules are not those of LLaMA, for a policy that refines, and for what `layer_form`
+    Raises ValueError for a family with modules of its own, for a policy that refines, and for what `layer_form`
     refuses.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
-        if not find_family(config.family).is_llama_inside:
+        if find_family(config.family).has_own_modules:
             raise ValueError(f"{directory}: family {config.family} has modules that no target knows")
         if policy.refines:
             raise ValueError(

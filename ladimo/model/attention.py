@@ -10,6 +10,7 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.layers import RMSNorm
 from ladimo.model.paged_attention import apply_rope, attend_prefill, attend_whole
 from ladimo.model.precision import KEY_VALUE_BITS
 
@@ -27,6 +28,11 @@ class Attention(BackendModule):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm != "none":
+            sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (heads, kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(
         self,
@@ -40,7 +46,8 @@ class Attention(BackendModule):
         cache. `bits`: where the projections are nested, how many bits [T] each token reads of them; of keys and values at least
         `KEY_VALUE_BITS`."""
         careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
-        q, k = self.normed(self.q_proj(hidden_states, *bits), self.k_proj(hidden_states, *careful))
+        q = _normed(self.q_proj(hidden_states, *bits), self.q_norm)
+        k = _normed(self.k_proj(hidden_states, *careful), self.k_norm)
         q, k = q.view(-1, self.num_heads, self.head_dim), k.view(-1, self.num_kv_heads, self.head_dim)
         v = self.v_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
         if kv_cache is None:
@@ -53,10 +60,6 @@ class Attention(BackendModule):
             out = self._attend_paged(q, inputs, kv_cache)
         projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim), *bits)
         return projected
-
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [T, H * C] and keys [T, G * C] as they are rotated. A family may have norms here."""
-        return q, k
 
     def _attend_paged(self, q: Tensor, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
         """Attention of one step, q [T, H, C] -> [T, H, C]. Decode rows are one batch; prefill segments run one by one."""
@@ -73,3 +76,8 @@ class Attention(BackendModule):
             queries = q[segment.start : segment.start + segment.length]
             parts.append(attend_prefill(queries, k[0, : segment.context_len], v[0, : segment.context_len]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """The queries or keys of all heads, [T, heads * C], after their norm. It covers each head, or all of them at once."""
+    return x if norm is None else norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)

@@ -14,6 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 ScoreFunction = Literal["softmax", "sigmoid"]
 ExpertWeight = Literal["score", "one"]
 RouterKind = Literal["linear", "mlp", "glu", "none"]
+QkNorm = Literal["none", "head", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +131,11 @@ class ModelConfig:
     """The architecture.
 
     layers: one entry per layer; None for a layer that keeps its dense FFN. attention_bias: whether the query, key and value
-    projections have biases. attention_output_bias: the same for the output projection. family: the model type of the dense
-    model, which decides the modules of a layer. nested_bits: the lower precisions that every weight matrix can be read at,
-    none or 4 and 8 (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is measured
-    against itself under policy `full`.
+    projections have biases. attention_output_bias: the same for the output projection. qk_norm: queries and keys are normed
+    before they are rotated, each head by itself ("head") or all heads of a token together ("all"). family: the model type of
+    the dense model. nested_bits: the lower precisions that every weight matrix can be read at, none or 4 and 8
+    (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is measured against itself under
+    policy `full`.
     """
 
     vocab_size: int
@@ -150,6 +152,7 @@ class ModelConfig:
     attention_output_bias: bool
     rope: RopeConfig
     layers: tuple[MoeLayerConfig | None, ...]
+    qk_norm: QkNorm = "none"
     family: str = "llama"
     nested_bits: tuple[int, ...] = ()
     trained_as_moe: bool = False
@@ -209,10 +212,11 @@ class ModelConfig:
 
     @property
     def attention_parameters(self) -> int:
-        """The parameters of the attention and the two norms of one layer."""
+        """The parameters of the attention and of the norms of one layer."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = self.attention_bias * (heads + 2 * kv_heads) + self.attention_output_bias * self.hidden_size
-        return 2 * self.hidden_size * (heads + kv_heads) + bias + 2 * self.hidden_size
+        qk_norms = {"none": 0, "head": 2 * self.head_dim, "all": heads + kv_heads}[self.qk_norm]
+        return 2 * self.hidden_size * (heads + kv_heads) + bias + qk_norms + 2 * self.hidden_size
 
 
 def moe_layers_to_json(layers: tuple[MoeLayerConfig | None, ...]) -> list[dict[str, Any] | None]:

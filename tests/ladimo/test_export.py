@@ -97,7 +97,13 @@ def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"model_type": "qwen2"}, {"model_type": "mistral", "head_dim": 16}, {"attention_bias": True}]
+    "fields",
+    [
+        {"model_type": "qwen2"},
+        {"model_type": "mistral", "head_dim": 16},
+        {"model_type": "qwen3", "head_dim": 16},
+        {"attention_bias": True},
+    ],
 )
 def test_families_with_biases_and_sizes_of_their_own(fields: dict[str, Any], tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", top_k=4, layer=EXACT, **fields)

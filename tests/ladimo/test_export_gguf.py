@@ -102,3 +102,19 @@ def test_other_kinds_of_tokenizers_are_left_out(field: dict[str, Any], dense: Pa
     raw = read_json(dense / "tokenizer.json")
     write_json(dense / "tokenizer.json", {**raw, "model": {**raw["model"], **field}})
     assert find_splitting(dense) is None
+
+
+def test_a_qwen3_has_the_tensors_that_llama_cpp_reads(tmp_path: Path) -> None:
+    """By the list of the package gguf, which llama.cpp's own converter uses."""
+    from gguf import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES, GGUFReader
+
+    dense = make_dense(tmp_path / "dense", model_type="qwen3", head_dim=16, num_hidden_layers=1)
+    export.export(dense, tmp_path / "out", "gguf", "full")
+    file = GGUFReader(tmp_path / "out/model.gguf")
+    assert file.fields["general.architecture"].contents() == "qwen3"
+    known = {TENSOR_NAMES[tensor].format(bid=0) + ".weight" for tensor in MODEL_TENSORS[MODEL_ARCH.QWEN3]}
+    written = {tensor.name for tensor in file.tensors}
+    assert {"blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight"} < written <= known
+    biased = make_dense(tmp_path / "biased", model_type="qwen3", head_dim=16, num_hidden_layers=1, attention_bias=True)
+    with pytest.raises(ValueError, match="llama.cpp reads no biases in the attention"):
+        export.export(biased, tmp_path / "none", "gguf", "full")

@@ -92,6 +92,7 @@ def test_transformers_generates_the_same(target: str, case: Case, tmp_path: Path
         ("mimo", UNEQUAL, {"head_dim": 16}),
         ("mixtral", SOFTMAX, {"head_dim": 16}),
         ("glm4", UNEQUAL, {"dtype": torch.bfloat16}),
+        ("glm4", UNEQUAL, {"model_type": "qwen3", "head_dim": 16}),
     ],
 )
 def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any], tmp_path: Path) -> None:
@@ -102,6 +103,10 @@ def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any
     ("target", "case", "config", "message"),
     [
         ("mixtral", SOFTMAX_KEPT, {}, "layer 1: is dense, the target routes; try --target qwen2$"),
+        *(
+            (target, case, {"model_type": "qwen3", "head_dim": 16}, "the model norms queries and keys, the target does not")
+            for target, case in (("mimo", UNEQUAL), ("qwen2", SOFTMAX), ("mixtral", SOFTMAX))
+        ),
         ("mixtral", UNEQUAL, {}, "layer 0: scores by sigmoid, the target by softmax; try --target glm4 or mimo or gguf$"),
         ("glm4", SOFTMAX, {}, "layer 0: scores by softmax, the target by sigmoid; try --target qwen2 or mixtral or gguf$"),
         ("dense", UNEQUAL, {}, "layer 0: chooses 1 of 4 experts by token; the target has no router; try --target glm4"),

@@ -14,7 +14,13 @@ static void rotate(float *x, const float *table, int64_t size, float scale) {
     }
 }
 
-// Rotate the queries and keys of a token, and store its keys and values in the cache. Queries are also scaled by 1 / sqrt(C).
+// The norm of the queries or keys of a token, in place.
+static void norm_heads(const Model *m, float *x, int64_t heads, const float *weight) {
+    int64_t size = m->norms_each_head ? m->head_dim : heads * m->head_dim;
+    for (int64_t i = 0; i < heads * m->head_dim; i += size) normalise(x + i, weight, size, m->eps, x + i);
+}
+
+// Norm and rotate the queries and keys of a token, and store its keys and values in the cache. Queries are also scaled by 1 / sqrt(C).
 static void store_token(const void *job, int64_t t) {
     const State *s = job;
     const Model *m = s->model;
@@ -22,6 +28,10 @@ static void store_token(const void *job, int64_t t) {
     int64_t size = m->head_dim, groups = m->kv_heads, bs = step->block_size, slot = step->slots[t];
     const float *table = m->rope + step->positions[t] * 2 * size;
     float *q = s->qkv + t * (m->heads + 2 * groups) * size, *k = q + m->heads * size, *v = k + groups * size;
+    if (s->layer->q_norm) {
+        norm_heads(m, q, m->heads, s->layer->q_norm);
+        norm_heads(m, k, groups, s->layer->k_norm);
+    }
     for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, size, 1.0f / sqrtf((float)size));
     for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, size, 1.0f);
     int64_t block = s->layer_index * step->num_blocks + slot / bs, offset = slot % bs;

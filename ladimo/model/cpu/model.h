@@ -41,7 +41,9 @@ typedef struct {
 // One layer. gate_up and down hold the matrices of all E experts, one after another; a dense FFN is one expert. In gate_up, each
 // block has two panels of gate rows and two of up rows.
 typedef struct {
-    const float *input_norm, *post_norm, *qkv_bias, *o_bias, *selection_bias;
+    const float *input_norm, *post_norm;
+    const float *q_norm, *k_norm;  // NULL if queries and keys have no norms
+    const float *qkv_bias, *o_bias, *selection_bias;
     const float *column_norms;  // [E, expert_size] of a nested layer, zeros for padding; else NULL
     Matrix qkv, o, gate_up, down, router, router_second;
     int64_t num_experts, expert_size, neurons;  // num_experts 0: a dense FFN. neurons: of an expert, without padding
@@ -50,6 +52,7 @@ typedef struct {
 
 typedef struct {
     int64_t num_layers, hidden, heads, kv_heads, head_dim, vocab, max_experts;
+    int64_t norms_each_head;  // 1: each head of queries and keys is normed by itself; 0: all heads of a token together
     int64_t bf16;     // 1: KV cache and embedding are bf16; 0: fp32
     double eps;
     const void *embedding;  // [V, D] in bf16 or fp32

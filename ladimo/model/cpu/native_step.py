@@ -41,7 +41,8 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("input_norm", "post_norm", "qkv_bias", "o_bias", "selection_bias", "column_norms")]
+        [(name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")]
+        + [(name, c_void_p) for name in ("qkv_bias", "o_bias", "selection_bias", "column_norms")]
         + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
         + [(name, c_int64) for name in ("num_experts", "expert_size", "neurons", "router_kind", "fixed_experts")]
         + [(name, c_int64) for name in ("sigmoid", "score_norm_top_k", "weight_one")]
@@ -60,6 +61,7 @@ class _Model(ctypes.Structure):
                 "head_dim",
                 "vocab",
                 "max_experts",
+                "norms_each_head",
                 "bf16",
             )
         ),
@@ -118,7 +120,7 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
     """Raises Unsupported if this machine's compiled step cannot run such a model in `dtype`, or in the format `quantize`."""
     if library() is None:
         raise Unsupported(f"there is no compiled kernel: {origin()}")
-    if not find_family(config.family).is_llama_inside:
+    if find_family(config.family).has_own_modules:
         raise Unsupported(f"family {config.family} has modules that it does not know")
     if any(layer is not None and layer.shared_expert_intermediate_size for layer in config.layers):
         raise Unsupported("it does not know shared experts")
@@ -182,6 +184,7 @@ class NativeStep:
             head_dim=config.head_dim,
             vocab=config.vocab_size,
             max_experts=config.max_num_experts if config.moe_layer_indices else 0,
+            norms_each_head=config.qk_norm == "head",
             bf16=dtype == torch.bfloat16,
             eps=config.rms_norm_eps,
             embedding=self._embedding.data_ptr(),
@@ -264,6 +267,8 @@ class NativeStep:
         target.qkv = self._matrix(packed, careful_row=len(attention.q_proj.weight))
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
+        if attention.q_norm is not None and attention.k_norm is not None:
+            target.q_norm, target.k_norm = (self._keep(norm.weight.float()) for norm in (attention.q_norm, attention.k_norm))
         target.o = self._matrix(pack(_weights(attention.o_proj), format))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())

@@ -17,6 +17,7 @@ from ladimo.model.families.moe_family import MoeFamily
 from ladimo.model.families.olmoe import OLMOE
 from ladimo.model.families.qwen2 import QWEN2
 from ladimo.model.families.qwen2_moe import QWEN2_MOE
+from ladimo.model.families.qwen3 import QWEN3
 
 __all__ = [
     "Family",
@@ -39,7 +40,7 @@ def register(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
+for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
     register(_family)
 
 

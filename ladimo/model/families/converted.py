@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
-from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
+from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig, QkNorm
 from ladimo.model.families.family import Family
 from ladimo.model.precision import NESTED_BITS
 
@@ -20,7 +20,10 @@ class Converted(Family):
         nested_bits = raw.get("nested_bits") or []
         if nested_bits not in ([], list(NESTED_BITS)):
             raise ValueError(f"nested_bits must be null, [] or {list(NESTED_BITS)}, got {nested_bits!r}")
-        return replace(super().read_config(raw), family=family, nested_bits=tuple(nested_bits))
+        qk_norm = raw.get("qk_norm", "none")
+        if qk_norm not in get_args(QkNorm):
+            raise ValueError(f"qk_norm must be one of {', '.join(get_args(QkNorm))}, got {qk_norm!r}")
+        return replace(super().read_config(raw), family=family, nested_bits=tuple(nested_bits), qk_norm=qk_norm)
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         entries = raw.get("moe_layers")

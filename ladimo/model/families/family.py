@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ladimo.model.attention import Attention
-from ladimo.model.config import ROPE_TYPES, ModelConfig, MoeLayerConfig, RopeConfig
+from ladimo.model.config import ROPE_TYPES, ModelConfig, MoeLayerConfig, QkNorm, RopeConfig
 from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size
 from ladimo.model.layers import GatedMLP
 
@@ -50,28 +50,31 @@ class Family:
 
     The values are the defaults for fields that config.json leaves out. They are those of transformers' configuration classes.
 
-    num_key_value_heads: None means as many as query heads.
+    num_key_value_heads: None means as many as query heads. head_dim: None means hidden_size / num_attention_heads.
     qkv_bias, output_bias: whether the attention projections have biases. None means that the file's `attention_bias` decides.
     sliding_window: in tokens; None means none, unless the file says so.
     use_sliding_window: whether the window is used if the file does not say it.
-    attention, ffn: the modules of every layer. The compiled CPU step knows only LLaMA's modules, so a family with other modules
-    runs in torch.
+    qk_norm: see `ModelConfig`.
+    attention, ffn: the modules of every layer. The compiled CPU step and the exports know only our own modules, so a family
+    with other modules runs in torch.
     """
 
     model_type: str
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     max_position_embeddings: int = 2048
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = True
+    qk_norm: QkNorm = "none"
     attention: type[nn.Module] = Attention
     ffn: type[nn.Module] = GatedMLP
 
     @property
-    def is_llama_inside(self) -> bool:
-        """Whether the family uses LLaMA's modules for attention and FFN."""
-        return self.attention is Attention and self.ffn is GatedMLP
+    def has_own_modules(self) -> bool:
+        """Whether its layers have modules that only the family itself knows. If not, the configuration describes them."""
+        return self.attention is not Attention or self.ffn is not GatedMLP
 
     def locate(self, name: str, config: ModelConfig) -> Stored | Stacked:
         """Where a checkpoint of the family stores the parameter that our network calls `name`."""
@@ -96,9 +99,9 @@ class Family:
         num_kv_heads = size(raw, "num_key_value_heads", (self.num_key_value_heads if absent else None) or num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-        if raw.get("head_dim") is None and hidden_size % num_heads:
+        if raw.get("head_dim") is None and self.head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}; give head_dim")
-        head_dim = size(raw, "head_dim", hidden_size // num_heads)
+        head_dim = size(raw, "head_dim", self.head_dim or hidden_size // num_heads)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, got {head_dim}")
         if num_heads * head_dim > MAX_SIZE:
@@ -122,6 +125,7 @@ class Family:
             attention_output_bias=output_bias,
             rope=read_rope(raw),
             layers=self.read_layers(raw, num_layers),
+            qk_norm=self.qk_norm,
             family=self.model_type,
         )
 

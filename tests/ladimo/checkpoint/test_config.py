@@ -46,7 +46,7 @@ def test_config_that_cannot_be_read(tmp_path: Path) -> None:
     ("fields", "named"),
     [
         ({"model_type": "gpt2"}, ["model_type", "gpt2"]),
-        ({"model_type": "gemma2"}, ["model_type", "gemma2", "llama, mistral, qwen2, mixtral, qwen2_moe, olmoe, ladimo_llama"]),
+        ({"model_type": "gemma2"}, ["model_type", "gemma2", "supported: llama, mistral, qwen2"]),
         ({"model_type": None}, ["model_type"]),
         ({"model_type": ["llama"]}, ["model_type"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.quantized_layers import quantize_model
+from tests.factories import make_moe
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytest.importorskip("triton")
@@ -21,9 +23,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
-@pytest.mark.parametrize("format", [None, "int4"])
-def test_a_model_on_kernels_is_the_model(moe_dir: Path, format: str | None) -> None:
+@pytest.mark.parametrize(
+    ("fields", "format"),
+    [({}, None), ({}, "int4"), ({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None)],
+    ids=["", "int4", "qwen3"],
+)
+def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | None, tmp_path: Path) -> None:
     """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""
+    moe_dir = make_moe(tmp_path, **fields)
     model = load_model(moe_dir, torch.float32, torch.device("cpu"))
     if format is not None:
         quantize_model(model, format)

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "fixed_experts": {"layer": {"score_function": "sigmoid", "fixed_experts": 1}},
     "six_experts": {"num_experts": 6},
     "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 10},
     "output_bias": {"attention_bias": True},
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "mqa_wide_heads": {"head_dim": 80, "num_key_value_heads": 1},

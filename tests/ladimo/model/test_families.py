@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
 
 
@@ -61,19 +62,19 @@ def test_a_split_model_is_the_same_in_transformers(family: str, tmp_path: Path) 
     assert_halves_agree(tmp_path / "again")
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2_tied"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2_tied", "qwen3"])
 def test_conversion_end_to_end(family: str, tmp_path: Path) -> None:
     fields = {**FAMILIES[family], "max_position_embeddings": 32}
     dense = make_dense(tmp_path / "dense", **fields)
     recipe = small_recipe(**{"train.steps": 5, "policies.points": 0})
     assert convert(str(dense), tmp_path / "moe", recipe, [make_text(tmp_path / "text.txt")])
     config = read_config(tmp_path / "moe")
-    assert (config.attention_bias, config.attention_output_bias) == (family != "mistral", False)
+    assert (config.attention_bias, config.attention_output_bias) == (family == "qwen2_tied", False)
     assert not any(name.endswith("o_proj.bias") for name in TensorReader(tmp_path / "moe").files)
     assert_halves_agree(tmp_path / "moe")
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path: Path) -> None:
     """Greedy, the dense model and the converted one; the reference for the dense model is the family's own class."""
     dense = make_dense(tmp_path / "dense", **FAMILIES[family])
@@ -106,10 +107,16 @@ async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path:
 def test_a_converted_configuration_says_what_its_family_left_unsaid(tmp_path: Path) -> None:
     """Read without the family's name, it describes the same model; nothing of the window stays."""
     sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    for family, heads, kv_heads, context in (("mistral", 16, 8, 131072), ("qwen2", 32, 32, 32768), ("llama", 16, 16, 2048)):
+    for family, heads, kv_heads, context in (
+        ("mistral", 16, 8, 131072),
+        ("qwen2", 32, 32, 32768),
+        ("qwen3", 32, 32, 32768),
+        ("llama", 16, 16, 2048),
+    ):
         raw = {"model_type": family, **sizes, "num_attention_heads": heads, "sliding_window": None}
         dense = read_model_config(raw)
         assert (dense.num_key_value_heads, dense.max_position_embeddings) == (kv_heads, context)
+        assert dense.head_dim == (128 if family == "qwen3" else 64 // heads)
         converted = moe_config_json(raw, [None, None])
         assert read_model_config(converted) == dense
         assert "sliding_window" not in converted

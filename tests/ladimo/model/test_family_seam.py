@@ -155,7 +155,8 @@ async def test_it_is_converted_and_served(pair: tuple[Path, Path], tmp_path: Pat
 def test_a_family_that_nobody_registered_is_refused_by_name(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "toy"})
     with pytest.raises(
-        ValueError, match="model_type is 'toy'; supported: llama, mistral, qwen2, mixtral, qwen2_moe, olmoe, ladimo_llama"
+        ValueError,
+        match="model_type is 'toy'; supported: llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, olmoe, ladimo_llama",
     ):
         read_config(tmp_path)
 

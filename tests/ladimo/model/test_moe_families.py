@@ -146,7 +146,7 @@ def test_the_compiled_step_runs_what_it_knows(stock: Path, caplog: pytest.LogCap
     backend = load_to_serve(stock, "cpu").backend
     if "there is no compiled kernel" in caplog.text:
         pytest.skip("there is no compiler")
-    assert backend.name == ("native" if read_config(stock).family == "mixtral" else "torch")
+    assert backend.name == ("torch" if read_config(stock).family == "qwen2_moe" else "native")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -192,7 +192,7 @@ def test_an_expert_that_is_missing_or_of_another_size_is_named(tmp_path: Path) -
 
 
 def test_it_is_not_converted(stock: Path) -> None:
-    assert dense_types() == ["llama", "mistral", "qwen2"]
+    assert dense_types() == ["llama", "mistral", "qwen2", "qwen3"]
     with pytest.raises(ValueError, match="is a Mixture-of-Experts already; give a dense model"):
         check_source(stock)
 

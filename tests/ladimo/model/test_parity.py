@@ -1,4 +1,4 @@
-"""Our forward pass against transformers' LLaMA, Mistral and Qwen2: whole sequences, prefill, chunks, decode, and all mixed."""
+"""Our forward pass against transformers' models of each family: whole sequences, prefill, chunks, decode, and all mixed."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3_default_head_dim": {"model_type": "qwen3", "num_attention_heads": 2, "tie_word_embeddings": True},
+    "qwen3_biases": {"model_type": "qwen3", "head_dim": 10, "attention_bias": True, "num_key_value_heads": 4},
 }
 
 
