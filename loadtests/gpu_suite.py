@@ -313,8 +313,8 @@ def counting(bench: Bench) -> None:
     core = bench.core(model, max(sizes), 128, max(sizes) * 32)
     runner: Any = core._runner
     policy = bench.policies()["half"]
-    row = core._table.acquire(policy)
-    assert row is not None
+    rows = core._table.acquire([policy])
+    assert rows is not None
     graphs = {
         counted: DecodeGraphs(
             model,
@@ -330,7 +330,7 @@ def counting(bench: Bench) -> None:
     }
     for size in sizes:
         for each in graphs.values():
-            each.buffers.integers[3, :size] = row
+            each.buffers.integers[3, :size] = rows[0]
         samples: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(bench.size(15, 3)):
             for counted, each in graphs.items():

@@ -1,16 +1,20 @@
 """The work of one step: a `Batch` of sequences for the scheduler, and the same as tensors for the model."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from ladimo.model.inputs import PrefillSegment, StepInputs
+from ladimo.policy import RoutingPolicy
 from server.engine.request import Sequence
 from server.engine.sampling.logit_adjuster import adjusts
 from server.engine.sampling.sampler import cuts
 from server.engine.transfers import to_device
+
+PolicyRun = tuple[RoutingPolicy, int]  # a policy, and the number of consecutive tokens of a sequence that run under it
 
 
 @dataclass(slots=True)
@@ -38,17 +42,15 @@ class Batch:
         return len(self.decode) + sum(count for _, count in self.prefill)
 
     @property
-    def decode_rows(self) -> dict[str, int]:
-        """The number of decoding sequences by policy name."""
-        return dict(Counter(sequence.request.policy.name for sequence in self.decode))
+    def decode_runs(self) -> list[PolicyRun]:
+        """The policies of the decoding sequences."""
+        ahead = int(self.previous is not None)
+        return [run for sequence in self.decode for run in _policy_runs(sequence, sequence.num_computed + ahead, 1)]
 
     @property
-    def prefilled_tokens(self) -> dict[str, int]:
-        """The number of prompt tokens by policy name."""
-        tokens: Counter[str] = Counter()
-        for sequence, count in self.prefill:
-            tokens[sequence.request.policy.name] += count
-        return dict(tokens)
+    def prefill_runs(self) -> list[PolicyRun]:
+        """The policies of the tokens in `prefill`."""
+        return [run for sequence, count in self.prefill for run in _policy_runs(sequence, sequence.num_computed, count)]
 
     @property
     def drawing(self) -> list[Sequence]:
@@ -66,6 +68,18 @@ class Batch:
         return any(cuts(sequence.request.sampling) for sequence, _ in self.scheduled)
 
 
+def tokens_by_policy(runs: Iterable[PolicyRun]) -> dict[str, int]:
+    """The number of tokens by policy name."""
+    tokens: Counter[str] = Counter()
+    for policy, count in runs:
+        tokens[policy.name] += count
+    return dict(tokens)
+
+
+def _policy_runs(sequence: Sequence, begin: int, count: int) -> list[PolicyRun]:
+    return [(sequence.request.policies[phase], run) for phase, run in sequence.phases(begin, begin + count)]
+
+
 def samples(sequence: Sequence, count: int) -> bool:
     """Whether computing the next `count` tokens of the sequence reaches its end, so that a new token follows."""
     return sequence.num_computed + count == sequence.num_tokens
@@ -81,11 +95,12 @@ def num_logits(sequence: Sequence, count: int) -> int:
 def may_run_ahead(sequence: Sequence) -> bool:
     """Whether the sequence's next token can be computed and drawn before the host knows the one before.
 
-    It cannot if the host adjusts the logits (penalties, grammars) or reports more than the token (log-probabilities, traces).
+    It cannot if the host adjusts the logits (penalties, grammars) or reports more than the token (log-probabilities, traces),
+    or if the token may end a phase.
     """
     request, sampling = sequence.request, sequence.request.sampling
     asks_for_more = sampling.logprobs is not None or sampling.prompt_logprobs is not None or request.trace is not None
-    return not asks_for_more and not adjusts(sequence)
+    return not asks_for_more and not adjusts(sequence) and sequence.in_last_phase
 
 
 class DecodeRows(NamedTuple):
@@ -106,7 +121,7 @@ def decode_rows(batch: Batch, block_size: int) -> DecodeRows:
     return DecodeRows(
         input_ids=[0 if ahead else sequence.token_ids(p, p + 1)[0] for sequence, p in placed],
         positions=positions,
-        policy_ids=[sequence.policy_row for sequence in batch.decode],
+        policy_ids=[sequence.rows[sequence.phase(p)] for sequence, p in placed],
         slot_mapping=[sequence.block_table[p // block_size] * block_size + p % block_size for sequence, p in placed],
         context_lens=[p + 1 for p in positions],
     )
@@ -123,7 +138,8 @@ def make_step_inputs(batch: Batch, block_size: int, device: torch.device) -> Ste
         input_ids += sequence.token_ids(begin, end)
         positions += range(begin, end)
         slots += [sequence.block_table[p // block_size] * block_size + p % block_size for p in range(begin, end)]
-        policy_ids += [sequence.policy_row] * count
+        for phase, run in sequence.phases(begin, end):
+            policy_ids += [sequence.rows[phase]] * run
         context_lens.append(end)
         logit_indices += range(len(input_ids) - num_logits(sequence, count), len(input_ids))
     width = -(-max(context_lens) // block_size)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ladimo.checkpoint import load_to_serve, read_json
 from ladimo.model.transformer import MoeTransformer
-from server.engine.batch import Batch, samples
+from server.engine.batch import Batch, PolicyRun, samples, tokens_by_policy
 from server.engine.config import EngineConfig, EngineLimits
 from server.engine.graphs.cuda_graphs import CudaGraphs, DecodeGraphs, GraphCapturer, bucket_sizes
 from server.engine.messages import (
@@ -29,7 +29,7 @@ from server.engine.messages import (
     TokenEvent,
 )
 from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks
-from server.engine.policy_table import NONE_ROW, PolicyTable
+from server.engine.policy_table import PolicyTable
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.row_queue import RowQueue
@@ -60,12 +60,15 @@ class Runner(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A step that has been launched. `wait` returns its output; None if there was nothing to compute. `bucket`: the rows of its
-    CUDA graph, if any. `started`: when the device began to work on it, by the core's clock."""
+    CUDA graph, if any. `started`: when the device began to work on it, by the core's clock. `decode_runs`, `prefill_runs`: the
+    policies of its tokens."""
 
     batch: Batch
     wait: Callable[[], BatchOutput] | None
     bucket: int | None
     started: float
+    decode_runs: list[PolicyRun]
+    prefill_runs: list[PolicyRun]
 
 
 class EngineCore:
@@ -138,13 +141,14 @@ class EngineCore:
 
     def _launch(self, batch: Batch) -> _Flight:
         started = self._clock()
-        for sequence, count in batch.scheduled:
+        for sequence, _ in batch.scheduled:
             if sequence.scheduled is None:
                 sequence.scheduled = started
-            self._table.add_routed(sequence.policy_row, count)
+        runs = batch.decode_runs, batch.prefill_runs
         if not batch.num_tokens:
-            return _Flight(batch, None, None, started)
-        return _Flight(batch, self._runner.launch(batch), self._runner.graph_bucket(batch), started)
+            return _Flight(batch, None, None, started, *runs)
+        self._table.add_routed(tokens_by_policy(runs[0] + runs[1]))
+        return _Flight(batch, self._runner.launch(batch), self._runner.graph_bucket(batch), started, *runs)
 
     def _land(self, flight: _Flight) -> StepResult:
         """Wait for the step's output, then update sequences, blocks and counters."""
@@ -157,7 +161,7 @@ class EngineCore:
                 batch, output = _still_there(batch, output)
             scheduled = batch.scheduled
             self._account(scheduled, output)
-            policies = {sequence.request.policy.version: sequence.request.policy for sequence, _ in scheduled}
+            policies = {policy.version: policy for policy, _ in flight.decode_runs + flight.prefill_runs}
             weight_bytes = self._weight_bytes.of_step(policies.values(), sum(output.refined_rows))
             traces = [
                 self._trace(sequence, experts)
@@ -170,12 +174,14 @@ class EngineCore:
             for (sequence, reason), drawn, trace in zip(outcomes, output.drawn, traces, strict=True):
                 first = sequence.first_token is None
                 stats.token(sequence, now)
+                sequence.follow_phases()
                 finished = None if reason is None else self._retire(sequence, reason, now)
                 events.append(
                     TokenEvent(
                         request_id=sequence.request.request_id,
                         token_id=drawn.token_id,
                         experts_per_token=self._experts_per_token(sequence),
+                        phase=sequence.phase(sequence.num_computed - 1),
                         refined_rows=sequence.refined_rows / max(sequence.num_routed, 1),
                         finished=finished,
                         logprobs=drawn.logprobs,
@@ -214,19 +220,20 @@ class EngineCore:
                 cuda_graph_missed=self._runner.graph_captures > 0 and bool(flight.batch.decode) and flight.bucket is None,
                 cuda_graph_captures=captures,
                 interval_seconds=ended - (flight.started if before is None else before),
-                decode_rows=flight.batch.decode_rows,
-                prefilled_tokens=flight.batch.prefilled_tokens,
+                decode_rows=tokens_by_policy(flight.decode_runs),
+                prefilled_tokens=tokens_by_policy(flight.prefill_runs),
             ),
         )
 
     def _submit(self, request: GenerationRequest) -> None:
         assert 0 < len(request.prompt_ids) < self.limits.max_model_len
         assert request.sampling.max_tokens > 0
+        assert len({policy.version for policy in request.policies}) <= self.limits.max_policies
         seed = request.sampling.seed
         self._row_queue.add(
             Sequence(
                 request=request,
-                policy_row=NONE_ROW,
+                rows=(),
                 seed=secrets.randbits(63) if seed is None else seed,
                 arrived=self._clock(),
                 expert_counts=[0] * self._table.config.num_hidden_layers,
@@ -238,7 +245,7 @@ class EngineCore:
     def _give_rows(self) -> None:
         """Give rows of the policy table to waiting sequences, and hand these to the scheduler.
 
-        A sequence that gets no row waits until the scheduler's sequences end and free one.
+        A sequence that gets no rows waits until the scheduler's sequences end and free some.
         """
         for sequence in self._row_queue.take():
             self._scheduler.add(sequence)
@@ -277,8 +284,7 @@ class EngineCore:
         )
 
     def _retire(self, sequence: Sequence, reason: FinishReason, now: float) -> RequestStats:
-        if sequence.policy_row != NONE_ROW:
-            self._table.release(sequence.policy_row)
+        self._table.release(sequence.rows)
         first = sequence.first_token
         stats = RequestStats(
             request_id=sequence.request.request_id,

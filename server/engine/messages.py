@@ -105,6 +105,7 @@ class TokenEvent:
     is set.
 
     `experts_per_token` is the measured mean per layer over the request so far, prompt included; None for a dense layer.
+    `phase` is the number of the phase whose policy drew the token.
     `refined_rows` is the mean number of rows of weights that a token refined (`StepOutput.refined_rows`). `logprobs`,
     `prompt_logprobs` and `trace` are set only if the request asked for them. `prompt_logprobs` comes with the first event: one
     entry per prompt token, the first of them None. `cached_tokens` counts prompt tokens that were found in the prefix cache and
@@ -114,6 +115,7 @@ class TokenEvent:
     request_id: str
     token_id: int | None
     experts_per_token: tuple[float | None, ...] = ()
+    phase: int = 0
     refined_rows: float = 0.0
     finished: RequestStats | None = None
     error: Exception | None = None

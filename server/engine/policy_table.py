@@ -51,55 +51,61 @@ class PolicyTable:
         """The row of this policy version, if it has one."""
         return self._by_version.get(policy.version)
 
-    def acquire(self, policy: RoutingPolicy) -> int | None:
-        """Take the row of this policy version, and write it first if it has none. The caller must `release` it.
+    def acquire(self, policies: Sequence[RoutingPolicy]) -> tuple[int, ...] | None:
+        """Take a row for each of these policy versions, and write those that have none. The caller must `release` them.
 
-        None while other policies hold every row. At least one row is then in use by a request.
+        None, and nothing taken, while other policies hold too many rows. At least one row is then in use by a request.
         """
-        row = self.find(policy)
-        if row is None:
-            row = self._write(policy)
-        if row is not None:
+        missing = self._missing(policies)
+        free = self._reusable(policies, len(missing))
+        if len(free) < len(missing):
+            return None
+        for row, policy in zip(free, missing, strict=False):
+            self._write(row, policy)
+        rows = tuple(self._by_version[policy.version] for policy in policies)
+        for row in set(rows):
             self._entry(row).users += 1
-        return row
+        return rows
 
-    def row_to_close(self) -> int:
-        """Choose the row to close to new requests. Called only while every row is held.
+    def rows_to_close(self, policies: Sequence[RoutingPolicy]) -> frozenset[int]:
+        """Choose as many rows as these policies lack. When nobody uses these rows any more, `acquire` succeeds.
 
         It prefers rows that are not resident, then those with the fewest requests: these come free soonest.
         """
-        held = [(entry.resident, entry.users, row) for row, entry in enumerate(self._rows) if entry is not None and entry.users]
-        return min(held)[2]
+        ranked = sorted(
+            (entry is not None and entry.resident, 0 if entry is None else entry.users, row)
+            for row, entry in self._others(policies)
+        )
+        return frozenset(row for _, _, row in ranked[: len(self._missing(policies))])
 
-    def release(self, row: int) -> None:
-        """One request less uses the row."""
-        entry = self._entry(row)
-        assert entry.users > 0
-        entry.users -= 1
-        self._clock += 1
-        entry.last_used = self._clock
+    def release(self, rows: tuple[int, ...]) -> None:
+        """The request that took these rows does not use them any more."""
+        for row in set(rows):
+            entry = self._entry(row)
+            assert entry.users > 0
+            entry.users -= 1
+            self._clock += 1
+            entry.last_used = self._clock
 
     def set_resident(self, policies: Sequence[RoutingPolicy]) -> None:
         """Make exactly these policies resident. Rows that requests use are kept, too.
 
         Raises PolicyTableFull when there are too few rows, and then changes nothing.
         """
-        wanted = {policy.version: policy for policy in policies}
-        missing = [policy for version, policy in wanted.items() if version not in self._by_version]
+        wanted, missing = {policy.version for policy in policies}, self._missing(policies)
         held = sum(row is not None and (row.users > 0 or row.policy.version in wanted) for row in self._rows[1:])
         if held + len(missing) > len(self._rows) - 1:
             raise PolicyTableFull(f"{held} of {len(self._rows) - 1} rows are held, {len(missing)} more are asked for")
         for row in self._rows[1:]:
             if row is not None:
                 row.resident = row.policy.version in wanted
-        for policy in missing:
-            written = self._write(policy)
-            assert written is not None
-            self._entry(written).resident = True
+        for row, policy in zip(self._reusable(policies, len(missing)), missing, strict=False):
+            self._write(row, policy)
+            self._entry(row).resident = True
 
-    def add_routed(self, row: int, num_tokens: int) -> None:
-        """Count tokens that are computed under the policy of the row."""
-        self._routed_tokens[self._entry(row).policy.name] += num_tokens
+    def add_routed(self, num_tokens: Mapping[str, int]) -> None:
+        """Count tokens that are computed, by policy name."""
+        self._routed_tokens.update(num_tokens)
 
     def snapshot(self, call_id: int) -> ExpertSnapshot:
         """The counters since the start, read from the device. Waits for the device."""
@@ -132,10 +138,31 @@ class PolicyTable:
         assert entry is not None
         return entry
 
-    def _write(self, policy: RoutingPolicy) -> int | None:
-        row = self._take_row()
-        if row is None:
-            return None
+    def _missing(self, policies: Sequence[RoutingPolicy]) -> list[RoutingPolicy]:
+        """The policy versions that have no row, each once."""
+        return [policy for version, policy in {p.version: p for p in policies}.items() if version not in self._by_version]
+
+    def _others(self, policies: Sequence[RoutingPolicy]) -> list[tuple[int, _Row | None]]:
+        """The rows that do not hold one of these policies."""
+        kept = {NONE_ROW, *(self._by_version.get(policy.version) for policy in policies)}
+        return [(row, entry) for row, entry in enumerate(self._rows) if row not in kept]
+
+    def _reusable(self, policies: Sequence[RoutingPolicy], count: int) -> list[int]:
+        """The rows that `count` further policies may get: those that hold nothing, then those that have been unused for
+        longest. Resident rows are among them only if there are not enough others, whether used or not."""
+        others = self._others(policies)
+        too_few = sum(entry is None or not entry.resident for _, entry in others) < count
+        ranked = []
+        for row, entry in others:
+            if entry is None:
+                ranked.append((False, -1, row))
+            elif entry.users == 0 and (too_few or not entry.resident):
+                ranked.append((entry.resident, entry.last_used, row))
+        return [row for _, _, row in sorted(ranked)]
+
+    def _write(self, row: int, policy: RoutingPolicy) -> None:
+        """Give a row that nobody uses to this policy."""
+        self._clear(row)
         rows, allowed = policy.to_rows(self.config.max_num_experts)
         self.tables.write(row, rows, allowed)
         self._rows[row] = _Row(policy)
@@ -143,35 +170,20 @@ class PolicyTable:
         known = self._reachable.setdefault(policy.name, [set() for _ in self.config.layers])
         for before, now in zip(known, _reachable(policy, self.config), strict=True):
             before |= now
-        return row
 
-    def _take_row(self) -> int | None:
-        """An empty row, or the row that has been unused for longest; None if every row is held.
-
-        The counts of a reused row move to the totals of its policy.
-        """
-        rows = [(row, entry) for row, entry in enumerate(self._rows) if row != NONE_ROW]
-        free = [(-1, row) for row, entry in rows if entry is None]
-        all_resident = all(entry is not None and entry.resident for _, entry in rows)
-        idle = [
-            (entry.last_used, row)
-            for row, entry in rows
-            if entry is not None and entry.users == 0 and (all_resident or not entry.resident)
-        ]
-        if not free and not idle:
-            return None
-        row = min(free or idle)[1]
+    def _clear(self, row: int) -> None:
+        """Empty a row. Its counts move to the totals of its policy."""
         entry = self._rows[row]
-        if entry is not None:
-            self.tables.settle()
-            name = entry.policy.name
-            for kept, counters in ((self._expert_tokens, self.tables.expert_tokens), (self._refined, self.tables.refined)):
-                counts = counters[row].cpu().clone()
-                kept[name] = kept[name] + counts if name in kept else counts
-                counters[row].zero_()
-            del self._by_version[entry.policy.version]
-            self._rows[row] = None
-        return row
+        if entry is None:
+            return
+        self.tables.settle()
+        name = entry.policy.name
+        for kept, counters in ((self._expert_tokens, self.tables.expert_tokens), (self._refined, self.tables.refined)):
+            counts = counters[row].cpu().clone()
+            kept[name] = kept[name] + counts if name in kept else counts
+            counters[row].zero_()
+        del self._by_version[entry.policy.version]
+        self._rows[row] = None
 
 
 def _reachable(policy: RoutingPolicy, config: ModelConfig) -> list[set[int]]:

@@ -1,6 +1,7 @@
 """Requests: what a client asks for (`GenerationRequest`), and the engine's state of it while it runs (`Sequence`)."""
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -31,6 +32,26 @@ class TokenConstraint(Protocol):
 
     def advance(self, token_id: int) -> None:
         """Go on to the state after this token, which was generated."""
+
+
+class PhaseWatch(Protocol):
+    """Finds the ends of phases in the answer of one sequence. For the engine thread only."""
+
+    def read(self, token_id: int) -> int:
+        """Take the next token. Returns how many phases end with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaterPhases:
+    """The phases of a request after its first one. Each has a policy.
+
+    after_prompt: the second phase begins with the first token of the answer. watch: finds the ends of the other phases; None if
+    there are no others.
+    """
+
+    policies: tuple[RoutingPolicy, ...]
+    after_prompt: bool = False
+    watch: PhaseWatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +95,10 @@ class Trace(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to complete. It keeps its policy version until it ends.
+    """One sequence to complete. It keeps its policy versions until it ends.
 
+    policy: of the whole request, or of its first phase.
+    later: its other phases; None if it has one policy.
     priority: lower runs earlier. Among equals, flows take turns, and within a flow the oldest goes first.
     cache_salt: only requests with the same salt share cached prefixes.
     trace: which experts the events report; None reports none.
@@ -90,6 +113,12 @@ class GenerationRequest:
     cache_salt: str = ""
     trace: Trace | None = None
     flow: str = ""
+    later: LaterPhases | None = None
+
+    @property
+    def policies(self) -> tuple[RoutingPolicy, ...]:
+        """The policy of each phase, in order. A request without phases has one."""
+        return (self.policy,) if self.later is None else (self.policy, *self.later.policies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +136,13 @@ class Sequence:
 
     `num_computed` counts the tokens whose keys and values are in the cache. All later tokens are still to be computed. A
     preemption sets it to 0; the prompt and the output so far are then computed again.
+
+    The pass over the token at position p runs under the policy of the phase that p belongs to. `phase_starts` has the position
+    at which each phase begins, for the phases that are known to begin.
     """
 
     request: GenerationRequest
-    policy_row: int  # row of the policy table; 0 while the request waits for one
+    rows: tuple[int, ...]  # rows of the policy table, one per phase; empty while the request waits for them
     seed: int
     arrived: float
     expert_counts: list[int]  # per layer: number of experts that ran, summed over all computed tokens
@@ -129,6 +161,11 @@ class Sequence:
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    phase_starts: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        later = self.request.later
+        self.phase_starts = [0] if later is None or not later.after_prompt else [0, len(self.request.prompt_ids)]
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -143,15 +180,41 @@ class Sequence:
     def prefix_keys(self, count: int, block_size: int) -> list[bytes]:
         """Keys of the first `count` full blocks. Each key is a hash of all tokens up to the end of its block.
 
-        The hash also covers the policy version, because keys and values depend on the policy, and the request's salt.
+        The hash also covers the request's salt, and the policy version of each token, because keys and values depend on it.
         """
         while len(self.block_keys) < count:
             index = len(self.block_keys)
-            root = f"{self.request.policy.version}\0{self.request.cache_salt}".encode()
-            previous = self.block_keys[-1] if index else hashlib.sha256(root).digest()
-            tokens = self.token_ids(index * block_size, (index + 1) * block_size)
-            self.block_keys.append(hashlib.sha256(previous + np.asarray(tokens, dtype=np.int64).tobytes()).digest())
+            previous = self.block_keys[-1] if index else hashlib.sha256(self.request.cache_salt.encode()).digest()
+            begin, end = index * block_size, (index + 1) * block_size
+            policies = ",".join(f"{self.request.policies[phase].version} {run}" for phase, run in self.phases(begin, end))
+            tokens = np.asarray(self.token_ids(begin, end), dtype=np.int64).tobytes()
+            self.block_keys.append(hashlib.sha256(previous + policies.encode() + tokens).digest())
         return self.block_keys[:count]
+
+    def phase(self, position: int) -> int:
+        """The number of the phase that a position belongs to."""
+        return bisect_right(self.phase_starts, position) - 1
+
+    def phases(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The phases of the positions begin .. end - 1 in order, each with the number of its positions. At least one."""
+        runs: list[tuple[int, int]] = []
+        while begin < end:
+            phase = self.phase(begin)
+            stop = min([end, *self.phase_starts[phase + 1 : phase + 2]])
+            runs.append((phase, stop - begin))
+            begin = stop
+        return runs
+
+    @property
+    def in_last_phase(self) -> bool:
+        """Whether the policy of all further tokens is known."""
+        return len(self.phase_starts) == len(self.request.policies)
+
+    def follow_phases(self) -> None:
+        """Look for ends of phases in the token that was appended last. Its own pass belongs to the new phase."""
+        later = self.request.later
+        if later is not None and later.watch is not None and not self.in_last_phase:
+            self.phase_starts += [self.num_tokens - 1] * later.watch.read(self.output_ids[-1])
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids start .. stop - 1 of the prompt followed by the output."""

@@ -16,11 +16,12 @@ class Tally:
 
     def token(self, sequence: Sequence, now: float) -> None:
         """The sequence has a new token. `now`: seconds of the engine's clock."""
-        policy = sequence.request.policy.name
+        request = sequence.request
+        policy = request.policies[sequence.phase(sequence.num_computed - 1)].name  # that of the pass that drew the token
         if sequence.last_token is None:
             sequence.first_token = now
             self.first_token_seconds.append((policy, now - sequence.arrived))
-            self.prompt_tokens[policy] += len(sequence.request.prompt_ids)
+            self.prompt_tokens[request.policy.name] += len(request.prompt_ids)
         else:
             self.inter_token_seconds.append((policy, now - sequence.last_token))
         sequence.last_token = now

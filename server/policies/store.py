@@ -18,7 +18,8 @@ from ladimo.checkpoint import read_json, write_json
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, RoutingPolicy
 from server.errors import BadRequest, Conflict, InvalidPolicy, NoFrontier, NoPreviousDefault, PolicyInUse, UnknownPolicy
-from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, Named, Objective, Target, parse_default
+from server.policies.route import Route, RoutePhase
+from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, InPhases, Named, Objective, Target, parse_default
 from server.policies.tiers import FIXED, Tier, default_tiers
 
 STATE_FILE = "routing.json"
@@ -27,22 +28,6 @@ MAX_DESCRIPTION = 1000  # characters
 CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters and line separators
 # Fields that GET adds to a policy's content. A PUT may contain them, so clients can send back what they have read.
 READ_ONLY = frozenset({"version", "source", "accuracy", "figures"})
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
-
-    `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
-    "model", "tier", "auto", "queue", "deadline" or "default".
-    `floor`: the lowest accuracy to which it may be lowered; None if it may not.
-    """
-
-    policy: RoutingPolicy
-    accuracy: float | None
-    reason: str
-    requested: str  # what the request asked for: a policy name, "accuracy", "auto" or "default"
-    floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +166,8 @@ class PolicyStore:
             state = replace(state, default=AtAccuracy(1.0))
         if ask is None:
             return self._default_route(state, None, "default")
+        if isinstance(ask.target, InPhases):
+            return self._in_phases(ask.target, ask, state)
         if isinstance(ask.target, Automatic):
             return replace(self._default_route(state, ask.min_accuracy, AUTO), reason=AUTO)
         if isinstance(ask.target, Named):
@@ -273,6 +260,13 @@ class PolicyStore:
         self.state = state
 
     # Parts
+
+    def _in_phases(self, asked: InPhases, ask: Ask, state: State) -> Route:
+        phases = []
+        for place, each in enumerate(asked.phases):
+            route = self.resolve(Ask(each.target, ask.source, f"{ask.param}.phases[{place}].policy"), state)
+            phases.append(RoutePhase(route.policy, route.accuracy, each.until))
+        return Route(phases[0].policy, phases[0].accuracy, ask.source, "phases", phases=tuple(phases))
 
     def _default_route(self, state: State, min_accuracy: float | None, requested: str) -> Route:
         match state.default:

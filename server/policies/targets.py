@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
+PREFILL, DECODE = "prefill", "decode"  # the ends of phases that are not a text: the end of the prompt, that of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,29 @@ Target = Named | AtAccuracy | Automatic
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseTarget:
+    """What one phase of a request asks for. `until`: PREFILL or DECODE, or the text of the answer that ends the phase; None for
+    the last phase."""
+
+    target: Target
+    until: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InPhases:
+    """Another policy or accuracy for each phase of a request."""
+
+    phases: tuple[PhaseTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """A request's choice. `source` is where it came from: "body", "header", "model" or "tier". `param` is the field or header.
 
     `min_accuracy`: automatic control may lower the accuracy this far. None: it may not lower it.
     """
 
-    target: Target
+    target: Target | InPhases
     source: str
     param: str
     min_accuracy: float | None = None

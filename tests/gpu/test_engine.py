@@ -117,7 +117,7 @@ def test_a_table_swapped_between_replays_changes_the_outcome(moe_dir: Path, mode
     assert graphs is not None
     seen = []
     for policy in eight_policies(moe_dir):
-        runner.tables.write(batch.decode[0].policy_row, *policy.to_rows(model.config.max_num_experts))
+        runner.tables.write(batch.decode[0].rows[0], *policy.to_rows(model.config.max_num_experts))
         replay = runner.launch(batch)()
         seen.append(graphs.buffers.logits[0].clone())
         runner.graphs = None

@@ -93,7 +93,7 @@ class FakeRunner:
             Drawn(token_id, self._logprobs(token_id, sequence.request.sampling.logprobs))
             for sequence, token_id in zip(drawing, token_ids, strict=True)
         ]
-        counts = [self._count(sequence.policy_row, count) for sequence, count in batch.scheduled]
+        counts = [self._count(*scheduled) for scheduled in batch.scheduled]
         return BatchOutput(
             drawn,
             counts,
@@ -105,8 +105,11 @@ class FakeRunner:
     def _experts(self, sequence: Sequence, count: int) -> list[TokenExperts]:
         if sequence.request.trace is None:
             return []
-        top_k = self.table.tables.rows[sequence.policy_row, :-1, 0].long().tolist()
-        return [tuple(tuple(range(top_k[layer])) for layer in self.table.config.moe_layer_indices)] * count
+        layers, experts = self.table.config.moe_layer_indices, list[TokenExperts]()
+        for row, run in _rows(sequence, count):
+            top_k = self.table.tables.rows[row, :-1, 0].long().tolist()
+            experts += [tuple(tuple(range(top_k[layer])) for layer in layers)] * run
+        return experts
 
     def _prompt_logprobs(self, sequence: Sequence, count: int) -> list[TokenLogprobs]:
         num_top, begin = sequence.request.sampling.prompt_logprobs, sequence.num_computed + 1
@@ -120,11 +123,19 @@ class FakeRunner:
         ranked = [((token_id - shift + rank) % self.vocab_size, -0.5 - rank) for rank in range(num_top)]
         return TokenLogprobs(token_id, -0.5 - shift, tuple(ranked))
 
-    def _count(self, row: int, num_tokens: int) -> list[int]:
-        top_k = self.table.tables.rows[row, :-1, 0].long()
-        for layer, k in enumerate(top_k.tolist()):
-            self.table.tables.expert_tokens[row, layer, :k] += num_tokens
-        return (top_k * num_tokens).tolist()
+    def _count(self, sequence: Sequence, count: int) -> list[int]:
+        totals = [0] * self.table.config.num_hidden_layers
+        for row, run in _rows(sequence, count):
+            for layer, k in enumerate(self.table.tables.rows[row, :-1, 0].long().tolist()):
+                self.table.tables.expert_tokens[row, layer, :k] += run
+                totals[layer] += k * run
+        return totals
+
+
+def _rows(sequence: Sequence, count: int) -> list[tuple[int, int]]:
+    """The rows of the next `count` tokens, each with the number of its tokens."""
+    begin = sequence.num_computed
+    return [(sequence.rows[phase], run) for phase, run in sequence.phases(begin, begin + count)]
 
 
 class Clock:

@@ -6,6 +6,7 @@ make_generation -> Generation -> deltas() -> a dialect writes the deltas, as a s
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -14,18 +15,21 @@ from typing import Any
 from ladimo.model.config import ModelConfig
 from server.api.admission import Permit
 from server.api.answers.logprobs import ScoredToken
+from server.api.answers.routing_object import routing_object
 from server.api.answers.routing_trace import without_answer
 from server.api.fields.completions import GenerationFields
 from server.api.requests.sampling import check_ids, check_length, choice_seed, make_sampling
 from server.engine.async_engine import AsyncEngine
 from server.engine.messages import RoutingTrace, TokenEvent
-from server.engine.request import FinishReason, GenerationRequest, Trace
+from server.engine.request import FinishReason, GenerationRequest, LaterPhases, Trace
 from server.errors import BadRequest, DeadlineExceeded
 from server.metrics import Metrics
-from server.policies.store import Route
+from server.policies.route import Route
+from server.policies.targets import PREFILL
 from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
 from server.text.detokenizer import Detokenizer, TokenDecoder
 from server.text.grammar import Grammar, GrammarState
+from server.text.phase_ends import PhaseEnds
 from server.text.tokenizer import Tokenizer
 from server.text.tool_parsers import ToolParser
 
@@ -95,7 +99,8 @@ class Delta:
 
 
 class Choice:
-    """One sequence and its text so far. `completion_tokens`: the tokens that were passed on.
+    """One sequence and its text so far. `completion_tokens`: the tokens that were passed on. `phase_tokens`: how many of these
+    each phase's policy drew.
 
     `answer`: False if only the prompt was asked for (max_tokens 0). The engine then still draws a token, which is not shown.
     """
@@ -115,6 +120,7 @@ class Choice:
         self.cached_tokens = 0
         self.experts_per_token: tuple[float | None, ...] = ()
         self.refined_rows = 0.0
+        self.phase_tokens = Counter[int]()
         self.finish_reason: str | None = None
         self.answer = answer
         self._engine, self._echo = engine, echo
@@ -132,6 +138,7 @@ class Choice:
                 delta = self._prompt_delta(event) if first else Delta(self.index, "", None, first=False)
                 if self.answer:
                     delta = self._extended(delta, event)
+                    self.phase_tokens[event.phase] += 1
                 else:
                     self.finish_reason = FinishReason.LENGTH.value
                     trace = None if event.trace is None else without_answer(event.trace)
@@ -251,27 +258,8 @@ class Generation:
 
     @property
     def routing(self) -> dict[str, Any]:
-        """The answer's `routing` object. Experts per token and active parameters are measured over all choices."""
-        config = self._config
-        weights = [len(choice.request.prompt_ids) + choice.completion_tokens for choice in self.choices]
-        measured = tuple(
-            None
-            if config.layers[layer] is None
-            else _mean([choice.experts_per_token[layer] for choice in self.choices], weights)
-            for layer in range(config.num_hidden_layers)
-        )
-        layers = [experts for experts in measured if experts is not None]
-        policy = self.route.policy
-        written = {
-            "policy": policy.name,
-            "version": policy.version,
-            "accuracy": self.route.accuracy,
-            "active_parameters_ratio": config.active_parameters_ratio(measured),
-            "experts_per_token": sum(layers) / len(layers) if layers else None,
-            "reason": self.route.reason,
-        }
-        read = policy.bytes_ratio(config, measured, _mean([choice.refined_rows for choice in self.choices], weights))
-        return written if read is None else {**written, "bytes_ratio": read}
+        """The answer's `routing` object, about all choices so far."""
+        return routing_object(self.route, self._config, self.choices)
 
 
 def make_generation(
@@ -294,6 +282,9 @@ def make_generation(
     asked = fields.routing_trace
     trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
     choices: list[Choice] = []
+    if len({policy.version for policy in terms.route.policies}) > limits.max_policies:
+        message = f"routing.phases: may have at most {limits.max_policies} different policies on this server"
+        raise BadRequest(message, param="routing.phases")
     for prompt in prompts:
         room = check_length(prompt.ids, max_tokens, limits.max_model_len, prompt.param)
         check_ids(prompt.ids, limits.vocab_size, prompt.param)
@@ -315,10 +306,20 @@ def make_generation(
                 cache_salt=fields.cache_salt,
                 flow=terms.flow,
                 trace=trace,
+                later=_later_phases(terms.route, parts.tokenizer),
             )
             text = AnswerText(fields.stop, None if tool_parser is None else tool_parser())
             choices.append(Choice(index, request, text, parts.engine, parts.tokenizer, prompt.echo, answer=max_tokens != 0))
     return Generation(completion_id, terms, choices, fields.n, parts.metrics, parts.config)
+
+
+def _later_phases(route: Route, tokenizer: Tokenizer) -> LaterPhases | None:
+    if len(route.phases) < 2:
+        return None
+    first, *later = route.phases
+    ends = [phase.until for phase in route.phases[:-1] if phase.until is not None and phase.until != PREFILL]
+    watch = PhaseEnds(ends, tokenizer.token_bytes) if ends else None
+    return LaterPhases(tuple(phase.policy for phase in later), after_prompt=first.until == PREFILL, watch=watch)
 
 
 def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:
@@ -338,7 +339,3 @@ async def _follow(choice: Choice, queue: "asyncio.Queue[Delta | Exception]") -> 
                 queue.put_nowait(delta)
     except Exception as error:  # the reader of the queue raises it again
         queue.put_nowait(error)
-
-
-def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float:
-    return sum((value or 0.0) * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

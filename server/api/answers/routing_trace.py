@@ -39,9 +39,12 @@ class TraceWriter:
     dtype: np.dtype[Any] | None
 
     @classmethod
-    def of(cls, asked: RoutingTraceField | None, policy: RoutingPolicy, config: ModelConfig) -> "TraceWriter":
+    def of(cls, asked: RoutingTraceField | None, policies: Sequence[RoutingPolicy], config: ModelConfig) -> "TraceWriter":
+        """`policies`: those of the request's phases."""
         places = most = 0
-        for rule, layer in zip(policy.layers, config.layers, strict=True):
+        for rule, layer in (
+            (rule, layer) for policy in policies for rule, layer in zip(policy.layers, config.layers, strict=True)
+        ):
             if rule is not None and layer is not None:
                 allowed = layer.num_experts if rule.experts is None else len(rule.experts)
                 places, most = max(places, min(rule.top_k, allowed)), max(most, layer.num_experts)

@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.fields.chat import ChatFields
+from server.api.fields.choice import Routing
 from server.api.fields.constraints import ConstraintFields
 from server.api.fields.tools import MAX_CALLS, CallId, ToolCall, ToolFields
 from server.api.fields.wire import (
@@ -72,10 +73,6 @@ def _as_prompts(value: object) -> object:
     return value
 
 
-def _as_policy(value: object) -> object:
-    return {"policy": value} if isinstance(value, str) else value
-
-
 def _as_trace(value: object) -> object:
     return ({} if value else None) if isinstance(value, bool) else value
 
@@ -85,20 +82,6 @@ def _as_parts(value: object) -> object:
 
 
 Prompt = Annotated[Text | PromptIds, or_else("must be a non-empty string or a non-empty list of token ids")]
-
-
-class RoutingField(WireModel):
-    """How to route this request: by a policy or by an accuracy."""
-
-    policy: str | None = Field(None, description='A policy\'s name, or "auto".')
-    accuracy: Share | None = Field(None, description="From 0 (cheapest) to 1 (most accurate).")
-    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy, but not below this value.")
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> "RoutingField":
-        if (self.policy is None) == (self.accuracy is None):
-            raise PydanticCustomError("routing", "name either a policy or an accuracy")
-        return self
 
 
 class RoutingTraceField(WireModel):
@@ -119,7 +102,7 @@ class RequestFields(ConstraintFields):
     """The fields of every endpoint that generates text."""
 
     model: str | None = Field(None, description="The served model, or MODEL:POLICY.")
-    routing: Annotated[RoutingField, BeforeValidator(_as_policy, json_schema_input_type=str | RoutingField)] | None = None
+    routing: Routing | None = None
     routing_trace: Annotated[
         RoutingTraceField | None, BeforeValidator(_as_trace, json_schema_input_type=bool | RoutingTraceField | None)
     ] = Field(None, description=ROUTING_TRACE)

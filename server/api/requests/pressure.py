@@ -8,7 +8,8 @@ import asyncio
 
 from server.api.admission import Admission, retry_after
 from server.errors import QueueFull
-from server.policies.store import PolicyStore, Route
+from server.policies.route import Route
+from server.policies.store import PolicyStore
 from server.policies.tiers import Tier
 
 PRESSED_SHARE = 0.9  # of the queue: from here on it is kept for requests that accept less accuracy
@@ -32,7 +33,8 @@ def under_pressure(route: Route, tier: Tier, deadline: float | None, store: Poli
         return route
     level = store.resolve().accuracy
     assert level is not None
-    accepts = route.floor is not None or (route.accuracy is not None and route.accuracy <= level)
+    accuracy = route.highest_accuracy
+    accepts = route.floor is not None or (accuracy is not None and accuracy <= level)
     if queue.share > PRESSED_SHARE and not accepts and tier.priority >= 0 and level < 1:
         message = f"the queue is nearly full; at accuracy {level:g} or less this request would be served now"
         seconds = admission.meter.wait_seconds(queue)

@@ -13,7 +13,8 @@ from server.api.http.bodies import JsonRoute
 from server.api.policy_changes import PolicyChanges
 from server.api.services import AdmissionDep, AutomaticControlDep, FrontierBatchDep, PolicyChangesDep, StoreDep
 from server.errors import PreconditionFailed
-from server.policies.store import PolicyStore, Route, State
+from server.policies.route import Route
+from server.policies.store import PolicyStore, State
 
 router = APIRouter(route_class=JsonRoute)
 admin = APIRouter(prefix="/admin", route_class=JsonRoute)

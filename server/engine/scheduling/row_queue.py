@@ -1,24 +1,27 @@
-"""Requests that wait for a row of the policy table, because other policies hold every row."""
+"""Requests that wait for rows of the policy table, because other policies hold too many of them."""
 
 from bisect import insort
 from operator import attrgetter
 
+from ladimo.policy import RoutingPolicy
 from server.engine.policy_table import PolicyTable
 from server.engine.request import Sequence
 
 
 class RowQueue:
-    """The waiting sequences in order of rank. A sequence whose policy already has a row normally gets that row at once.
+    """The waiting sequences in order of rank. A sequence needs one row, or one for each of its phases, and takes all of them
+    together. A sequence whose policies already have rows normally gets these at once.
 
     A row comes free when all requests under its policy have ended. New requests under that policy could keep it for ever. So
-    while a sequence waits, one row is closed: sequences that rank behind the first waiting one may not join it. In time the row
-    comes free, and the first waiting sequence takes it.
+    while a sequence waits, as many rows as it lacks are closed: sequences that rank behind the first waiting one may not join
+    them. In time the rows come free, and the first waiting sequence takes them.
     """
 
     def __init__(self, table: PolicyTable) -> None:
         self._table = table
         self._waiting: list[Sequence] = []
-        self._closed: int | None = None
+        self._closed: frozenset[int] = frozenset()
+        self._closed_for: Sequence | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -36,8 +39,8 @@ class RowQueue:
         return None
 
     def reopen(self) -> None:
-        """Forget the closed row. Called when the resident policies have changed; `take` then chooses again."""
-        self._closed = None
+        """Forget the closed rows. Called when the resident policies have changed; `take` then chooses again."""
+        self._closed_for = None
 
     def take(self) -> list[Sequence]:
         """Give rows to the sequences that can have one, in order of rank. Returns these sequences.
@@ -48,21 +51,23 @@ class RowQueue:
         left: list[Sequence] = []
         needed = False  # whether a sequence of better rank still needs a row
         for sequence in self._waiting:
-            policy = sequence.request.policy
-            known = self._table.find(policy)
-            row = None if needed and known in (None, self._closed) else self._table.acquire(policy)
-            if row is not None:
-                if known is None:  # the first waiting sequence has got its row
-                    self._closed = None
-                sequence.policy_row = row
+            policies = sequence.request.policies
+            rows = self._table.acquire(policies) if not needed or self._may_join(policies) else None
+            if rows is not None:
+                sequence.rows = rows
                 taken.append(sequence)
                 continue
             left.append(sequence)
             if not needed:
                 needed = True
-                if self._closed is None:
-                    self._closed = self._table.row_to_close()
+                if self._closed_for is not sequence:
+                    self._closed, self._closed_for = self._table.rows_to_close(policies), sequence
         self._waiting = left
         if not needed:
-            self._closed = None
+            self._closed_for = None
         return taken
+
+    def _may_join(self, policies: tuple[RoutingPolicy, ...]) -> bool:
+        """Whether all of these policies have rows, and none of these rows is closed."""
+        rows = {self._table.find(policy) for policy in policies}
+        return None not in rows and not rows & self._closed

@@ -121,7 +121,7 @@ class Scheduler:
         size, begin = self.blocks.block_size, sequence.num_computed
         sequence.num_computed += count
         settled = sequence.num_computed
-        if sequence.request.policy.has_batch_budget:
+        if any(policy.has_batch_budget for policy in sequence.request.policies):
             # A token computed in a decode step depends on the rest of its batch. The last prompt token may be one.
             settled = min(settled, len(sequence.request.prompt_ids) - 1)
         filled = range(begin // size, settled // size)

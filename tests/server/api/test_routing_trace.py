@@ -123,7 +123,7 @@ def test_the_padding_is_never_an_expert(num_experts: int, dtype: str, padding: i
     layers = tuple(layer and replace(layer, num_experts=num_experts) for layer in FAKE_CONFIG.layers)
     rule = LayerRule(3, mass=0.9)
     asked = RoutingTraceField.model_validate({"format": "base64"})
-    writer = TraceWriter.of(asked, RoutingPolicy("p", "", (rule, None, rule)), replace(FAKE_CONFIG, layers=layers))
+    writer = TraceWriter.of(asked, [RoutingPolicy("p", "", (rule, None, rule))], replace(FAKE_CONFIG, layers=layers))
     trace = RoutingTrace((((num_experts - 1, 0), (7,)), ((1, 2, 3), (4, 5))))
     wire = writer.write(trace, first=True, last=True)["tokens"]
     assert (wire["dtype"], wire["shape"]) == (dtype, [2, 2, 3])

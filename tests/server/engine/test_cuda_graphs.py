@@ -164,7 +164,7 @@ def test_a_table_swapped_between_replays_changes_the_outcome(moe_dir: Path, mode
     """The same graph, the same rows: only the policy's numbers differ."""
     asked = replace(mixed_requests(moe_dir, 1)[0], sampling=SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
     runner, graphs, batch = decoding(graph_core(model, CONFIG), asked)
-    row = batch.decode[0].policy_row
+    row = batch.decode[0].rows[0]
     seen, expected = [], []
     for policy in eight_policies(moe_dir):
         runner.tables.write(row, *policy.to_rows(model.config.max_num_experts))

@@ -21,7 +21,7 @@ def make(flow: str, prompt: int = 4, max_tokens: int = 8, priority: int = 0) -> 
     request = GenerationRequest(
         f"{flow}-{number}", tuple(range(prompt)), SamplingParams(max_tokens), POLICY, priority=priority, flow=flow
     )
-    return Sequence(request=request, policy_row=1, seed=0, arrived=float(number), expert_counts=[])
+    return Sequence(request=request, rows=(1,), seed=0, arrived=float(number), expert_counts=[])
 
 
 def scheduler(max_num_seqs: int = 2, num_blocks: int = 200) -> Scheduler:

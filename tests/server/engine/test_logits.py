@@ -25,7 +25,7 @@ EOS = frozenset({19})
 
 def sequence(prompt: list[int], output: list[int], **params: Any) -> Sequence:
     asked = GenerationRequest("r", tuple(prompt), SamplingParams(**{"max_tokens": 50, **params}), fake_policy("p"))
-    made = Sequence(request=asked, policy_row=1, seed=0, arrived=time.monotonic(), expert_counts=[])
+    made = Sequence(request=asked, rows=(1,), seed=0, arrived=time.monotonic(), expert_counts=[])
     made.output_ids = output
     return made
 

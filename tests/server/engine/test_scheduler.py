@@ -19,7 +19,7 @@ POLICY = fake_policy("p")
 def make_sequence(name: str, prompt: int, max_tokens: int, policy: RoutingPolicy = POLICY, salt: str = "") -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens)
     request = GenerationRequest(name, tuple(range(1, prompt + 1)), sampling, policy, cache_salt=salt)
-    return Sequence(request=request, policy_row=1, seed=0, arrived=time.monotonic(), expert_counts=[])
+    return Sequence(request=request, rows=(1,), seed=0, arrived=time.monotonic(), expert_counts=[])
 
 
 def check_blocks(scheduler: Scheduler) -> None:

@@ -173,7 +173,7 @@ def test_cve_2025_48887_no_pattern_of_ours_can_backtrack_for_ever() -> None:
 
 def sequence(prompt: list[int], version: str = "full", salt: str = "") -> Sequence:
     request = GenerationRequest("x", tuple(prompt), SamplingParams(max_tokens=1), fake_policy(version), cache_salt=salt)
-    return Sequence(request, 1, 0, 0.0, [])
+    return Sequence(request, (1,), 0, 0.0, [])
 
 
 def test_cve_2025_25183_prefixes_that_python_hashes_alike_have_different_keys() -> None:

@@ -76,7 +76,7 @@ async def controlled(tmp_path: Path, dwell_seconds: float = DWELL_SECONDS) -> As
 
         def timed(batch: Batch) -> BatchOutput:
             output = execute(batch)
-            experts = sum(int(rows[sequence.policy_row, 0, 0]) * count for sequence, count in batch.scheduled)
+            experts = sum(int(rows[sequence.rows[0], 0, 0]) * count for sequence, count in batch.scheduled)
             clock.now += experts * MILLISECOND
             return output
 

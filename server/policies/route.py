@@ -1,0 +1,44 @@
+"""The routing of one request, as the policy store finds it."""
+
+from dataclasses import dataclass
+
+from ladimo.policy import RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePhase:
+    """One phase of a request: its policy version and accuracy, and what ends it (see `PhaseTarget`)."""
+
+    policy: RoutingPolicy
+    accuracy: float | None
+    until: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
+
+    `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
+    "model", "tier", "auto", "queue", "deadline" or "default".
+    `floor`: the lowest accuracy to which it may be lowered; None if it may not.
+    `phases`: all phases, if the request has several. `policy` and `accuracy` are then those of the first.
+    """
+
+    policy: RoutingPolicy
+    accuracy: float | None
+    reason: str
+    requested: str  # what the request asked for: a policy name, "accuracy", "phases", "auto" or "default"
+    floor: float | None = None
+    phases: tuple[RoutePhase, ...] = ()
+
+    @property
+    def policies(self) -> tuple[RoutingPolicy, ...]:
+        """The policies of the request's phases, in order; one without phases."""
+        return tuple(phase.policy for phase in self.phases) or (self.policy,)
+
+    @property
+    def highest_accuracy(self) -> float | None:
+        """The accuracy of its most accurate phase; None if one of them is not on the frontier."""
+        accuracies = [phase.accuracy for phase in self.phases] or [self.accuracy]
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        return max(known) if len(known) == len(accuracies) else None
