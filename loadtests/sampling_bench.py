@@ -76,7 +76,7 @@ def sequences(params: SamplingParams, rows: int, vocab: int) -> list[EngineSeque
     policy = RoutingPolicy("none", "", ())
     prompts = random_prompts(rows, 500, vocab)
     asked = [GenerationRequest(f"r{row}", tuple(prompt), params, policy) for row, prompt in enumerate(prompts)]
-    return [EngineSequence(request, 1, row, 0.0, []) for row, request in enumerate(asked)]
+    return [EngineSequence(request, (1,), row, 0.0, []) for row, request in enumerate(asked)]
 
 
 def step(draw: Draw, logits: Tensor, rows: Sequence[EngineSequence], adjuster: LogitAdjuster | None) -> None:

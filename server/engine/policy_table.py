@@ -99,9 +99,9 @@ class PolicyTable:
         for row in self._rows[1:]:
             if row is not None:
                 row.resident = row.policy.version in wanted
-        for row, policy in zip(self._reusable(policies, len(missing)), missing, strict=False):
-            self._write(row, policy)
-            self._entry(row).resident = True
+        for free, policy in zip(self._reusable(policies, len(missing)), missing, strict=False):
+            self._write(free, policy)
+            self._entry(free).resident = True
 
     def add_routed(self, num_tokens: Mapping[str, int]) -> None:
         """Count tokens that are computed, by policy name."""
