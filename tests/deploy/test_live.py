@@ -18,9 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from server.app import Access
 from tests.deploy.queries import PROMETHEUS, Query, dashboard_queries, rule_queries
 from tests.factories import make_moe
-from tests.server.process.test_launch import running_server
+from tests.server.real import model_served
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,9 +93,9 @@ def has_data(result: list[Any]) -> bool:
 def test_every_query_returns_data_under_load(tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe")
     with (
-        running_server(moe, "--insecure-admin", "--log-level", "ERROR") as (_, url),
+        model_served(moe, access=Access(open_admin=True)) as url,
         httpx.Client(base_url=url, timeout=30) as server,
-        running_prometheus(tmp_path, url.removeprefix("http://").rstrip("/")) as prometheus,
+        running_prometheus(tmp_path, url.removeprefix("http://")) as prometheus,
     ):
         stop, failures = threading.Event(), list[BaseException]()
 

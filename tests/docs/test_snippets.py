@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 import ladimo.cli
+from server.app import Access
 from server.settings import read_settings
 from tests.docs.snippets import Snippet, snippets
 from tests.factories import make_dense, make_moe
-from tests.server.process.test_launch import running_server
+from tests.server.real import model_served
 
 ADDRESS = "http://127.0.0.1:8000"
 # Blocks that need what a test has not: a fresh machine, docker, a cluster, Prometheus, task files, a GPU.
@@ -61,8 +62,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A live server, as the documents start it."""
     model = make_moe(tmp_path_factory.mktemp("served") / "demo", num_experts=8, max_position_embeddings=1024)
-    with running_server(model, "--admin-key", "secret", "--log-level", "ERROR") as (_, url):
-        yield url.rstrip("/")
+    with model_served(model, "--served-model-name", "demo", access=Access(admin_key="secret")) as url:
+        yield url
 
 
 @pytest.mark.parametrize("snippet", runnable("bash"), ids=ids)

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import uvicorn
+from anyio.from_thread import start_blocking_portal
 
 import ladimo
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
@@ -53,3 +54,13 @@ async def serving_model(model: Path, *flags: str, access: Access | None = None) 
         server.should_exit = True
         await task
     assert not died
+
+
+@contextmanager
+def model_served(model: Path, *flags: str, access: Access | None = None) -> Iterator[str]:
+    """`serving_model` on a thread, for tests whose client blocks: a browser, curl. It needs no process of its own."""
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(serving_model(model, *flags, access=access)) as address,
+    ):
+        yield address

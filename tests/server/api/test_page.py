@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from server.api.routes.pages import ASSETS, WEB
 from server.app import Access
 from tests.factories import make_moe
-from tests.server.process.test_launch import running_server
+from tests.server.real import model_served
 from tests.server.serving import Parts, serving
 
 FLAGS = (
@@ -150,8 +150,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
-    with running_server(model, "--insecure-admin", "--log-level", "ERROR") as (_, url):
-        yield url
+    with model_served(model, access=Access(open_admin=True)) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture
@@ -298,8 +298,8 @@ def test_the_heatmap_shows_the_counters(page: Page) -> None:
 def test_the_heatmap_greys_what_a_static_policy_leaves_out(driver: webdriver.Chrome, model: Path) -> None:
     rules = [{"top_k": 2, "experts": [1, 6]}, None, {"top_k": 1, "experts": [7]}]
     left_out = [[0, 2, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6]]
-    with running_server(model, "--insecure-admin", "--log-level", "ERROR") as (_, url):
-        page = Page(driver, url)
+    with model_served(model, access=Access(open_admin=True)) as address:
+        page = Page(driver, f"{address}/")
 
         def cells(key: str) -> Any:
             # In one go: the page draws them anew every two seconds.
@@ -312,8 +312,8 @@ def test_the_heatmap_greys_what_a_static_policy_leaves_out(driver: webdriver.Chr
             return [[expert for expert, name in enumerate(row) if name == "closed"] for row in cells("className")]
 
         policy = {"name": "static", "description": "", "layers": rules}
-        assert httpx.put(f"{url}admin/routing/policies/static", json=policy).status_code < 300
-        assert httpx.put(f"{url}admin/routing/default", json={"policy": "static"}).status_code == 200
+        assert httpx.put(f"{address}/admin/routing/policies/static", json=policy).status_code < 300
+        assert httpx.put(f"{address}/admin/routing/default", json={"policy": "static"}).status_code == 200
         page.open()
         page.type("#max-tokens", "20")
         page.run()
@@ -369,9 +369,9 @@ def test_the_default_is_swapped_and_rolled_back(page: Page) -> None:
 
 @needs_chromium
 def test_keys_open_what_is_closed(driver: webdriver.Chrome, model: Path) -> None:
-    with running_server(model, "--api-key", "guest", "--admin-key", "boss", "--log-level", "ERROR") as (_, url):
-        page = Page(driver, url)
-        driver.get(url)
+    with model_served(model, access=Access(api_keys=["guest"], admin_key="boss")) as address:
+        page = Page(driver, f"{address}/")
+        driver.get(page.url)
         page.until(lambda: "API key" in page("#state").text)
         page("#keys summary").click()
         page.type("#api-key", "guest")
