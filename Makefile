@@ -17,6 +17,8 @@ serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 # torch gets one thread in each, and a thread that waits gives its core away.
 test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = PASSIVE
+# Where the environment forbids bytecode files, each of the many processes would compile all modules again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -12,8 +12,8 @@ import asyncio
 import gzip
 import json
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,8 @@ from loadtests.scrape_bench import serving
 
 QUIET = "quiet"
 QUIET_SECONDS = 2.0
+# Runs a server of a checkpoint with flags, and yields a client for it.
+Serve = Callable[[Path, Sequence[str]], AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 def worst_bodies(size: int, context: int) -> dict[str, bytes]:
@@ -98,19 +100,19 @@ async def send(url: httpx.URL, body: bytes) -> int:
     return reply.status_code
 
 
-async def measure(args: argparse.Namespace) -> dict[str, object]:
+async def measure(args: argparse.Namespace, serve: Serve) -> dict[str, object]:
     context = read_config(args.model).max_position_embeddings
     bodies = worst_bodies(int(args.mebibytes * 2**20), context)
     waits: dict[str, list[float]] = {name: [] for name in (QUIET, *bodies)}
     answers: dict[str, tuple[int, float]] = {}
-    async with serving(args.model, args.flag) as client:
+    async with serve(args.model, args.flag) as client:
         stream = Stream(client, min(args.tokens, context - 8))
         streaming = asyncio.create_task(stream.run())
         await asyncio.sleep(1)  # warm-up
         other, started = OtherLoad(), time.perf_counter()
         for _ in range(args.rounds):
             stream.restart()
-            await asyncio.sleep(QUIET_SECONDS)
+            await asyncio.sleep(args.quiet)
             waits[QUIET].append(stream.stop())
             for name, body in bodies.items():
                 stream.restart()
@@ -141,14 +143,15 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, serve: Serve = serving) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a checkpoint")
     parser.add_argument("--mebibytes", type=float, default=7.7, help="size of a body; the server's own limit is 8")
     parser.add_argument("--rounds", type=int, default=3, help="how often each body is sent")
+    parser.add_argument("--quiet", type=float, default=QUIET_SECONDS, help="seconds of a round without any body")
     parser.add_argument("--tokens", type=int, default=400, help="tokens of each streamed answer")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--device=cpu")
-    print(json.dumps(asyncio.run(measure(parser.parse_args(argv)))))
+    print(json.dumps(asyncio.run(measure(parser.parse_args(argv), serve))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,13 +28,17 @@ batch_tokens = 256
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`ladimo convert` as a user runs it."""
+    """`python -m ladimo convert`, in this process."""
     folder = tmp_path_factory.mktemp("vertical")
     dense = make_dense(folder / "dense", max_position_embeddings=64)
     (folder / "recipe.toml").write_text(RECIPE)
     text = make_text(folder / "text.txt")
-    command = [sys.executable, "-m", "ladimo", "convert", str(dense), str(folder / "moe"), "--method", "ladimo"]
-    subprocess.run([*command, "--text", str(text), "--recipe", str(folder / "recipe.toml")], check=True, timeout=300)
+    command = ["ladimo", "convert", str(dense), str(folder / "moe"), "--method", "ladimo"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "--text", str(text), "--recipe", str(folder / "recipe.toml")])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("ladimo", run_name="__main__")
+    assert end.value.code == 0
     return folder / "moe"
 
 

@@ -1,12 +1,16 @@
 """The benchmarks of what observing costs run to their end and say what they measured; their numbers are not judged here."""
 
 import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from loadtests import counting_bench, mixed_bench, sampling_bench, scrape_bench, stall_bench
 from tests.factories import make_nested
+from tests.server.real import serving_model
 
 
 def test_counting_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,9 +51,16 @@ def test_scrape_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {arm: len(rounds) for arm, rounds in record["tokens_per_second"].items()} == {"quiet": 1, "scraped": 1}
 
 
-@pytest.mark.slow
+@asynccontextmanager
+async def served_here(model: Path, flags: Sequence[str]) -> AsyncIterator[httpx.AsyncClient]:
+    """A server in the process of the test, which costs less than one of its own."""
+    async with serving_model(model, *flags) as address, httpx.AsyncClient(base_url=address, timeout=None) as client:
+        yield client
+
+
 def test_stall_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stall_bench.main([str(moe_dir), "--rounds", "1", "--mebibytes", "0.1", "--tokens", "20", "--flag=--device=cpu"])
+    flags = ["--rounds", "1", "--mebibytes", "0.05", "--quiet", "0.5", "--tokens", "20", "--flag=--stall-timeout=60"]
+    stall_bench.main([str(moe_dir), *flags], served_here)
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["statuses"].keys() == record["longest_wait_milliseconds"].keys() - {"quiet"}
     assert set(record["statuses"].values()) <= {200, 400, 413}

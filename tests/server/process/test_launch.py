@@ -19,6 +19,7 @@ from server.__main__ import main
 from server.policies.targets import AtAccuracy, Named
 from server.settings import ServerSettings, read_settings
 from tests.factories import make_dense, make_moe
+from tests.server.real import model_served
 
 
 def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,16 +294,13 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(moe_dir: Path) -> None:
         assert server.wait(30) == 0
 
 
-@pytest.mark.slow
 def test_a_dense_model_is_served_under_its_one_policy(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
-    with running_server(dense, "--served-model-name", "dense-one") as (server, url):
+    with model_served(dense, "--served-model-name", "dense-one") as url, httpx.Client(base_url=url) as client:
         body = {"prompt": "a", "max_tokens": 3, "model": "dense-one:full"}
-        routing = httpx.post(f"{url}v1/completions", json=body).json()["routing"]
+        routing = client.post("/v1/completions", json=body).json()["routing"]
         assert (routing["policy"], routing["experts_per_token"], routing["active_parameters_ratio"]) == ("full", None, 1.0)
-        refused = httpx.post(f"{url}v1/completions", json={"prompt": "a", "routing": {"accuracy": 0.5}})
+        refused = client.post("/v1/completions", json={"prompt": "a", "routing": {"accuracy": 0.5}})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_frontier")
-        assert httpx.get(f"{url}metrics").status_code == 200
-        assert httpx.put(f"{url}admin/routing/default", json={"policy": "full"}).status_code == 403
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        assert client.get("/metrics").status_code == 200
+        assert client.put("/admin/routing/default", json={"policy": "full"}).status_code == 403
