@@ -14,7 +14,18 @@ from tests.docs.snippets import DOCUMENTS, ROOT, snippets
 from tests.server.serving import Parts, serving
 
 # Flags of other programs that the documents call.
-FOREIGN_FLAGS = {"--model", "--model_args", "--tasks", "--gpus", "--include_path", "--from-file", "--values"}
+FOREIGN_FLAGS = {
+    "--model",
+    "--model_args",
+    "--tasks",
+    "--gpus",
+    "--include_path",
+    "--from-file",
+    "--values",
+    "--read-only",
+    "--tmpfs",
+    "--build-arg",
+}
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")

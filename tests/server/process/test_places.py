@@ -25,12 +25,27 @@ HOLD = "import sys, time\nfrom pathlib import Path\nfrom server.policies.directo
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 AS_NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
+# The command after it sees a root file system that nobody can write to, except for the directory that $1 names.
+READ_ONLY = ["unshare", "--mount", "sh", "-ec", 'mount --bind "$1" "$1"; mount -o remount,ro,bind /; shift; exec "$@"', "sh"]
+
 
 def can_become_another_user() -> bool:
     return shutil.which("setpriv") is not None and not subprocess.run([*AS_NOBODY, "true"], capture_output=True).returncode
 
 
 other_users = pytest.mark.skipif(not can_become_another_user(), reason="no right to start a process as another user")
+
+
+def can_have_a_read_only_root() -> bool:
+    with tempfile.TemporaryDirectory() as name:
+        writable, other = Path(name) / "writable", Path(name) / "other"
+        writable.mkdir()
+        command = [*READ_ONLY, str(writable), "sh", "-c", f"touch {writable}/file; touch {other}"]
+        return (
+            shutil.which("unshare") is not None
+            and subprocess.run(command, capture_output=True).returncode != 0
+            and (writable / "file").exists()
+        )
 
 
 @pytest.fixture
@@ -78,18 +93,23 @@ def test_a_policies_directory_serves_one_server_at_a_time(tmp_path: Path, capsys
 
 @pytest.mark.slow
 @other_users
+@pytest.mark.skipif(not can_have_a_read_only_root(), reason="no right to mount")
 @pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
-def test_a_user_whom_the_system_does_not_know_serves(moe_dir: Path, public: Path) -> None:
-    """As in a container that runs under a number: no home directory, no name. Only temporary files are left."""
+def test_a_user_whom_the_system_does_not_know_serves_where_only_temporary_files_can_be_written(
+    moe_dir: Path, public: Path
+) -> None:
+    """As in a container that runs under a number: no home directory, no name, and a root file system that is read-only."""
     shutil.copytree(moe_dir, public / "model")
-    cache = public / f"ladimo-{NOBODY}"
+    temporary = public / "tmp"
+    cache = temporary / "cache" / "ladimo"
     shutil.copytree(Path(build.origin().split(", ")[-1]).parent, cache)  # so that nothing has to be compiled
-    for path in (public, public / "model", cache, *cache.iterdir()):
+    for path in (temporary, *temporary.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
-    for path in (public / "model").rglob("*"):
+    for path in (public / "model", *(public / "model").rglob("*")):
         path.chmod(0o755)
-    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(public), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*AS_NOBODY, sys.executable, "-m", "server", str(public / "model"), "--port", "0", "--device", "cpu"]
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(temporary / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LADIMO_MODEL": str(public / "model"), "LADIMO_PORT": "0"}
+    command = [*READ_ONLY, str(temporary), *AS_NOBODY, sys.executable, "-m", "server", "--device", "cpu"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=public, env=environment) as process:
         assert process.stdout is not None
