@@ -197,8 +197,8 @@ def test_the_image_s_commands_build_an_environment_that_serves(tmp_path: Path) -
     (entry,) = json.loads(texts("ENTRYPOINT")[0])
     done = subprocess.run([tmp_path / "opt/bin" / entry, "--help"], cwd=directory, capture_output=True, text=True, check=True)
     assert "--max-num-seqs" in done.stdout
-    (package,) = (tmp_path / "opt/lib").glob("python*/site-packages")
-    assert list((package / SHIPPED.relative_to(ROOT)).glob("*.so"))
+    (installed,) = (tmp_path / "opt/lib").glob("python*/site-packages")
+    assert list((installed / SHIPPED.relative_to(ROOT)).glob("*.so"))
 
 
 @pytest.mark.parametrize("name", COMPOSE)
