@@ -148,7 +148,7 @@ async def _run_engine(
     """Start the engine. Call `on_ready` when it is ready and `on_dead` when it dies."""
     try:
         await engine.start()
-        await engine.activate([store.resolve().policy])
+        await engine.activate(store.resident())
     except Exception as error:
         on_dead(error)
         return

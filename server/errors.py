@@ -140,7 +140,7 @@ class Conflict(ServiceError):
 
 
 class PolicyInUse(Conflict):
-    """The policy is the default, or a service tier uses it."""
+    """The policy is the default or the canary, or a service tier uses it."""
 
     code = "policy_in_use"
 
@@ -149,6 +149,12 @@ class NoPreviousDefault(Conflict):
     """There is no earlier default to roll back to."""
 
     code = "no_previous_default"
+
+
+class NoCanary(Conflict):
+    """There is no canary to promote or roll back."""
+
+    code = "no_canary"
 
 
 class TableFull(Conflict):

@@ -151,13 +151,17 @@ class Metrics:
         )
         self.policy_requests = counter(
             "policy_requests_total",
-            "Requests by what they asked for, what served them, and what decided: body, header, model, tier, auto, queue, "
-            "deadline, default.",
+            "Requests by what they asked for, what served them, and what decided: body, header, model, tier, canary, auto, "
+            "queue, deadline, default.",
             *("requested", "served", "reason"),
         )
         self.routing_accuracy = gauge("routing_accuracy", "Accuracy of the default, 0 to 1; NaN if it is not on the frontier.")
         self.routing_accuracy_floor = gauge(
             "routing_accuracy_floor", "Lowest accuracy that automatic control may set; NaN while it is off."
+        )
+        self.canary_share = gauge(
+            "canary_share",
+            "Share that the canary takes of the requests that leave the choice to the server; 0: no canary.",
         )
         self.controller_decisions = counter(
             "slo_controller_decisions_total", "Decisions of automatic control, two per second while it is on.", "direction"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from server.api.admission import Admission
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.metrics import Metrics
-from server.policies.store import PolicyStore, State
+from server.policies.state import State
+from server.policies.store import PolicyStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,9 @@ class PolicyChanges:
     lock: asyncio.Lock
 
     async def commit(self, state: State, swap: bool = False) -> float:
-        """Make the new default resident in the engine, then make `state` current. Returns the seconds that the engine took.
+        """Make the policies of the new default and of the canary resident in the engine, then make `state` current.
+
+        Returns the seconds that the engine took.
 
         Raises EngineDead, Loading or PolicyTableFull. Then nothing has changed.
         """
@@ -34,7 +37,7 @@ class PolicyChanges:
         swap = swap or route.policy != store.resolve().policy
         started = time.monotonic()
         try:
-            await self.engine.activate([route.policy])
+            await self.engine.activate(store.resident(state))
             seconds = time.monotonic() - started
             await asyncio.to_thread(store.commit, state)
         except Exception:
@@ -50,7 +53,8 @@ class PolicyChanges:
 
 def show_policies(store: PolicyStore, metrics: Metrics) -> None:
     """Update the metrics of routing."""
-    route = store.resolve()
+    route, canary = store.resolve(), store.state.canary
     versions = {name: policy.version for name, policy in store.policies().items()}
     floor = None if store.objective is None else store.objective.min_accuracy
     metrics.show_policies(versions, route.policy.name, route.accuracy, floor)
+    metrics.canary_share.set(0 if canary is None else canary.share)

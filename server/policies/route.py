@@ -19,7 +19,7 @@ class Route:
     """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
 
     `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
-    "model", "tier", "auto", "queue", "deadline" or "default".
+    "model", "tier", "canary", "auto", "queue", "deadline" or "default".
     `floor`: the lowest accuracy to which it may be lowered; None if it may not.
     `phases`: all phases, if the request has several. `policy` and `accuracy` are then those of the first.
     """

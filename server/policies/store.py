@@ -17,8 +17,19 @@ from types import MappingProxyType
 from ladimo.checkpoint import read_json, write_json
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, RoutingPolicy
-from server.errors import BadRequest, Conflict, InvalidPolicy, NoFrontier, NoPreviousDefault, PolicyInUse, UnknownPolicy
+from server.errors import (
+    BadRequest,
+    Conflict,
+    InvalidPolicy,
+    NoCanary,
+    NoFrontier,
+    NoPreviousDefault,
+    PolicyInUse,
+    UnknownPolicy,
+)
+from server.policies.canary import parse_canary
 from server.policies.route import Route, RoutePhase
+from server.policies.state import PastDefault, State
 from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, InPhases, Named, Objective, Target, parse_default
 from server.policies.tiers import FIXED, Tier, default_tiers
 
@@ -28,23 +39,6 @@ MAX_DESCRIPTION = 1000  # characters
 CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters and line separators
 # Fields that GET adds to a policy's content. A PUT may contain them, so clients can send back what they have read.
 READ_ONLY = frozenset({"version", "source", "accuracy", "figures"})
-
-
-@dataclass(frozen=True, slots=True)
-class PastDefault:
-    """An earlier default. If it names a policy, `policy` is the version that had this name."""
-
-    target: Target
-    policy: RoutingPolicy | None
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """`stored`: policies that admins have put. They hide checkpoint policies of the same name. `history`: oldest first."""
-
-    stored: Mapping[str, RoutingPolicy]
-    default: Target
-    history: tuple[PastDefault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +178,21 @@ class PolicyStore:
             return replace(route, floor=min(floor, allowed))
         return route
 
+    def resident(self, state: State | None = None) -> list[RoutingPolicy]:
+        """The policies that the engine should keep ready: those of the default and of the canary."""
+        state = state or self.state
+        asks = [None] if state.canary is None else [None, Ask(state.canary.target, "canary", "canary")]
+        return [self.resolve(ask, state).policy for ask in asks]
+
+    def canary_route(self, request_id: str) -> Route | None:
+        """The route of a request that leaves the choice to the server, if the canary takes it. Automatic control may lower it
+        as it lowers the default."""
+        canary = self.state.canary
+        if canary is None or not canary.takes(request_id):
+            return None
+        floor = None if self.objective is None else self.objective.min_accuracy
+        return replace(self.resolve(Ask(canary.target, "canary", "canary", floor)), requested="default")
+
     def lowered(self, route: Route, accuracy: float, reason: str) -> Route:
         """The route at a lower accuracy, which its floor must allow."""
         assert route.floor is not None and route.floor <= accuracy
@@ -220,6 +229,8 @@ class PolicyStore:
         for tier_name, tier in self.tiers.items():
             if tier.target == Named(name) and name not in self.checkpoint:
                 raise PolicyInUse(f"{name!r} serves the service tier {tier_name!r}")
+        if self.state.canary is not None and self.state.canary.target == Named(name):
+            raise PolicyInUse(f"{name!r} is the canary; promote it or roll it back first")
         return self._next({key: policy for key, policy in self.state.stored.items() if key != name}, self.state.default)
 
     def set_default(self, raw: object) -> State:
@@ -230,6 +241,27 @@ class PolicyStore:
             raise InvalidPolicy(str(error), param=_field(error)) from error
         self._check_default(self.state, target)
         return self._next(self.state.stored, target)
+
+    def set_canary(self, raw: object) -> State:
+        """The next state with this canary, given as JSON. Raises InvalidPolicy, UnknownPolicy, NoFrontier."""
+        try:
+            canary = parse_canary(raw)
+        except ValueError as error:
+            raise InvalidPolicy(str(error), param=_field(error)) from error
+        self._check_default(self.state, canary.target)
+        return replace(self.state, canary=canary)
+
+    def promote_canary(self) -> State:
+        """The next state in which the canary is the default. Raises NoCanary."""
+        if self.state.canary is None:
+            raise NoCanary("there is no canary")
+        return replace(self._next(self.state.stored, self.state.canary.target), canary=None)
+
+    def end_canary(self) -> State:
+        """The next state without the canary. Raises NoCanary."""
+        if self.state.canary is None:
+            raise NoCanary("there is no canary")
+        return replace(self.state, canary=None)
 
     def roll_back(self, restore_policy: bool = False) -> Rollback:
         """Go back to the previous default. Raises NoPreviousDefault.
@@ -243,20 +275,21 @@ class PolicyStore:
         *history, previous = self.state.history
         stored, then = dict(self.state.stored), previous.policy
         now = None if then is None else self.policies().get(then.name)
+        back = replace(self.state, default=previous.target, history=tuple(history))
         if then is None or now == then:
-            return Rollback(State(stored, previous.target, tuple(history)))
+            return Rollback(back)
         if now is not None and self.state.default != previous.target and not restore_policy:
-            return Rollback(State(stored, previous.target, tuple(history)), skipped=then)
+            return Rollback(back, skipped=then)
         if self.checkpoint.get(then.name) == then:
             del stored[then.name]
         else:
             stored[then.name] = then
-        return Rollback(State(stored, previous.target, tuple(history)), restored=then)
+        return Rollback(replace(back, stored=stored), restored=then)
 
     def commit(self, state: State) -> None:
         """Make this state the current one. It goes to disk first, so an answered change survives a crash. Raises OSError."""
         if self._file is not None:
-            write_json(self._file, _to_dict(state))
+            write_json(self._file, state.to_dict())
         self.state = state
 
     # Parts
@@ -298,7 +331,7 @@ class PolicyStore:
                 self._at(1.0, AUTO, AUTO)
 
     def _next(self, stored: Mapping[str, RoutingPolicy], default: Target) -> State:
-        state = State(stored, default, self.state.history)
+        state = replace(self.state, stored=stored, default=default)
         before, after = self._past(self.state), self._past(state)
         return state if before == after else replace(state, history=(*state.history, before)[-MAX_HISTORY:])
 
@@ -316,8 +349,10 @@ class PolicyStore:
                 PastDefault(parse_default(past["default"]), None if past["policy"] is None else self._policy(past["policy"]))
                 for past in raw["history"]
             )
-            state = State(stored, parse_default(raw["default"]), history)
-            self._check_default(state, state.default)
+            canary = None if raw.get("canary") is None else parse_canary(raw["canary"])
+            state = State(stored, parse_default(raw["default"]), history, canary)
+            for target in [state.default] if canary is None else [state.default, canary.target]:
+                self._check_default(state, target)
         except (ValueError, KeyError, TypeError, AttributeError, UnknownPolicy, NoFrontier) as error:
             raise ValueError(f"{self._file}: does not fit this model ({error})") from error
         return state
@@ -339,17 +374,6 @@ def _check_description(text: str) -> None:
         raise ValueError(f"description: has {len(text)} characters, at most {MAX_DESCRIPTION} are allowed")
     if any(unicodedata.category(character) in CONTROLS for character in text):
         raise ValueError("description: must not have control characters or line breaks")
-
-
-def _to_dict(state: State) -> dict[str, object]:
-    return {
-        "default": state.default.to_dict(),
-        "policies": {name: policy.to_dict() for name, policy in state.stored.items()},
-        "history": [
-            {"default": past.target.to_dict(), "policy": None if past.policy is None else past.policy.to_dict()}
-            for past in state.history
-        ],
-    }
 
 
 def _field(error: ValueError) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 AUTO = "auto"
 PREFILL, DECODE = "prefill", "decode"  # the ends of phases that are not a text: the end of the prompt, that of the answer
@@ -73,7 +73,8 @@ class InPhases:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request's choice. `source` is where it came from: "body", "header", "model" or "tier". `param` is the field or header.
+    """A request's choice. `source` is where it came from: "body", "header", "model", "tier" or "canary". `param` is the field
+    or header.
 
     `min_accuracy`: automatic control may lower the accuracy this far. None: it may not lower it.
     """
@@ -82,6 +83,11 @@ class Ask:
     source: str
     param: str
     min_accuracy: float | None = None
+
+    @property
+    def follows_default(self) -> bool:
+        """Whether it leaves the choice to the server, without a condition."""
+        return isinstance(self.target, Automatic) and self.min_accuracy is None
 
 
 def parse_default(raw: object) -> Target:
@@ -107,7 +113,7 @@ def _objective(raw: object) -> Objective:
     latencies = {}
     for name in ("itl_ms", "ttft_ms"):
         value = raw.get(name)
-        if value is not None and not (_is_number(value) and 0 < value <= 1e9):
+        if value is not None and not (is_number(value) and 0 < value <= 1e9):
             raise ValueError(f"auto.{name}: must be a positive number of milliseconds")
         latencies[name] = None if value is None else float(value)
     if set(latencies.values()) == {None}:
@@ -116,10 +122,11 @@ def _objective(raw: object) -> Objective:
 
 
 def _share(value: object, path: str) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:  # type: ignore[operator]
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{path}: must be a number between 0 and 1")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number of a usable size."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53 and math.isfinite(value)

@@ -96,6 +96,18 @@ class AutomaticDefault(Strict):
     auto: ObjectiveBody
 
 
+class _Canary(Strict):
+    share: float = Field(gt=0, le=1, description="Of the requests that leave the choice to the server.")
+
+
+class NamedCanary(NamedDefault, _Canary):
+    """The policy of this name for a share of the requests."""
+
+
+class AccuracyCanary(AccuracyDefault, _Canary):
+    """An accuracy for a share of the requests."""
+
+
 class RollbackBody(Strict):
     restore_policy: bool = Field(
         False, description="Store the policy version of the old default again, even if there is a newer version of that name."
@@ -116,4 +128,5 @@ class _DescribedAs:
 
 
 PolicyJson = Annotated[dict[str, Any], Body(), _DescribedAs(PolicyBody)]
+CanaryJson = Annotated[dict[str, Any], Body(), _DescribedAs(NamedCanary | AccuracyCanary)]
 DefaultJson = Annotated[dict[str, Any], Body(), _DescribedAs(NamedDefault | AccuracyDefault | AutomaticDefault)]

@@ -76,6 +76,7 @@ class RequestContext:
         request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         logs.request_id.set(request_id)
         state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         status, started = 0, time.monotonic()
 
         async def send_with_headers(message: Message) -> None:

@@ -38,8 +38,10 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     refuse_unknown(body, rules.strict_fields)
     deadline = request_deadline(request, rules.request_timeout)
     tier = rules.store.tier(body.service_tier)
-    ask = routing_choice(body.routing, request, body.model, rules.model_name, rules.store) or tier.ask
-    route = rules.store.resolve(ask, controlled=tier.controlled)
+    choice = routing_choice(body.routing, request, body.model, rules.model_name, rules.store)
+    leaves_choice = tier.controlled and (choice is None or choice.follows_default)
+    canary = rules.store.canary_route(request.state.request_id) if leaves_choice else None
+    route = canary or rules.store.resolve(choice or tier.ask, controlled=tier.controlled)
     route = under_pressure(route, tier, deadline, rules.store, permit.admission)
     request.state.routing_policy = route.policy.name
     return Terms(

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 
 from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
-from server.api.fields.routing import DefaultJson, PolicyBody, PolicyJson, RollbackBody
+from server.api.fields.routing import CanaryJson, DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.http.bodies import JsonRoute
 from server.api.policy_changes import PolicyChanges
 from server.api.services import AdmissionDep, AutomaticControlDep, FrontierBatchDep, PolicyChangesDep, StoreDep
 from server.errors import PreconditionFailed
 from server.policies.route import Route
-from server.policies.store import PolicyStore, State
+from server.policies.state import State
+from server.policies.store import PolicyStore
+from server.policies.targets import Ask
 
 router = APIRouter(route_class=JsonRoute)
 admin = APIRouter(prefix="/admin", route_class=JsonRoute)
@@ -39,6 +41,7 @@ async def routing(store: StoreDep, frontier_batch: FrontierBatchDep, automatic: 
         "frontier": None if frontier is None else [_point(point, frontier) for point in frontier.points],
         "frontier_batch": frontier_batch,
         "automatic_control": automatic.status(),
+        "canary": _canary_state(store)["canary"],
     }
 
 
@@ -113,6 +116,35 @@ async def roll_back(request: Request, changes: PolicyChangesDep, body: RollbackB
         return await _change_default(back.state, "roll back", request, changes, facts) | facts
 
 
+@admin.get("/routing/canary")
+async def canary(store: StoreDep) -> dict[str, Any]:
+    """The canary and the default that it may replace. `canary` is null if there is none."""
+    return _canary_state(store)
+
+
+@admin.put("/routing/canary")
+async def put_canary(body: CanaryJson, request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+    """Run a share of the requests that leave the choice to the server under a candidate. Replaces the canary before."""
+    async with changes.lock:
+        await changes.commit(changes.store.set_canary(body))
+        return _canary_changed(request, "put canary", changes.store)
+
+
+@admin.post("/routing/canary/promote")
+async def promote_canary(request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+    """Make the canary the default. A rollback of the default brings the old one back."""
+    async with changes.lock:
+        return await _change_default(changes.store.promote_canary(), "promote canary", request, changes)
+
+
+@admin.post("/routing/canary/rollback")
+async def end_canary(request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+    """End the canary. The default stays."""
+    async with changes.lock:
+        await changes.commit(changes.store.end_canary())
+        return _canary_changed(request, "roll back canary", changes.store)
+
+
 @admin.post("/drain")
 async def drain(request: Request, admission: AdmissionDep) -> dict[str, Any]:
     """Accept no more requests. Running requests finish. The process runs until it gets a signal."""
@@ -145,6 +177,21 @@ async def _change_default(
 def _default(store: PolicyStore) -> dict[str, Any]:
     """The default as it was set, and the policy that it means now."""
     return {"target": store.state.default.to_dict(), **_now(store.resolve())}
+
+
+def _canary_state(store: PolicyStore) -> dict[str, Any]:
+    running = store.state.canary
+    described = None
+    if running is not None:
+        route = store.resolve(Ask(running.target, "canary", "canary"))
+        described = {"target": running.target.to_dict(), "share": running.share, **_now(route)}
+    return {"canary": described, "default": _default(store)}
+
+
+def _canary_changed(request: Request, action: str, store: PolicyStore) -> dict[str, Any]:
+    state, running = _canary_state(store), store.state.canary
+    _audit(request, action, canary=None if running is None else running.to_dict(), default=store.state.default.to_dict())
+    return state
 
 
 def _now(route: Route) -> dict[str, Any]:
