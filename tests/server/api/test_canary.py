@@ -62,19 +62,21 @@ async def test_only_requests_that_leave_the_choice_are_taken(tmp_path: Path) -> 
         assert (await server.client.get("/admin/routing/canary", headers=ADMIN)).json() == answer
         assert (await server.client.get("/v1/routing")).json()["canary"] == canary
         taken, left = some_ids(server)
-        for fields in ({}, {"routing": "auto"}, {"service_tier": "auto"}):
-            found = await routing(server, taken, **fields)
-            assert (found["policy"], found["reason"]) == ("fast", "canary")
-            found = await routing(server, left, **fields)
-            assert (found["policy"], found["reason"] in ("default", "auto")) == ("full", True)
-        for fields in (
+        leaving: list[dict[str, Any]] = [{}, {"routing": "auto"}, {"service_tier": "auto"}]
+        choosing: list[dict[str, Any]] = [
             {"routing": "quality"},
             {"routing": {"policy": "auto", "min_accuracy": 0.5}},
             {"model": "tiny:quality"},
             {"service_tier": "default"},
             {"service_tier": "priority"},
             {"routing": {"phases": [{"policy": "full"}]}},
-        ):
+        ]
+        for fields in leaving:
+            found = await routing(server, taken, **fields)
+            assert (found["policy"], found["reason"]) == ("fast", "canary")
+            found = await routing(server, left, **fields)
+            assert (found["policy"], found["reason"] in ("default", "auto")) == ("full", True)
+        for fields in choosing:
             assert (await routing(server, taken, **fields))["reason"] != "canary", fields
         metrics = await server.metrics()
         assert metrics['ladimo_policy_requests_total{reason="canary",requested="default",served="fast"}'] == 3
