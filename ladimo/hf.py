@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils import cached_file
 
-from ladimo.model.config import MOE_TYPE, MoeLayerConfig
+from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family, read_model_config
 from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.model.router import SELECTION_BIAS, LinearRouter, Router
@@ -65,11 +67,13 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
         if find_family(config.family).has_own_modules:
             raise ValueError(f"family {config.family}: transformers' LLaMA cannot stand in for its modules")
         super().__init__(config)
+        ours = read_model_config(config.to_dict())
+        if ours.rotary_dim < ours.head_dim:
+            self.rotary_emb = _PartialRotaryEmbedding(config)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
             o_proj = layer.self_attn.o_proj
-            if config.qk_norm != "none":
-                _add_norms(layer.self_attn, config)
+            _prepare_heads(layer.self_attn, ours)
             if output_bias != config.attention_bias:  # LLaMA has one flag for all four projections
                 layer.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=output_bias)
             if entry is not None:
@@ -99,6 +103,18 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.model = LadimoLlamaModel(config)
         self.post_init()
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """As in transformers' Phi-3: with rope type "longrope", a text that outgrows the original context changes frequencies.
+
+        The keys so far are of no use then, and are computed again.
+        """
+        rope = read_model_config(self.config.to_dict()).rope
+        for name in ("cache", "past_key_values"):  # its name in newer and in older releases
+            cache, original = kwargs.get(name), rope.original_max_position_embeddings
+            if rope.type == "longrope" and cache and cache.get_seq_length() <= original < input_ids.shape[1]:
+                kwargs |= {name: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     @classmethod
     def from_pretrained(cls, name: str, *arguments: Any, policy: str | None = None, **options: Any) -> Any:
         """Load a checkpoint, as transformers does. `policy`: the name of one of its policies, to run under.
@@ -122,18 +138,45 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 layer.mlp.rule = rule
 
 
-def _add_norms(attention: LlamaAttention, config: LadimoLlamaConfig) -> None:
-    """Give an attention norms of queries and keys. They are computed where the projections end, so all else is LLaMA's."""
+class _PartialRotaryEmbedding(Phi3RotaryEmbedding):  # type: ignore[misc]
+    """Cosines and sines for LLaMA's attention, which rotates whole heads: the other channels are turned by nothing.
+
+    LLaMA pairs the two halves of a head. So the channels are ordered as in `_prepare_output`.
+    """
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        padding = (0, self.config.head_dim // 2 - cos.shape[-1] // 2)
+        halves = [F.pad(part, padding, value=value) for part, value in ((cos.chunk(2, -1)[0], 1.0), (sin.chunk(2, -1)[0], 0.0))]
+        return torch.cat((halves[0], halves[0]), -1), torch.cat((halves[1], halves[1]), -1)
+
+
+def _prepare_heads(attention: LlamaAttention, config: ModelConfig) -> None:
+    """Add what LLaMA's attention lacks, where the projections of queries and keys end. All else stays LLaMA's."""
+    if config.qk_norm == "none" and config.rotary_dim == config.head_dim:
+        return
     for name in ("q", "k"):
-        projection = getattr(attention, f"{name}_proj")
-        size = config.head_dim if config.qk_norm == "head" else projection.out_features
-        setattr(attention, f"{name}_norm", LlamaRMSNorm(size, config.rms_norm_eps))
-        projection.register_forward_hook(partial(_norm_output, getattr(attention, f"{name}_norm")))
+        projection, norm = getattr(attention, f"{name}_proj"), None
+        if config.qk_norm != "none":
+            norm = LlamaRMSNorm(config.head_dim if config.qk_norm == "head" else projection.out_features, config.rms_norm_eps)
+            setattr(attention, f"{name}_norm", norm)
+        projection.register_forward_hook(partial(_prepare_output, norm, config.head_dim, config.rotary_dim))
 
 
-def _norm_output(norm: LlamaRMSNorm, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    normed: Tensor = norm(output.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
-    return normed
+def _prepare_output(
+    norm: LlamaRMSNorm | None, head_dim: int, rotary_dim: int, _module: nn.Module, _inputs: tuple[Tensor, ...], x: Tensor
+) -> Tensor:
+    """Queries or keys [..., heads * C], normed, with the channels of each head in the order of `_PartialRotaryEmbedding`.
+
+    Attention multiplies queries with keys, so it does not matter in which order their channels are.
+    """
+    if norm is not None:
+        x = norm(x.unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
+    if rotary_dim < head_dim:
+        half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+        first, second, *others = x.unflatten(-1, (-1, head_dim)).split((half, half, rest, rest), dim=-1)
+        x = torch.cat((first, others[0], second, others[1]), dim=-1).flatten(-2)
+    return x
 
 
 def _read_policy(name: str, policy: str) -> RoutingPolicy:

@@ -30,6 +30,7 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
+from ladimo.convert.source import model_parameters
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
 from ladimo.model.nested import codes_to_rounding
 from ladimo.model.nested_layers import TIED_HEAD, matrix_named
@@ -55,6 +56,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# For heads of 8 channels, of which 6 are rotated.
+PARTIAL_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.2, 1.9],
+    "long_factor": [1.5, 4.0, 9.0],
+}
 
 
 def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -213,7 +222,7 @@ def split_ffn(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, num_experts
 def _moe_tensors(reader: TensorReader, layers: tuple[MoeLayerConfig | None, ...], seed: int) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     converted = {f"model.layers.{index}.mlp": layer for index, layer in enumerate(layers) if layer is not None}
-    for name in reader.files:
+    for name, _ in model_parameters(read_config(reader.directory)):
         if name.split(".mlp.")[0] + ".mlp" not in converted:
             yield name, reader.get(name)
     for prefix, layer in converted.items():

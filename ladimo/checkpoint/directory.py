@@ -26,7 +26,10 @@ TOKENIZER_FILES = (
 )
 # Fields of a dense model's config.json that a converted checkpoint does not have. We accept only models in which a sliding
 # window has no effect, and we write rotary embeddings in one form, `rope_parameters`.
-DROPPED_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "rope_theta", "rope_scaling")
+DROPPED_FIELDS = (
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"),
+)
 
 NOT_STATED = ("rope", "layers", "nested_bits", "trained_as_moe")
 

@@ -22,10 +22,13 @@ def choose_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dty
     return resolve_dtype(dtype, stored_dtype(directory) if needed else torch.float32, device)
 
 
-def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None) -> MoeTransformer:
+def load_to_serve(
+    directory: Path, device: str = "auto", dtype: str = "auto", quantize: str | None = None, context: int | None = None
+) -> MoeTransformer:
     """Load the whole model on the back end that fits this machine, to serve it.
 
-    `quantize`: an integer format for the weights; None keeps them as they are. Raises ValueError for a checkpoint that cannot
+    `quantize`: an integer format for the weights; None keeps them as they are. `context`: the length of the longest text, as in
+    `RotaryEmbedding.materialise`. Raises ValueError for a checkpoint that cannot
     be served, and for a device, dtype or integer format that is not available.
     """
     config = read_config(directory)
@@ -33,14 +36,17 @@ def load_to_serve(directory: Path, device: str = "auto", dtype: str = "auto", qu
         raise ValueError(f"quantize {quantize}: the checkpoint has 4 and 8 bits of its own; a policy's `bits` choose them")
     backend = choose_backend(config, stored_dtype(directory), device, dtype, quantize)
     if quantize is not None and not backend.quantizes_as_it_packs:
-        return load_quantized_model(directory, backend)
-    model = load_model(directory, backend.dtype, backend.device)
+        return load_quantized_model(directory, backend, context)
+    model = load_model(directory, backend.dtype, backend.device, context)
     backend.prepare(model)
     return model
 
 
-def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> MoeTransformer:
-    """Load the whole model, dense or converted, to run it without gradients. Raises ValueError for a broken checkpoint."""
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device, context: int | None = None) -> MoeTransformer:
+    """Load the whole model, dense or converted, to run it without gradients. `context`: as in `load_to_serve`.
+
+    Raises ValueError for a broken checkpoint.
+    """
     config = read_config(directory)
     reader = TensorReader(directory)
     with torch.device("meta"):
@@ -48,20 +54,21 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Moe
     reader.load(model, "", dtype, device)
     if config.nested_bits:
         _nest(model, reader)
-    model.rotary.materialise(device)
+    model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
 
 
-def load_quantized_model(directory: Path, backend: TorchBackend) -> MoeTransformer:
+def load_quantized_model(directory: Path, backend: TorchBackend, context: int | None = None) -> MoeTransformer:
     """Load a model and round its weights to the back end's integer format, layer by layer.
 
-    At most one layer is in memory in floating point at a time. Raises ValueError for a broken checkpoint.
+    At most one layer is in memory in floating point at a time. `context`: as in `load_to_serve`. Raises ValueError for a broken
+    checkpoint.
     """
     assert backend.quantize is not None
     config = read_config(directory)
     reader = TensorReader(directory)
-    model = load_without_layers(reader, config, backend.dtype, backend.device)
+    model = load_without_layers(reader, config, backend.dtype, backend.device, context)
     quantize_model(model, backend.quantize)  # rounds the output head only, because there are no layers yet
     for index in range(config.num_hidden_layers):
         layer = load_layer(reader, config, index, backend.dtype, backend.device)
@@ -83,7 +90,9 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
     return module.eval()
 
 
-def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> MoeTransformer:
+def load_without_layers(
+    reader: TensorReader, config: ModelConfig, dtype: torch.dtype, device: torch.device, context: int | None = None
+) -> MoeTransformer:
     """Load everything but the layers: embedding, final norm, output head and rotary table. `model.layers` is empty."""
     with torch.device("meta"):
         model = MoeTransformer(config)
@@ -91,7 +100,7 @@ def load_without_layers(reader: TensorReader, config: ModelConfig, dtype: torch.
     reader.load(model, "", dtype, device)
     if config.nested_bits:
         _nest(model, reader)
-    model.rotary.materialise(device)
+    model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
 

@@ -71,7 +71,7 @@ class StreamedModel:
         for rows in chunks(hidden_states):
             chunk = hidden_states[rows].to(self.device)
             inputs = StepInputs.whole_sequences(torch.zeros(chunk.shape[:2], dtype=torch.int64, device=self.device))
-            rope = self.ends.rotary(inputs.positions, self.dtype)
+            rope = self.ends.rotary(inputs.positions, self.dtype, inputs.length)
             wanted = () if bits is None else (torch.full_like(inputs.positions, bits),)
             attended = layer.attend(chunk.flatten(0, 1), rope, inputs, None, *wanted)
             yield rows, attended, layer.post_attention_layernorm(attended)

@@ -1,26 +1,43 @@
 """Export to a plain dense model, which transformers, vLLM, SGLang and llama.cpp's converter can read without our code.
 
-It is a LLaMA, or of the family whose biases or norms the model has: Qwen2 or Qwen3.
+It is a LLaMA, or of the family whose parts the model has: Qwen2 (biases), Qwen3 (norms) or Phi-3 (its rotary embedding).
 """
 
+import re
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_norms
+import torch
+from torch import Tensor
+
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_parts
 from ladimo.export.policy_view import PolicyView
+from ladimo.model.config import ModelConfig
+
+PROJECTION = re.compile(r"\b[qkv]_proj\b")
 
 
 class DenseTarget(HuggingFaceTarget):
     """The target `dense`. The model has one FFN width for all layers, so narrower FFNs are padded with zeros."""
 
     name = "dense"
-    help = "a plain LLaMA, Qwen2 or Qwen3 in Hugging Face layout, for policies that run the same experts for every token"
+    help = "a plain LLaMA, Qwen or Phi-3 in Hugging Face layout, for policies that run the same experts for every token"
 
     def config(self, view: PolicyView) -> dict[str, Any]:
         for layer, form in view.routed.items():
             raise ValueError(f"{view.name(layer)}: {form}; the target has no router")
         source, config = view.source, view.common_config()
-        refuse_norms(view, known=["head"])
+        if _rotates_like_phi3(source):
+            refuse_parts(view, "partial rotary", "longrope")
+            if source.attention_bias:
+                raise ValueError("the model has biases in the attention, the target has none with this rotary embedding")
+            return config | {
+                "model_type": "phi3",
+                "architectures": ["Phi3ForCausalLM"],
+                "original_max_position_embeddings": source.rope.original_max_position_embeddings,
+                "sliding_window": None,
+            }
         if source.attention_output_bias == source.attention_bias:
+            refuse_parts(view, "output bias", "head norms")
             normed = source.qk_norm == "head"
             return config | {
                 "model_type": "qwen3" if normed else "llama",
@@ -29,9 +46,33 @@ class DenseTarget(HuggingFaceTarget):
             }
         if source.attention_output_bias:
             raise ValueError("the model has a bias on the attention's output alone, the target on all projections or on none")
-        refuse_norms(view)
+        refuse_parts(view)
         # Qwen2 has biases on queries, keys and values only.
         return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
 
+    def attention_tensors(self, view: PolicyView) -> Tensors:
+        if not _rotates_like_phi3(view.source):
+            yield from view.common_tensors()
+            return
+        parts: list[Tensor] = []
+        for name, tensor in view.common_tensors():
+            fused = PROJECTION.sub("qkv_proj", name)
+            if fused == name:
+                yield name, tensor
+                continue
+            parts.append(tensor)
+            if len(parts) == 3:  # queries, keys and values come in this order
+                yield fused, torch.cat(parts)
+                parts.clear()
+
     def ffn_tensors(self, view: PolicyView, layer: int, config: dict[str, Any]) -> Tensors:
-        return dense_tensors(f"model.layers.{layer}.mlp.", view.ffn(layer, config["intermediate_size"]))
+        prefix = f"model.layers.{layer}.mlp."
+        gate, up, down = ffn = view.ffn(layer, config["intermediate_size"])
+        if not _rotates_like_phi3(view.source):
+            return dense_tensors(prefix, ffn)
+        return iter(((f"{prefix}gate_up_proj.weight", torch.cat((gate, up))), (f"{prefix}down_proj.weight", down)))
+
+
+def _rotates_like_phi3(source: ModelConfig) -> bool:
+    """Whether the rotary embedding is one that only Phi-3 has. Phi-3 also has fused projections."""
+    return source.rotary_dim < source.head_dim or source.rope.type == "longrope"

@@ -125,6 +125,8 @@ class GgufTarget:
         for form in self.forms:
             try:
                 config = form.config(view)
+                if config["model_type"] not in ARCHITECTURES:
+                    raise ValueError(f"it is written as {config['model_type']}, for which there is no GGUF form here")
                 architecture = ARCHITECTURES[config["model_type"]]
                 if view.source.attention_bias and not architecture.biases:
                     raise ValueError("llama.cpp reads no biases in the attention for it, the model has some")
@@ -162,7 +164,7 @@ def write_gguf(
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * config.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(rope.theta)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if tokenizer is None:

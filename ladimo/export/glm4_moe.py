@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_norms, refuse_output_bias
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_parts
 from ladimo.export.null_experts import Places, fit_places, placed_experts
 from ladimo.export.policy_view import PolicyView
 
@@ -23,12 +23,11 @@ class Glm4MoeTarget(HuggingFaceTarget):
     help = "GLM4-MoE, for sigmoid routers; layers may run unequal numbers of experts"
 
     def config(self, view: PolicyView) -> dict[str, Any]:
-        refuse_output_bias(view)
-        refuse_norms(view, known=["head"])
+        refuse_parts(view, "head norms", "partial rotary")
         leading, places = _leading(view), _places(view)
         layers = range(view.source.num_hidden_layers)
         shared = max(view.ffn_width(layer) for layer in layers[leading:])
-        common = view.common_config()
+        common, share = view.common_config(), view.source.rope.partial_rotary_factor
         return common | {
             "model_type": "glm4_moe",
             "architectures": ["Glm4MoeForCausalLM"],
@@ -44,8 +43,8 @@ class Glm4MoeTarget(HuggingFaceTarget):
             "topk_group": 1,
             "use_qk_norm": view.source.qk_norm == "head",
             "attention_bias": view.source.attention_bias,
-            "partial_rotary_factor": 1.0,
-            "rope_parameters": {**common["rope_parameters"], "partial_rotary_factor": 1.0},
+            "partial_rotary_factor": share,
+            "rope_parameters": {**common["rope_parameters"], "partial_rotary_factor": share},
             "num_nextn_predict_layers": 0,
         }
 

@@ -1,7 +1,7 @@
 """What targets in Hugging Face layout have in common. Legend: D hidden_size, W width of an FFN."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,16 +125,19 @@ def plain_softmax(view: PolicyView, shared: bool = False) -> RoutedExperts:
     return same_everywhere(view, routed)
 
 
-def refuse_output_bias(view: PolicyView) -> None:
-    """Raises ValueError for a bias after the attention, which no target that routes has."""
-    if view.source.attention_output_bias:
-        raise ValueError("the model has a bias on the attention's output, the target has none")
-
-
-def refuse_norms(view: PolicyView, known: Collection[str] = ()) -> None:
-    """Raises ValueError for norms of queries and keys. `known`: the values of `ModelConfig.qk_norm` that the target has."""
-    if view.source.qk_norm not in ("none", *known):
-        raise ValueError("the model norms queries and keys, the target does not")
+def refuse_parts(view: PolicyView, *known: str) -> None:
+    """Raises ValueError for a part of the model that the target lacks. `known`: the parts, of those below, that it has."""
+    source = view.source
+    parts = {
+        "output bias": (source.attention_output_bias, "a bias on the attention's output"),
+        "head norms": (source.qk_norm == "head", "norms of queries and keys"),
+        "norms": (source.qk_norm == "all", "norms of queries and keys over all heads"),
+        "partial rotary": (source.rotary_dim < source.head_dim, "heads that are rotated in part"),
+        "longrope": (source.rope.type == "longrope", "RoPE of type longrope"),
+    }
+    for part, (present, what) in parts.items():
+        if present and part not in known:
+            raise ValueError(f"the model has {what}, which the target lacks")
 
 
 def dense_tensors(prefix: str, ffn: Ffn) -> Tensors:

@@ -6,7 +6,7 @@ vLLM and SGLang read.
 
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_norms, refuse_output_bias
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_parts
 from ladimo.export.null_experts import Places, fit_places, placed_experts
 from ladimo.export.policy_view import PolicyView
 
@@ -18,8 +18,7 @@ class MimoV2Target(HuggingFaceTarget):
     help = "MiMo-V2-Flash, for sigmoid routers and plain RoPE; layers may run unequal numbers of experts, and any may be dense"
 
     def config(self, view: PolicyView) -> dict[str, Any]:
-        refuse_output_bias(view)
-        refuse_norms(view)
+        refuse_parts(view)
         source, places, common = view.source, _places(view), view.common_config()
         if source.rope.type != "default":
             raise ValueError(f"the model has RoPE of type {source.rope.type}; vLLM and SGLang read plain RoPE for the target")

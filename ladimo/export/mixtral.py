@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, expert_tensors, expert_width, plain_softmax, refuse_norms
+from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, expert_tensors, expert_width, plain_softmax, refuse_parts
 from ladimo.export.policy_view import PolicyView, padded
 
 
@@ -19,8 +19,8 @@ class MixtralTarget(HuggingFaceTarget):
                 raise ValueError(f"{view.name(layer)}: {'is dense' if other is None else 'does not route'}, the target routes")
         if not form.normalised:
             raise ValueError(f"policy {view.policy.name!r}: does not divide weights by their sum, the target does")
-        refuse_norms(view)
-        if view.source.attention_bias or view.source.attention_output_bias:
+        refuse_parts(view)
+        if view.source.attention_bias:
             raise ValueError("the model has biases in the attention, the target has none")
         return view.common_config() | {
             "model_type": "mixtral",

@@ -15,8 +15,7 @@ from ladimo.export.hugging_face import (
     expert_tensors,
     expert_width,
     plain_softmax,
-    refuse_norms,
-    refuse_output_bias,
+    refuse_parts,
 )
 from ladimo.export.policy_view import PolicyView, padded
 
@@ -31,8 +30,7 @@ class Qwen2MoeTarget(HuggingFaceTarget):
 
     def config(self, view: PolicyView) -> dict[str, Any]:
         form = plain_softmax(view, shared=True)
-        refuse_output_bias(view)
-        refuse_norms(view)
+        refuse_parts(view)
         source, width = view.source, expert_width(view)
         if source.head_dim * source.num_attention_heads != source.hidden_size:
             raise ValueError(f"head_dim is {source.head_dim}, the target has hidden_size / num_attention_heads")

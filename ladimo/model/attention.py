@@ -42,9 +42,11 @@ class Attention(BackendModule):
         kv_cache: KVCache | None,
         bits: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, C]. Writes keys and values into the
-        cache. `bits`: where the projections are nested, how many bits [T] each token reads of them; of keys and values at least
-        `KEY_VALUE_BITS`."""
+        """Hidden states [T, D] -> [T, D]. `rope` are cosines and sines, each [T, 1, R], for the first R channels of a head.
+
+        Writes keys and values into the cache. `bits`: where the projections are nested, how many bits [T] each token reads of
+        them; of keys and values at least `KEY_VALUE_BITS`.
+        """
         careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
         q = _normed(self.q_proj(hidden_states, *bits), self.q_norm)
         k = _normed(self.k_proj(hidden_states, *careful), self.k_norm)

@@ -3,13 +3,20 @@
 Field names are those of Hugging Face's config.json, which `ladimo.model.families` reads.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ladimo.model.fields import positive_int, size
 
 MOE_TYPE = "ladimo_llama"
-ROPE_TYPES = ("default", "linear", "llama3")
+# The types of rotary embedding, and the fields of `RopeConfig` that only some of them use.
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "attention_factor", "original_max_position_embeddings"),
+}
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 ExpertWeight = Literal["score", "one"]
@@ -106,7 +113,12 @@ class MoeLayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. Types "linear" and "llama3" use `factor`; only "llama3" uses the three fields after it."""
+    """Rotary embedding. `ROPE_TYPES` says which type uses which fields.
+
+    partial_rotary_factor: the share of a head's channels that is rotated. They are its first channels.
+    short_factor, long_factor: of type "longrope", the numbers that the frequencies are divided by. In texts that are longer
+    than original_max_position_embeddings, the long ones count. attention_factor: cosines and sines are multiplied by this.
+    """
 
     theta: float = 10000.0
     type: str = "default"
@@ -114,15 +126,19 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The value of `rope_parameters` in config.json. It has only the fields that the type uses."""
         fields: dict[str, Any] = {"rope_type": self.type, "rope_theta": self.theta}
-        if self.type != "default":
-            fields["factor"] = self.factor
-        if self.type == "llama3":
-            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                fields[name] = getattr(self, name)
+        if self.partial_rotary_factor != 1:
+            fields["partial_rotary_factor"] = self.partial_rotary_factor
+        for name in ROPE_TYPES[self.type]:
+            value = getattr(self, name)
+            fields[name] = list(value) if isinstance(value, tuple) else value
         return fields
 
 
@@ -156,6 +172,11 @@ class ModelConfig:
     family: str = "llama"
     nested_bits: tuple[int, ...] = ()
     trained_as_moe: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:

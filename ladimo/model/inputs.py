@@ -68,6 +68,11 @@ class StepInputs:
             num_sequences=batch,
         )
 
+    @property
+    def length(self) -> int:
+        """The tokens of each sequence, if they are whole sequences."""
+        return len(self.input_ids) // self.num_sequences
+
 
 class StepOutput(NamedTuple):
     """The outputs of one step."""

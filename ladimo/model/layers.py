@@ -4,6 +4,7 @@ Legend: T tokens, D hidden_size, F intermediate_size, H heads, C head_dim.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,15 @@ class GatedMLP(BackendModule):
         return out
 
 
-def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Inverse frequencies [C / 2] in fp32, scaled as the rope type says.
+def rope_inverse_frequencies(rope: RopeConfig, rotary_dim: int, length: int = 0) -> Tensor:
+    """Inverse frequencies [rotary_dim / 2] in fp32, scaled as the rope type says. `length`: of the text, for type "longrope".
 
     "llama3" follows the Llama 3.1 release: frequencies of long wavelengths are divided by `factor`, those of short wavelengths
     are kept, and those in between are interpolated.
     """
-    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inverse = 1.0 / rope.theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    if rope.type == "longrope":
+        return inverse / torch.tensor(rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor)
     if rope.type == "linear":
         return inverse / rope.factor
     if rope.type == "llama3":
@@ -65,21 +68,36 @@ def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """A table of cosines and sines for all positions up to the context length. It is computed once."""
+    """Tables of cosines and sines for all positions up to the context length, computed once. R rotary_dim.
+
+    Type "longrope" has other frequencies for short texts than for long ones. The KV cache holds keys that are rotated already.
+    So over a cache, the frequencies are those for texts as long as the context, whatever a text's own length is.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("table", torch.empty(0), persistent=False)
+        self.register_buffer("short_table", torch.empty(0), persistent=False)
 
-    def materialise(self, device: torch.device | str) -> None:
-        """Compute the table [positions, 2, C]. The constructor cannot do it, because models are built on the meta device."""
-        inverse = rope_inverse_frequencies(self.config.rope, self.config.head_dim)
-        angles = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)[:, None] * inverse
-        angles = torch.cat((angles, angles), dim=-1)
-        self.table = torch.stack((angles.cos(), angles.sin()), dim=1).to(device)
+    def materialise(self, device: torch.device | str, context: int | None = None) -> None:
+        """Compute the tables [positions, 2, R]. The constructor cannot do it, because models are built on the meta device.
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Positions [T] -> cos, sin, each [T, 1, C]."""
-        cos_sin = self.table[positions].to(dtype)
+        `context`: the length of the longest text; None: the model's own context length. It is at most that.
+        """
+        longest, rope = min(context or sys.maxsize, self.config.max_position_embeddings), self.config.rope
+        self.table = self._compute(longest).to(device)
+        if rope.type == "longrope" and longest > rope.original_max_position_embeddings:
+            self.short_table = self._compute(rope.original_max_position_embeddings).to(device)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Positions [T] -> cos, sin, each [T, 1, R]. `length`: of the texts; None: they are in a KV cache."""
+        is_short = length is not None and length <= len(self.short_table)
+        cos_sin = (self.short_table if is_short else self.table)[positions].to(dtype)
         return cos_sin[:, 0, None], cos_sin[:, 1, None]
+
+    def _compute(self, length: int) -> Tensor:
+        inverse = rope_inverse_frequencies(self.config.rope, self.config.rotary_dim, length)
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        return torch.stack((angles.cos(), angles.sin()), dim=1) * self.config.rope.attention_factor

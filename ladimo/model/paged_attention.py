@@ -1,6 +1,6 @@
 """Attention in torch, over whole sequences or over the paged cache: the reference for all back ends.
 
-Legend: T tokens, H query heads, G key/value heads, C head_dim, B sequences, N blocks per sequence, S positions.
+Legend: T tokens, H query heads, G key/value heads, C head_dim, R rotary_dim, B sequences, N blocks per sequence, S positions.
 """
 
 import torch
@@ -9,9 +9,14 @@ from torch.nn import functional as F
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding to x [T, H, C]. Channel i forms a pair with channel i + C / 2, as in Hugging Face's models."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Apply rotary embedding to the first R channels of x [T, H, C]; cos and sin are [T, 1, R].
+
+    Channel i forms a pair with channel i + R / 2, as in Hugging Face's models.
+    """
+    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def attend_whole(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:

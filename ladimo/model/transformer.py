@@ -117,7 +117,8 @@ class MoeTransformer(BackendModule):
         can capture it.
         """
         hidden_states = self.model.embed_tokens(inputs.input_ids)
-        rope = self.rotary(inputs.positions, hidden_states.dtype)
+        length = inputs.length if kv_cache is None else None
+        rope = self.rotary(inputs.positions, hidden_states.dtype, length)
         rules = tables.rules(inputs.policy_ids) if self.config.moe_layer_indices or self.config.nested_bits else None
         num_budgeted = inputs.num_decode if tables.batch_budgets else 0
         expert_ids: list[Tensor | None] = []

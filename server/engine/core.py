@@ -336,7 +336,9 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     Raises ValueError for a model that cannot be read, and for options that do not fit the model or the machine.
     """
     return assemble_core(
-        load_to_serve(directory, config.device, config.dtype, config.quantize), config, eos_token_ids(directory)
+        load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len),
+        config,
+        eos_token_ids(directory),
     )
 
 

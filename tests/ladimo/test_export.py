@@ -18,7 +18,7 @@ from ladimo.export.dense import DenseTarget
 from ladimo.export.policy_view import PolicyView
 from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import VOCAB_SIZE, make_moe, make_nested
+from tests.factories import PARTIAL_LONGROPE, VOCAB_SIZE, make_moe, make_nested
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
@@ -102,6 +102,7 @@ def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:
         {"model_type": "qwen2"},
         {"model_type": "mistral", "head_dim": 16},
         {"model_type": "qwen3", "head_dim": 16},
+        {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 16},
         {"attention_bias": True},
     ],
 )

@@ -25,6 +25,9 @@ BESIDE_FIXED = {"score_function": "sigmoid", "fixed_experts": 2}
 NEEDS_GGUF = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
 
 
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
 def kept(top_k: int, *experts: int) -> LayerRule:
     """Weights as the router scores them."""
     return LayerRule(top_k, renormalize=False, experts=experts or None)
@@ -93,6 +96,7 @@ def test_transformers_generates_the_same(target: str, case: Case, tmp_path: Path
         ("mixtral", SOFTMAX, {"head_dim": 16}),
         ("glm4", UNEQUAL, {"dtype": torch.bfloat16}),
         ("glm4", UNEQUAL, {"model_type": "qwen3", "head_dim": 16}),
+        ("glm4", UNEQUAL, {"model_type": "phi3", "rope_parameters": HALF}),
     ],
 )
 def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any], tmp_path: Path) -> None:
@@ -104,7 +108,12 @@ def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any
     [
         ("mixtral", SOFTMAX_KEPT, {}, "layer 1: is dense, the target routes; try --target qwen2$"),
         *(
-            (target, case, {"model_type": "qwen3", "head_dim": 16}, "the model norms queries and keys, the target does not")
+            (
+                target,
+                case,
+                {"model_type": "qwen3", "head_dim": 16},
+                "the model has norms of queries and keys, which the target lacks",
+            )
             for target, case in (("mimo", UNEQUAL), ("qwen2", SOFTMAX), ("mixtral", SOFTMAX))
         ),
         ("mixtral", UNEQUAL, {}, "layer 0: scores by sigmoid, the target by softmax; try --target glm4 or mimo or gguf$"),
@@ -120,7 +129,7 @@ def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any
         ("mimo", UNEQUAL, {"rope_parameters": LLAMA3_ROPE}, "RoPE of type llama3; .*; try --target glm4$"),
         ("mixtral", SOFTMAX, {"model_type": "qwen2"}, "has biases in the attention, the target has none; try --target qwen2$"),
         ("qwen2", SOFTMAX, {"head_dim": 16}, "head_dim is 16, .*; try --target mixtral or gguf$"),
-        ("glm4", UNEQUAL, {"attention_bias": True}, "bias on the attention's output, the target has none; no target can"),
+        ("glm4", UNEQUAL, {"attention_bias": True}, "bias on the attention's output, which the target lacks; no target can"),
         ("gguf", SOFTMAX_KEPT, {}, "as dense: .* as mixtral: .*is dense.* as glm4: .*scores by softmax.* try --target qwen2$"),
         ("glm4", ({"router": "none"}, (kept(2), None, kept(1))), {}, "the same experts for every token.* try --target dense"),
     ],

@@ -129,7 +129,7 @@ class Network:
         """Run token blocks [B, S]. student: the FFNs to use; None: those of the dense model."""
         device = self.dense.device
         inputs = StepInputs.whole_sequences(blocks.to(device))
-        rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype)
+        rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype, inputs.length)
         states = [self.dense.ends.model.embed_tokens(inputs.input_ids)]
         for index, layer in enumerate(self.layers):
             attended = layer.attend(states[-1], rope, inputs, None)

@@ -4,14 +4,17 @@
 
 #include "state.h"
 
-// Rotary embedding of one head, times `scale`. `table` has the cosines [size] and sines [size] of the position.
-static void rotate(float *x, const float *table, int64_t size, float scale) {
-    const float *cosine = table, *sine = table + size;
-    for (int64_t i = 0; i < size / 2; i++) {
-        float a = x[i], b = x[i + size / 2];
+// Rotary embedding of the first `rotated` channels of one head, and all channels times `scale`. `table` has the cosines [rotated]
+// and sines [rotated] of the position.
+static void rotate(float *x, const float *table, int64_t rotated, int64_t size, float scale) {
+    const float *cosine = table, *sine = table + rotated;
+    int64_t half = rotated / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
         x[i] = (a * cosine[i] - b * sine[i]) * scale;
-        x[i + size / 2] = (b * cosine[i] + a * sine[i]) * scale;
+        x[i + half] = (b * cosine[i] + a * sine[i]) * scale;
     }
+    for (int64_t i = rotated; i < size; i++) x[i] *= scale;
 }
 
 // The norm of the queries or keys of a token, in place.
@@ -26,14 +29,14 @@ static void store_token(const void *job, int64_t t) {
     const Model *m = s->model;
     const Step *step = s->step;
     int64_t size = m->head_dim, groups = m->kv_heads, bs = step->block_size, slot = step->slots[t];
-    const float *table = m->rope + step->positions[t] * 2 * size;
+    const float *table = m->rope + step->positions[t] * 2 * m->rotary_dim;
     float *q = s->qkv + t * (m->heads + 2 * groups) * size, *k = q + m->heads * size, *v = k + groups * size;
     if (s->layer->q_norm) {
         norm_heads(m, q, m->heads, s->layer->q_norm);
         norm_heads(m, k, groups, s->layer->k_norm);
     }
-    for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, size, 1.0f / sqrtf((float)size));
-    for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, size, 1.0f);
+    for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, m->rotary_dim, size, 1.0f / sqrtf((float)size));
+    for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, m->rotary_dim, size, 1.0f);
     int64_t block = s->layer_index * step->num_blocks + slot / bs, offset = slot % bs;
     for (int64_t g = 0; g < groups; g++)
         for (int64_t c = 0; c < size; c++) {

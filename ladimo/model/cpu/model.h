@@ -51,12 +51,12 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocab, max_experts;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, vocab, max_experts;
     int64_t norms_each_head;  // 1: each head of queries and keys is normed by itself; 0: all heads of a token together
     int64_t bf16;     // 1: KV cache and embedding are bf16; 0: fp32
     double eps;
     const void *embedding;  // [V, D] in bf16 or fp32
-    const float *rope;      // [positions, 2, C]
+    const float *rope;      // [positions, 2, rotary_dim]
     const float *norm;
     Matrix head;
     const Layer *layers;

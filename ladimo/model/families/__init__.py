@@ -9,15 +9,17 @@ from typing import Any
 
 from ladimo.model.config import MOE_TYPE, ModelConfig
 from ladimo.model.families.converted import CONVERTED
-from ladimo.model.families.family import Family, Stacked, Stored, read_rope
+from ladimo.model.families.family import Family, Stacked, Stored
 from ladimo.model.families.llama import LLAMA
 from ladimo.model.families.mistral import MISTRAL
 from ladimo.model.families.mixtral import MIXTRAL
 from ladimo.model.families.moe_family import MoeFamily
 from ladimo.model.families.olmoe import OLMOE
+from ladimo.model.families.phi3 import PHI3
 from ladimo.model.families.qwen2 import QWEN2
 from ladimo.model.families.qwen2_moe import QWEN2_MOE
 from ladimo.model.families.qwen3 import QWEN3
+from ladimo.model.families.rope import read_rope
 
 __all__ = [
     "Family",
@@ -40,7 +42,7 @@ def register(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
+for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
     register(_family)
 
 

@@ -38,4 +38,4 @@ class Converted(Family):
         return tuple(layers)
 
 
-CONVERTED = Converted(MOE_TYPE, use_sliding_window=False)
+CONVERTED = Converted(MOE_TYPE, use_sliding_window=False, partial_rotary_factor=1.0)

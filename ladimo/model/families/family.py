@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ladimo.model.attention import Attention
-from ladimo.model.config import ROPE_TYPES, ModelConfig, MoeLayerConfig, QkNorm, RopeConfig
+from ladimo.model.config import ModelConfig, MoeLayerConfig, QkNorm
+from ladimo.model.families.rope import read_rope
 from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size
 from ladimo.model.layers import GatedMLP
 
@@ -54,7 +55,7 @@ class Family:
     qkv_bias, output_bias: whether the attention projections have biases. None means that the file's `attention_bias` decides.
     sliding_window: in tokens; None means none, unless the file says so.
     use_sliding_window: whether the window is used if the file does not say it.
-    qk_norm: see `ModelConfig`.
+    qk_norm: see `ModelConfig`. partial_rotary_factor: see `read_rope`.
     attention, ffn: the modules of every layer. The compiled CPU step and the exports know only our own modules, so a family
     with other modules runs in torch.
     """
@@ -68,6 +69,7 @@ class Family:
     sliding_window: int | None = None
     use_sliding_window: bool = True
     qk_norm: QkNorm = "none"
+    partial_rotary_factor: float | None = None
     attention: type[nn.Module] = Attention
     ffn: type[nn.Module] = GatedMLP
 
@@ -110,7 +112,7 @@ class Family:
         self._refuse_sliding_window(raw, max_position_embeddings)
         qkv_bias = flag(raw, "attention_bias") if self.qkv_bias is None else self.qkv_bias
         output_bias = flag(raw, "attention_output_bias", qkv_bias) if self.output_bias is None else self.output_bias
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=size(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=size(raw, "intermediate_size"),
@@ -123,11 +125,13 @@ class Family:
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             attention_bias=qkv_bias,
             attention_output_bias=output_bias,
-            rope=read_rope(raw),
+            rope=read_rope({**raw, "max_position_embeddings": max_position_embeddings}, self.partial_rotary_factor),
             layers=self.read_layers(raw, num_layers),
             qk_norm=self.qk_norm,
             family=self.model_type,
         )
+        _check_rotary(config)
+        return config
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         """The expert configuration of each layer; None for a dense layer. All layers of a dense model are dense."""
@@ -147,28 +151,15 @@ class Family:
             )
 
 
-def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Read the rotary embedding from config.json. Raises ValueError for a type that we cannot compute."""
-    # transformers 5 writes rope_parameters; older releases write rope_theta and rope_scaling side by side.
-    for name in ("rope_parameters", "rope_scaling"):
-        if raw.get(name) is not None and not isinstance(raw[name], Mapping):
-            raise ValueError(f"{name} must be null or an object, got {raw[name]!r}")
-    parameters = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type is {rope_type!r}; supported: {', '.join(ROPE_TYPES)}")
-    default = RopeConfig()
-    theta = positive_number(parameters, "rope_theta", default.theta)
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    if parameters.get("factor") is None:
-        raise ValueError(f"rope type {rope_type!r} needs a factor")
-    factor = positive_number(parameters, "factor", default.factor)
-    if rope_type == "linear":
-        return RopeConfig(theta=theta, type=rope_type, factor=factor)
-    low = positive_number(parameters, "low_freq_factor", default.low_freq_factor)
-    high = positive_number(parameters, "high_freq_factor", default.high_freq_factor)
-    if low >= high:
-        raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
-    original = positive_int(parameters, "original_max_position_embeddings", default.original_max_position_embeddings)
-    return RopeConfig(theta, rope_type, factor, low, high, original)
+def _check_rotary(config: ModelConfig) -> None:
+    """Raises ValueError if the rotary embedding does not fit the heads."""
+    rope, dim = config.rope, config.rotary_dim
+    if dim < 2 or dim % 2:
+        raise ValueError(
+            f"partial_rotary_factor {rope.partial_rotary_factor} of head_dim {config.head_dim} is {dim} channels; "
+            "it must be an even number above 0"
+        )
+    for name in ("short_factor", "long_factor"):
+        numbers = len(getattr(rope, name))
+        if rope.type == "longrope" and numbers != dim // 2:
+            raise ValueError(f"{name} must have one number for each of the {dim // 2} frequencies, it has {numbers}")

@@ -214,8 +214,10 @@ def rotate_and_store(
         H=heads,
         G=kv_heads,
         C=head_dim,
+        R=cos.shape[-1],
         HEADS=HEADS,
-        BLOCK_C=triton.next_power_of_2(head_dim // 2),
+        BLOCK_R=triton.next_power_of_2(cos.shape[-1] // 2),
+        BLOCK_C=triton.next_power_of_2(head_dim),
         num_warps=2,
     )
     return out
@@ -238,16 +240,23 @@ def _rotate_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
+    R: tl.constexpr,
     HEADS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """On the second axis, the first programs rotate query heads. The others rotate keys and store keys and values."""
+    """On the second axis, the first programs rotate query heads. The others rotate keys and store keys and values.
+
+    R channels of each head are rotated, the others are copied.
+    """
     token = tl.program_id(0).to(tl.int64)
     query_blocks: tl.constexpr = (H + HEADS - 1) // HEADS
     block = tl.program_id(1)
-    channels = tl.arange(0, BLOCK_C)
-    half: tl.constexpr = C // 2
+    channels = tl.arange(0, BLOCK_R)
+    half: tl.constexpr = R // 2
     is_channel = channels < half
+    whole = tl.arange(0, BLOCK_C)
+    is_rest = (whole >= R) & (whole < C)
     # Cosines and sines are loaded in the shape of the heads, so that each thread has both factors.
     angles = tl.zeros([HEADS, 1], dtype=tl.int32) + channels[None, :]
     cos_ptrs, sin_ptrs = cos_ptr + token * cos_stride + angles, sin_ptr + token * sin_stride + angles
@@ -263,17 +272,27 @@ def _rotate_kernel(
         second = tl.load(q_ptr + places + half, mask=live, other=0.0)
         tl.store(out_ptr + places, _rotated(first, cos_first, -second, sin_first), mask=live)
         tl.store(out_ptr + places + half, _rotated(second, cos_second, first, sin_second), mask=live)
+        if R < C:
+            rest = (token * H + heads[:, None]) * C + whole[None, :]
+            kept = (heads < H)[:, None] & is_rest[None, :]
+            tl.store(out_ptr + rest, tl.load(q_ptr + rest, mask=kept, other=0.0), mask=kept)
     else:
         heads = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
         live = (heads < G)[:, None] & is_channel[None, :]
         places = (token * G + heads[:, None]) * C + channels[None, :]
-        into = tl.load(slots_ptr + token) * slot_stride + heads[:, None] * C + channels[None, :]
+        slot = tl.load(slots_ptr + token) * slot_stride
+        into = slot + heads[:, None] * C + channels[None, :]
         first = tl.load(k_ptr + places, mask=live, other=0.0)
         second = tl.load(k_ptr + places + half, mask=live, other=0.0)
         tl.store(k_cache_ptr + into, _rotated(first, cos_first, -second, sin_first), mask=live)
         tl.store(k_cache_ptr + into + half, _rotated(second, cos_second, first, sin_second), mask=live)
-        tl.store(v_cache_ptr + into, tl.load(v_ptr + places, mask=live, other=0.0), mask=live)
-        tl.store(v_cache_ptr + into + half, tl.load(v_ptr + places + half, mask=live, other=0.0), mask=live)
+        rest = (token * G + heads[:, None]) * C + whole[None, :]
+        into = slot + heads[:, None] * C + whole[None, :]
+        if R < C:
+            kept = (heads < G)[:, None] & is_rest[None, :]
+            tl.store(k_cache_ptr + into, tl.load(k_ptr + rest, mask=kept, other=0.0), mask=kept)
+        is_value = (heads < G)[:, None] & (whole < C)[None, :]
+        tl.store(v_cache_ptr + into, tl.load(v_ptr + rest, mask=is_value, other=0.0), mask=is_value)
 
 
 @triton.jit

@@ -78,15 +78,18 @@ def test_number_of_parts(batch: int, kv_heads: int, max_context: int, parts: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rotated", [1.0, 0.5])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [*SHAPES, (20, 10, 12)])
-def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Bit for bit, in both types: products and sums are rounded where torch rounds them."""
+def test_rotate_and_store(
+    heads: int, kv_heads: int, head_dim: int, rotated: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bit for bit, in both types: products and sums are rounded where torch rounds them. Heads may be rotated in part."""
     generator = torch.Generator().manual_seed(heads)
     num_tokens = 5
     q, k, v = (
         torch.randn(num_tokens, count, head_dim, generator=generator).to(device, dtype) for count in (heads, kv_heads, kv_heads)
     )
-    angles = torch.rand(num_tokens, head_dim // 2, generator=generator).repeat(1, 2) * 6
+    angles = torch.rand(num_tokens, int(rotated * head_dim) // 2, generator=generator).repeat(1, 2) * 6
     table = torch.stack((angles.cos(), angles.sin()), dim=1).to(device, dtype)
     rope = table[:, 0, None], table[:, 1, None]
     slots = torch.tensor([7, 0, 18, 19, 4], device=device)

@@ -18,7 +18,7 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.quantization import GROUP, dequantize, find_format, quantize
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import VOCAB_SIZE, make_dense, make_moe
+from tests.factories import PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.native import Cached, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "six_experts": {"num_experts": 6},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "phi4_mini": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE},
     "output_bias": {"attention_bias": True},
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "mqa_wide_heads": {"head_dim": 80, "num_key_value_heads": 1},

@@ -18,7 +18,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
-from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import EOS_ID, EXACT, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import make_tables
 
@@ -30,6 +30,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "phi3": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "phi4_mini": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 20},
 }
 
 
@@ -62,7 +67,7 @@ def test_a_split_model_is_the_same_in_transformers(family: str, tmp_path: Path) 
     assert_halves_agree(tmp_path / "again")
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2_tied", "qwen3", "phi4_mini"])
 def test_conversion_end_to_end(family: str, tmp_path: Path) -> None:
     fields = {**FAMILIES[family], "max_position_embeddings": 32}
     dense = make_dense(tmp_path / "dense", **fields)
@@ -74,7 +79,28 @@ def test_conversion_end_to_end(family: str, tmp_path: Path) -> None:
     assert_halves_agree(tmp_path / "moe")
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def written_by_transformers(model: Any, prompt: torch.Tensor) -> list[int]:
+    """16 tokens, greedily."""
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": EOS_ID}
+    found: list[int] = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :].tolist()
+    return found
+
+
+async def written_by_the_engine(directory: Path, prompt: torch.Tensor, **settings: Any) -> list[int]:
+    """The same from the engine, under policy `full`."""
+    policy = read_policies(directory, read_config(directory))["full"]
+    config = EngineConfig(device="cpu", max_num_seqs=2, block_size=4, max_step_tokens=8, **settings)
+    engine = AsyncEngine(partial(build_core, directory, config), lambda _: None)
+    await engine.start()
+    try:
+        sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+        asked = GenerationRequest("one", tuple(prompt[0].tolist()), sampling, policy)
+        return [event.token_id async for event in engine.generate(asked) if event.token_id is not None]
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path: Path) -> None:
     """Greedy, the dense model and the converted one; the reference for the dense model is the family's own class."""
     dense = make_dense(tmp_path / "dense", **FAMILIES[family])
@@ -82,26 +108,8 @@ async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path:
     prompt = IDS[:1, :11]
     for directory in (dense, moe):
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        expected = await asyncio.to_thread(
-            reference.generate,
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=16,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=EOS_ID,
-        )
-        policy = read_policies(directory, read_config(directory))["full"]
-        config = EngineConfig(device="cpu", max_num_seqs=2, block_size=4, max_step_tokens=8)
-        engine = AsyncEngine(partial(build_core, directory, config), lambda _: None)
-        await engine.start()
-        try:
-            sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-            asked = GenerationRequest("one", tuple(prompt[0].tolist()), sampling, policy)
-            written = [event.token_id async for event in engine.generate(asked) if event.token_id is not None]
-        finally:
-            await engine.stop()
-        assert written == expected[0, prompt.shape[1] :].tolist()
+        expected = await asyncio.to_thread(written_by_transformers, reference, prompt)
+        assert await written_by_the_engine(directory, prompt) == expected
 
 
 def test_a_converted_configuration_says_what_its_family_left_unsaid(tmp_path: Path) -> None:
@@ -130,3 +138,22 @@ def test_checkpoints_converted_before_there_were_families(tmp_path: Path) -> Non
     write_json(moe / "config.json", raw)
     assert read_config(moe).attention_output_bias
     assert_halves_agree(moe)
+
+
+def test_a_text_that_outgrows_the_original_context_is_written_by_transformers_as_before(tmp_path: Path) -> None:
+    """The converted model drops its keys when the frequencies change, as transformers' Phi-3 does."""
+    dense = make_dense(tmp_path / "dense", **FAMILIES["phi4_mini"])
+    moe = make_moe(tmp_path / "moe", dense=dense, top_k=4, layer=EXACT)
+    models = [AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32) for directory in (dense, moe)]
+    first, second = (written_by_transformers(model, IDS[:1, :11]) for model in models)  # the original context is 20 tokens
+    assert first == second
+
+
+async def test_a_shorter_context_has_the_frequencies_of_short_texts(tmp_path: Path) -> None:
+    """The engine computes with the frequencies for its own longest text, so it writes what transformers writes up to there."""
+    dense = make_dense(tmp_path / "dense", **{**FAMILIES["phi4_mini"], "original_max_position_embeddings": 32})
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    for length, context in ((11, 32), (33, None)):
+        prompt = torch.cat((IDS[:1], IDS[1:]), dim=1)[:, :length]
+        expected = await asyncio.to_thread(written_by_transformers, model, prompt)
+        assert await written_by_the_engine(dense, prompt, max_model_len=context) == expected

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.checkpoint import load_model, read_config, read_json, read_policies
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
-from tests.factories import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, make_dense
+from tests.factories import LINEAR_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 CPU = torch.device("cpu")
@@ -40,6 +41,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3_default_head_dim": {"model_type": "qwen3", "num_attention_heads": 2, "tie_word_embeddings": True},
+    "phi3": {"model_type": "phi3"},
+    "phi3_partial": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "phi4_mini_long": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 32},
+    "phi4_mini_short": {
+        "model_type": "phi3",
+        "rope_parameters": PARTIAL_LONGROPE,
+        "original_max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    },
     "qwen3_biases": {"model_type": "qwen3", "head_dim": 10, "attention_bias": True, "num_key_value_heads": 4},
 }
 
@@ -177,3 +190,55 @@ def test_older_spelling_of_rope_is_read_alike(tmp_path: Path) -> None:
             older = read_model_config({**raw, "rope_scaling": {**scaling, name: rope["rope_type"]}})
             assert older == read_config(tmp_path)
         assert older.rope.theta == 500000.0
+
+
+@torch.no_grad()
+def test_longrope_without_a_cache_has_the_frequencies_of_the_texts_length(tmp_path: Path) -> None:
+    """Over a cache it has those of the context, which the operator may shorten."""
+    path = make_dense(tmp_path, **CONFIGS["phi4_mini_long"])
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    whole, short = load_model(path, torch.float32, CPU), load_model(path, torch.float32, CPU, context=32)
+    for length in (32, 33):
+        ids = torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(1))
+        expected = theirs(ids).logits
+        assert_same(whole(StepInputs.whole_sequences(ids), None, make_tables(whole, [])).logits, expected.flatten(0, 1))
+        cached = stepper(short if length == 32 else whole).step(prefill=[(Row(ids[0].tolist()), length)])[0]
+        assert_same(cached, expected[0])
+    assert (stepper(whole).step(prefill=[(Row(ids[0].tolist()), 32)])[0] - expected[0, :32]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_earlier_spellings_of_longrope_are_read_alike(kind: str, tmp_path: Path) -> None:
+    """As Phi-3 and Phi-4-mini were published."""
+    path = make_dense(tmp_path, **CONFIGS["phi4_mini_long"])
+    raw = read_json(path / "config.json")
+    published = {name: value for name, value in raw.items() if name != "rope_parameters"}
+    factors = {name: PARTIAL_LONGROPE[name] for name in ("short_factor", "long_factor")}
+    published |= {"rope_scaling": {"type": kind, **factors}, "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    assert read_model_config(published) == read_config(path)
+    assert read_config(path).rope.attention_factor > 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"short_factor": [1.0, 1.2]}, "short_factor must have one number for each of the 3 frequencies, it has 2"),
+        ({"long_factor": None}, "long_factor must be a list of numbers, got None"),
+        ({"long_factor": [1.0, -1.0, 2.0]}, r"long_factor\[1\] must be a positive number, got -1.0"),
+        ({"partial_rotary_factor": 0.7}, "partial_rotary_factor 0.7 of head_dim 8 is 5 channels; it must be an even number"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor must be at most 1, got 2.0"),
+    ],
+)
+def test_a_rotary_embedding_that_does_not_fit_is_refused_by_field(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    raw = read_json(make_dense(tmp_path, **CONFIGS["phi4_mini_long"]) / "config.json")
+    with pytest.raises(ValueError, match=message):
+        read_model_config({**raw, "rope_parameters": {**raw["rope_parameters"], **fields}})
+
+
+@pytest.mark.parametrize("name", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_fused_projections_with_too_many_rows_are_found(name: str, tmp_path: Path) -> None:
+    file = make_dense(tmp_path, **CONFIGS["phi3"]) / "model.safetensors"
+    tensors, stored = load_file(file), f"model.layers.1.{name}.weight"
+    save_file({**tensors, stored: torch.cat((tensors[stored], tensors[stored][:8]))}, file)
+    with pytest.raises(ValueError, match=r"layers\.1\.(self_attn\.v_proj|mlp\.up_proj)\.weight has shape"):
+        load_model(tmp_path, torch.float32, CPU)
