@@ -28,6 +28,8 @@ from server.policies.store import PolicyStore
 
 logger = logging.getLogger(__name__)
 
+ROUTERS = (completions.router, responses.router, routing.router, routing.admin, ops.router, pages.router)
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -98,7 +100,7 @@ def create_app(
         exception_handlers={HTTPException: _to_context, RequestValidationError: _to_context},
     )
     app.state.services = services
-    for router in (completions.router, responses.router, routing.router, routing.admin, ops.router, pages.router):
+    for router in ROUTERS:
         app.include_router(router)
     show_policies(services.store, services.metrics)
     services.metrics.requests_in_flight.set_function(lambda: services.admission.in_flight)

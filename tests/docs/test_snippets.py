@@ -23,7 +23,15 @@ from tests.server.real import model_served
 
 ADDRESS = "http://127.0.0.1:8000"
 # Blocks that need what a test has not: a fresh machine, docker, a cluster, Prometheus, task files, a GPU.
-UNTESTED = ["make serve", "kubectl create", "make observe", "docker build", "python -c", "python -m loadtests.load_test"]
+UNTESTED = [
+    "make serve",
+    "kubectl create",
+    "make observe",
+    "docker build",
+    "make serve",
+    "python -c",
+    "python -m loadtests.load_test",
+]
 # Figures and files, not commands.
 DATA = {"json", "toml", "yaml", ""}
 CONVERT = ["convert", "path/to/llama", "out/llama-moe", "--text", "corpus.txt"]
