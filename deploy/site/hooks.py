@@ -18,6 +18,15 @@ GENERATED = {
 }
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List pages that the navigation does not name in a section of their own, so that a new page is never lost."""
+    assert config.nav is not None
+    missing = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in str(config.nav)]
+    if missing:
+        config.nav.append({"More": missing})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for document, page in MOVED.items():
         files.append(File.generated(config, page, content=(ROOT / document).read_text(encoding="utf-8")))
