@@ -30,11 +30,12 @@ from server.api.admission import Admission
 from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import bounded_http
 from server.api.services import Services
+from server.api.shadow import ShadowQuality
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
-from server.engine.messages import StepStats
+from server.engine.messages import Replayed, StepStats
 from server.errors import ServiceError
 from server.metrics import MAX_EXPERT_SERIES, Metrics
 from server.policies.controller import Control
@@ -203,7 +204,11 @@ def build_services(settings: ServerSettings) -> Services:
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
-    engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step)
+    def on_replayed(replayed: Replayed) -> None:
+        shadow.record(replayed)
+
+    engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step, on_replayed=on_replayed)
+    shadow = ShadowQuality(engine, store, metrics, settings.shadow_share)
     admission = Admission(engine, settings.max_queue, on_reject, meter, settings.max_queue_tokens)
     tokenizer = Tokenizer(directory, settings.allow_special_tokens)
     return Services(
@@ -213,6 +218,7 @@ def build_services(settings: ServerSettings) -> Services:
         language=Language(tokenizer, _tool_dialect(settings, tokenizer), tokenizer.grammar_compiler(config.vocab_size)),
         metrics=metrics,
         automatic_control=AutomaticControl(store, metrics, meter, admission, Control()),
+        shadow=shadow,
         config=config,
         model_name=name,
         frontier_batch=settings.frontier_batch,

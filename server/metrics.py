@@ -9,7 +9,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from server.engine.messages import ExpertSnapshot, StepStats
+from server.engine.messages import ExpertSnapshot, Replayed, StepStats
 from server.engine.request import FinishReason
 from server.expert_metrics import EXPERT_METRICS, ExpertExposition
 from server.exposition import PREFIX, Declaration, Histogram
@@ -163,6 +163,18 @@ class Metrics:
             "canary_share",
             "Share that the canary takes of the requests that leave the choice to the server; 0: no canary.",
         )
+        self.shadow_answers = counter(
+            "shadow_answers_total", "Finished answers that were computed again under accuracy 1.", "policy"
+        )
+        self.shadow_tokens = counter("shadow_tokens_total", "Tokens of these answers.", "policy")
+        self.shadow_agreeing_tokens = counter(
+            "shadow_agreeing_tokens_total",
+            "Tokens of these answers at which the policy has the same most likely token as accuracy 1.",
+            "policy",
+        )
+        self.shadow_kl_nats = counter(
+            "shadow_kl_nats_total", "KL divergence of the policy from accuracy 1, summed over these tokens.", "policy"
+        )
         self.controller_decisions = counter(
             "slo_controller_decisions_total", "Decisions of automatic control, two per second while it is on.", "direction"
         )
@@ -191,6 +203,10 @@ class Metrics:
             self.queue_time,
             self.request_prompt_tokens,
             self.request_generation_tokens,
+            self.shadow_answers,
+            self.shadow_tokens,
+            self.shadow_agreeing_tokens,
+            self.shadow_kl_nats,
         )
         for metric, values in (
             (self.step_seconds, PHASES),
@@ -239,6 +255,13 @@ class Metrics:
             if first is not None and request.generation_tokens > 1:
                 per_token = (request.e2e_seconds - first) / (request.generation_tokens - 1)
                 self.time_per_output_token.labels(request.policy).observe(per_token)
+
+    def record_replay(self, replayed: Replayed) -> None:
+        """Add the result of a replay to the metrics."""
+        self.shadow_answers.labels(replayed.policy).inc()
+        self.shadow_tokens.labels(replayed.policy).inc(replayed.tokens)
+        self.shadow_agreeing_tokens.labels(replayed.policy).inc(replayed.agreeing)
+        self.shadow_kl_nats.labels(replayed.policy).inc(replayed.kl)
 
     def show_signals(self, signals: Mapping[str, float]) -> None:
         """Show the signals of automatic control, each over its target."""

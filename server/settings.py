@@ -192,6 +192,14 @@ class ServerSettings(BaseSettings):
         "accuracy, and a priority (lower runs earlier). auto and default mean the server's default. Others are refused. "
         'If not given: {"flex": {"policy": "fast", "priority": 10}, "priority": {"policy": "full", "priority": -10}}.',
     )
+    shadow_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of the finished answers that are computed again under accuracy 1 while the server is idle. This "
+        "measures how far the policies agree with it.",
+    )
     frontier_batch: int = Field(1, ge=1, description="Batch size of the frontier from which an accuracy chooses.")
     policies_dir: Path | None = Field(
         None, description="Directory for the policies and defaults set over /admin. In memory only if not given."

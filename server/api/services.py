@@ -16,6 +16,7 @@ from server.api.answers.generation import GenerationParts
 from server.api.automatic_control import AutomaticControl
 from server.api.policy_changes import PolicyChanges
 from server.api.requests.terms import FairQueueing, RequestRules
+from server.api.shadow import ShadowQuality
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.policies.store import PolicyStore
@@ -38,6 +39,7 @@ class Services:
     `stall_timeout`: seconds that one engine step may take before the server no longer counts as alive.
     `comment_seconds`: a stream sends a comment after so many seconds without an event.
     `scrape_seconds`: how long /metrics waits for the engine's counters.
+    `shadow`: compares policies on finished answers.
     `automatic_control`: sets the accuracy while the default is automatic.
     `admin_lock`: allows one admin action at a time, because each builds on the state that the last one left.
     """
@@ -48,6 +50,7 @@ class Services:
     language: Language
     metrics: Metrics
     automatic_control: AutomaticControl
+    shadow: ShadowQuality
     config: ModelConfig
     model_name: str
     frontier_batch: int = 1
@@ -74,6 +77,7 @@ AdmissionDep = Annotated[Admission, _part(lambda services: services.admission)]
 StoreDep = Annotated[PolicyStore, _part(lambda services: services.store)]
 LanguageDep = Annotated[Language, _part(lambda services: services.language)]
 AutomaticControlDep = Annotated[AutomaticControl, _part(lambda services: services.automatic_control)]
+ShadowDep = Annotated[ShadowQuality, _part(lambda services: services.shadow)]
 MetricsDep = Annotated[Metrics, _part(lambda services: services.metrics)]
 ConfigDep = Annotated[ModelConfig, _part(lambda services: services.config)]
 ModelNameDep = Annotated[str, _part(lambda services: services.model_name)]
@@ -96,7 +100,7 @@ RequestRulesDep = Annotated[
     _part(lambda s: RequestRules(s.store, s.model_name, s.request_timeout, s.strict_fields, s.fair_queueing)),
 ]
 GenerationPartsDep = Annotated[
-    GenerationParts, _part(lambda s: GenerationParts(s.engine, s.language.tokenizer, s.metrics, s.config))
+    GenerationParts, _part(lambda s: GenerationParts(s.engine, s.language.tokenizer, s.metrics, s.config, s.shadow))
 ]
 AnswerPartsDep = Annotated[AnswerParts, _part(lambda s: AnswerParts(s.metrics, s.telemetry, s.comment_seconds))]
 PolicyChangesDep = Annotated[

@@ -6,6 +6,7 @@ thread waits for its mailbox when it is idle. It hands all results of one step t
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -25,6 +26,8 @@ from server.engine.messages import (
     EngineDead,
     ExpertSnapshot,
     ReadExperts,
+    Replay,
+    Replayed,
     Report,
     StepResult,
     StepStats,
@@ -36,6 +39,7 @@ from server.engine.request import FinishReason, GenerationRequest
 
 IDLE_HEARTBEAT_SECONDS = 0.5
 STOP_SECONDS = 3.0
+QUIET_SECONDS = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,9 @@ class EngineState(StrEnum):
 class AsyncEngine:
     """The engine for one event loop. Only `heartbeat` and its age may be read from elsewhere.
 
-    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step. `heartbeat` is when
-    the engine loop last turned, in seconds of `clock`.
+    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step, `on_replayed` after every replay.
+    `heartbeat` is when the engine loop last turned, in seconds of `clock`. `quiet_seconds`: the engine must have been idle so
+    long before it begins with replays.
     """
 
     def __init__(
@@ -60,11 +65,14 @@ class AsyncEngine:
         build_core: Callable[[], EngineCore],
         on_step: Callable[[StepStats], None],
         clock: Callable[[], float] = time.monotonic,
+        on_replayed: Callable[[Replayed], None] = lambda _: None,
+        quiet_seconds: float = QUIET_SECONDS,
     ) -> None:
         self.state = EngineState.LOADING
         self._clock = clock
         self.heartbeat = clock()
-        self._build_core, self._on_step = build_core, on_step
+        self._build_core, self._on_step, self._on_replayed = build_core, on_step, on_replayed
+        self._quiet_seconds = quiet_seconds
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._calls: dict[int, asyncio.Future[Activated | ExpertSnapshot]] = {}
@@ -143,6 +151,10 @@ class AsyncEngine:
         assert isinstance(reply, ExpertSnapshot)
         return reply
 
+    def replay(self, answer: Replay) -> None:
+        """Compare policies on a finished answer when there is nothing else to do. `on_replayed` gets the result."""
+        self._mailbox.put(answer)
+
     async def wait_dead(self) -> BaseException | None:
         """Wait until the engine has ended. Returns the exception that killed it, or None after `stop`."""
         await self._dead.wait()
@@ -189,6 +201,8 @@ class AsyncEngine:
                     self._on_step(stats)
                 case TokenEvent():
                     self._put(report)
+                case Replayed():
+                    self._on_replayed(report)
                 case Activated(call_id) | ExpertSnapshot(call_id):
                     future = self._calls.get(call_id)
                     if future is not None and not future.done():
@@ -220,27 +234,34 @@ class AsyncEngine:
             return
         _tell(loop, ready.set_result, core.limits)
         cause: BaseException | None = None
+        quiet = 0.0  # seconds without a command before spare work may begin
         try:
-            while (commands := self._receive(core.has_work)) is not None:
+            while (commands := self._receive(0.0 if core.has_work else quiet if core.has_spare_work else math.inf)) is not None:
                 reports = [report for command in commands if (report := core.handle(command)) is not None]
                 if core.has_work:
                     reports.append(core.step())
+                    quiet = self._quiet_seconds
+                elif core.has_spare_work and not commands:
+                    quiet = 0.0
+                    if (replayed := core.spare_step()) is not None:
+                        reports.append(replayed)
                 if reports:
                     _tell(loop, self._deliver, reports)
         except BaseException as error:
             cause = error
         _tell(loop, self._die, cause)
 
-    def _receive(self, busy: bool) -> list[Command] | None:
-        """Take all commands out of the mailbox; None after Stop. Waits for the first command only when not `busy`."""
+    def _receive(self, patience: float) -> list[Command] | None:
+        """Take all commands out of the mailbox; None after Stop. Waits `patience` seconds for the first command."""
         commands: list[Command] = []
         while True:
             self.heartbeat = self._clock()
+            wait = 0.0 if commands else min(patience, IDLE_HEARTBEAT_SECONDS)
             try:
-                block = not busy and not commands
-                command = self._mailbox.get(block=block, timeout=IDLE_HEARTBEAT_SECONDS if block else None)
+                command = self._mailbox.get(block=wait > 0, timeout=wait)
             except queue.Empty:
-                if busy or commands:
+                patience -= wait
+                if commands or patience <= 0:
                     return commands
                 continue
             if isinstance(command, Stop):

@@ -9,6 +9,7 @@ class EngineConfig:
     memory allows. `quantize` None: no integer weights.
 
     `max_step_tokens` limits the tokens of one step. A long prompt then delays running requests by one chunk only.
+    `shadow_share`: the share of finished answers that will be replayed; 0 needs no memory for it.
     `max_policies` is the number of rows in the policy table besides row 0.
     """
 
@@ -24,11 +25,13 @@ class EngineConfig:
     cuda_graphs: bool = True
     batch_budgets: bool = False
     quantize: str | None = None
+    shadow_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """The limits of a running engine. Lengths and sizes are in tokens."""
+    """The limits of a running engine. Lengths and sizes are in tokens. `max_replay_tokens`: of an answer with its prompt; 0 if
+    nothing is replayed."""
 
     max_model_len: int
     max_num_seqs: int
@@ -36,3 +39,4 @@ class EngineLimits:
     block_size: int
     vocab_size: int
     max_policies: int
+    max_replay_tokens: int = 0

@@ -1,5 +1,6 @@
 """The engine without threads: it takes commands, runs one step at a time and returns reports. Knows no asyncio and no HTTP."""
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from server.engine.messages import (
     Command,
     PolicyTableFull,
     ReadExperts,
+    Replay,
+    Replayed,
     Report,
     RequestStats,
     RoutingTrace,
@@ -28,14 +31,18 @@ from server.engine.messages import (
     Submit,
     TokenEvent,
 )
-from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks
+from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks, still_there
 from server.engine.policy_table import PolicyTable
+from server.engine.replay import MAX_TOKENS as REPLAY_TOKENS
+from server.engine.replay import Replayer
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.row_queue import RowQueue
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.tally import Tally
 from server.engine.weight_bytes import WeightBytes
+
+logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -82,12 +89,13 @@ class EngineCore:
         limits: EngineLimits,
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.monotonic,
+        replayer: Replayer | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
         self._runner, self._scheduler, self._table = runner, scheduler, table
         self._row_queue = RowQueue(table)
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids, self._replayer = eos_token_ids, replayer
         self._weight_bytes = WeightBytes(table.config)
         self._moe_layers = frozenset(table.config.moe_layer_indices)
         self._finished: list[RequestStats] = []
@@ -99,6 +107,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether `step` has something to compute or to report."""
         return self._scheduler.has_work or bool(self._finished) or self._flight is not None
+
+    @property
+    def has_spare_work(self) -> bool:
+        """Whether `spare_step` has something to compute. It can wait as long as there is other work."""
+        return self._replayer is not None and self._replayer.has_work
 
     def handle(self, command: Command) -> Report | None:
         """Carry out one command between two steps."""
@@ -122,6 +135,10 @@ class EngineCore:
                 return Activated(call_id)
             case ReadExperts(call_id):
                 return self._table.snapshot(call_id)
+            case Replay():
+                if self._replayer is not None:
+                    self._replayer.add(command)
+                return None
             case Stop():
                 raise AssertionError("the loop handles Stop")
 
@@ -138,6 +155,16 @@ class EngineCore:
         if self._flight is not None:  # the device was busy with the step before until now
             self._flight = replace(self._flight, started=self._clock())
         return result
+
+    def spare_step(self) -> Replayed | None:
+        """Go on with a replay for a short time. Returns the figures of a complete one. An error only ends the replays."""
+        assert self._replayer is not None and not self.has_work
+        try:
+            return self._replayer.step()
+        except Exception:
+            logger.exception("a replay failed; nothing is replayed from now on")
+            self._replayer = None
+            return None
 
     def _launch(self, batch: Batch) -> _Flight:
         started = self._clock()
@@ -158,7 +185,7 @@ class EngineCore:
         if flight.wait is not None:
             output = flight.wait()
             if batch.previous is not None:
-                batch, output = _still_there(batch, output)
+                batch, output = still_there(batch, output)
             scheduled = batch.scheduled
             self._account(scheduled, output)
             policies = {policy.version: policy for policy, _ in flight.decode_runs + flight.prefill_runs}
@@ -261,7 +288,7 @@ class EngineCore:
             if logprobs:  # for the tokens after the computed ones; a recomputed prompt gives the same values
                 sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
             if sequence.request.trace is Trace.PROMPT:
-                _trace_prompt(sequence, count, traced)
+                sequence.trace_prompt(count, traced)
 
     def _trace(self, sequence: Sequence, experts: list[TokenExperts]) -> RoutingTrace | None:
         """The routing trace of the token that this step drew; None if the request is not traced.
@@ -302,34 +329,6 @@ class EngineCore:
         return stats
 
 
-def _trace_prompt(sequence: Sequence, count: int, experts: list[TokenExperts]) -> None:
-    """Store the experts of the next `count` tokens, except those of the prompt's last token.
-
-    The pass over the prompt's last token draws the first new token, so it belongs to that token's trace.
-    """
-    begin, end = sequence.num_computed, sequence.num_computed + count
-    if again := min(end, sequence.num_reached) - begin:
-        if begin == 0:  # a traced prompt never uses the prefix cache, so a recomputation always starts at 0
-            sequence.recomputed.append(0)
-        sequence.recomputed[-1] += again
-    sequence.num_reached = max(sequence.num_reached, end)
-    num_prompt = len(sequence.request.prompt_ids) - 1
-    sequence.prompt_experts[begin:end] = experts[: max(0, num_prompt - begin)]
-
-
-def _still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
-    """Drop the sequences that ended or were aborted after this step was launched ahead. They hold no blocks any more."""
-    rows = [row for row, sequence in enumerate(batch.decode) if sequence.block_table]
-    left = BatchOutput(
-        drawn=[output.drawn[row] for row in rows],
-        expert_counts=[output.expert_counts[row] for row in rows],
-        refined_rows=[output.refined_rows[row] for row in rows],
-        prompt_logprobs=[output.prompt_logprobs[row] for row in rows],
-        experts=[output.experts[row] for row in rows],
-    )
-    return Batch(decode=[batch.decode[row] for row in rows]), left
-
-
 def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     """Load the model from `directory` and allocate all memory of the engine.
 
@@ -368,9 +367,10 @@ def assemble_core(
     backend.make_current()  # sets the device of the calling thread, the engine thread
     kv_cache = backend.allocate_cache(model.config, num_blocks, config.block_size)
     table = PolicyTable(model.config, config.max_policies + 1, backend.device, config.batch_budgets)
-    limits = EngineLimits(
-        max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies
-    )
+    replay_tokens = min(REPLAY_TOKENS, max_model_len) if config.shadow_share else 0
+    replayer = Replayer(model, table, replay_tokens, config.block_size) if replay_tokens else None
+    sizes = (max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies)
+    limits = EngineLimits(*sizes, replay_tokens)
     scheduler = Scheduler(
         blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
     )
@@ -381,7 +381,7 @@ def assemble_core(
         buckets = buckets or bucket_sizes(config.max_num_seqs)
         graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, capturer)
     runner = ModelRunner(model, kv_cache, table.tables, eos_token_ids, graphs)
-    return EngineCore(runner, scheduler, table, limits, eos_token_ids)
+    return EngineCore(runner, scheduler, table, limits, eos_token_ids, replayer=replayer)
 
 
 def eos_token_ids(directory: Path) -> frozenset[int]:

@@ -54,11 +54,24 @@ class ReadExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class Replay:
+    """Compute a finished answer again under its own policy and under `reference`, when there is nothing else to do.
+
+    The reply is `Replayed`. There is none if too many answers wait for their replay. `output_ids` is not empty.
+    """
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    policy: RoutingPolicy
+    reference: RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the engine loop after the current step."""
 
 
-Command = Submit | Abort | Activate | ReadExperts | Stop
+Command = Submit | Abort | Activate | ReadExperts | Replay | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,4 +209,19 @@ class StepResult:
     stats: StepStats
 
 
-Report = StepResult | TokenEvent | Activated | ExpertSnapshot
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """How far a policy agrees with the reference on one answer of `tokens` tokens.
+
+    `agreeing`: the number of tokens at which both have the same most likely token. `kl`: the KL divergence of the policy from
+    the reference in nats, summed over the tokens.
+    """
+
+    policy: str
+    version: str
+    tokens: int
+    agreeing: int
+    kl: float
+
+
+Report = StepResult | TokenEvent | Activated | ExpertSnapshot | Replayed

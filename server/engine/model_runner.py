@@ -45,6 +45,19 @@ class BatchOutput:
     experts: list[list[TokenExperts]]
 
 
+def still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
+    """Drop the sequences that ended or were aborted after this step was launched ahead. They hold no blocks any more."""
+    rows = [row for row, sequence in enumerate(batch.decode) if sequence.block_table]
+    left = BatchOutput(
+        drawn=[output.drawn[row] for row in rows],
+        expert_counts=[output.expert_counts[row] for row in rows],
+        refined_rows=[output.refined_rows[row] for row in rows],
+        prompt_logprobs=[output.prompt_logprobs[row] for row in rows],
+        experts=[output.experts[row] for row in rows],
+    )
+    return Batch(decode=[batch.decode[row] for row in rows]), left
+
+
 class ModelRunner:
     """Runs batches under the policies of `tables`. If there are `graphs`, it replays them for steps that only decode."""
 

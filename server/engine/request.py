@@ -216,6 +216,20 @@ class Sequence:
         if later is not None and later.watch is not None and not self.in_last_phase:
             self.phase_starts += [self.num_tokens - 1] * later.watch.read(self.output_ids[-1])
 
+    def trace_prompt(self, count: int, experts: list[TokenExperts]) -> None:
+        """Store the experts of the next `count` tokens, except those of the prompt's last token.
+
+        The pass over the prompt's last token draws the first new token, so it belongs to that token's trace.
+        """
+        begin, end = self.num_computed, self.num_computed + count
+        if again := min(end, self.num_reached) - begin:
+            if begin == 0:  # a traced prompt never uses the prefix cache, so a recomputation always starts at 0
+                self.recomputed.append(0)
+            self.recomputed[-1] += again
+        self.num_reached = max(self.num_reached, end)
+        num_prompt = len(self.request.prompt_ids) - 1
+        self.prompt_experts[begin:end] = experts[: max(0, num_prompt - begin)]
+
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids start .. stop - 1 of the prompt followed by the output."""
         prompt = self.request.prompt_ids

@@ -1,10 +1,10 @@
 """A canary: a share of the requests that leave the choice to the server runs under a candidate for the next default."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.policies.sampling import in_share
 from server.policies.targets import AtAccuracy, Automatic, Named, is_number, parse_default
 
 
@@ -16,10 +16,8 @@ class Canary:
     share: float
 
     def takes(self, request_id: str) -> bool:
-        """Whether it takes the request of this id. The same id always gets the same answer, and a larger share takes every
-        request that a smaller one took."""
-        digest = hashlib.sha256(f"{self.target}\0{request_id}".encode()).digest()
-        return int.from_bytes(digest[:8]) < self.share * 2**64
+        """Whether it takes the request of this id. See `in_share`."""
+        return in_share(request_id, self.share, f"canary {self.target}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.target.to_dict(), "share": self.share}

@@ -113,6 +113,11 @@ class PolicyStore:
             raise UnknownPolicy(f"there is no routing policy {name!r}; GET /v1/routing lists them", param=param)
         return policy
 
+    @property
+    def most_accurate(self) -> RoutingPolicy:
+        """The policy of accuracy 1; `full` without a frontier."""
+        return self.get("full") if self.frontier is None else self._at(1.0, "default", "default").policy
+
     def price(self, name: str) -> float:
         """The cost of the policy of this name: as measured on the frontier, else at most. Unknown names have that of all
         experts."""

@@ -30,20 +30,41 @@ function fillMenu(id, names) {
   if (names.includes(chosen)) menu.value = chosen;
 }
 
+// The cell of a policy that says how far it agrees with accuracy 1 on this server's traffic. None while nothing is replayed.
+function agreement(name) {
+  if (!routing.shadow) return [];
+  const found = routing.shadow.policies[name];
+  if (!found) return [["–", "number"]];
+  const hint = `${found.answers} answers with ${found.tokens} tokens, KL divergence ${fixed(found.kl, 4)}`;
+  return [[percent(found.next_token_agreement), "number", hint]];
+}
+
+// The canary, if there is one.
+function fillCanary() {
+  const { canary } = routing;
+  byId("canary").hidden = !canary;
+  if (!canary) return;
+  const found = canary.shadow;
+  const quality = found ? `; it agrees with accuracy 1 on ${percent(found.next_token_agreement)} of ${found.tokens} tokens` : "";
+  byId("canary-now").textContent = `${percent(canary.share)} of the requests run under ${describe(canary)}${quality}.`;
+}
+
 function fillTable() {
+  byId("agreement-name").hidden = !routing.shadow;
   byId("cost-name").textContent = costName(routing.frontier ?? []);
   byId("policies").replaceChildren(...routing.policies.map(policy => {
     const row = document.createElement("tr"), figures = policy.figures, name = document.createElement("th");
     name.scope = "row";
     name.textContent = policy.name + (policy.name === routing.default.policy ? " (default)" : "");
     row.append(name);
-    for (const [text, className] of [
+    for (const [text, className, hint] of [
       [policy.version, "muted"], [fixed(policy.accuracy, 2), "number"], [percent(cost(figures)), "number"],
-      [fixed(figures?.perplexity_ratio, 3), "number"], [policy.description, "muted"],
+      [fixed(figures?.perplexity_ratio, 3), "number"], ...agreement(policy.name), [policy.description, "muted"],
     ]) {
       const cell = row.insertCell();
       cell.textContent = text;
       cell.className = className;
+      if (hint) cell.title = hint;
     }
     return row;
   }));
@@ -145,6 +166,7 @@ export async function refresh() {
   byId("default").textContent = `default: ${describe(routing.default)}`;
   fillTable();
   fillAutomatic();
+  fillCanary();
   drawFrontier();
 }
 
@@ -162,7 +184,8 @@ async function change(method, path, body) {
   try {
     const reply = await administer(method, path, body);
     await refresh();
-    status.textContent = `The default is now ${describe(reply.default)}; it took ${(reply.swap_seconds * 1000).toFixed(1)} ms.`;
+    const took = reply.swap_seconds == null ? "" : `; it took ${(reply.swap_seconds * 1000).toFixed(1)} ms`;
+    status.textContent = `The default is now ${describe(reply.default)}${took}.`;
   } catch (error) {
     status.className = "error";
     status.textContent = error.message;
@@ -174,6 +197,8 @@ export function listen() {
     event.preventDefault();
     change("PUT", "admin/routing/default", newDefault());
   });
+  byId("promote").addEventListener("click", () => change("POST", "admin/routing/canary/promote"));
+  byId("end-canary").addEventListener("click", () => change("POST", "admin/routing/canary/rollback"));
   byId("roll-back").addEventListener("click", () => change("POST", "admin/routing/rollback"));
   for (const [id, value] of [["new-policy", "policy"], ["new-accuracy", "accuracy"], ["new-itl", "auto"], ["new-ttft", "auto"], ["new-floor", "auto"]]) {
     for (const event of ["change", "click"]) {

@@ -27,6 +27,7 @@ from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_http
 from server.api.requests.terms import FairQueueing
 from server.api.services import SCRAPE_SECONDS, Services
+from server.api.shadow import ShadowQuality
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.batch import Batch, samples
@@ -247,6 +248,7 @@ async def make_server(
         language=Language(tokenizer, parts.tool_dialect, tokenizer.grammar_compiler(CONFIG.vocab_size)),
         metrics=metrics,
         automatic_control=AutomaticControl(store, metrics, meter, admission, parts.control, parts.clock),
+        shadow=ShadowQuality(engine, store, metrics, share=0.0),
         config=CONFIG,
         model_name=MODEL,
         request_timeout=parts.request_timeout,

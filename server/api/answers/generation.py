@@ -19,6 +19,7 @@ from server.api.answers.routing_object import routing_object
 from server.api.answers.routing_trace import without_answer
 from server.api.fields.completions import GenerationFields
 from server.api.requests.sampling import check_ids, check_length, choice_seed, make_sampling
+from server.api.shadow import ShadowQuality
 from server.engine.async_engine import AsyncEngine
 from server.engine.messages import RoutingTrace, TokenEvent
 from server.engine.request import FinishReason, GenerationRequest, LaterPhases, Trace
@@ -44,6 +45,7 @@ class GenerationParts:
     tokenizer: Tokenizer
     metrics: Metrics
     config: ModelConfig
+    shadow: ShadowQuality
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +123,13 @@ class Choice:
         self.experts_per_token: tuple[float | None, ...] = ()
         self.refined_rows = 0.0
         self.phase_tokens = Counter[int]()
+        self.output_ids: list[int] = []
         self.finish_reason: str | None = None
         self.answer = answer
         self._engine, self._echo = engine, echo
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._text = text
         self._offset = 0 if echo is None else len(echo.text)
-        self._num_generated = 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         first = True
@@ -168,8 +170,8 @@ class Choice:
             tokens = (*tokens, ScoredToken(event.token_id, self._offset, event.logprobs))
         piece = self._detokenizer.push(event.token_id)
         self._offset += len(piece)
-        self._num_generated += 1
-        shown = self._text.push(piece, early=self._num_generated <= self.request.sampling.min_tokens)
+        self.output_ids.append(event.token_id)
+        shown = self._text.push(piece, early=len(self.output_ids) <= self.request.sampling.min_tokens)
         text, calls = delta.text + shown.text, shown.calls
         if shown.ended:
             self._engine.finish(self.request.request_id)
@@ -189,14 +191,12 @@ class Choice:
 class Generation:
     """The choices of one HTTP request, `n` for each prompt. `deltas` may be called once."""
 
-    def __init__(
-        self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, metrics: Metrics, config: ModelConfig
-    ) -> None:
+    def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, parts: GenerationParts) -> None:
         self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
         self.service_tier = terms.service_tier
         self.received = terms.received
         self._permit, self._deadline = terms.permit, terms.deadline
-        self._metrics, self._config = metrics, config
+        self._metrics, self._config, self._shadow = parts.metrics, parts.config, parts.shadow
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, in the order in which they come. Closing the generator early aborts running choices. The
@@ -223,6 +223,7 @@ class Generation:
                 if item.finish_reason is not None:
                     running -= 1
                     metrics.request_success.labels(item.finish_reason, policy).inc()
+                    self._shadow.finished(choice.request, choice.output_ids)
                 yield item
         except (GeneratorExit, asyncio.CancelledError):
             logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
@@ -310,7 +311,7 @@ def make_generation(
             )
             text = AnswerText(fields.stop, None if tool_parser is None else tool_parser())
             choices.append(Choice(index, request, text, parts.engine, parts.tokenizer, prompt.echo, answer=max_tokens != 0))
-    return Generation(completion_id, terms, choices, fields.n, parts.metrics, parts.config)
+    return Generation(completion_id, terms, choices, fields.n, parts)
 
 
 def _later_phases(route: Route, tokenizer: Tokenizer) -> LaterPhases | None:

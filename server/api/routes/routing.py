@@ -11,7 +11,8 @@ from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
 from server.api.fields.routing import CanaryJson, DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.http.bodies import JsonRoute
 from server.api.policy_changes import PolicyChanges
-from server.api.services import AdmissionDep, AutomaticControlDep, FrontierBatchDep, PolicyChangesDep, StoreDep
+from server.api.services import AdmissionDep, AutomaticControlDep, FrontierBatchDep, PolicyChangesDep, ShadowDep, StoreDep
+from server.api.shadow import ShadowQuality
 from server.errors import PreconditionFailed
 from server.policies.route import Route
 from server.policies.state import State
@@ -24,11 +25,15 @@ audit_log = logging.getLogger("server.audit")
 
 
 @router.get("/v1/routing")
-async def routing(store: StoreDep, frontier_batch: FrontierBatchDep, automatic: AutomaticControlDep) -> dict[str, Any]:
+async def routing(
+    store: StoreDep, frontier_batch: FrontierBatchDep, automatic: AutomaticControlDep, shadow: ShadowDep
+) -> dict[str, Any]:
     """The default, the service tiers, the policies with their versions and figures, and the frontier for `accuracy`.
 
     `automatic_control`: its last decision and its latest changes; null while it is off. `signals` are what it looks at, each
     over its target.
+
+    `shadow`: what replays of finished answers say about the policies; null while nothing is replayed.
     """
     frontier = store.frontier
     return {
@@ -41,7 +46,8 @@ async def routing(store: StoreDep, frontier_batch: FrontierBatchDep, automatic: 
         "frontier": None if frontier is None else [_point(point, frontier) for point in frontier.points],
         "frontier_batch": frontier_batch,
         "automatic_control": automatic.status(),
-        "canary": _canary_state(store)["canary"],
+        "canary": _canary_state(store, shadow)["canary"],
+        "shadow": shadow.status(),
     }
 
 
@@ -117,17 +123,17 @@ async def roll_back(request: Request, changes: PolicyChangesDep, body: RollbackB
 
 
 @admin.get("/routing/canary")
-async def canary(store: StoreDep) -> dict[str, Any]:
+async def canary(store: StoreDep, shadow: ShadowDep) -> dict[str, Any]:
     """The canary and the default that it may replace. `canary` is null if there is none."""
-    return _canary_state(store)
+    return _canary_state(store, shadow)
 
 
 @admin.put("/routing/canary")
-async def put_canary(body: CanaryJson, request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+async def put_canary(body: CanaryJson, request: Request, changes: PolicyChangesDep, shadow: ShadowDep) -> dict[str, Any]:
     """Run a share of the requests that leave the choice to the server under a candidate. Replaces the canary before."""
     async with changes.lock:
         await changes.commit(changes.store.set_canary(body))
-        return _canary_changed(request, "put canary", changes.store)
+        return _canary_changed(request, "put canary", changes.store, shadow)
 
 
 @admin.post("/routing/canary/promote")
@@ -138,11 +144,11 @@ async def promote_canary(request: Request, changes: PolicyChangesDep) -> dict[st
 
 
 @admin.post("/routing/canary/rollback")
-async def end_canary(request: Request, changes: PolicyChangesDep) -> dict[str, Any]:
+async def end_canary(request: Request, changes: PolicyChangesDep, shadow: ShadowDep) -> dict[str, Any]:
     """End the canary. The default stays."""
     async with changes.lock:
         await changes.commit(changes.store.end_canary())
-        return _canary_changed(request, "roll back canary", changes.store)
+        return _canary_changed(request, "roll back canary", changes.store, shadow)
 
 
 @admin.post("/drain")
@@ -179,17 +185,18 @@ def _default(store: PolicyStore) -> dict[str, Any]:
     return {"target": store.state.default.to_dict(), **_now(store.resolve())}
 
 
-def _canary_state(store: PolicyStore) -> dict[str, Any]:
+def _canary_state(store: PolicyStore, shadow: ShadowQuality) -> dict[str, Any]:
     running = store.state.canary
     described = None
     if running is not None:
         route = store.resolve(Ask(running.target, "canary", "canary"))
-        described = {"target": running.target.to_dict(), "share": running.share, **_now(route)}
+        quality = shadow.figures(route.policy.version)
+        described = {"target": running.target.to_dict(), "share": running.share, **_now(route), "shadow": quality}
     return {"canary": described, "default": _default(store)}
 
 
-def _canary_changed(request: Request, action: str, store: PolicyStore) -> dict[str, Any]:
-    state, running = _canary_state(store), store.state.canary
+def _canary_changed(request: Request, action: str, store: PolicyStore, shadow: ShadowQuality) -> dict[str, Any]:
+    state, running = _canary_state(store, shadow), store.state.canary
     _audit(request, action, canary=None if running is None else running.to_dict(), default=store.state.default.to_dict())
     return state
 

@@ -57,6 +57,7 @@ async def test_only_requests_that_leave_the_choice_are_taken(tmp_path: Path) -> 
         answer = (await put_canary(server, policy="fast", share=SHARE)).json()
         version = server.services.store.get("fast").version
         canary = {"target": {"policy": "fast"}, "share": SHARE, "policy": "fast", "version": version, "accuracy": 0.0}
+        canary |= {"shadow": None}
         assert answer["canary"] == canary
         assert answer["default"]["policy"] == "full"
         assert (await server.client.get("/admin/routing/canary", headers=ADMIN)).json() == answer

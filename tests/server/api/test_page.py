@@ -150,7 +150,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
-    with model_served(model, access=Access(open_admin=True)) as address:
+    with model_served(model, "--shadow-share", "1", access=Access(open_admin=True)) as address:
         yield f"{address}/"
 
 
@@ -216,6 +216,29 @@ def test_a_stream_can_be_stopped_and_an_error_is_shown(page: Page) -> None:
     assert "max_tokens" in page(".answer .error").text
     assert page("#progress").text == "Failed."
     page.driver.get_log("browser")  # type: ignore[no-untyped-call]  # the browser itself notes the 400
+
+
+@needs_chromium
+def test_the_canary_and_its_quality_on_this_servers_traffic(page: Page, url: str) -> None:
+    httpx.post(f"{url}v1/completions", json={"prompt": "a", "max_tokens": 20, "routing": "fast"}, timeout=30).raise_for_status()
+    httpx.put(f"{url}admin/routing/canary", json={"policy": "fast", "share": 0.25}).raise_for_status()
+    page.open()
+    page.until(lambda: page("#canary").is_displayed() and "agrees with accuracy 1" in page("#canary-now").text)
+    assert page("#canary-now").text.startswith("25.0 % of the requests run under fast; it agrees with accuracy 1 on ")
+    assert page("#agreement-name").is_displayed()
+    page.type("#max-tokens", "4")
+    page.run()
+    page.check_accessible()
+    page("#promote").click()
+    page.until(lambda: page("#current").text == "fast")
+    assert not page("#canary").is_displayed()
+    page("#roll-back").click()
+    page.until(lambda: page("#current").text == "full")
+    httpx.put(f"{url}admin/routing/canary", json={"policy": "fast", "share": 0.25}).raise_for_status()
+    page.until(lambda: page("#canary").is_displayed())
+    page("#end-canary").click()
+    page.until(lambda: not page("#canary").is_displayed())
+    assert page("#current").text == "full"
 
 
 @needs_chromium
@@ -298,7 +321,7 @@ def test_the_heatmap_shows_the_counters(page: Page) -> None:
 def test_the_heatmap_greys_what_a_static_policy_leaves_out(driver: webdriver.Chrome, model: Path) -> None:
     rules = [{"top_k": 2, "experts": [1, 6]}, None, {"top_k": 1, "experts": [7]}]
     left_out = [[0, 2, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6]]
-    with model_served(model, access=Access(open_admin=True)) as address:
+    with model_served(model, "--shadow-share", "1", access=Access(open_admin=True)) as address:
         page = Page(driver, f"{address}/")
 
         def cells(key: str) -> Any:
