@@ -105,6 +105,7 @@ class EndlessReplays(Replayer):
     def __init__(self, log: list[str]) -> None:
         self.log, self.turn, self.begun = log, threading.Semaphore(0), threading.Event()
         self.has_any = True
+        self.error: Exception | None = None
 
     @property
     def has_work(self) -> bool:
@@ -116,6 +117,8 @@ class EndlessReplays(Replayer):
     def step(self) -> Replayed | None:
         self.begun.set()
         self.turn.acquire()
+        if self.error is not None:
+            raise self.error
         self.log.append("replay")
         return None
 
@@ -153,7 +156,8 @@ async def anext_all(engine: AsyncEngine, request: GenerationRequest) -> int:
 async def test_a_failing_replay_does_not_touch_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     core, _ = fake_core()
     replayer = core._replayer = EndlessReplays([])
-    replayer.turn.acquire = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    replayer.error = RuntimeError("no memory")
+    replayer.turn.release()
     engine = AsyncEngine(lambda: core, lambda _: None, quiet_seconds=0)
     await engine.start()
     try:
