@@ -56,6 +56,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # For heads of 8 channels, of which 6 are rotated.
 PARTIAL_LONGROPE = {
     "rope_type": "longrope",

@@ -20,8 +20,8 @@ from ladimo.checkpoint import (
 )
 from ladimo.convert.data.calibration import Calibration, Encoder, calibrate
 from ladimo.convert.evaluation.measure import num_scored
-from ladimo.convert.methods.base import Converted
-from ladimo.convert.methods.registry import get_method
+from ladimo.convert.methods.base import Converted, Method
+from ladimo.convert.methods.registry import METHODS, get_method
 from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.policies.frontier import MeasuredPolicies, measure_frontier
 from ladimo.convert.provenance import PROVENANCE, conversion_arguments, device_name, provenance
@@ -50,6 +50,7 @@ def convert(
     torch_device = choose_device(device)
     method = get_method(recipe.method)
     config = check_source(directory)
+    check_fit(method, config)
     recipe = method.resolve(recipe, config, torch_device)
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     arguments = conversion_arguments(source, directory, recipe, text, device)
@@ -63,6 +64,16 @@ def convert(
     points = measured(run, converted, calibration.evaluation)
     publish(run, out, arguments, converted, points)
     return True
+
+
+def check_fit(method: Method, config: ModelConfig) -> None:
+    """Raises ValueError if the method cannot convert the FFNs of this family."""
+    if config.ffn_kind not in method.ffn_kinds:
+        able = [name for name, other in METHODS.items() if config.ffn_kind in other.ffn_kinds]
+        raise ValueError(
+            f"method {method.name!r} does not convert family {config.family!r}, whose FFNs have no gate; "
+            f"methods that do: {', '.join(able) or 'none'}"
+        )
 
 
 def check_finished(out: Path, arguments: dict[str, Any]) -> None:

@@ -73,8 +73,8 @@ class StreamedModel:
             inputs = StepInputs.whole_sequences(torch.zeros(chunk.shape[:2], dtype=torch.int64, device=self.device))
             rope = self.ends.rotary(inputs.positions, self.dtype, inputs.length)
             wanted = () if bits is None else (torch.full_like(inputs.positions, bits),)
-            attended = layer.attend(chunk.flatten(0, 1), rope, inputs, None, *wanted)
-            yield rows, attended, layer.post_attention_layernorm(attended)
+            attended, ffn_inputs = layer.attend(chunk.flatten(0, 1), rope, inputs, None, *wanted)
+            yield rows, attended, ffn_inputs
 
     def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, GatedMLP, Tensor, Tensor]]:
         """Run the dense model. For each wanted layer, yield its number, its FFN, and the FFN's inputs and outputs [T, D] on the

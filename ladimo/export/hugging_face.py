@@ -133,6 +133,7 @@ def refuse_parts(view: PolicyView, *known: str) -> None:
         "head norms": (source.qk_norm == "head", "norms of queries and keys"),
         "norms": (source.qk_norm == "all", "norms of queries and keys over all heads"),
         "partial rotary": (source.rotary_dim < source.head_dim, "heads that are rotated in part"),
+        "no gate": (source.ffn_kind == "gelu", "FFNs without a gate"),
         "longrope": (source.rope.type == "longrope", "RoPE of type longrope"),
     }
     for part, (present, what) in parts.items():

@@ -22,6 +22,8 @@ ScoreFunction = Literal["softmax", "sigmoid"]
 ExpertWeight = Literal["score", "one"]
 RouterKind = Literal["linear", "mlp", "glu", "none"]
 QkNorm = Literal["none", "head", "all"]
+NormKind = Literal["rms", "layer"]
+FfnKind = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +150,12 @@ class ModelConfig:
 
     layers: one entry per layer; None for a layer that keeps its dense FFN. attention_bias: whether the query, key and value
     projections have biases. attention_output_bias: the same for the output projection. qk_norm: queries and keys are normed
-    before they are rotated, each head by itself ("head") or all heads of a token together ("all"). family: the model type of
-    the dense model. nested_bits: the lower precisions that every weight matrix can be read at, none or 4 and 8
-    (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is measured against itself under
-    policy `full`.
+    before they are rotated, each head by itself ("head") or all heads of a token together ("all"). norm_kind: RMSNorm, or
+    LayerNorm with a bias; rms_norm_eps is the epsilon of both. ffn_kind: "swiglu" has a gate and no biases, "gelu" has biases
+    and no gate. parallel_block: the FFN reads what the attention reads, so that a layer has one norm. head_bias: the output
+    head has a bias. family: the model type of the dense model. nested_bits: the lower precisions that every weight matrix can
+    be read at, none or 4 and 8 (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is
+    measured against itself under policy `full`.
     """
 
     vocab_size: int
@@ -169,6 +173,10 @@ class ModelConfig:
     rope: RopeConfig
     layers: tuple[MoeLayerConfig | None, ...]
     qk_norm: QkNorm = "none"
+    norm_kind: NormKind = "rms"
+    ffn_kind: FfnKind = "swiglu"
+    parallel_block: bool = False
+    head_bias: bool = False
     family: str = "llama"
     nested_bits: tuple[int, ...] = ()
     trained_as_moe: bool = False
@@ -200,14 +208,14 @@ class ModelConfig:
                 else int(layer.active_parameters(self.hidden_size, layer.num_experts_per_tok))
                 for layer in self.layers
             )
-        return self.num_hidden_layers * self.attention_parameters + ffns + self.hidden_size
+        return self.num_hidden_layers * self.attention_parameters + ffns + self.norm_parameters
 
     def active_parameters_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
         """Active parameters per token divided by `dense_parameters`. Layer i runs `experts_per_token[i]` experts.
 
         Routers count as active; embeddings and the output head do not count. Entries of dense layers are ignored.
         """
-        active = float(self.num_hidden_layers * self.attention_parameters + self.hidden_size)
+        active = float(self.num_hidden_layers * self.attention_parameters + self.norm_parameters)
         for layer, experts in zip(self.layers, experts_per_token, strict=True):
             if layer is None:
                 active += self.ffn_parameters
@@ -219,7 +227,14 @@ class ModelConfig:
     @property
     def ffn_parameters(self) -> int:
         """Of one dense FFN."""
+        if self.ffn_kind == "gelu":
+            return 2 * self.hidden_size * self.intermediate_size + self.intermediate_size + self.hidden_size
         return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one norm of hidden states."""
+        return self.hidden_size * (2 if self.norm_kind == "layer" else 1)
 
     @property
     def head_parameters(self) -> int:
@@ -236,8 +251,9 @@ class ModelConfig:
         """The parameters of the attention and of the norms of one layer."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = self.attention_bias * (heads + 2 * kv_heads) + self.attention_output_bias * self.hidden_size
+        norms = 1 if self.parallel_block else 2
         qk_norms = {"none": 0, "head": 2 * self.head_dim, "all": heads + kv_heads}[self.qk_norm]
-        return 2 * self.hidden_size * (heads + kv_heads) + bias + qk_norms + 2 * self.hidden_size
+        return 2 * self.hidden_size * (heads + kv_heads) + bias + qk_norms + norms * self.norm_parameters
 
 
 def moe_layers_to_json(layers: tuple[MoeLayerConfig | None, ...]) -> list[dict[str, Any] | None]:

@@ -1,16 +1,18 @@
-"""The dense building blocks of a LLaMA layer: RMSNorm, rotary embedding, the SwiGLU feed-forward network.
+"""The dense building blocks of a layer: norms, rotary embedding, feed-forward networks.
 
 Legend: T tokens, D hidden_size, F intermediate_size, H heads, C head_dim.
 """
 
 import math
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ladimo.model.backends.torch_backend import BackendModule
-from ladimo.model.config import ModelConfig, RopeConfig
+from ladimo.model.config import FfnKind, ModelConfig, RopeConfig
 
 
 class RMSNorm(BackendModule):
@@ -30,6 +32,32 @@ class RMSNorm(BackendModule):
         return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, with weight and bias."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum. Both inputs and outputs are [T, D]."""
+        total = x + residual
+        return self(total), total
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    """A norm of hidden states."""
+    return (LayerNorm if config.norm_kind == "layer" else RMSNorm)(config.hidden_size, config.rms_norm_eps)
+
+
 class GatedMLP(BackendModule):
     """The dense FFN: down_proj(silu(gate_proj x) * up_proj x). Weights are [F, D], [F, D] and [D, F]."""
 
@@ -44,6 +72,26 @@ class GatedMLP(BackendModule):
         hidden = self.backend.silu_mul(self.gate_proj(hidden_states), self.up_proj(hidden_states))
         out: Tensor = self.down_proj(hidden)
         return out
+
+
+class GeluMLP(nn.Module):
+    """An FFN without a gate: down_proj(gelu(up_proj x)), GELU by its approximation with tanh. Both projections have biases.
+
+    Weights are [F, D] and [D, F].
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        out: Tensor = self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
+        return out
+
+
+FFNS: Mapping[FfnKind, type[GatedMLP] | type[GeluMLP]] = {"swiglu": GatedMLP, "gelu": GeluMLP}
 
 
 def rope_inverse_frequencies(rope: RopeConfig, rotary_dim: int, length: int = 0) -> Tensor:

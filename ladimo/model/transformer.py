@@ -12,25 +12,30 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
-from ladimo.model.layers import RMSNorm, RotaryEmbedding
+from ladimo.model.layers import FFNS, Norm, RotaryEmbedding, make_norm
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested_layers import NestedHead
 from ladimo.model.rule import RuleNumber
 
 
 class DecoderLayer(nn.Module):
-    """One layer: attention, then a dense FFN or an expert layer, each with a norm before it. `layer` counts from 0."""
+    """One layer: attention, and a dense FFN or an expert layer. `layer` counts from 0.
+
+    The FFN follows the attention, each with a norm before it. In a parallel block both read the same norm.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.nested = layer, bool(config.nested_bits)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         family = find_family(config.family)
         self.self_attn = family.attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm: Norm | None = None if config.parallel_block else make_norm(config)
         moe = config.layers[layer]
         self.mlp: nn.Module = (
-            family.ffn(config.hidden_size, config.intermediate_size) if moe is None else ExpertLayer(config.hidden_size, moe)
+            (family.ffn or FFNS[config.ffn_kind])(config.hidden_size, config.intermediate_size)
+            if moe is None
+            else ExpertLayer(config.hidden_size, moe)
         )
 
     def attend(
@@ -40,10 +45,18 @@ class DecoderLayer(nn.Module):
         inputs: StepInputs,
         kv_cache: KVCache | None,
         *bits: Tensor,
-    ) -> Tensor:
-        """The first half of the layer: the hidden states [T, D] plus their attention. `bits` [T]: of a nested layer's attention
-        weights that each token reads."""
-        return hidden_states + self._attention(hidden_states, rope, inputs, kv_cache, *bits)
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of the layer: the hidden states [T, D] plus their attention, and the inputs [T, D] of the FFN.
+
+        `bits` [T]: of a nested layer's attention weights that each token reads.
+        """
+        normed = self.input_layernorm(hidden_states)
+        # A family's own attention knows no bits.
+        attended: Tensor = self.self_attn(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
+        if self.post_attention_layernorm is None:
+            return hidden_states + attended, normed
+        ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
+        return hidden_states, ffn_inputs
 
     def forward(
         self,
@@ -61,8 +74,7 @@ class DecoderLayer(nn.Module):
         needs no rules and returns None for the experts.
         """
         bits = (rules[0][:, self.layer, RuleNumber.ATTENTION_BITS],) if self.nested and rules is not None else ()
-        attended = self._attention(hidden_states, rope, inputs, kv_cache, *bits)
-        ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
+        hidden_states, ffn_inputs = self.attend(hidden_states, rope, inputs, kv_cache, *bits)
         if not isinstance(self.mlp, ExpertLayer):
             return hidden_states + self.mlp(ffn_inputs), None, None
         assert rules is not None
@@ -70,19 +82,6 @@ class DecoderLayer(nn.Module):
         mask = allowed[:, self.layer, : self.mlp.config.num_experts]
         out, topk_ids, refined = self.mlp(ffn_inputs, rows[:, self.layer], mask, num_budgeted)
         return hidden_states + out, topk_ids, refined
-
-    def _attention(
-        self,
-        hidden_states: Tensor,
-        rope: tuple[Tensor, Tensor],
-        inputs: StepInputs,
-        kv_cache: KVCache | None,
-        *bits: Tensor,
-    ) -> Tensor:
-        normed = self.input_layernorm(hidden_states)
-        # A family's own attention knows no bits.
-        attended: Tensor = self.self_attn(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
-        return attended
 
 
 class Backbone(nn.Module):
@@ -94,7 +93,7 @@ class Backbone(nn.Module):
         weights = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weights, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
 
 
 class MoeTransformer(BackendModule):
@@ -107,7 +106,7 @@ class MoeTransformer(BackendModule):
         self.model = Backbone(config)
         self.lm_head: nn.Linear | NestedHead | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.rotary = RotaryEmbedding(config)
 
     def forward(self, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:

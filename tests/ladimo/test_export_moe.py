@@ -14,7 +14,7 @@ from ladimo.checkpoint import load_model, read_json, read_policies, write_policy
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import MoeLayerConfig
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import LLAMA3_ROPE, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import HALF_ROPE, LLAMA3_ROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.model.test_moe_families import MODELS
 from tests.ladimo.stepping import Stepper, make_tables
 
@@ -23,9 +23,6 @@ PROMPT = torch.randint(VOCAB_SIZE, (12,), generator=torch.Generator().manual_see
 SIGMOID = {"score_function": "sigmoid", "selection_bias": True}
 BESIDE_FIXED = {"score_function": "sigmoid", "fixed_experts": 2}
 NEEDS_GGUF = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
-
-
-HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 
 def kept(top_k: int, *experts: int) -> LayerRule:
@@ -96,7 +93,7 @@ def test_transformers_generates_the_same(target: str, case: Case, tmp_path: Path
         ("mixtral", SOFTMAX, {"head_dim": 16}),
         ("glm4", UNEQUAL, {"dtype": torch.bfloat16}),
         ("glm4", UNEQUAL, {"model_type": "qwen3", "head_dim": 16}),
-        ("glm4", UNEQUAL, {"model_type": "phi3", "rope_parameters": HALF}),
+        ("glm4", UNEQUAL, {"model_type": "phi3", "rope_parameters": HALF_ROPE}),
     ],
 )
 def test_families_ropes_and_sizes(target: str, case: Case, config: dict[str, Any], tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ class Network:
         rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype, inputs.length)
         states = [self.dense.ends.model.embed_tokens(inputs.input_ids)]
         for index, layer in enumerate(self.layers):
-            attended = layer.attend(states[-1], rope, inputs, None)
+            attended, ffn_inputs = layer.attend(states[-1], rope, inputs, None)
             mlp = None if student is None else student[index]
-            states.append(attended + _run(layer.mlp if mlp is None else mlp, layer.post_attention_layernorm(attended)))
+            states.append(attended + _run(layer.mlp if mlp is None else mlp, ffn_inputs))
         return Pass(self.dense.ends.logits(states[-1]).float().log_softmax(dim=-1), states[1:])
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from ladimo.convert.report.document import MethodView
 from ladimo.convert.report.record import Report
 from ladimo.convert.run import Run
 from ladimo.convert.streamed_model import StreamedModel
-from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.config import FfnKind, ModelConfig, MoeLayerConfig
 from ladimo.policy import RoutingPolicy
 
 
@@ -48,9 +48,10 @@ class Converted:
 
 class Method(ABC):
     """A conversion method. name: the value of `--method`. options: the dataclass of the method's own table in the recipe; the
-    table has the method's name."""
+    table has the method's name. ffn_kinds: the FFNs that it can convert (`ModelConfig.ffn_kind`)."""
 
     name: ClassVar[str]
+    ffn_kinds: ClassVar[tuple[FfnKind, ...]] = ("swiglu",)
     options: ClassVar[type[Any] | None] = None
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:

@@ -123,6 +123,14 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if find_family(config.family).has_own_modules:
         raise Unsupported(f"family {config.family} has modules that it does not know")
+    for present, what in (
+        (config.ffn_kind != "swiglu", "FFNs without a gate"),
+        (config.norm_kind != "rms", "LayerNorm"),
+        (config.parallel_block, "layers in which the FFN does not follow the attention"),
+        (config.head_bias, "a bias of the output head"),
+    ):
+        if present:
+            raise Unsupported(f"it does not know {what}")
     if any(layer is not None and layer.shared_expert_intermediate_size for layer in config.layers):
         raise Unsupported("it does not know shared experts")
     if config.nested_bits and quantize is not None:
@@ -263,6 +271,7 @@ class NativeStep:
         assert isinstance(attention, Attention)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
+        assert layer.post_attention_layernorm is not None
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
         packed = pack(stack_rows([_weights(linear) for linear in projections]), format)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.

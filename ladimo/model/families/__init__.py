@@ -15,6 +15,7 @@ from ladimo.model.families.mistral import MISTRAL
 from ladimo.model.families.mixtral import MIXTRAL
 from ladimo.model.families.moe_family import MoeFamily
 from ladimo.model.families.olmoe import OLMOE
+from ladimo.model.families.phi import PHI
 from ladimo.model.families.phi3 import PHI3
 from ladimo.model.families.qwen2 import QWEN2
 from ladimo.model.families.qwen2_moe import QWEN2_MOE
@@ -42,7 +43,7 @@ def register(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
-for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
+for _family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, PHI, MIXTRAL, QWEN2_MOE, OLMOE, CONVERTED):
     register(_family)
 
 

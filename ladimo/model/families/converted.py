@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig, QkNorm
+from ladimo.model.config import MOE_TYPE, FfnKind, ModelConfig, MoeLayerConfig, NormKind, QkNorm
 from ladimo.model.families.family import Family
+from ladimo.model.fields import flag
 from ladimo.model.precision import NESTED_BITS
+
+KINDS = {"qk_norm": get_args(QkNorm), "norm_kind": get_args(NormKind), "ffn_kind": get_args(FfnKind)}
 
 
 class Converted(Family):
@@ -20,10 +23,13 @@ class Converted(Family):
         nested_bits = raw.get("nested_bits") or []
         if nested_bits not in ([], list(NESTED_BITS)):
             raise ValueError(f"nested_bits must be null, [] or {list(NESTED_BITS)}, got {nested_bits!r}")
-        qk_norm = raw.get("qk_norm", "none")
-        if qk_norm not in get_args(QkNorm):
-            raise ValueError(f"qk_norm must be one of {', '.join(get_args(QkNorm))}, got {qk_norm!r}")
-        return replace(super().read_config(raw), family=family, nested_bits=tuple(nested_bits), qk_norm=qk_norm)
+        stated: dict[str, Any] = {name: flag(raw, name) for name in ("parallel_block", "head_bias")}
+        for name, kinds in KINDS.items():
+            stated[name] = raw.get(name, getattr(self, name))
+            if stated[name] not in kinds:
+                raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {stated[name]!r}")
+        config = super(Converted, replace(self, **stated)).read_config(raw)
+        return replace(config, family=family, nested_bits=tuple(nested_bits))
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         entries = raw.get("moe_layers")

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from ladimo.model.attention import Attention
-from ladimo.model.config import ModelConfig, MoeLayerConfig, QkNorm
+from ladimo.model.config import FfnKind, ModelConfig, MoeLayerConfig, NormKind, QkNorm
 from ladimo.model.families.rope import read_rope
 from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size
-from ladimo.model.layers import GatedMLP
 
+# The activations of each kind of FFN, by their names in `hidden_act`. The first is the default.
+ACTIVATIONS: Mapping[FfnKind, tuple[str, ...]] = {"swiglu": ("silu",), "gelu": ("gelu_new", "gelu_pytorch_tanh")}
 # More than any LLaMA has. A broken number must not make the loader build a huge model.
 MAX_LAYERS = 4096
 
@@ -55,9 +56,9 @@ class Family:
     qkv_bias, output_bias: whether the attention projections have biases. None means that the file's `attention_bias` decides.
     sliding_window: in tokens; None means none, unless the file says so.
     use_sliding_window: whether the window is used if the file does not say it.
-    qk_norm: see `ModelConfig`. partial_rotary_factor: see `read_rope`.
-    attention, ffn: the modules of every layer. The compiled CPU step and the exports know only our own modules, so a family
-    with other modules runs in torch.
+    qk_norm, norm_kind, ffn_kind, parallel_block, head_bias: see `ModelConfig`. partial_rotary_factor: see `read_rope`.
+    attention, ffn: the modules of every layer; None for the FFN that `ffn_kind` says. The compiled CPU step and the exports
+    know only our own modules, so a family with other modules runs in torch.
     """
 
     model_type: str
@@ -69,14 +70,18 @@ class Family:
     sliding_window: int | None = None
     use_sliding_window: bool = True
     qk_norm: QkNorm = "none"
+    norm_kind: NormKind = "rms"
+    ffn_kind: FfnKind = "swiglu"
+    parallel_block: bool = False
+    head_bias: bool = False
     partial_rotary_factor: float | None = None
     attention: type[nn.Module] = Attention
-    ffn: type[nn.Module] = GatedMLP
+    ffn: type[nn.Module] | None = None
 
     @property
     def has_own_modules(self) -> bool:
         """Whether its layers have modules that only the family itself knows. If not, the configuration describes them."""
-        return self.attention is not Attention or self.ffn is not GatedMLP
+        return self.attention is not Attention or self.ffn is not None
 
     def locate(self, name: str, config: ModelConfig) -> Stored | Stacked:
         """Where a checkpoint of the family stores the parameter that our network calls `name`."""
@@ -87,8 +92,9 @@ class Family:
 
         Raises ValueError naming a field that is wrong, or that asks for something we cannot compute exactly.
         """
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
+        activations = ACTIVATIONS[self.ffn_kind]
+        if raw.get("hidden_act", activations[0]) not in activations:
+            raise ValueError(f"hidden_act is {raw['hidden_act']!r}; supported: {', '.join(activations)}")
         if flag(raw, "mlp_bias"):
             raise ValueError("mlp_bias is true; only FFNs without bias are supported")
         hidden_size = size(raw, "hidden_size")
@@ -128,9 +134,15 @@ class Family:
             rope=read_rope({**raw, "max_position_embeddings": max_position_embeddings}, self.partial_rotary_factor),
             layers=self.read_layers(raw, num_layers),
             qk_norm=self.qk_norm,
+            norm_kind=self.norm_kind,
+            ffn_kind=self.ffn_kind,
+            parallel_block=self.parallel_block,
+            head_bias=self.head_bias,
             family=self.model_type,
         )
         _check_rotary(config)
+        if config.head_bias and config.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is true, but the output head has a bias of its own")
         return config
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:

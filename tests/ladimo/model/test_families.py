@@ -9,7 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import TensorReader, load_model, moe_config_json, read_config, read_json, read_policies, write_json
+from ladimo.checkpoint import (
+    TensorReader,
+    load_model,
+    load_to_serve,
+    moe_config_json,
+    read_config,
+    read_json,
+    read_policies,
+    write_json,
+)
+from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.hf import LadimoLlamaForCausalLM
 from ladimo.model.families import read_model_config
@@ -18,7 +28,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
-from tests.factories import EOS_ID, EXACT, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import EOS_ID, EXACT, HALF_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import make_tables
 
@@ -32,10 +42,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "phi3": {
         "model_type": "phi3",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": HALF_ROPE,
     },
     "phi4_mini": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 20},
 }
+
+PHI2: dict[str, Any] = {"model_type": "phi", "num_key_value_heads": 4}
 
 
 def theirs(directory: Path) -> LadimoLlamaForCausalLM:
@@ -157,3 +169,38 @@ async def test_a_shorter_context_has_the_frequencies_of_short_texts(tmp_path: Pa
         prompt = torch.cat((IDS[:1], IDS[1:]), dim=1)[:, :length]
         expected = await asyncio.to_thread(written_by_transformers, model, prompt)
         assert await written_by_the_engine(dense, prompt, max_model_len=context) == expected
+
+
+async def test_phi2_is_served_in_torch(tmp_path: Path) -> None:
+    """The compiled step does not know its layers."""
+    dense = make_dense(tmp_path / "dense", **PHI2)
+    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    expected = await asyncio.to_thread(written_by_transformers, reference, IDS[:1, :11])
+    assert await written_by_the_engine(dense, IDS[:1, :11]) == expected
+    assert load_to_serve(dense, "cpu").backend.name == "torch"
+    with pytest.raises(ValueError, match="quantize int8: it does not know FFNs without a gate"):
+        load_to_serve(dense, "cpu", quantize="int8")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_that_needs_a_gate_refuses_phi2_by_name(method: str, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", **PHI2, max_position_embeddings=32)
+    with pytest.raises(
+        ValueError, match=f"method '{method}' does not convert family 'phi', whose FFNs have no gate; methods that"
+    ):
+        convert(str(dense), tmp_path / "moe", small_recipe(method=method), [make_text(tmp_path / "text.txt")])
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk_layernorm": True}, "qk_layernorm is true; supported: false"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: gelu_new"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but the output head has a bias of its own"),
+    ],
+)
+def test_what_phi2_cannot_have_is_refused_by_field(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    raw = read_json(make_dense(tmp_path, **PHI2) / "config.json")
+    with pytest.raises(ValueError, match=message):
+        read_model_config({**raw, **fields})

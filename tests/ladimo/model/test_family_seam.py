@@ -156,7 +156,7 @@ def test_a_family_that_nobody_registered_is_refused_by_name(tmp_path: Path) -> N
     write_json(tmp_path / "config.json", {"model_type": "toy"})
     with pytest.raises(
         ValueError,
-        match="model_type is 'toy'; supported: llama, mistral, qwen2, qwen3, phi3, mixtral, qwen2_moe, olmoe, ladimo_llama",
+        match="supported: llama, mistral, qwen2, qwen3, phi3, phi, mixtral, qwen2_moe, olmoe, ladimo_llama",
     ):
         read_config(tmp_path)
 

@@ -192,7 +192,7 @@ def test_an_expert_that_is_missing_or_of_another_size_is_named(tmp_path: Path) -
 
 
 def test_it_is_not_converted(stock: Path) -> None:
-    assert dense_types() == ["llama", "mistral", "qwen2", "qwen3", "phi3"]
+    assert dense_types() == ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi"]
     with pytest.raises(ValueError, match="is a Mixture-of-Experts already; give a dense model"):
         check_source(stock)
 

@@ -14,7 +14,7 @@ from ladimo.checkpoint import load_model, read_config, read_json, read_policies
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
-from tests.factories import LINEAR_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense
+from tests.factories import HALF_ROPE, LINEAR_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 CPU = torch.device("cpu")
@@ -41,10 +41,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3_default_head_dim": {"model_type": "qwen3", "num_attention_heads": 2, "tie_word_embeddings": True},
+    "phi2": {"model_type": "phi", "num_key_value_heads": 4},
+    "phi2_grouped": {"model_type": "phi", "head_dim": 16, "rope_parameters": HALF_ROPE},
     "phi3": {"model_type": "phi3"},
     "phi3_partial": {
         "model_type": "phi3",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": HALF_ROPE,
     },
     "phi4_mini_long": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 32},
     "phi4_mini_short": {
