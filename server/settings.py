@@ -114,6 +114,9 @@ class ServerSettings(BaseSettings):
         None,
         description="int8 or int4: round the weights to integers while they are loaded. As stored if not given.",
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="Processes that compute the model together, each on a GPU of its own, or all on the CPU."
+    )
     served_model_name: str | None = Field(None, description="Name in /v1/models. The directory's name if not given.")
     max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences that run at once.")
     max_model_len: int | None = Field(None, ge=2, description="Longest context in tokens. The model's own if not given.")

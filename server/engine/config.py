@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """The operator's choices. `max_model_len` None: the model's context length. `kv_cache_blocks` None: as many blocks as the
-    memory allows. `quantize` None: no integer weights.
+    memory allows. `quantize` None: no integer weights. `tensor_parallel_size`: the number of processes that share the model.
 
     `max_step_tokens` limits the tokens of one step. A long prompt then delays running requests by one chunk only.
     `shadow_share`: the share of finished answers that will be replayed; 0 needs no memory for it.
@@ -26,6 +26,7 @@ class EngineConfig:
     batch_budgets: bool = False
     quantize: str | None = None
     shadow_share: float = 0.0
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

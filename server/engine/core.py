@@ -334,11 +334,13 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
 
     Raises ValueError for a model that cannot be read, and for options that do not fit the model or the machine.
     """
-    return assemble_core(
-        load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len),
-        config,
-        eos_token_ids(directory),
-    )
+    if config.tensor_parallel_size > 1:
+        from server.engine.tensor_parallel import lead  # what it imports is needed nowhere else
+
+        model, config = lead(directory, config)
+    else:
+        model = load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len)
+    return assemble_core(model, config, eos_token_ids(directory))
 
 
 def assemble_core(

@@ -35,6 +35,7 @@ model: {volume: {nfs: {server: nfs.example, path: /models}}, subPath: demo}
 settings:
   served-model-name: demo
   max-num-seqs: 64
+  tensor-parallel-size: 2
   max-body-bytes: 16777216
   accuracy: 0.5
   prefix-caching: false
@@ -253,7 +254,10 @@ def test_the_server_has_no_rights_and_writes_to_volumes_only(values: str) -> Non
     assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert mounts["/tmp"]["name"] == "scratch" and mounts["/model"]["readOnly"]
-    assert set(mounts) == {"/tmp", "/model"} | {place for place in mounts if place.startswith(("/etc/", "/var/"))}
+    assert ("/dev/shm" in mounts) == ("LADIMO_TENSOR_PARALLEL_SIZE" in environment(container))
+    assert set(mounts) - {"/dev/shm"} == {"/tmp", "/model"} | {
+        place for place in mounts if place.startswith(("/etc/", "/var/"))
+    }
 
 
 def test_prometheus_finds_the_server_under_the_job_that_alerts_and_dashboards_read() -> None:
