@@ -53,18 +53,22 @@ class Shard:
             )
             for layer in config.layers
         ]
-        fields = ("num_attention_heads", "num_key_value_heads")
-        if None in config.layers:
-            fields += ("intermediate_size",)
-        return replace(config, layers=tuple(layers), **{name: self._share(name, getattr(config, name)) for name in fields})
+        dense = config.intermediate_size
+        return replace(
+            config,
+            layers=tuple(layers),
+            num_attention_heads=self._share("num_attention_heads", config.num_attention_heads),
+            num_key_value_heads=self._share("num_key_value_heads", config.num_key_value_heads),
+            intermediate_size=self._share("intermediate_size", dense) if None in config.layers else dense,
+        )
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """The part's share of the parameter `name`, in memory of its own; the tensor itself if every part has it."""
         if _OUTPUT_BIAS.search(name):
             return tensor if self.rank == 0 else tensor * 0  # it must be added once
         if _GATE_UP.search(name):  # [E, 2F, D]: first the gates of all neurons, then their ups
-            halves = tensor.unflatten(1, (2, -1)).tensor_split(self.size, dim=2)
-            return halves[self.rank].flatten(1, 2).contiguous()
+            split: Tensor = tensor.unflatten(1, (2, -1)).tensor_split(self.size, dim=2)[self.rank]
+            return split.flatten(1, 2).contiguous()
         for pattern, dimension in _DIVIDED:
             if pattern.search(name):
                 return tensor.tensor_split(self.size, dim=dimension)[self.rank].clone().contiguous()

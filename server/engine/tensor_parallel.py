@@ -52,8 +52,7 @@ class Group:
         self.shard, self.device = shard, device
         self._caches: list[KVCache] = []  # each process has its part of them, in the same order
         kinds = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.FileStore(str(place), shard.size)
-        dist.init_process_group(kinds, store=store, rank=shard.rank, world_size=shard.size, timeout=FOREVER)
+        dist.init_process_group(kinds, init_method=f"file://{place}", rank=shard.rank, world_size=shard.size, timeout=FOREVER)
         self.reduce(torch.zeros(1, device=device))  # connects the GPUs
 
     def reduce(self, tensor: Tensor) -> None:

@@ -61,7 +61,7 @@ def run(model: MoeTransformer, directory: Path) -> StepOutput:
     inputs = StepInputs.whole_sequences(IDS)
     inputs.policy_ids[IDS.numel() // 2 :] = 2
     with torch.inference_mode():
-        return model(inputs, None, tables)
+        return model.forward(inputs, None, tables)
 
 
 def run_parts(directory: Path, size: int) -> list[StepOutput]:

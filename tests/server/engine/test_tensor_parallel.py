@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ladimo.model.sharding import Shard
 from server.engine import tensor_parallel
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.config import EngineConfig
@@ -58,7 +59,12 @@ async def test_two_processes_write_what_one_writes_and_end_together(moe_dir: Pat
 
     workers: list[subprocess.Popen[bytes]] = []
     start = tensor_parallel._start
-    monkeypatch.setattr(tensor_parallel, "_start", lambda *arguments: workers.append(start(*arguments)) or workers[-1])
+
+    def noted(directory: Path, config: EngineConfig, place: Path, shard: Shard) -> "subprocess.Popen[bytes]":
+        workers.append(start(directory, config, place, shard))
+        return workers[-1]
+
+    monkeypatch.setattr(tensor_parallel, "_start", noted)
     async with running(moe_dir, TWO) as (engine, replayed):
         (worker,) = workers
         for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal or a supervisor sends them to all; the server drains
