@@ -8,7 +8,8 @@
 
 Two runs with the same flags and seed send the same requests at the same times. `--compare` sets a run beside an earlier one.
 Latencies count from the time at which a request was due. What this adds to guidellm and `vllm bench serve`: bursts, ramps,
-cancellations, mixed policies, and the accuracy that each answer was given. For anything else, use these.
+cancellations, mixed policies, and the accuracy that each answer was given. For anything else, use these. `loadtests.sweep`
+is the closed loop: it keeps a number of clients busy.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from loadtests.load.arrivals import Arrival, arrivals, burst, constant, ramp, tr
 from loadtests.load.client import Client, Outcome
 from loadtests.load.figures import Objectives, parse_objectives, summary, table
 from loadtests.load.page import page, plot, timeline
-from loadtests.load.workload import Lengths, parse_routing, plan
+from loadtests.load.steps import read_samples, step_figures
+from loadtests.load.workload import Lengths, parse_lengths, parse_routing, plan
 
 TEXT = Path(__file__).parents[1] / "README.md"
 MAX_TEXT = 200_000  # characters
@@ -60,9 +62,10 @@ async def measure(args: argparse.Namespace, command: str) -> dict[str, Any]:
         )
         if not planned:
             raise ValueError("no request arrives in this time")
-        other, started = OtherLoad(), time.perf_counter()
+        before, other, started = await read_samples(http), OtherLoad(), time.perf_counter()
         outcomes, knobs = await Client(http, args.deadline).run(planned)
         busy = other.cores(time.perf_counter() - started)
+        steps = step_figures(before, await read_samples(http))
     objectives: Objectives = args.goodput
     met = [objectives.met(outcome) for outcome in outcomes]
     return {
@@ -71,7 +74,7 @@ async def measure(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "command": command,
         "model": model["id"],
         "objectives": asdict(objectives),
-        "figures": summary(outcomes, objectives),
+        "figures": {**summary(outcomes, objectives), **steps},
         "burst_figures": _burst_figures(args, outcomes),
         "timeline": timeline(outcomes, met, args.seconds),
         "knob": [asdict(knob) for knob in knobs],
@@ -83,14 +86,6 @@ def _burst_figures(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> dic
     if args.peak is None:
         return None
     return summary(outcomes, args.goodput, args.peak_from, args.peak_from + args.peak_seconds)
-
-
-def _lengths(text: str) -> Lengths:
-    low, _, high = text.partition("-")
-    lengths = Lengths(int(low), int(high or low))
-    if not 1 <= lengths.low <= lengths.high:
-        raise ValueError(text)
-    return lengths
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ramp-to", type=float, help="the rate at the end; it rises or falls steadily")
     parser.add_argument("--trace", type=Path, help="a CSV of Azure's LLM traces: its times and lengths")
     parser.add_argument("--speed", type=float, default=1.0, help="how many times faster the trace is replayed")
-    parser.add_argument("--prompt-tokens", type=_lengths, default=Lengths(64, 64), metavar="LOW-HIGH")
-    parser.add_argument("--output-tokens", type=_lengths, default=Lengths(32, 32), metavar="LOW-HIGH")
+    parser.add_argument("--prompt-tokens", type=parse_lengths, default=Lengths(64, 64), metavar="LOW-HIGH")
+    parser.add_argument("--output-tokens", type=parse_lengths, default=Lengths(32, 32), metavar="LOW-HIGH")
     parser.add_argument(
         "--routing",
         type=parse_routing,

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -90,6 +90,19 @@ class Client:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
         return outcomes, knobs
+
+    async def run_closed(self, planned: Sequence[Planned], clients: int) -> list[Outcome]:
+        """Keep so many clients busy until all requests are done. A request is due when its client is free."""
+        self._start = time.perf_counter()
+        outcomes: list[Outcome] = []
+        waiting = iter(planned)
+
+        async def client() -> None:
+            while (request := next(waiting, None)) is not None:
+                outcomes.append(await self._one(replace(request, at=self._now())))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return outcomes
 
     def _now(self) -> float:
         return time.perf_counter() - self._start

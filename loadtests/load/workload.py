@@ -21,6 +21,15 @@ class Lengths:
         return random.randint(self.low, self.high)
 
 
+def parse_lengths(text: str) -> Lengths:
+    """LENGTH or LOW-HIGH. Raises ValueError."""
+    low, _, high = text.partition("-")
+    lengths = Lengths(int(low), int(high or low))
+    if not 1 <= lengths.low <= lengths.high:
+        raise ValueError(text)
+    return lengths
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """A kind of request and its share. `field` None: the request has no field `routing`."""
