@@ -39,6 +39,7 @@ from loadtests.common.conditions import conditions
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 WHOLE = {"layers": "all", "policies.points": 0}
+MASK_STEPS = 300  # of methods tomoe and disp, which train on the whole model
 TUNED = {"train.steps": 400, "train.expert_lr": 5e-4}
 
 Points = dict[float, Rules]  # the rules to measure for each budget
@@ -54,7 +55,7 @@ class Variant:
     each_budget: bool = False
 
 
-def variants(elastic_steps: int) -> dict[str, Variant]:
+def variants(elastic_steps: int, mask_steps: int = MASK_STEPS) -> dict[str, Variant]:
     def same(values: dict[str, Any]) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
         return lambda budget, config: {**WHOLE, **values}
 
@@ -76,12 +77,24 @@ def variants(elastic_steps: int) -> dict[str, Variant]:
             **values,
         }
 
+    def masks(method: str, **values: Any) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
+        def recipe(budget: float | None, config: ModelConfig) -> dict[str, Any]:
+            options = {"budgets": list(BUDGETS) if budget is None else [budget], "steps": mask_steps, **values}
+            return {**WHOLE, "method": method, **{f"{method}.{name}": value for name, value in options.items()}}
+
+        return recipe
+
     return {
         "ladimo": Variant(same({"method": "ladimo"}), by_depth),
         "moefication": Variant(same({"method": "moefication", "train.steps": 400}), by_top_k),
         "cmoe": Variant(same({"method": "cmoe", "split.top_k": 6, "train.steps": 0}), by_top_k),
         "cmoe, tuned": Variant(cmoe, by_top_k, each_budget=True),
         "static": Variant(static, by_full, each_budget=True),
+        "disp": Variant(masks("disp"), by_policy),
+        "disp, each budget": Variant(masks("disp"), by_policy, each_budget=True),
+        "tomoe": Variant(masks("tomoe"), by_policy),
+        "tomoe, each budget": Variant(masks("tomoe"), by_policy, each_budget=True),
+        "tomoe, literal": Variant(masks("tomoe", mask_once=False, token_noise=True), by_policy),
         "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
         "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
         "elastic, layer by layer": Variant(elastic(**{"elastic.max_parameters": 1}), by_policy),  # as for larger models
@@ -138,7 +151,8 @@ def by_policy(directory: Path, config: ModelConfig, budget: float | None) -> Poi
     report."""
     policies = read_policies(directory, config)
     report = read_json(directory / REPORT)
-    return {entry["target"]: policies[entry["policy"]].layers for entry in report["elastic"]["budgets"]}
+    part = "elastic" if "elastic" in report else "masks"
+    return {entry["target"]: policies[entry["policy"]].layers for entry in report[part]["budgets"]}
 
 
 def cost(config: ModelConfig, rules: Rules) -> float:
@@ -264,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
     parser.add_argument("--elastic-steps", type=int, default=MAX_STEPS, help="end-to-end steps (default: %(default)s)")
+    parser.add_argument("--mask-steps", type=int, default=MASK_STEPS, help="steps of tomoe and disp (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", type=Path, help="SVG of perplexity ratio against active parameters")
     args = parser.parse_args(arguments)
@@ -272,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [name.strip() for name in args.methods.split(";") if name.strip()]
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"unknown method {unknown[0]!r}; known: {'; '.join(names)}")
-    known = variants(args.elastic_steps)
+    known = variants(args.elastic_steps, args.mask_steps)
     encoder = Encoder(args.model, read_config(args.model))
     if args.evaluate is None:
         blocks = calibrate(encoder, 5 * args.evaluate_tokens, 0, None).evaluation
@@ -282,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record |= {
         "model": args.model.name,
         "elastic_steps": args.elastic_steps,
+        "mask_steps": args.mask_steps,
         "evaluation_tokens": blocks[:, 1:].numel(),
         "protocol": encoder.protocol,
     }

@@ -20,7 +20,7 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 ExpertWeight = Literal["score", "one"]
-RouterKind = Literal["linear", "mlp", "glu", "none"]
+RouterKind = Literal["linear", "mlp", "table", "glu", "none"]
 QkNorm = Literal["none", "head", "all"]
 NormKind = Literal["rms", "layer"]
 FfnKind = Literal["swiglu", "gelu"]
@@ -38,7 +38,7 @@ class MoeLayerConfig:
     expert_weight: a chosen expert counts with its score ("score") or with 1 ("one"). The experts of an exact partition count
     with 1.
     router: the network that scores the experts, see `ladimo.model.router`.
-    router_hidden_size: the hidden neurons of the router "mlp"; None for all others.
+    router_hidden_size: the hidden neurons of the router "mlp", or the rows of the router "table"; None for all others.
     selection_bias: the router has a bias that changes the order of the experts, but not their scores.
     substitutes: the last so many experts stand in for skipped ones. Policy `full` never runs them.
     fixed_experts: the first so many experts have no row in the router and always score 1. The mask of a policy keeps all or
@@ -81,12 +81,12 @@ class MoeLayerConfig:
             raise ValueError(f"expert_weight must be score or one, got {self.expert_weight!r}")
         if self.score_norm_top_k is not None and self.score_norm_top_k > self.num_experts:
             raise ValueError(f"score_norm_top_k must be null or in 1..{self.num_experts}, got {self.score_norm_top_k}")
-        if self.router not in ("linear", "mlp", "glu", "none"):
-            raise ValueError(f"router must be linear, mlp, glu or none, got {self.router!r}")
-        if self.router == "mlp":
+        if self.router not in ("linear", "mlp", "table", "glu", "none"):
+            raise ValueError(f"router must be linear, mlp, table, glu or none, got {self.router!r}")
+        if self.router in ("mlp", "table"):
             positive_int({"router_hidden_size": self.router_hidden_size}, "router_hidden_size")
         elif self.router_hidden_size is not None:
-            raise ValueError(f"router_hidden_size must be null unless router is mlp, got {self.router_hidden_size!r}")
+            raise ValueError(f"router_hidden_size must be null unless router is mlp or table, got {self.router_hidden_size!r}")
         if self.fixed_experts and (self.router != "linear" or self.score_function != "sigmoid"):
             raise ValueError(f"fixed_experts need router linear and score_function sigmoid, got {self.fixed_experts}")
         for name in ("selection_bias", "norm_topk_prob"):
@@ -101,6 +101,7 @@ class MoeLayerConfig:
         weights = {
             "linear": hidden_size * (self.num_experts - self.fixed_experts),
             "mlp": hidden * (hidden_size + self.num_experts),
+            "table": hidden * (hidden_size + self.num_experts),
             "glu": 2 * hidden_size * self.num_experts,
             "none": 0,
         }[self.router]

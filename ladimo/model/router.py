@@ -56,6 +56,18 @@ class MlpRouter(Router):
         return logits
 
 
+class TableRouter(MlpRouter):
+    """The column of fc2 that belongs to the largest of fc1 x, weights [H, D] and [E, H].
+
+    A token chooses one of H sets of experts. fc2 has the logits of all experts for each choice, so a rule's `top_k` says how
+    many experts of the chosen set run, best first. On a tie the lower row of fc1 wins.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        choice = self.fc1(hidden_states).argmax(dim=-1)
+        return self.fc2.weight[:, choice].t()
+
+
 class GluRouter(Router):
     """|silu(gate_proj x) * up_proj x|, both weights [E, D].
 
@@ -85,9 +97,10 @@ class FixedOrder(Router):
         return falling.expand(len(hidden_states), -1)
 
 
-ROUTERS: dict[str, type[LinearRouter | MlpRouter | GluRouter | FixedOrder]] = {
+ROUTERS: dict[str, type[LinearRouter | MlpRouter | TableRouter | GluRouter | FixedOrder]] = {
     "linear": LinearRouter,
     "mlp": MlpRouter,
+    "table": TableRouter,
     "glu": GluRouter,
     "none": FixedOrder,
 }

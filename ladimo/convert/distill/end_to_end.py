@@ -125,8 +125,8 @@ class Network:
         self.dense = dense
         self.layers: list[DecoderLayer] = [dense.layer(index) for index in range(dense.config.num_hidden_layers)]
 
-    def run(self, blocks: Tensor, student: Student | None) -> Pass:
-        """Run token blocks [B, S]. student: the FFNs to use; None: those of the dense model."""
+    def run(self, blocks: Tensor, student: Sequence[nn.Module | None] | None) -> Pass:
+        """Run token blocks [B, S]. student: the FFNs to use, each [T, D] -> [T, D]; None: those of the dense model."""
         device = self.dense.device
         inputs = StepInputs.whole_sequences(blocks.to(device))
         rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype, inputs.length)

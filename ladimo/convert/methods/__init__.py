@@ -2,5 +2,6 @@
 
 from ladimo.convert.methods import cmoe, ladimo, moefication, nested, static
 from ladimo.convert.methods.elastic import method as elastic
+from ladimo.convert.methods.masks import method as masks
 
-BUILT_IN = (ladimo, moefication, cmoe, static, elastic, nested)
+BUILT_IN = (ladimo, moefication, cmoe, static, elastic, nested, masks)

@@ -22,11 +22,14 @@ static void router_logits(const State *s, const float *normed, float *logits) {
         for (int64_t e = 0; e < l->fixed_experts; e++) logits[e] = FIXED_LOGIT;
         memcpy(logits + l->fixed_experts, first, (experts - l->fixed_experts) * sizeof(float));
         return;
-    case ROUTER_MLP: {
-        int64_t hidden = l->router_second.cols;
+    case ROUTER_MLP:
+    case ROUTER_TABLE: {
+        int64_t hidden = l->router_second.cols, best = 0;
         float inner[hidden], activations[hidden];
         multiply_token(&l->router, x, first);
-        for (int64_t i = 0; i < hidden; i++) inner[i] = i < l->router.rows ? tanhf(first[i]) : 0.0f;
+        for (int64_t i = 1; i < l->router.rows; i++) best = first[i] > first[best] ? i : best;
+        for (int64_t i = 0; i < hidden; i++)
+            inner[i] = l->router_kind == ROUTER_TABLE ? i == best : i < l->router.rows ? tanhf(first[i]) : 0.0f;
         write_activations(activations, inner, hidden, activations_beside(l->router.kind));
         multiply_token(&l->router_second, activations, second);
         memcpy(logits, second, experts * sizeof(float));

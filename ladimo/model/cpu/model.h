@@ -27,7 +27,7 @@
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4, HIGH_PLANE, BOTH_PLANES };
 // How many bits of a matrix a token reads. See nested.py.
 enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
-enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE };
+enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE };
 
 // A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
 // besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, in fp32 for

@@ -24,10 +24,10 @@ from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested_layers import NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
-from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router
+from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router, TableRouter
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
-ROUTER_LINEAR, ROUTER_MLP, ROUTER_GLU, ROUTER_NONE = range(4)
+ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE = range(5)
 NO_ROW = 2**62  # behind the last row of any matrix
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
 WAKE_THREADS_FROM = 10**6
@@ -311,7 +311,7 @@ class NativeStep:
             target.router_kind, target.fixed_experts = ROUTER_LINEAR, router.fixed_experts
             target.router = self._matrix(pack(router.weight, self._router_format))
         elif isinstance(router, MlpRouter):
-            target.router_kind = ROUTER_MLP
+            target.router_kind = ROUTER_TABLE if isinstance(router, TableRouter) else ROUTER_MLP
             target.router = self._matrix(pack(router.fc1.weight, self._router_format))
             second = router.fc2.weight
             target.router_second = self._matrix(pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format))

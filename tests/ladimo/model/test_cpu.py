@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sigmoid_with_bias": {"layer": {"score_function": "sigmoid", "selection_bias": True}},
     "glu_router": {"layer": {"router": "glu"}},
     "mlp_router": {"layer": {"router": "mlp", "router_hidden_size": 7}},
+    "table_router": {"layer": {"router": "table", "router_hidden_size": 5, "expert_weight": "one"}, "top_k": 3},
     "no_router": {"layer": {"router": "none", "expert_weight": "one"}, "top_k": 3},
     "scores_divided": {"layer": {"score_norm_top_k": 2}},
     "fixed_experts": {"layer": {"score_function": "sigmoid", "fixed_experts": 1}},

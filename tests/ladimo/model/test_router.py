@@ -13,7 +13,7 @@ from ladimo.checkpoint import TensorReader, load_model, read_config, read_json, 
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import StepInputs
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.router import FixedOrder, GluRouter, LinearRouter, MlpRouter, make_router
+from ladimo.model.router import FixedOrder, GluRouter, LinearRouter, MlpRouter, TableRouter, make_router
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import VOCAB_SIZE, make_moe
@@ -23,6 +23,7 @@ IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {},
     "mlp": {"router": "mlp", "router_hidden_size": 6, "score_function": "sigmoid", "expert_weight": "one"},
+    "table": {"router": "table", "router_hidden_size": 5, "score_function": "sigmoid", "expert_weight": "one"},
     "glu": {"router": "glu", "selection_bias": True, "expert_weight": "one"},
     "none": {"router": "none", "expert_weight": "one"},
     "substitutes": {"substitutes": 1, "selection_bias": True, "score_function": "sigmoid"},
@@ -46,6 +47,24 @@ def test_what_routers_compute() -> None:
     assert isinstance(none, FixedOrder)
     assert not list(none.parameters())
     assert (none(x).diff(dim=1) < 0).all()
+
+
+@torch.no_grad()
+def test_a_choice_ranks_the_experts() -> None:
+    """A token runs the best experts of its choice, as many as the rule says."""
+    torch.manual_seed(0)
+    config = MoeLayerConfig(6, 6, 4, router="table", router_hidden_size=3, score_function="sigmoid", expert_weight="one")
+    layer, x = ExpertLayer(8, config), torch.randn(30, 8)
+    assert isinstance(layer.gate, TableRouter)
+    ranks = torch.stack([torch.randperm(6) for _ in range(3)], dim=1)
+    layer.gate.fc2.weight.copy_(-0.25 * ranks)
+    choice = (x @ layer.gate.fc1.weight.t()).argmax(dim=1)
+    assert len(choice.unique()) == 3
+    for width in (1, 3, 6):
+        rows, allowed = RoutingPolicy("p", "", (LayerRule(width, renormalize=False),)).to_rows(6)
+        _, ids, _ = layer(x, torch.tensor(rows[0]).expand(30, -1), torch.tensor(allowed).expand(30, 6))
+        assert torch.equal(ids[:, :width], ranks.argsort(dim=0).t()[choice][:, :width])
+        assert (ids[:, width:] == -1).all()
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -176,6 +195,7 @@ def test_a_checkpoint_from_before_routers_still_loads(tmp_path: Path) -> None:
         ({"router": ["linear"]}, "router must be"),
         ({"router": "mlp"}, "router_hidden_size"),
         ({"router": "mlp", "router_hidden_size": 0}, "router_hidden_size"),
+        ({"router": "table"}, "router_hidden_size"),
         ({"router_hidden_size": 8}, "router_hidden_size must be null"),
         ({"selection_bias": 1}, "selection_bias"),
         ({"substitutes": -1}, "substitutes"),
