@@ -1,5 +1,7 @@
 """Shared fixtures: tiny checkpoints, written once per run. Read them, never change them; `tests.factories` makes your own."""
 
+import gc
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep our order of files. Its own puts files of few tests last, and some of those take longest."""
     if config.pluginmanager.hasplugin("xdist"):
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported lives until the end, so the garbage collector need not look at it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Servers that ran in this process have frozen their objects, too. Hypothesis, which reports now, looks for its own."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,6 +1,6 @@
 """Automatic control of the knob, end to end: requests, an engine whose steps take longer with load and with experts, decisions.
 
-Time is the engine's alone: a step of fake work moves the clock by a millisecond for each token and expert that it runs, so
+Time is the engine's alone: a step of fake work moves the clock by two milliseconds for each token and expert that it runs, so
 latencies follow from load and policies exactly.
 """
 
@@ -19,11 +19,11 @@ from server.policies.controller import Control
 from tests.server.fakes import Clock
 from tests.server.serving import ADMIN, Parts, Server, serving
 
-MILLISECOND = 1e-3
+TOKEN_SECONDS = 2e-3  # of one token and expert
 DWELL_SECONDS = Control().dwell_seconds
 STREAMS = 8
-# Eight streams at 4, 3, 2, 1 experts have an inter-token latency of 32, 24, 16, 8 ms.
-OBJECTIVE = {"itl_ms": 18.0}
+# Eight streams at 4, 3, 2, 1 experts have an inter-token latency of 64, 48, 32, 16 ms.
+OBJECTIVE = {"itl_ms": 36.0}
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Load:
 
         async def ask(n: int) -> None:
             while not over.is_set():
-                answer = await self.server.complete("a", n=n, max_tokens=20)
+                answer = await self.server.complete("a", n=n, max_tokens=50)
                 self.answers.append(answer["routing"])
 
         tasks = [asyncio.create_task(ask(min(4, streams - begin))) for begin in range(0, streams, 4)]
@@ -70,14 +70,14 @@ class Load:
 @asynccontextmanager
 async def controlled(tmp_path: Path, dwell_seconds: float = DWELL_SECONDS) -> AsyncIterator[Load]:
     clock = Clock()
-    parts = Parts(max_queue=64, control=Control(interval_seconds=0.001, dwell_seconds=dwell_seconds), clock=clock)
+    parts = Parts(max_queue=64, control=Control(interval_seconds=0.01, dwell_seconds=dwell_seconds), clock=clock)
     async with serving(tmp_path, parts, max_num_seqs=STREAMS, num_blocks=257) as server:
         execute, rows = server.runner.execute, server.runner.table.tables.rows
 
         def timed(batch: Batch) -> BatchOutput:
             output = execute(batch)
             experts = sum(int(rows[sequence.rows[0], 0, 0]) * count for sequence, count in batch.scheduled)
-            clock.now += experts * MILLISECOND
+            clock.now += experts * TOKEN_SECONDS
             return output
 
         server.runner.execute = timed  # type: ignore[method-assign]
@@ -97,7 +97,7 @@ async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: P
         await switch_on(load)
         async with load.of(1):
             await load.last(DWELL_SECONDS)
-        assert {answer["policy"] for answer in load.answers} == {"full"}  # 4 ms: nothing to do
+        assert {answer["policy"] for answer in load.answers} == {"full"}  # 8 ms: nothing to do
         assert (await load.decisions())["down"] == 0
 
         async with load.of(STREAMS):
