@@ -33,7 +33,7 @@ BUDGETS = [0.9, 0.8, 0.7, 0.6]
 
 def elastic_recipe(**flags: object) -> Recipe:
     values = {"method": "elastic", "elastic.budgets": BUDGETS, "elastic.steps": 6, "elastic.batch_tokens": 128}
-    return small_recipe(**{**values, "elastic.routed": 0.0, "elastic.routed_steps": 40, **flags})
+    return small_recipe(**{**values, "elastic.routed": 0.0, "elastic.routed_steps": 12, **flags})
 
 
 @pytest.fixture(scope="module")
