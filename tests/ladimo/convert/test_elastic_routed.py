@@ -91,8 +91,8 @@ def test_a_router_finds_what_no_fixed_choice_has() -> None:
     layer.experts.load_state_dict({name: weight for name, weight in weights.items() if name != "gate"})
     fixed = order_neurons(mlp, data, 4).errors[2]
     assert layer_error(layer, data.holdout_inputs, data.holdout_targets) < 0.2 * fixed
-    again = routed_substitute(mlp, data, recipe, 300, torch.Generator().manual_seed(0))
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    first, again = (routed_substitute(mlp, data, recipe, 10, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in weights)
     with pytest.raises(ValueError, match=r"split\.experts: is 4, the FFN has 3"):
         routed_substitute(GatedMLP(16, 3), data, recipe, 300, torch.Generator())
 
