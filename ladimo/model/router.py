@@ -65,7 +65,7 @@ class TableRouter(MlpRouter):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         choice = self.fc1(hidden_states).argmax(dim=-1)
-        return self.fc2.weight[:, choice].t()
+        return self.fc2.weight[:, choice].t().contiguous()  # the kernels want whole rows
 
 
 class GluRouter(Router):

@@ -25,8 +25,13 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
 @pytest.mark.parametrize(
     ("fields", "format"),
-    [({}, None), ({}, "int4"), ({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None)],
-    ids=["", "int4", "qwen3"],
+    [
+        ({}, None),
+        ({}, "int4"),
+        ({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None),
+        ({"layer": {"router": "table", "router_hidden_size": 5, "expert_weight": "one"}, "num_hidden_layers": 1}, None),
+    ],
+    ids=["", "int4", "qwen3", "table router"],
 )
 def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | None, tmp_path: Path) -> None:
     """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""
