@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils import cached_file
 
 from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family, read_model_config
+from ladimo.model.layers import GeluMLP
 from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.model.router import SELECTION_BIAS, LinearRouter, Router
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -30,14 +31,19 @@ class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
     """LLaMA's configuration with more fields.
 
     `moe_layers` has one entry per layer, None for a layer with a dense FFN. `attention_output_bias`: whether the output
-    projection of the attention has a bias; None means the same as `attention_bias`. `family`: the type of the dense model.
-    `qk_norm`: see `ModelConfig`. `nested_bits`: None once a model is made, because transformers holds the whole weights only.
+    projection of the attention has a bias; None means the same as `attention_bias`. `nested_bits`: None once a model is made,
+    because transformers holds the whole weights only. `family` is the type of the dense model; the others are those of
+    `ModelConfig`.
     """
 
     model_type = MOE_TYPE
     moe_layers: list[dict[str, Any] | None] | None = None
     attention_output_bias: bool | None = None
     qk_norm: str = "none"
+    norm_kind: str = "rms"
+    ffn_kind: str = "swiglu"
+    parallel_block: bool = False
+    head_bias: bool = False
     family: str = "llama"
     nested_bits: list[int] | None = None
 
@@ -71,11 +77,22 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
         if ours.rotary_dim < ours.head_dim:
             self.rotary_emb = _PartialRotaryEmbedding(config)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
+        if ours.parallel_block:
+            for index in range(config.num_hidden_layers):
+                self.layers[index] = _ParallelLayer(config, index)
+        if ours.norm_kind == "layer":
+            self.norm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
         for layer, entry in zip(self.layers, config.moe_layers or [], strict=True):
             o_proj = layer.self_attn.o_proj
             _prepare_heads(layer.self_attn, ours)
             if output_bias != config.attention_bias:  # LLaMA has one flag for all four projections
                 layer.self_attn.o_proj = nn.Linear(o_proj.in_features, o_proj.out_features, bias=output_bias)
+            if ours.norm_kind == "layer":
+                for name in ("input_layernorm", "post_attention_layernorm"):
+                    if hasattr(layer, name):
+                        setattr(layer, name, nn.LayerNorm(config.hidden_size, config.rms_norm_eps))
+            if ours.ffn_kind == "gelu":
+                layer.mlp = GeluMLP(config.hidden_size, config.intermediate_size)
             if entry is not None:
                 layer.mlp = _HiddenStatesExpertLayer(config.hidden_size, MoeLayerConfig(**entry))
         self.post_init()
@@ -86,6 +103,10 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
         if isinstance(module, Experts):
             init.normal_(module.gate_up_proj, 0.0, self.config.initializer_range)
             init.normal_(module.down_proj, 0.0, self.config.initializer_range)
+            if module.up_bias is not None:
+                init.zeros_(module.up_bias)
+        if isinstance(module, ExpertLayer) and module.output_bias is not None:
+            init.zeros_(module.output_bias)
         if isinstance(module, LinearRouter):
             init.normal_(module.weight, 0.0, self.config.initializer_range)
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
@@ -101,6 +122,8 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         config.nested_bits = None
         super().__init__(config)
         self.model = LadimoLlamaModel(config)
+        if config.head_bias:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -136,6 +159,20 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
                 layer.mlp.rule = rule
+
+
+class _ParallelLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """A layer in which the FFN reads what the attention reads."""
+
+    def __init__(self, config: LadimoLlamaConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        del self.post_attention_layernorm
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended: Tensor = self.self_attn(hidden_states=normed, **options)[0]
+        out: Tensor = hidden_states + attended + self.mlp(normed)
+        return out
 
 
 class _PartialRotaryEmbedding(Phi3RotaryEmbedding):  # type: ignore[misc]

@@ -167,6 +167,7 @@ def make_moe(
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=source.intermediate_size // num_experts,
+        ffn_kind=source.ffn_kind,
         **(layer or {}),
     )
     layers = tuple(None if index in dense_layers else expert_layer for index in range(source.num_hidden_layers))
@@ -227,9 +228,17 @@ def _moe_tensors(reader: TensorReader, layers: tuple[MoeLayerConfig | None, ...]
         if name.split(".mlp.")[0] + ".mlp" not in converted:
             yield name, reader.get(name)
     for prefix, layer in converted.items():
-        gate_proj, up_proj, down_proj = (reader.get(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
-        gate_up, down = split_ffn(gate_proj, up_proj, down_proj, layer.num_experts)
-        for name, parameter in make_router(gate_proj.shape[1], layer).named_parameters():
+        up_proj, down_proj = (reader.get(f"{prefix}.{part}_proj.weight") for part in ("up", "down"))
+        if layer.ffn_kind == "gelu":
+            gate_up, down = (
+                torch.stack(up_proj.chunk(layer.num_experts)),
+                torch.stack(down_proj.chunk(layer.num_experts, dim=1)),
+            )
+            yield f"{prefix}.experts.up_bias", torch.stack(reader.get(f"{prefix}.up_proj.bias").chunk(layer.num_experts))
+            yield f"{prefix}.output_bias", reader.get(f"{prefix}.down_proj.bias")
+        else:
+            gate_up, down = split_ffn(reader.get(f"{prefix}.gate_proj.weight"), up_proj, down_proj, layer.num_experts)
+        for name, parameter in make_router(up_proj.shape[1], layer).named_parameters():
             values = torch.randn(parameter.shape, generator=generator) / 4
             yield f"{prefix}.gate.{name}", values.to(weight_dtype(name, down.dtype))
         yield f"{prefix}.experts.gate_up_proj", gate_up

@@ -11,11 +11,11 @@ from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.parallel import run_jobs
 from ladimo.convert.progress import reporting, track
 from ladimo.convert.run import Run
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 
 logger = logging.getLogger(__name__)
 
-Work = Callable[[Run, int, GatedMLP, LayerData], None]  # works on one layer; at the end, its record is in the workspace
+Work = Callable[[Run, int, Ffn, LayerData], None]  # works on one layer; at the end, its record is in the workspace
 
 
 def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
@@ -65,5 +65,5 @@ def do_layer_job(job: LayerJob) -> None:
     with reporting():
         cut = LayerData.cut(data["inputs"], data["targets"], job.num_fit)
         for index in track([job.index], str(job)):
-            job.work(job.run, index, job.run.dense.mlp(index), cut)
+            job.work(job.run, index, job.run.dense.ffn(index), cut)
     job.run.workspace.remove(job.data)

@@ -16,7 +16,7 @@ from ladimo.convert.kept import Kept
 from ladimo.convert.progress import track
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.inputs import StepInputs
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GatedMLP, GeluMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
@@ -45,9 +45,15 @@ class StreamedModel:
         """A layer. All callers share it, so they must not change it."""
         return self._layers.get(index, lambda: load_layer(self.reader, self.config, index, self.dtype, self.device))
 
-    def mlp(self, index: int) -> GatedMLP:
+    def ffn(self, index: int) -> Ffn:
         """The FFN of a layer, which must be dense."""
-        mlp = self.layer(index).mlp
+        ffn = self.layer(index).mlp
+        assert isinstance(ffn, GatedMLP | GeluMLP)
+        return ffn
+
+    def mlp(self, index: int) -> GatedMLP:
+        """The FFN of a layer, which must be dense and have a gate."""
+        mlp = self.ffn(index)
         assert isinstance(mlp, GatedMLP)
         return mlp
 
@@ -76,12 +82,12 @@ class StreamedModel:
             attended, ffn_inputs = layer.attend(chunk.flatten(0, 1), rope, inputs, None, *wanted)
             yield rows, attended, ffn_inputs
 
-    def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, GatedMLP, Tensor, Tensor]]:
+    def ffn_data(self, blocks: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Ffn, Tensor, Tensor]]:
         """Run the dense model. For each wanted layer, yield its number, its FFN, and the FFN's inputs and outputs [T, D] on the
         host. Layers after the last wanted one do not run."""
         hidden_states = self.embed(blocks)
         for index in track(range(max(wanted, default=-1) + 1), "layers"):
-            mlp = self.mlp(index)
+            mlp = self.ffn(index)
             kept: list[tuple[Tensor, Tensor]] = []
             for rows, attended, ffn_inputs in self.attend(self.layer(index), hidden_states):
                 outputs = mlp(ffn_inputs)

@@ -1,6 +1,6 @@
 """Export to a plain dense model, which transformers, vLLM, SGLang and llama.cpp's converter can read without our code.
 
-It is a LLaMA, or of the family whose parts the model has: Qwen2 (biases), Qwen3 (norms) or Phi-3 (its rotary embedding).
+It is a LLaMA, or of the family whose parts the model has: Qwen2 (biases), Qwen3 (norms), Phi-3 (its rotary embedding) or Phi-2.
 """
 
 import re
@@ -12,6 +12,7 @@ from torch import Tensor
 from ladimo.export.hugging_face import HuggingFaceTarget, Tensors, dense_tensors, refuse_parts
 from ladimo.export.policy_view import PolicyView
 from ladimo.model.config import ModelConfig
+from ladimo.model.families.phi import PHI
 
 PROJECTION = re.compile(r"\b[qkv]_proj\b")
 
@@ -20,12 +21,19 @@ class DenseTarget(HuggingFaceTarget):
     """The target `dense`. The model has one FFN width for all layers, so narrower FFNs are padded with zeros."""
 
     name = "dense"
-    help = "a plain LLaMA, Qwen or Phi-3 in Hugging Face layout, for policies that run the same experts for every token"
+    help = "a plain LLaMA, Qwen or Phi in Hugging Face layout, for policies that run the same experts for every token"
 
     def config(self, view: PolicyView) -> dict[str, Any]:
         for layer, form in view.routed.items():
             raise ValueError(f"{view.name(layer)}: {form}; the target has no router")
         source, config = view.source, view.common_config()
+        if source.ffn_kind == "gelu":
+            return config | {
+                "model_type": PHI.model_type,
+                "architectures": ["PhiForCausalLM"],
+                "hidden_act": "gelu_new",
+                "layer_norm_eps": source.rms_norm_eps,
+            }
         if _rotates_like_phi3(source):
             refuse_parts(view, "partial rotary", "longrope")
             if source.attention_bias:
@@ -51,6 +59,10 @@ class DenseTarget(HuggingFaceTarget):
         return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
 
     def attention_tensors(self, view: PolicyView) -> Tensors:
+        if view.source.ffn_kind == "gelu":
+            for name, tensor in view.common_tensors():
+                yield PHI.locate(name, view.source).name, tensor
+            return
         if not _rotates_like_phi3(view.source):
             yield from view.common_tensors()
             return
@@ -67,6 +79,10 @@ class DenseTarget(HuggingFaceTarget):
 
     def ffn_tensors(self, view: PolicyView, layer: int, config: dict[str, Any]) -> Tensors:
         prefix = f"model.layers.{layer}.mlp."
+        if view.source.ffn_kind == "gelu":
+            names = [f"{prefix}{name}_proj.{kind}" for name in ("up", "down") for kind in ("weight", "bias")]
+            stored = [PHI.locate(name, view.source).name for name in names]
+            return iter(tuple(zip(stored, view.gelu_ffn(layer, config["intermediate_size"]), strict=True)))
         gate, up, down = ffn = view.ffn(layer, config["intermediate_size"])
         if not _rotates_like_phi3(view.source):
             return dense_tensors(prefix, ffn)

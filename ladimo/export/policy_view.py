@@ -133,6 +133,23 @@ class PolicyView:
             down = (parts[2] * scales).transpose(0, 1).flatten(1)
         return padded(gate, up, down, width)
 
+    def gelu_ffn(self, layer: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of a layer without a gate, whose experts must be fixed: up [W, D] and its bias [W], down [D, W] and its bias
+        [D]."""
+        form, prefix = self.forms[layer], f"model.layers.{layer}.mlp."
+        if form is None:
+            up, up_bias, down, bias = (
+                self._reader.get(f"{prefix}{name}_proj.{kind}") for name in ("up", "down") for kind in ("weight", "bias")
+            )
+        else:
+            assert isinstance(form, FixedExperts)
+            chosen, scales = torch.tensor(form.experts), torch.tensor(form.weights, dtype=self.dtype)[:, None, None]
+            parts = (self._reader.get(f"{prefix}experts.{name}")[chosen] for name in ("gate_up_proj", "up_bias", "down_proj"))
+            up, up_bias, down = next(parts).flatten(0, 1), next(parts).flatten(), next(parts)
+            down, bias = (down * scales).transpose(0, 1).flatten(1), self._reader.get(f"{prefix}output_bias")
+        idle = width - len(up)
+        return F.pad(up, (0, 0, 0, idle)), F.pad(up_bias, (0, idle)), F.pad(down, (0, idle)), bias
+
     def experts(self, layer: int, experts: Sequence[int]) -> Ffn:
         """Experts of a layer: gate [N, F, D], up [N, F, D], down [N, D, F]."""
         chosen, prefix = torch.tensor(experts, dtype=torch.int64), f"model.layers.{layer}.mlp.experts."

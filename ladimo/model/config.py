@@ -5,7 +5,7 @@ Field names are those of Hugging Face's config.json, which `ladimo.model.familie
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ladimo.model.fields import positive_int, size
 
@@ -46,6 +46,7 @@ class MoeLayerConfig:
     norm_topk_prob: policy `full` divides the weights of the chosen experts by their sum, where experts count with their score.
     shared_expert_intermediate_size: the neurons of a shared expert as in Qwen2-MoE, which runs for every token and is weighted
     by the sigmoid of a gate of its own. No policy concerns it. 0 for none.
+    ffn_kind: the experts are parts of an FFN of this kind, see `ModelConfig`.
     """
 
     num_experts: int
@@ -61,6 +62,7 @@ class MoeLayerConfig:
     fixed_experts: int = 0
     norm_topk_prob: bool = True
     shared_expert_intermediate_size: int = 0
+    ffn_kind: FfnKind = "swiglu"
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
@@ -92,6 +94,8 @@ class MoeLayerConfig:
         for name in ("selection_bias", "norm_topk_prob"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.ffn_kind not in get_args(FfnKind):
+            raise ValueError(f"ffn_kind must be one of {', '.join(get_args(FfnKind))}, got {self.ffn_kind!r}")
         if self.shared_expert_intermediate_size != 0:
             size({"shared_expert_intermediate_size": self.shared_expert_intermediate_size}, "shared_expert_intermediate_size")
 
@@ -110,8 +114,10 @@ class MoeLayerConfig:
     def active_parameters(self, hidden_size: int, experts: float) -> float:
         """The number of parameters of the router, of so many experts and of the shared expert."""
         shared = self.shared_expert_intermediate_size
-        neurons = experts * self.moe_intermediate_size + shared
-        return self.router_parameters(hidden_size) + 3 * hidden_size * neurons + hidden_size * (shared > 0)
+        neurons, router = experts * self.moe_intermediate_size + shared, self.router_parameters(hidden_size)
+        if self.ffn_kind == "gelu":
+            return router + (2 * hidden_size + 1) * neurons + hidden_size
+        return router + 3 * hidden_size * neurons + hidden_size * (shared > 0)
 
 
 @dataclass(frozen=True, slots=True)

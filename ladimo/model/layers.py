@@ -61,6 +61,8 @@ def make_norm(config: ModelConfig) -> Norm:
 class GatedMLP(BackendModule):
     """The dense FFN: down_proj(silu(gate_proj x) * up_proj x). Weights are [F, D], [F, D] and [D, F]."""
 
+    kind: FfnKind = "swiglu"
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -80,6 +82,8 @@ class GeluMLP(nn.Module):
     Weights are [F, D] and [D, F].
     """
 
+    kind: FfnKind = "gelu"
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, intermediate_size)
@@ -91,6 +95,7 @@ class GeluMLP(nn.Module):
         return out
 
 
+Ffn = GatedMLP | GeluMLP
 FFNS: Mapping[FfnKind, type[GatedMLP] | type[GeluMLP]] = {"swiglu": GatedMLP, "gelu": GeluMLP}
 
 

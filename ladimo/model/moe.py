@@ -16,12 +16,16 @@ from ladimo.model.rule import RuleNumber
 
 
 class Experts(nn.Module):
-    """The experts of one layer, stacked in two tensors: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
+    """The experts of one layer, stacked in two tensors: gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+
+    Without a gate, gate_up_proj [E, F, D] has up rows only, and there is up_bias [E, F].
+    """
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__()
-        num_experts, size = layer.num_experts, layer.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.zeros(num_experts, 2 * size, hidden_size))
+        num_experts, size, gated = layer.num_experts, layer.moe_intermediate_size, layer.ffn_kind == "swiglu"
+        self.gate_up_proj = nn.Parameter(torch.zeros(num_experts, (2 if gated else 1) * size, hidden_size))
+        self.up_bias = None if gated else nn.Parameter(torch.zeros(num_experts, size))
         self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, size))
 
 
@@ -48,12 +52,16 @@ class ExpertLayer(BackendModule):
         self.config = layer
         self.gate = make_router(hidden_size, layer)
         self.experts = Experts(hidden_size, layer)
+        # That of the FFN whose parts the experts are. It counts once, whatever experts run.
+        self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if layer.ffn_kind == "gelu" else None
         if layer.shared_expert_intermediate_size:
             self.shared_expert = GatedMLP(hidden_size, layer.shared_expert_intermediate_size)
             self.shared_expert_gate = SharedExpertGate(hidden_size)
 
     def add_shared(self, out: Tensor, hidden_states: Tensor) -> Tensor:
-        """The output [T, D] of the chosen experts, with that of the shared expert, if the layer has one."""
+        """The output [T, D] of the chosen experts, with what every token gets: the shared expert's output, or a bias."""
+        if self.output_bias is not None:
+            return out + self.output_bias
         if not self.config.shared_expert_intermediate_size:
             return out
         shared: Tensor = self.shared_expert_gate(hidden_states) * self.shared_expert(hidden_states)
@@ -78,7 +86,7 @@ class ExpertLayer(BackendModule):
         down: Weights | NestedWeights = self.experts.down_proj
         if not isinstance(gate_up, NestedWeights):
             assert not isinstance(down, NestedWeights)
-            out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down)
+            out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down, self.experts.up_bias)
             return self.add_shared(out, hidden_states), topk_ids, None
         assert isinstance(down, NestedWeights)
 

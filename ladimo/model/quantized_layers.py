@@ -37,10 +37,13 @@ class QuantizedLinear(BackendModule):
 class QuantizedExperts(nn.Module):
     """Replaces `Experts`. The integer weights gate_up_proj [E, 2F, D] and down_proj [E, D, F] are in buffers."""
 
+    up_bias: nn.Parameter | None
+
     def __init__(self, experts: Experts, format: str) -> None:
         super().__init__()
         _, self.hidden_size, self.moe_intermediate_size = experts.down_proj.shape
         self.format = format
+        self.register_parameter("up_bias", experts.up_bias)  # not rounded
         _keep(self, "gate_up", quantize_weights(experts.gate_up_proj, format))
         _keep(self, "down", quantize_weights(experts.down_proj, format))
 

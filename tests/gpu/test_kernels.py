@@ -142,13 +142,13 @@ def test_integers_of_awkward_sizes(sizes: tuple[int, int, int, int], format: str
     ids[:, 1::2] = -1
     scores = torch.rand(ids.shape, device="cuda") * (ids >= 0)
     x = normal(num_tokens, hidden, dtype=torch.float32)
-    stored = [
+    gate_up, down = (
         quantize_weights(normal(num_experts, *shape, scale=0.1), format) for shape in ((2 * size, hidden), (hidden, size))
-    ]
-    whole = [one.to_dtype(torch.float64) for one in stored]
+    )
+    whole = (one.to_dtype(torch.float64) for one in (gate_up, down))
     expected = apply_experts_masked(x.double(), scores.double(), ids, *whole)
     typical = expected.square().mean().sqrt().item()
-    out = KERNELS.apply_experts(x, scores, ids, *stored)
+    out = KERNELS.apply_experts(x, scores, ids, gate_up, down)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4 * typical)
 
 

@@ -102,6 +102,7 @@ def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:
         {"model_type": "qwen2"},
         {"model_type": "mistral", "head_dim": 16},
         {"model_type": "qwen3", "head_dim": 16},
+        {"model_type": "phi", "num_key_value_heads": 4},
         {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 16},
         {"attention_bias": True},
     ],

@@ -49,7 +49,8 @@ def distill_layer(
     rules = rules or (full_rule(layer),)
     routed = layer.config.expert_weight == "score"
     layer.gate.requires_grad_(routed)
-    groups = [{"params": list(layer.experts.parameters()), "lr": recipe.expert_lr}]
+    bias = [] if layer.output_bias is None else [layer.output_bias]
+    groups = [{"params": [*layer.experts.parameters(), *bias], "lr": recipe.expert_lr}]
     if routed:
         groups.append({"params": list(layer.gate.parameters()), "lr": recipe.gate_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)

@@ -12,19 +12,20 @@ from ladimo.convert.ffn.expert_layer import layer_error
 from ladimo.convert.ffn.hidden_channels import CHUNK_TOKENS
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.recipe import TrainRecipe
+from ladimo.model.experts import hidden_channels
 from ladimo.model.moe import ExpertLayer
 
 
 @torch.no_grad()
 def activation_mass(layer: ExpertLayer, inputs: Tensor) -> Tensor:
-    """The sum of |silu(gate x) * up x| over each expert's neurons: inputs [T, D] -> [T, E] on the host."""
-    masses = []
+    """The sum of |h| over each expert's hidden channels, such as silu(gate x) * up x: inputs [T, D] -> [T, E] on the host."""
+    masses, experts = [], layer.experts
     for chunk in inputs.split(CHUNK_TOKENS):
-        x = chunk.to(layer.experts.gate_up_proj.device, torch.float32)
+        x = chunk.to(experts.gate_up_proj.device, torch.float32)
         by_expert = []
-        for gate_up in layer.experts.gate_up_proj:
-            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-            by_expert.append((F.silu(gate) * up).abs().sum(dim=1))
+        for expert, gate_up in enumerate(experts.gate_up_proj):
+            bias = None if experts.up_bias is None else experts.up_bias[expert]
+            by_expert.append(hidden_channels(F.linear(x, gate_up), bias).abs().sum(dim=1))
         masses.append(torch.stack(by_expert, dim=1).cpu())
     return torch.cat(masses)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
-from ladimo.model.moe import ExpertLayer
+from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.model.nested import NestedWeights
 from ladimo.model.refinement import apply_refined
 from ladimo.model.routing import select_experts
@@ -42,10 +42,12 @@ def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_i
     """[T, D] -> [T, D]. Tokens are grouped by expert on every device, because there are many tokens and gradients, and no graph
     is captured. `bits`: how many bits of nested weights are read; None: all."""
     weights: list[Tensor] = []
+    up_bias = layer.experts.up_bias if isinstance(layer.experts, Experts) else None  # nested experts have a gate
     for stored in (layer.experts.gate_up_proj, layer.experts.down_proj):
         nested: Tensor | NestedWeights = stored
         weights.append(nested.at(bits or math.inf, inputs.dtype) if isinstance(nested, NestedWeights) else nested)
-    return layer.add_shared(apply_experts_grouped(inputs, topk_weights, topk_ids, *weights), inputs)
+    gate_up, down = weights
+    return layer.add_shared(apply_experts_grouped(inputs, topk_weights, topk_ids, gate_up, down, up_bias), inputs)
 
 
 def run_ffn(mlp: nn.Module, inputs: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ladimo.convert.ffn.hidden_channels import hidden_channels
 from ladimo.convert.ffn.layer_data import LayerData
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @torch.no_grad()
-def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tuple[Tensor, float]:
+def solve_down(mlp: Ffn, kept: Tensor, data: LayerData, ridge: float) -> tuple[Tensor, float]:
     """New columns [D, K] of `down_proj` for the neurons `kept` [K], in fp32 on the FFN's device, and the ridge that was used.
 
     With these columns, the kept neurons come closest to the FFN's outputs on the fit tokens. This is least squares on the
@@ -36,7 +36,7 @@ def solve_down(mlp: GatedMLP, kept: Tensor, data: LayerData, ridge: float) -> tu
     return (original + changes[best]).t().float(), best
 
 
-def _moments(mlp: GatedMLP, kept: Tensor, down: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(mlp: Ffn, kept: Tensor, down: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Means over tokens of h h^T [K, K] and of h (y - down^T h)^T [K, D] in fp64."""
     power = down.new_zeros(len(kept), len(kept))
     missing = torch.zeros_like(down)
@@ -44,6 +44,8 @@ def _moments(mlp: GatedMLP, kept: Tensor, down: Tensor, inputs: Tensor, targets:
     for hidden in hidden_channels(mlp, inputs):
         h = hidden[:, kept].double()
         y = targets[start : start + len(h)].to(h)
+        if mlp.down_proj.bias is not None:  # stays as it is
+            y = y - mlp.down_proj.bias.to(h)
         start += len(h)
         power += h.t() @ h
         missing += h.t() @ (y - h @ down)

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GeluMLP
 from ladimo.model.moe import ExpertLayer
 
 
-def check_experts(num_experts: int, mlp: GatedMLP) -> None:
+def check_experts(num_experts: int, mlp: Ffn) -> None:
     """Raises ValueError if there are more experts than neurons."""
-    if num_experts > mlp.gate_proj.out_features:
-        raise ValueError(f"split.experts: is {num_experts}, the FFN has {mlp.gate_proj.out_features} neurons")
+    if num_experts > mlp.up_proj.out_features:
+        raise ValueError(f"split.experts: is {num_experts}, the FFN has {mlp.up_proj.out_features} neurons")
 
 
 def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
@@ -27,22 +27,28 @@ def contiguous_partition(intermediate_size: int, num_experts: int) -> Tensor:
     return neurons.masked_fill(neurons >= intermediate_size, -1).view(num_experts, size)
 
 
-def split_ffn(mlp: GatedMLP, partition: Tensor, layer: MoeLayerConfig, router: Mapping[str, Tensor]) -> ExpertLayer:
+def split_ffn(mlp: Ffn, partition: Tensor, layer: MoeLayerConfig, router: Mapping[str, Tensor]) -> ExpertLayer:
     """An ExpertLayer in fp32 on the FFN's device. Its expert e has the neurons partition[e]. router: the router's tensors by
     name, on any device; {}: no router.
 
-    -1 means a neuron with zero weights. It adds nothing. It also stays zero in training, because both of its factors are zero.
+    -1 means a neuron with zero weights. It adds nothing. It also stays zero in training, because its channel and its column in
+    down_proj are zero.
     """
-    device = mlp.gate_proj.weight.device
+    device = mlp.up_proj.weight.device
+    assert layer.ffn_kind == mlp.kind
     with torch.device(device):
-        expert_layer = ExpertLayer(mlp.gate_proj.in_features, layer)
+        expert_layer = ExpertLayer(mlp.up_proj.in_features, layer)
     partition = partition.to(device)
-    gate_proj, up_proj, down_rows = (
-        _take(weight.float(), partition) for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t())
-    )
+    first = (mlp.up_proj,) if isinstance(mlp, GeluMLP) else (mlp.gate_proj, mlp.up_proj)
+    rows = torch.cat([_take(projection.weight.float(), partition) for projection in first], dim=1)
+    experts = expert_layer.experts
     with torch.no_grad():
-        expert_layer.experts.gate_up_proj.copy_(torch.cat((gate_proj, up_proj), dim=1))
-        expert_layer.experts.down_proj.copy_(down_rows.transpose(1, 2))
+        experts.gate_up_proj.copy_(rows)
+        experts.down_proj.copy_(_take(mlp.down_proj.weight.t().float(), partition).transpose(1, 2))
+        if isinstance(mlp, GeluMLP):
+            assert experts.up_bias is not None and expert_layer.output_bias is not None
+            experts.up_bias.copy_(_take(mlp.up_proj.bias[:, None].float(), partition)[..., 0])
+            expert_layer.output_bias.copy_(mlp.down_proj.bias)
     expert_layer.gate.load_state_dict(router)
     return expert_layer
 

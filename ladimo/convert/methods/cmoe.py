@@ -19,7 +19,7 @@ from ladimo.convert.methods.layerwise import LayerwiseMethod
 from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe, require
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.router import SELECTION_BIAS
 
@@ -48,7 +48,7 @@ class Cmoe(LayerwiseMethod):
     name = "cmoe"
     options = CmoeRecipe
 
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Raises ValueError if there are more experts than neurons."""
         check_experts(recipe.split.experts, mlp)
         num_experts, num_shared = recipe.split.experts, num_shared_experts(recipe)

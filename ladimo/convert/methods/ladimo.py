@@ -15,17 +15,18 @@ from ladimo.convert.methods.layerwise import LayerwiseMethod
 from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 
 
 @register
 class Ladimo(LayerwiseMethod):
     name = "ladimo"
+    ffn_kinds = ("swiglu", "gelu")
 
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Raises ValueError if there are more experts than neurons."""
-        split, hidden_size, intermediate_size = recipe.split, mlp.gate_proj.in_features, mlp.gate_proj.out_features
+        split, hidden_size, intermediate_size = recipe.split, mlp.up_proj.in_features, mlp.up_proj.out_features
         check_experts(split.experts, mlp)
         partition = contiguous_partition(intermediate_size, split.experts)
         # Scores are divided by the sum of the k largest. A rule with mass tau and without renormalisation is then DYN(tau), and
@@ -35,6 +36,7 @@ class Ladimo(LayerwiseMethod):
             num_experts_per_tok=split.top_k,
             moe_intermediate_size=partition.shape[1],
             score_norm_top_k=split.top_k,
+            ffn_kind=mlp.kind,
         )
         gate = torch.randn(split.experts, hidden_size, generator=generator) * split.gate_std
         expert_layer = split_ffn(mlp, partition, layer, {"weight": gate})
@@ -68,5 +70,7 @@ def best_scale(layer: ExpertLayer, inputs: Tensor, targets: Tensor) -> float:
     x, y = inputs.to(device, torch.float32), targets.to(device, torch.float32)
     _, topk_weights, topk_ids = route(layer, x, full_rule(layer))
     out = run_experts(layer, x, topk_weights, topk_ids)
+    if layer.output_bias is not None:  # is not scaled
+        out, y = out - layer.output_bias, y - layer.output_bias
     power = out.pow(2).sum().item()
     return (out * y).sum().item() / power if power > 0 else 1.0

@@ -30,7 +30,7 @@ from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.run import Run
 from ladimo.convert.streamed_model import load_experts
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import RoutingPolicy
 
@@ -45,7 +45,7 @@ class LayerwiseMethod(Method):
     trains_experts: ClassVar[bool] = True
 
     @abstractmethod
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """Split an FFN into an expert layer, in fp32 on the FFN's device."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class LayerwiseMethod(Method):
             report={"holdout_dense_perplexity": scan["dense_perplexity"], **figures},
         )
 
-    def train_layer(self, run: Run, index: int, mlp: GatedMLP, data: LayerData) -> None:
+    def train_layer(self, run: Run, index: int, mlp: Ffn, data: LayerData) -> None:
         """Make one layer, and save it in the workspace with its curve and its profile."""
         started, generator = time.monotonic(), run.generator(index)
         layer = self.split(mlp, data, run.recipe, generator)

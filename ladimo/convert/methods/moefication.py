@@ -15,22 +15,26 @@ from ladimo.convert.methods.layerwise import LayerwiseMethod
 from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GeluMLP
 from ladimo.model.moe import ExpertLayer
 
 
 @register
 class Moefication(LayerwiseMethod):
     name = "moefication"
+    ffn_kinds = ("swiglu", "gelu")
     trains_experts = False
 
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
-        """The experts are clusters of the rows of `gate_proj`, scaled to length one. Before training, the router has the
-        centres of the clusters, as in the released code. Raises ValueError if there are more experts than neurons.
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+        """The experts are clusters of the rows of `gate_proj`, or of `up_proj` without a gate, scaled to length one.
+
+        Before training, the router has the centres of the clusters, as in the released code. Raises ValueError if there are
+        more experts than neurons.
         """
         check_experts(recipe.split.experts, mlp)
         num_experts = recipe.split.experts
-        rows = F.normalize(mlp.gate_proj.weight.detach().float(), dim=1)
+        first = mlp.up_proj if isinstance(mlp, GeluMLP) else mlp.gate_proj
+        rows = F.normalize(first.weight.detach().float(), dim=1)
         labels = balanced_kmeans(rows, num_experts, generator)
         partition = as_partition(labels, num_experts)
         layer = MoeLayerConfig(
@@ -41,6 +45,7 @@ class Moefication(LayerwiseMethod):
             expert_weight="one",
             router="mlp",
             router_hidden_size=num_experts,
+            ffn_kind=mlp.kind,
         )
         members = F.one_hot(labels, num_experts).to(rows)
         centres = (members.t() @ rows) / members.sum(dim=0).unsqueeze(1)

@@ -17,7 +17,7 @@ from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.run import layer_seed
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
 
@@ -25,13 +25,13 @@ from ladimo.policy import LayerRule
 class Trainable(Protocol):
     """The part of a layer-wise method that is used here."""
 
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer: ...
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer: ...
 
     def fit(self, layer: ExpertLayer, data: LayerData, recipe: Recipe, generator: torch.Generator) -> list[CurvePoint]: ...
 
 
 def initialisation_curves(
-    method: Trainable, mlp: GatedMLP, data: LayerData, recipe: Recipe, layer: int, steps: int = 100
+    method: Trainable, mlp: Ffn, data: LayerData, recipe: Recipe, layer: int, steps: int = 100
 ) -> dict[str, Any]:
     """Two short trainings of one layer, from the split weights and from random ones (LaDiMo's Fig 2). All else is the same.
 

@@ -18,7 +18,7 @@ from ladimo.convert.methods.layerwise import LayerwiseMethod
 from ladimo.convert.methods.registry import register
 from ladimo.convert.recipe import Recipe, require
 from ladimo.model.config import ModelConfig, MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 
 
@@ -41,6 +41,7 @@ class StaticRecipe:
 @register
 class Static(LayerwiseMethod):
     name = "static"
+    ffn_kinds = ("swiglu", "gelu")
     options = StaticRecipe
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
@@ -54,12 +55,12 @@ class Static(LayerwiseMethod):
         kept = width / config.intermediate_size
         return recipe.with_section(dataclasses.replace(recipe.section(StaticRecipe), kept=kept))
 
-    def split(self, mlp: GatedMLP, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
+    def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:
         """The recipe must have static.kept (see `resolve`)."""
         assert recipe.section(StaticRecipe).kept > 0
-        width = max(1, round(recipe.section(StaticRecipe).kept * mlp.gate_proj.out_features))
+        width = max(1, round(recipe.section(StaticRecipe).kept * mlp.up_proj.out_features))
         kept = neuron_statistics(mlp, data.fit_inputs).importance.topk(width).indices.sort().values.cpu()
-        config = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
+        config = MoeLayerConfig(1, 1, width, expert_weight="one", router="none", ffn_kind=mlp.kind)
         layer = split_ffn(mlp, kept.unsqueeze(0), config, {})
         if recipe.section(StaticRecipe).resolve:
             with torch.no_grad():
@@ -92,7 +93,7 @@ def static_width(config: ModelConfig, recipe: Recipe) -> int:
     """
 
     def cost(width: int) -> float:
-        layer = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
+        layer = MoeLayerConfig(1, 1, width, expert_weight="one", router="none", ffn_kind=config.ffn_kind)
         candidates = recipe.candidate_layers(config.num_hidden_layers)
         layers = tuple(layer if index in candidates else None for index in range(config.num_hidden_layers))
         return dataclasses.replace(config, layers=layers).active_parameters_ratio((1.0,) * config.num_hidden_layers)

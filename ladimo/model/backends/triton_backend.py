@@ -10,6 +10,7 @@ from torch import Tensor
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+from ladimo.model.quantization import Weights
 
 # The kernels can unpack integer formats with these numbers of bits.
 BITS = (8, 4)
@@ -32,6 +33,20 @@ def _wants_gradients(arguments: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
 
 
+def _apply_experts(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """The kernels know experts with a gate. Others run in torch."""
+    if up_bias is not None:
+        return TorchBackend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj, up_bias)
+    return experts.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
+
+
 class TritonBackend(TorchBackend):
     """Runs Triton kernels where no gradients are needed."""
 
@@ -44,7 +59,7 @@ class TritonBackend(TorchBackend):
     attend_decode = staticmethod(unless_trained(attention.attend_decode, TorchBackend.attend_decode))
     select_experts = staticmethod(unless_trained(routing.select_experts, TorchBackend.select_experts))
     apply_batch_budget = staticmethod(unless_trained(routing.apply_batch_budget, TorchBackend.apply_batch_budget))
-    apply_experts = staticmethod(unless_trained(experts.apply_experts, TorchBackend.apply_experts))
+    apply_experts = staticmethod(unless_trained(_apply_experts, TorchBackend.apply_experts))
     linear = staticmethod(unless_trained(linear.linear, TorchBackend.linear))
 
     def record(self, tables: RoutingTables, expert_ids: Tensor, policy_ids: Tensor) -> None:

@@ -38,7 +38,10 @@ class Converted(Family):
         layers = []
         for index, entry in enumerate(entries):
             try:
-                layers.append(None if entry is None else MoeLayerConfig(**entry))
+                layer = None if entry is None else MoeLayerConfig(**entry)
+                if layer is not None and layer.ffn_kind != self.ffn_kind:
+                    raise ValueError(f"ffn_kind is {layer.ffn_kind!r}, that of the model is {self.ffn_kind!r}")
+                layers.append(layer)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"moe_layers[{index}]: {error}") from error
         return tuple(layers)

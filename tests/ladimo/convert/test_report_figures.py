@@ -50,6 +50,7 @@ def blocks(model: StreamedModel, text: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def data(model: StreamedModel, blocks: torch.Tensor) -> tuple[GatedMLP, LayerData]:
     _, mlp, inputs, targets = next(model.ffn_data(blocks, [1]))
+    assert isinstance(mlp, GatedMLP)
     return mlp, LayerData(inputs[:-300], targets[:-300], inputs[-300:], targets[-300:])
 
 

@@ -24,7 +24,7 @@ from tests.factories import VOCAB_SIZE, make_moe, split_ffn
 from tests.ladimo.stepping import make_tables
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 32, 24
-IMPLEMENTATIONS: list[Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = [
+IMPLEMENTATIONS: list[Callable[..., Tensor]] = [
     apply_experts_grouped,
     apply_experts_gathered,
     apply_experts_masked,
@@ -69,6 +69,24 @@ def test_implementations_agree(num_tokens: int, case: str) -> None:
     assert (expected != 0).any() == (case != "none")
     for implementation in IMPLEMENTATIONS:
         torch.testing.assert_close(implementation(*arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["all", "mixed", "none"])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_experts_without_a_gate(num_tokens: int, case: str) -> None:
+    """A bias of neurons does not count where their expert does not run."""
+    hidden_states, weights, ids, both, down = draw(num_tokens, case)
+    up, bias = both[:, :INTERMEDIATE], torch.randn(EXPERTS, INTERMEDIATE, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros_like(hidden_states)
+    for token, places in enumerate(ids.tolist()):
+        for place, expert in enumerate(places):
+            if expert >= 0:
+                x = up[expert] @ hidden_states[token] + bias[expert]
+                gelu = x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+                expected[token] += weights[token, place] * (down[expert] @ gelu)
+    assert (expected != 0).any() == (case != "none")
+    for implementation in (*IMPLEMENTATIONS, apply_experts):
+        torch.testing.assert_close(implementation(hidden_states, weights, ids, up, down, bias), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 17), 31, 33, 48, 63])

@@ -1,6 +1,7 @@
 """Every family of dense models through the whole product: converted, run by our network, by transformers and by the engine."""
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "phi2": {"model_type": "phi", "num_key_value_heads": 4},
     "phi3": {
         "model_type": "phi3",
         "rope_parameters": HALF_ROPE,
     },
     "phi4_mini": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 20},
 }
-
-PHI2: dict[str, Any] = {"model_type": "phi", "num_key_value_heads": 4}
 
 
 def theirs(directory: Path) -> LadimoLlamaForCausalLM:
@@ -112,7 +112,7 @@ async def written_by_the_engine(directory: Path, prompt: torch.Tensor, **setting
         await engine.stop()
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "phi2"])
 async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path: Path) -> None:
     """Greedy, the dense model and the converted one; the reference for the dense model is the family's own class."""
     dense = make_dense(tmp_path / "dense", **FAMILIES[family])
@@ -171,25 +171,49 @@ async def test_a_shorter_context_has_the_frequencies_of_short_texts(tmp_path: Pa
         assert await written_by_the_engine(dense, prompt, max_model_len=context) == expected
 
 
-async def test_phi2_is_served_in_torch(tmp_path: Path) -> None:
+def test_phi2_runs_in_torch(tmp_path: Path) -> None:
     """The compiled step does not know its layers."""
-    dense = make_dense(tmp_path / "dense", **PHI2)
-    reference = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    expected = await asyncio.to_thread(written_by_transformers, reference, IDS[:1, :11])
-    assert await written_by_the_engine(dense, IDS[:1, :11]) == expected
+    dense = make_dense(tmp_path / "dense", **FAMILIES["phi2"])
     assert load_to_serve(dense, "cpu").backend.name == "torch"
     with pytest.raises(ValueError, match="quantize int8: it does not know FFNs without a gate"):
         load_to_serve(dense, "cpu", quantize="int8")
 
 
+@torch.no_grad()
+def test_phi2_split_exactly_or_kept_whole_is_phi2(tmp_path: Path) -> None:
+    """Biases count once: those of neurons with their experts, that of the output with none of them."""
+    dense = make_dense(tmp_path / "dense", **FAMILIES["phi2"], max_position_embeddings=32)
+    expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(IDS).logits.flatten(0, 1)
+    make_moe(tmp_path / "split", dense=dense, top_k=4, layer=EXACT)
+    recipe = small_recipe(**{"method": "static", "static.kept": 1.0, "train.steps": 0, "policies.points": 0})
+    assert convert(str(dense), tmp_path / "kept", recipe, [make_text(tmp_path / "text.txt")])
+    for directory in (tmp_path / "split", tmp_path / "kept"):
+        model = load_model(directory, torch.float32, CPU)
+        policy = read_policies(directory, model.config)["full"]
+        if directory.name == "split":
+            policy = replace(policy, layers=tuple(rule and replace(rule, renormalize=False) for rule in policy.layers))
+        ours = model(StepInputs.whole_sequences(IDS), None, make_tables(model, [policy])).logits
+        assert (ours - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_method_that_needs_a_gate_refuses_phi2_by_name(method: str, tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense", **PHI2, max_position_embeddings=32)
-    with pytest.raises(
-        ValueError, match=f"method '{method}' does not convert family 'phi', whose FFNs have no gate; methods that"
-    ):
-        convert(str(dense), tmp_path / "moe", small_recipe(method=method), [make_text(tmp_path / "text.txt")])
-    assert not (tmp_path / "moe").exists()
+def test_phi2_is_converted_by_methods_that_need_no_gate(method: str, tmp_path: Path) -> None:
+    """The others refuse it by name."""
+    dense = make_dense(tmp_path / "dense", **FAMILIES["phi2"], max_position_embeddings=32)
+    moe, text = tmp_path / "moe", [make_text(tmp_path / "text.txt")]
+    recipe = small_recipe(**{"method": method, "train.steps": 5, "policies.points": 0, "target_active": 0.9})
+    if "gelu" not in METHODS[method].ffn_kinds:
+        with pytest.raises(ValueError, match=f"method '{method}' does not convert family 'phi', whose FFNs have no gate"):
+            convert(str(dense), moe, recipe, text)
+        assert not moe.exists()
+        return
+    assert convert(str(dense), moe, recipe, text)
+    config = read_config(moe)
+    assert {layer.ffn_kind for layer in config.layers if layer is not None} == {"gelu"}
+    assert (config.parallel_block, config.norm_kind, config.head_bias) == (True, "layer", True)
+    assert_halves_agree(moe)
+    report = read_json(moe / "report.json")
+    assert min(policy["active_parameters_ratio"] for policy in report["policies"]) < 0.95
 
 
 @pytest.mark.parametrize(
@@ -201,6 +225,6 @@ def test_a_method_that_needs_a_gate_refuses_phi2_by_name(method: str, tmp_path: 
     ],
 )
 def test_what_phi2_cannot_have_is_refused_by_field(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    raw = read_json(make_dense(tmp_path, **PHI2) / "config.json")
+    raw = read_json(make_dense(tmp_path, **FAMILIES["phi2"]) / "config.json")
     with pytest.raises(ValueError, match=message):
         read_model_config({**raw, **fields})

@@ -20,7 +20,7 @@ from ladimo.convert.methods.elastic.substitutes import (
 )
 from ladimo.convert.run import Run
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GatedMLP
 from ladimo.model.moe import ExpertLayer
 
 KEPT_BYTES = 2**30  # the most bytes of solved layers that stay in memory
@@ -42,9 +42,10 @@ def contested_budgets(run: Run) -> tuple[int, ...]:
     return tuple(number for number, target in enumerate(elastic.budgets) if able and target <= elastic.routed)
 
 
-def solve_layer(run: Run, index: int, mlp: GatedMLP, data: LayerData) -> None:
+def solve_layer(run: Run, index: int, mlp: Ffn, data: LayerData) -> None:
     """Solve one layer, and save its neuron order and its repairs in the workspace. If a budget may route, save its routed
     substitutes, too."""
+    assert isinstance(mlp, GatedMLP)
     started, experts, elastic = time.monotonic(), run.recipe.split.experts, run.recipe.section(ElasticRecipe)
     ordering = order_neurons(mlp, data, experts, elastic.ridge)
     repairs = {f"repair.{count}": repaired for count, repaired in ordering.repairs.items()}
