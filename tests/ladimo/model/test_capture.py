@@ -25,6 +25,8 @@ from ladimo.model.experts import MAX_GATHERED, apply_experts_grouped
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.quantized_layers import quantize_model
 from ladimo.model.transformer import MoeTransformer
+from tests.factories import make_moe
+from tests.ladimo.model.test_families import FAMILIES
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 # Any device but the CPU: a torch built without CUDA cannot index a fake tensor that claims to be on a GPU.
@@ -78,7 +80,7 @@ class DecodeStep:
         self.model.load_state_dict(weights, assign=True)
         if format is not None:
             quantize_model(self.model, format)
-        self.model.rotary.table = torch.empty(config.max_position_embeddings, 2, config.head_dim, device=DEVICE)
+        self.model.rotary.table = torch.empty(config.max_position_embeddings, 2, config.rotary_dim, device=DEVICE)
         self.backend = backend(DEVICE, dtype)
         self.backend.prepare(self.model)
         self.kv_cache = self.backend.allocate_cache(config, NUM_BLOCKS, BLOCK_SIZE)
@@ -119,6 +121,15 @@ def test_decode_step_of_moe(moe_dir: Path, batch: int) -> None:
         assert expert_ids is not None
         assert expert_ids.shape == (config.num_hidden_layers, batch, config.max_num_experts)
         assert logits.device.type == expert_ids.device.type == DEVICE.type
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi4_mini", "phi2"])
+def test_decode_step_of_families(family: str, tmp_path: Path) -> None:
+    """Converted; also where experts have no gate."""
+    config = read_config(make_moe(tmp_path, **FAMILIES[family]))
+    with fake():
+        for batch in (1, 64):
+            assert DecodeStep(config, batch).run().logits.shape == (batch, config.vocab_size)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
-from tests.factories import EOS_ID, EXACT, HALF_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import EOS_ID, EXACT, HALF_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import make_tables
 
@@ -37,6 +37,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
+    "llama3": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 1},
     "mistral": {"model_type": "mistral", "head_dim": 16, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
