@@ -38,6 +38,19 @@ TEXT = Path(__file__).parents[1] / "README.md"
 MAX_TEXT = 200_000  # characters
 
 
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Flags for `schedule`."""
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests arrive")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
+    parser.add_argument("--poisson", action="store_true", help="random gaps; without it, equal ones")
+    parser.add_argument("--peak", type=float, help="the rate of a burst")
+    parser.add_argument("--peak-from", type=float, default=30.0, help="when the burst begins, in seconds")
+    parser.add_argument("--peak-seconds", type=float, default=60.0, help="how long it lasts")
+    parser.add_argument("--ramp-to", type=float, help="the rate at the end; it rises or falls steadily")
+    parser.add_argument("--trace", type=Path, help="a CSV of Azure's LLM traces: its times and lengths")
+    parser.add_argument("--speed", type=float, default=1.0, help="how many times faster the trace is replayed")
+
+
 def schedule(args: argparse.Namespace) -> list[Arrival]:
     if args.trace is not None:
         return trace(args.trace, args.seconds, args.speed)
@@ -91,15 +104,7 @@ def _burst_figures(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> dic
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="the server's address, such as http://127.0.0.1:8000")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests arrive")
-    parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
-    parser.add_argument("--poisson", action="store_true", help="random gaps; without it, equal ones")
-    parser.add_argument("--peak", type=float, help="the rate of a burst")
-    parser.add_argument("--peak-from", type=float, default=30.0, help="when the burst begins, in seconds")
-    parser.add_argument("--peak-seconds", type=float, default=60.0, help="how long it lasts")
-    parser.add_argument("--ramp-to", type=float, help="the rate at the end; it rises or falls steadily")
-    parser.add_argument("--trace", type=Path, help="a CSV of Azure's LLM traces: its times and lengths")
-    parser.add_argument("--speed", type=float, default=1.0, help="how many times faster the trace is replayed")
+    add_schedule(parser)
     parser.add_argument("--prompt-tokens", type=parse_lengths, default=Lengths(64, 64), metavar="LOW-HIGH")
     parser.add_argument("--output-tokens", type=parse_lengths, default=Lengths(32, 32), metavar="LOW-HIGH")
     parser.add_argument(

@@ -104,6 +104,11 @@ class StepCosts:
             left = max(seconds - float(np.dot(self._decode.coefficients, decode)), 0.0) if rows else seconds
             self._prefill.observe(_prefill_features(tokens), left)
 
+    def mixed_seconds(self, rows: Mapping[float, int], tokens: Mapping[float, int]) -> float:
+        """One step with these decoding rows and prompt tokens, by price."""
+        decode = float(np.dot(self._decode.coefficients, _decode_features(rows))) if rows else 0.0
+        return decode + (float(np.dot(self._prefill.coefficients, _prefill_features(tokens))) if tokens else 0.0)
+
     def step_seconds(self, rows: int, price: float) -> float:
         """One step that decodes so many rows."""
         return float(np.dot(self._decode.coefficients, _decode_features({price: rows}))) if rows else 0.0
