@@ -30,8 +30,9 @@ ROOT = Path(__file__).parents[3]
         ({}, "int4"),
         ({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None),
         ({"layer": {"router": "table", "router_hidden_size": 5, "expert_weight": "one"}, "num_hidden_layers": 1}, None),
+        ({"model_type": "phi", "num_key_value_heads": 4, "num_hidden_layers": 1, "dense_layers": ()}, "int4"),
     ],
-    ids=["", "int4", "qwen3", "table router"],
+    ids=["", "int4", "qwen3", "table router", "phi2"],
 )
 def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | None, tmp_path: Path) -> None:
     """A prompt and decoding steps of mixed policies, one of them padding, through every kernel at once."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ladimo.convert.ffn.clustering import balanced_kmeans
 from ladimo.convert.ffn.hidden_channels import neuron_statistics
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 
 CLUSTER_TOKENS = 1024  # the exact balanced clustering of more would take long
 SPREAD = 8.0  # the distance of the best neuron's logit from the worst one's
@@ -30,7 +30,7 @@ class Start:
     router: Tensor | None
 
 
-def find_start(mlp: GatedMLP, inputs: Tensor, experts: int, generator: torch.Generator) -> Start:
+def find_start(mlp: Ffn, inputs: Tensor, experts: int, generator: torch.Generator) -> Start:
     """inputs: the FFN's [T, D], on the host."""
     if experts == 1:
         return Start(_places(neuron_statistics(mlp, inputs).importance)[None], None)
