@@ -43,6 +43,7 @@ from ladimo.policy import LayerRule, RoutingPolicy
 
 SNAPSHOT = "training.safetensors"  # the state of an unfinished training
 START_TOKENS = 65_536  # on which the statistics before training are gathered
+DAMAGE_TOKENS = 8192  # on which the damage of each width is found, for policies between the budgets
 MASKS = "masks.safetensors"  # partitions, routers and logits of a finished one
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class MaskMethod(Method):
         return Converted(
             layers=layers,
             entries=[{"layer": index, "converted": True, "seconds": 0.0} for index in run.candidates],
-            candidates=lambda model: budget_candidates(model, named, calibration.holdout, run.recipe),
+            candidates=lambda model: budget_candidates(model, named, first(calibration.holdout, DAMAGE_TOKENS), run.recipe),
             report={"masks": {"budgets": budgets, "experts": self.experts(run.recipe), "curve": record["curve"]}},
             seconds=record["seconds"],
         )
@@ -123,7 +124,7 @@ class MaskMethod(Method):
             logger.info("resuming after step %d of %d", training.step, options.steps)
 
         elif options.start:
-            blocks = calibration.fit[: max(1, START_TOKENS // calibration.fit.shape[1])]
+            blocks = first(calibration.fit, START_TOKENS)
             for index, mlp, inputs, _ in run.dense.ffn_data(blocks, run.candidates):
                 start = find_start(mlp, inputs, self.experts(run.recipe), run.generator(index))
                 training.begin(run.candidates.index(index), start)
@@ -226,6 +227,11 @@ def trainable(dense: StreamedModel) -> StreamedModel:
     if dense.device.type != "cpu" or dense.dtype == torch.float32:
         return dense
     return StreamedModel(dense.directory, dense.device, "float32")
+
+
+def first(blocks: Tensor, tokens: int) -> Tensor:
+    """The first so many tokens of blocks [B, S], as whole blocks, at least one."""
+    return blocks[: max(1, tokens // blocks.shape[1])]
 
 
 def layer_cost(config: ModelConfig, recipe: Recipe, experts: int) -> Cost:
