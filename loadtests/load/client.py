@@ -142,8 +142,8 @@ class Client:
                     continue
                 if b'"usage":{' in event or b'"error"' in event or b'"routing":{' in event:
                     self._note(json.loads(event[6:]), outcome)
-                if b'"choices":[]' in event or b'"error"' in event:
-                    continue
+                if b'"choices":[]' in event or b'"error"' in event or (b'"usage":{' in event and b'"text":""' in event):
+                    continue  # llama.cpp's last chunk has the usage and no token
                 chunks += 1
                 if outcome.first is None:
                     outcome.first = now
