@@ -12,6 +12,7 @@ from ladimo.checkpoint import (
     choose_device,
     copy_tokenizer,
     moe_config_json,
+    read_config,
     read_json,
     resolve_directory,
     write_json,
@@ -49,8 +50,8 @@ def convert(
     directory = resolve_directory(source)
     torch_device = choose_device(device)
     method = get_method(recipe.method)
+    check_fit(method, read_config(directory))
     config = check_source(directory)
-    check_fit(method, config)
     recipe = method.resolve(recipe, config, torch_device)
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     arguments = conversion_arguments(source, directory, recipe, text, device)
