@@ -149,11 +149,11 @@ def _fill_rows(matrices: Tensor, size: int) -> Tensor:
 
 
 def _single_rows(planes: Planes) -> Tensor:
-    """The low plane [..., N, K] by rows, as `refine.h` wants them: bytes [..., N, K / 32, 18]."""
+    """The low plane [..., N, K] by rows, as `refine.h` wants them: bytes [..., N, 18 K / 32]."""
     groups = (planes.low + 8).view(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2))
     halves = groups[..., 0, :] | groups[..., 1, :] << 4
-    scales = planes.scales.to(SCALE_DTYPE).contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
-    return torch.cat((halves, scales), dim=-1)
+    scales = planes.scales.to(SCALE_DTYPE).contiguous().view(torch.uint8)
+    return torch.cat((halves.flatten(-2), scales), dim=-1)
 
 
 def _single_columns(planes: Planes) -> Tensor:

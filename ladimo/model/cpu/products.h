@@ -81,6 +81,8 @@ static inline __attribute__((always_inline)) void tile_bf16(const int r, const i
     }
 }
 
+// The largest activation in 8 bits. Weights of both planes reach 15 * NESTED_STEPS + 15 = 135. So two products fit into 16 bits.
+#define MOST_ROUNDED 121.0f
 // Activations for integer weights: columns rounded to 8 bits, and for each group a scale and the sum of its integers.
 typedef struct {
     int8_t *columns;
@@ -93,20 +95,23 @@ static inline Rounded rounded(const void *x, int64_t cols) {
     return (Rounded){(int8_t *)at, (float *)(at + cols), (int32_t *)(at + cols + cols / GROUP * sizeof(float))};
 }
 
-// dot_int8 and dot_int4 multiply the four bytes of each lane with four activations, and add the products to the lane. Weights are
-// unsigned, as they are stored. `group_sum` turns the sums of one group into sums of (weight - offset) * activation, in 32 bits.
+// dot_int8, dot_int4 and dot_both multiply the four bytes of each lane with four activations, and add the products to the lane.
+// Weights are unsigned, as they are stored. Those of `dot_both` are both planes together. `group_sum` turns the sums of one group
+// into sums of (weight - offset) * activation, in 32 bits.
 #define OFFSET(bits) (1 << ((bits) - 1))
+static inline int32_t offset_of(int kind) { return kind == INT8 ? OFFSET(8) : kind == BOTH_PLANES ? OFFSET(4) * (NESTED_STEPS + 1) : OFFSET(4); }
 
 #if defined(__AVX512VNNI__) && LANES == 16
 static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(columns));
 }
 static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
-static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+static inline vi dot_both(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int kind) { return sum - offset_of(kind) * columns; }
 
 #elif defined(__AVX2__) && LANES == 8
 // The instruction multiplies unsigned with signed bytes, and adds pairs of products in 16 bits. Two int8 products fit into 16 bits
-// only if the sign of the weight is moved to the activation. The int4 products of a whole group fit.
+// only if the sign of the weight is moved to the activation. Two products of both planes fit, and the int4 products of a whole group.
 static inline __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
     __m256i weight = (__m256i)(weights ^ 0x80808080u), column = _mm256_sign_epi8(_mm256_set1_epi32(columns), weight);
@@ -115,9 +120,12 @@ static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
 static inline vi dot_int4(vi sum, vu weights, int32_t columns) {
     return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(columns)));
 }
-static inline vi group_sum(vi sum, int32_t columns, int bits) {
-    if (bits == 8) return sum;
-    return (vi)widen_pairs((__m256i)sum) - OFFSET(bits) * columns;
+static inline vi dot_both(vi sum, vu weights, int32_t columns) {
+    return sum + (vi)widen_pairs(_mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(columns)));
+}
+static inline vi group_sum(vi sum, int32_t columns, int kind) {
+    if (kind == INT8) return sum;
+    return (kind == BOTH_PLANES ? sum : (vi)widen_pairs((__m256i)sum)) - offset_of(kind) * columns;
 }
 
 #else
@@ -126,15 +134,15 @@ static inline vi dot_int8(vi sum, vu weights, int32_t columns) {
     return sum;
 }
 static inline vi dot_int4(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
-static inline vi group_sum(vi sum, int32_t columns, int bits) { return sum - OFFSET(bits) * columns; }
+static inline vi dot_both(vi sum, vu weights, int32_t columns) { return dot_int8(sum, weights, columns); }
+static inline vi group_sum(vi sum, int32_t columns, int kind) { return sum - offset_of(kind) * columns; }
 #endif
 
 // Registers for the total sums, the sums of one group, a weight in parts and an activation.
 #define INTEGER_SUMS(v) IN_REGISTERS(v, 2 * (v) * n + 3)
 
 // Integer weights are stored with their offset added. A lane has four columns of int8, or eight columns of int4. The first four of
-// these are in the lower halves of its bytes. Both planes together are integers of 8 bits, as they are stored: with 128 added.
-#define BOTH(high, low) ((high) * NESTED_STEPS + (low) + 0x01010101u * (128 - OFFSET(4) * (NESTED_STEPS + 1)))
+// these are in the lower halves of its bytes.
 
 static inline vf read_scales(const uint8_t *scales, int64_t i, int kind) {
     return kind == INT8 || kind == INT4 ? ((const vf *)scales)[i] : widen(((const vh *)scales)[i]);
@@ -167,9 +175,9 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
                         FOR_TOKENS part[t][v] = dot_int4(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     } else {
                         vu rest = low_at[v];
-                        lower = BOTH(lower, rest & 0x0f0f0f0f), upper = BOTH(upper, rest >> 4 & 0x0f0f0f0f);
-                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
-                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
+                        lower = lower * NESTED_STEPS + (rest & 0x0f0f0f0f), upper = upper * NESTED_STEPS + (rest >> 4 & 0x0f0f0f0f);
+                        FOR_TOKENS part[t][v] = dot_both(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
+                        FOR_TOKENS part[t][v] = dot_both(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
                     }
                 }
             }
@@ -177,7 +185,7 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
             FOR_VECTORS scale[v] = read_scales(scales, g * vectors + first + v, kind);
             FOR_TOKENS {
                 Rounded columns = rounded(x[t], cols);
-                FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], bits), vf) *
+                FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], kind), vf) *
                                          (scale[v] * (columns.scales[g] * step));
             }
         }
@@ -201,12 +209,12 @@ static inline __attribute__((always_inline)) void tile_both(const int r, const i
     tile_integer(r, n, BOTH_PLANES, w, low, scales, cols, x, out);
 }
 
-// Round group number `group` of x to 8 bits.
+// Round group number `group` of x to integers of at most MOST_ROUNDED.
 static void round_group(const float *x, Rounded out, int64_t group) {
     const vf *v = (const vf *)(x + group * GROUP);
     vf magnitude = {0};
     for (int i = 0; i < GROUP / LANES; i++) magnitude = larger(magnitude, (vf)((vi)v[i] & 0x7fffffff));
-    float most = max_lanes(magnitude), inverse = most > 0 ? 127.0f / most : 0.0f;
+    float most = max_lanes(magnitude), inverse = most > 0 ? MOST_ROUNDED / most : 0.0f;
     vi total = {0};
     for (int i = 0; i < GROUP / LANES; i++) {
         vf shifted = v[i] * inverse + 12582912.0f;  // rounds: the integer is now in the low bits of the mantissa
@@ -214,7 +222,7 @@ static void round_group(const float *x, Rounded out, int64_t group) {
         *(vb *)(out.columns + group * GROUP + i * LANES) = __builtin_convertvector(integers, vb);
         total += integers;
     }
-    out.scales[group] = most / 127.0f;
+    out.scales[group] = most / MOST_ROUNDED;
     out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // exact, because it is below 2^24
 }
 
