@@ -46,9 +46,9 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class NestedRecipe:
-    """damage_tokens: held-out tokens on which the damage of each change is found. points: how many policies the solver adds
-    between 8 bits everywhere and 4 bits everywhere. refine, head_refine: those of the policies that refine
-    (`RoutingPolicy`)."""
+    """damage_tokens: held-out tokens on which the damage of each change is found. points: how many policies that refine neurons
+    the solver adds between 8 bits everywhere and 4 bits everywhere; half as many do not. refine, head_refine: those of the
+    policies that refine (`RoutingPolicy`)."""
 
     damage_tokens: int = 4096
     points: int = 5
@@ -207,41 +207,62 @@ def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> l
 def bit_candidates(config: ModelConfig, damages: Sequence[Mapping[str, Any]], recipe: Recipe) -> Candidates:
     """The named policies, the recipe's number of others between 8 and 4 bits, and the guard.
 
-    Of all changes from 8 to 4 bits, those with the least damage per saved byte come first. A part that can be refined changes
-    in two steps: to 4 bits refined, and to 4 bits. If the second step is the better one, both are taken together.
+    The named policies and the guard refine words, but no neurons: a batch would need nearly all of them, each for another
+    token. The others are for batches of 1, and also refine neurons. Half as many are for larger batches, and do not.
     """
     options, known = recipe.section(NestedRecipe), {}
     for raw in damages:
         one = Change(**raw)
         known[one.part, one.index, one.refined] = one
-    steps: list[tuple[float, float, Change]] = []  # damage per saved byte, saved bytes, and what it changes to
-    for (part, index, refined), end in known.items():
-        middle = known.get((part, index, True))
-        if refined or middle is None:
-            if not refined:
-                steps.append((end.damage / end.saved, end.saved, end))
-            continue
-        rest = max(end.damage - middle.damage, 0.0), end.saved - middle.saved
-        if middle.saved <= 0 or rest[1] <= 0 or middle.damage / middle.saved >= rest[0] / rest[1]:
-            steps.append((end.damage / end.saved, end.saved, end))
-        else:
-            steps += [(middle.damage / middle.saved, middle.saved, middle), (rest[0] / rest[1], rest[1], end)]
-    path, saved = [_same(config, HIGH)], [0.0]
-    for _, bytes_saved, to in sorted(steps, key=lambda step: step[:2]):
-        path.append(_apply(path[-1], to, options))
-        saved.append(saved[-1] + bytes_saved)
-
-    def near(share: float) -> Rules:
-        """The solution whose saved bytes are nearest to this share of all that can be saved."""
-        return path[min(range(len(path)), key=lambda place: abs(saved[place] - share * saved[-1]))]
-
+    whole = {key: change for key, change in known.items() if not (change.refined and change.part == "ffn")}
+    path, refined = _Path.solve(config, whole, options), _Path.solve(config, known, options)
     full, points, ratio = _same(config, None), options.points, recipe.max_perplexity_ratio
-    rules = {"full": full, "quality": path[0], "balanced": near(0.5), "fast": path[-1]}
-    for point in range(1, points + 1):
-        found = near(point / (points + 1))
-        if found not in rules.values():
-            rules[f"saved-{100 * point / (points + 1):.0f}"] = found
-    return Candidates(rules, Guard(ratio, [full, *path]) if ratio else None)
+    rules = {"full": full, "quality": path.rules[0], "balanced": path.near(0.5), "fast": path.rules[-1]}
+    for name, some, count in (("saved", path, points // 2), ("refined", refined, points)):
+        for point in range(1, count + 1):
+            found = some.near(point / (count + 1))
+            if found not in rules.values() and (some is path or any(rule and rule.refine for rule in found[:-1])):
+                rules[f"{name}-{100 * point / (count + 1):.0f}"] = found
+    return Candidates(rules, Guard(ratio, [full, *path.rules]) if ratio else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """Solutions, from 8 bits everywhere to 4 bits everywhere, and the share of the dense model's bytes that each one saves."""
+
+    rules: list[Rules]
+    saved: list[float]
+
+    @classmethod
+    def solve(cls, config: ModelConfig, known: Mapping[tuple[str, int, bool], Change], options: NestedRecipe) -> "_Path":
+        """Of all changes from 8 to 4 bits, those with the least damage per saved byte come first.
+
+        A part that can be refined changes in two steps: to 4 bits refined, and to 4 bits. If the second step is the better one,
+        both are taken together. The head never takes the second step alone: its words cost almost no bytes.
+        """
+        steps: list[tuple[float, float, Change]] = []  # damage per saved byte, saved bytes, and what it changes to
+        for (part, index, is_refined), end in known.items():
+            middle = known.get((part, index, True))
+            if is_refined or middle is None:
+                if not is_refined:
+                    steps.append((end.damage / end.saved, end.saved, end))
+                continue
+            rest = max(end.damage - middle.damage, 0.0), end.saved - middle.saved
+            if middle.saved <= 0 or rest[1] <= 0 or middle.damage / middle.saved >= rest[0] / rest[1]:
+                steps.append((end.damage / end.saved, end.saved, end))
+                continue
+            steps.append((middle.damage / middle.saved, middle.saved, middle))
+            if part != "head":
+                steps.append((rest[0] / rest[1], rest[1], end))
+        rules, saved = [_same(config, HIGH)], [0.0]
+        for _, bytes_saved, to in sorted(steps, key=lambda step: step[:2]):
+            rules.append(_apply(rules[-1], to, options))
+            saved.append(saved[-1] + bytes_saved)
+        return cls(rules, saved)
+
+    def near(self, share: float) -> Rules:
+        """The solution whose saved bytes are nearest to this share of all that can be saved."""
+        return self.rules[min(range(len(self.rules)), key=lambda place: abs(self.saved[place] - share * self.saved[-1]))]
 
 
 def _apply(rules: Rules, to: Change, options: NestedRecipe) -> Rules:

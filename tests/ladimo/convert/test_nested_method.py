@@ -14,7 +14,6 @@ from ladimo.checkpoint import TensorReader, load_model, read_config, read_fronti
 from ladimo.convert.data.calibration import Encoder, evaluation_blocks
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.evaluation.measure import measure
-from ladimo.convert.evaluation.variants import variant_of
 from ladimo.convert.methods.nested import bit_candidates
 from ladimo.convert.pipeline import convert
 from ladimo.convert.reprofile import reprofile
@@ -23,7 +22,6 @@ from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
-from ladimo.policy import RoutingPolicy
 from tests.factories import make_dense
 from tests.ladimo.convert.conftest import Made, killed, make_text, small_recipe
 from tests.ladimo.stepping import make_tables
@@ -147,7 +145,8 @@ def change(part: str, index: int, damage: float, saved: float, refined: bool = F
 
 def test_the_solver_takes_the_least_damage_per_byte_first(nested: Made) -> None:
     """Layer 1's FFN costs nothing and goes first. Layer 0's is refined first, and reads 4 bits alone at the end. Refining layer
-    2's does not pay, so it changes at once."""
+    2's does not pay, so it changes at once. The head stays refined. The named policies and those for batches have no neurons to
+    refine."""
     config: ModelConfig = read_config(nested.out)
     depth = config.num_hidden_layers
     changes = [
@@ -169,7 +168,10 @@ def test_the_solver_takes_the_least_damage_per_byte_first(nested: Made) -> None:
     seen = {place: {(rule.bits, rule.refine) for variant in rules if (rule := variant[place])} for place in range(depth + 1)}
     assert (4, 1.5) in seen[0] and (4, 8.0) in seen[depth]
     assert all(refine is None for place in (1, 2) for _, refine in seen[place])
-    assert variant_of(RoutingPolicy("p", "", rules[-1][:depth], 4), config) == found.rules["fast"]
+    cheapest = [rule and (rule.bits, rule.refine) for rule in found.rules["fast"]]
+    assert cheapest == [(4, None)] * depth + [(4, 8.0)]
+    assert {rule and rule.refine for name, some in found.rules.items() if "refined" not in name for rule in some[:-1]} == {None}
+    assert any("saved" in name for name in found.rules) and any("refined" in name for name in found.rules)
 
 
 def test_policies_refine_what_a_token_needs(nested: Made) -> None:
