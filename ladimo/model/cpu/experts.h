@@ -188,16 +188,14 @@ static void sort_pairs(State *s) {
     }
 }
 
-// Sort the pairs, and number the chunks of the gate and up products. The chunks of an expert are its spans of matrix blocks times
-// its blocks of tokens. Returns the number of chunks.
-static int64_t group_tokens(const Engine *engine, State *s) {
-    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0, blocks = 0;
+// Sort the pairs, and number the chunks of the gate and up products. The chunks of an expert are its matrix blocks times its blocks
+// of tokens. Returns the number of chunks.
+static int64_t group_tokens(State *s) {
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, chunks = 0;
     sort_pairs(s);
-    for (int64_t e = 0; e < experts; e++) blocks += count_pairs(s, e) ? num_blocks(&s->layer->gate_up) : 0;
-    s->span = span_of(engine, blocks, s->step->num_tokens);
     for (int64_t e = 0; e < experts; e++) {
         s->first_chunk[e] = chunks;
-        chunks += ceil_div(num_blocks(&s->layer->gate_up), s->span) * ceil_div(count_pairs(s, e), TOKEN_BLOCK);
+        chunks += num_blocks(&s->layer->gate_up) * ceil_div(count_pairs(s, e), TOKEN_BLOCK);
     }
     return s->first_chunk[experts] = chunks;
 }
@@ -234,9 +232,7 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     const int64_t *pairs = pairs_of(s, e);
     const float *norms = s->layer->column_norms ? s->layer->column_norms + e * s->layer->expert_size : NULL;
     int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK);
-    int64_t begin = pairs[0] + chunk % token_blocks * TOKEN_BLOCK, first = chunk / token_blocks * s->span;
-    for (int64_t block = first; block < least(first + s->span, num_blocks(&matrix)); block++)
-        gate_up_block(s, &matrix, norms, pairs, block, begin);
+    gate_up_block(s, &matrix, norms, pairs, chunk / token_blocks, pairs[0] + chunk % token_blocks * TOKEN_BLOCK);
 }
 
 // 64 rows of the output, for all experts and tokens. One thread adds up each row, in the order of the experts.

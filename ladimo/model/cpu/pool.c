@@ -16,21 +16,29 @@ static inline void relax(int *spins) {
     }
 }
 
-// Take one chunk of the phase and compute it. Returns 0 if no chunk is left.
-static int take(Engine *engine) {
-    uint64_t seen = atomic_load_explicit(&engine->ticket, memory_order_acquire);
-    while ((uint32_t)seen) {
-        if (!atomic_compare_exchange_weak(&engine->ticket, &seen, seen - 1)) continue;
-        engine->run(engine->job, (int64_t)(uint32_t)seen - 1);
-        atomic_fetch_sub(&engine->left, 1);
-        return 1;
+// The first chunk of a range. The number of ranges is a range number, too: its first chunk would be the one behind the last.
+static inline int64_t first_chunk(const Engine *engine, int64_t range) { return range * engine->count / (engine->num_helpers + 1); }
+
+// Take one chunk of the phase and compute it, from the own range if it has one left. Returns 0 if no chunk is left.
+static int take(Engine *engine, int own) {
+    int ranges = engine->num_helpers + 1;
+    for (int i = 0; i < ranges; i++) {
+        int range = own + i < ranges ? own + i : own + i - ranges;
+        uint64_t seen = atomic_load_explicit(&engine->tickets[range], memory_order_acquire);
+        while ((uint32_t)seen) {
+            if (!atomic_compare_exchange_weak(&engine->tickets[range], &seen, seen - 1)) continue;
+            engine->run(engine->job, first_chunk(engine, range + 1) - (int64_t)(uint32_t)seen);
+            atomic_fetch_sub(&engine->left, 1);
+            return 1;
+        }
     }
     return 0;
 }
 
 // The main function of a helper thread.
 static void *help(void *argument) {
-    Engine *engine = argument;
+    const Helper *self = argument;
+    Engine *engine = self->engine;
     for (;;) {
         pthread_mutex_lock(&engine->mutex);
         while (!engine->awake && !engine->stop) pthread_cond_wait(&engine->wake, &engine->mutex);
@@ -38,7 +46,7 @@ static void *help(void *argument) {
         if (engine->stop) return NULL;
         int spins = 0;
         while (atomic_load_explicit(&engine->awake, memory_order_relaxed)) {
-            if (take(engine)) spins = 0;
+            if (take(engine, self->number)) spins = 0;
             else relax(&spins);
         }
     }
@@ -51,10 +59,14 @@ void run(Engine *engine, Chunk chunk, const void *job, int64_t count) {
     }
     engine->run = chunk;
     engine->job = job;
+    engine->count = count;
     atomic_store(&engine->left, count);
-    uint64_t phase = (atomic_load(&engine->ticket) >> 32) + 1;
-    atomic_store_explicit(&engine->ticket, phase << 32 | (uint64_t)count, memory_order_release);
-    while (take(engine)) {}
+    uint64_t phase = (atomic_load(&engine->tickets[0]) >> 32) + 1;
+    for (int range = 0; range <= engine->num_helpers; range++) {
+        uint64_t chunks = (uint64_t)(first_chunk(engine, range + 1) - first_chunk(engine, range));
+        atomic_store_explicit(&engine->tickets[range], phase << 32 | chunks, memory_order_release);
+    }
+    while (take(engine, 0)) {}
     int spins = 0;
     while (atomic_load_explicit(&engine->left, memory_order_acquire)) relax(&spins);
 }
@@ -72,7 +84,7 @@ void ladimo_destroy(Engine *engine) {
     engine->stop = 1;
     pthread_cond_broadcast(&engine->wake);
     pthread_mutex_unlock(&engine->mutex);
-    for (int i = 0; i < engine->num_helpers; i++) pthread_join(engine->helpers[i], NULL);
+    for (int i = 0; i < engine->num_helpers; i++) pthread_join(engine->helpers[i].thread, NULL);
     pthread_cond_destroy(&engine->wake);
     pthread_mutex_destroy(&engine->mutex);
     free(engine->scratch);
@@ -84,8 +96,10 @@ Engine *ladimo_create(int64_t threads) {
     if (!engine) return NULL;
     pthread_mutex_init(&engine->mutex, NULL);
     pthread_cond_init(&engine->wake, NULL);
-    while (engine->num_helpers < threads - 1 && engine->num_helpers < 256) {
-        if (pthread_create(&engine->helpers[engine->num_helpers], NULL, help, engine)) break;  // fewer threads are enough
+    while (engine->num_helpers < threads - 1 && engine->num_helpers < MOST_HELPERS) {
+        Helper *helper = &engine->helpers[engine->num_helpers];
+        *helper = (Helper){.engine = engine, .number = engine->num_helpers + 1};
+        if (pthread_create(&helper->thread, NULL, help, helper)) break;  // fewer threads are enough
         engine->num_helpers++;
     }
     return engine;

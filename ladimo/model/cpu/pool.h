@@ -1,7 +1,8 @@
 // Threads that share the work of a call.
 //
-// The work is done in phases. A phase has a number of chunks, and any free thread takes the next chunk. The calling thread takes
-// part. A phase ends when all its chunks are done. It does not wait for every thread, so a thread that the system has suspended
+// The work is done in phases. A phase has a number of chunks. Each thread has a range of them, which it takes in order, so that it
+// reads memory in order, too. A thread whose range is empty takes chunks of the others. The calling thread takes part. A phase ends
+// when all its chunks are done. It does not wait for every thread, so a thread that the system has suspended
 // delays the phase only if it has taken a chunk. Between the phases of a step, helpers first spin for some microseconds and then
 // yield. Between steps they sleep.
 
@@ -14,21 +15,31 @@
 
 typedef void (*Chunk)(const void *job, int64_t chunk);
 
+#define MOST_HELPERS 255
+
+typedef struct Engine Engine;
 typedef struct {
-    // Low half: chunks that are not taken yet. High half: the number of the phase, so that a late thread cannot take a chunk of a
-    // new phase for one of an old phase.
-    _Atomic uint64_t ticket;
-    _Atomic int64_t left;     // chunks that are not done yet
+    Engine *engine;
+    int number;  // of its range: 1, 2, ...; the calling thread has range 0
+    pthread_t thread;
+} Helper;
+
+struct Engine {
+    // For each range, low half: chunks that are not taken yet. High half: the number of the phase, so that a late thread cannot
+    // take a chunk of a new phase for one of an old phase.
+    _Atomic uint64_t tickets[MOST_HELPERS + 1];
+    _Atomic int64_t left;  // chunks that are not done yet
     Chunk run;
     const void *job;
+    int64_t count;  // chunks of the phase
     _Atomic int awake, stop;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     int num_helpers;
-    pthread_t helpers[256];
+    Helper helpers[MOST_HELPERS];
     void *scratch;
     size_t scratch_size;
-} Engine;
+};
 
 Engine *ladimo_create(int64_t threads);
 void ladimo_destroy(Engine *engine);

@@ -324,15 +324,7 @@ typedef struct {
     int64_t target_stride;
     const float *bias;
     int add;
-    int64_t span;  // blocks per chunk
 } Product;
-
-// The number of blocks per chunk. With few tokens the time is spent reading memory, which is faster in long pieces. A chunk then
-// has up to four blocks, as long as there are at least eight chunks for each thread.
-static int64_t span_of(const Engine *engine, int64_t blocks, int64_t tokens) {
-    int64_t span = tokens > TILE ? 1 : blocks / (8 * (engine->num_helpers + 1));
-    return span < 1 ? 1 : least(span, 4);
-}
 
 static void product_block(const Product *j, int64_t block, int64_t begin) {
     int64_t row = block * PANELS * ROWS, width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
@@ -356,13 +348,10 @@ static void product_block(const Product *j, int64_t block, int64_t begin) {
 
 static void product_chunk(const void *job, int64_t chunk) {
     const Product *j = job;
-    int64_t token_blocks = ceil_div(j->first_row[PRECISIONS], TOKEN_BLOCK), first = chunk / token_blocks * j->span;
-    for (int64_t block = first; block < least(first + j->span, num_blocks(j->m)); block++)
-        product_block(j, block, chunk % token_blocks * TOKEN_BLOCK);
+    int64_t token_blocks = ceil_div(j->first_row[PRECISIONS], TOKEN_BLOCK);
+    product_block(j, chunk / token_blocks, chunk % token_blocks * TOKEN_BLOCK);
 }
 
 static void product(Engine *engine, Product job) {
-    int64_t tokens = job.first_row[PRECISIONS];
-    job.span = span_of(engine, num_blocks(job.m), tokens);
-    run(engine, product_chunk, &job, ceil_div(num_blocks(job.m), job.span) * ceil_div(tokens, TOKEN_BLOCK));
+    run(engine, product_chunk, &job, num_blocks(job.m) * ceil_div(job.first_row[PRECISIONS], TOKEN_BLOCK));
 }

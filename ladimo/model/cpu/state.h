@@ -24,7 +24,6 @@ typedef struct {
     float *pair_weight;           // [pairs], the weight of the expert's output for this token
     int64_t *first_pair;          // [E * PRECISIONS + 1]: the first pair of expert e at precision p is number e * PRECISIONS + p
     int64_t *first_chunk;         // [E + 1]: the first chunk of expert e in the gate and up products
-    int64_t span;                 // number of blocks of such a chunk
     float *gate_up;               // [pairs, 2 F], only if tokens refine: gate and up at 4 bits, then in place of gate what goes into down
     float *score_sums;            // [pairs, F / 32]: the sum of the scores of each block of neurons
     uint32_t *chosen;             // [pairs, F / 32]: a bit for each refined neuron

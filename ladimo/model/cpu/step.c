@@ -43,14 +43,14 @@ static void run_layer(Engine *engine, State *s) {
     int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
     sort_rows(s, tokens, attention_precision);
     run(engine, input_norm_token, s, tokens);
-    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width, l->qkv_bias, 0, 1});
+    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width, l->qkv_bias, 0});
     run(engine, store_token, s, tokens);
     run(engine, attend_item, s, s->num_items * m->kv_heads);
     run(engine, project_token, s, tokens);
-    product(engine, (Product){&l->o, s->projected, s->attended_bytes, s->order, s->first_row, s->x, m->hidden, l->o_bias, 1, 1});
+    product(engine, (Product){&l->o, s->projected, s->attended_bytes, s->order, s->first_row, s->x, m->hidden, l->o_bias, 1});
     run(engine, post_norm_token, s, tokens);
     if (s->step->batch_budgets && l->num_experts) share_experts(s);
-    int64_t chunks = group_tokens(engine, s);
+    int64_t chunks = group_tokens(s);
     if (!chunks) return;
     run(engine, gate_up_chunk, s, chunks);
     if (l->column_norms && any_refines(s)) refine_neurons(engine, s);
@@ -157,7 +157,7 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
         run(engine, final_norm_row, &state, step->num_logits);
         product(
             engine,
-            (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, NULL, 0, 1}
+            (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, NULL, 0}
         );
         if (step->refined && any_refines(&state)) run(engine, refine_words, &state, step->num_logits);
     }
