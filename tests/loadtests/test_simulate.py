@@ -62,7 +62,7 @@ def test_a_full_machine_waits_and_refuses_and_the_knob_helps(moe_dir: Path) -> N
     fixed = served(moe_dir, load, AtAccuracy(1.0), max_queue=20)
     assert fixed["errors"] and isinstance(fixed["good_share"], float) and fixed["good_share"] < 0.75
     eased = served(moe_dir, load, Automatic(Objective(ttft_ms=1000)), max_queue=20)
-    assert isinstance(eased["good_share"], float) and eased["good_share"] > fixed["good_share"] + 0.1
+    assert isinstance(eased["good_share"], float) and eased["good_share"] > fixed["good_share"] + 0.05
     assert isinstance(eased["mean_accuracy"], float) and eased["mean_accuracy"] < 0.9
     assert served(moe_dir, load, Automatic(Objective(ttft_ms=1000)), max_queue=20) == eased, "it follows from its arguments"
 
