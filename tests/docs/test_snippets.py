@@ -31,6 +31,8 @@ UNTESTED = [
     "make serve",
     "python -c",
     "python -m loadtests.load_test",
+    "ladimo export smol-moe",
+    "python -m loadtests.simulate",
 ]
 # Figures and files, not commands.
 DATA = {"json", "toml", "yaml", ""}
