@@ -1,6 +1,7 @@
 """Shared fixtures: tiny checkpoints, written once per run. Read them, never change them; `tests.factories` makes your own."""
 
 import gc
+import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests run first, so that no worker is left with a long file at the end. The order in a file stays."""
+    """Files with slow tests run first, so that no worker is left with a long file at the end. The order in a file stays. Long
+    tests run only with LONG_TESTS set."""
+    if not os.environ.get("LONG_TESTS"):
+        skip = pytest.mark.skip(reason="a long test; set LONG_TESTS")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

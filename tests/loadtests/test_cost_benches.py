@@ -42,7 +42,7 @@ def test_sampling_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(row["milliseconds"] > 0 and row["share_of_step"] > 0 for row in record["results"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scrape_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--seconds", "0.5", "--rounds", "1", "--every", "0.1", "--clients", "2", "--tokens", "20"]
     scrape_bench.main([str(moe_dir), *flags, "--flag=--device=cpu"])

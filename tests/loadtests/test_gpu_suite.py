@@ -48,7 +48,7 @@ def test_integers_need_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFixture
         assert needed["as they are", policy] > 2 * needed["int8", policy] > 2 * needed["int4", policy]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_needs_no_web_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The section of tests, as where there are torch, transformers and pytest only: a JSON line for it, and one last."""
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in (*ABSENT, "pytest_asyncio"))

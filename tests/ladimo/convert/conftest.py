@@ -24,13 +24,13 @@ def make_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
 
 
 def small_recipe(**flags: object) -> Recipe:
-    """A conversion of about a second: 4 experts, 2 per token, all layers, 30 steps."""
+    """A conversion of about a second: 4 experts, 2 per token, all layers, 15 steps."""
     defaults = {
         "method": "ladimo",
         "layers": "all",
         "tokens": 3000,
         "split.experts": 4,
-        "train.steps": 30,
+        "train.steps": 15,
         "train.batch_tokens": 256,
         "train.expert_lr": 3e-3,
         "train.gate_lr": 1e-2,

@@ -237,7 +237,7 @@ def test_a_killed_run_resumes_to_the_same_result(routed: Made, pattern: str, tmp
     assert results(out) == results(routed.out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobs_share_the_layers(routed: Made, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     convert_routed(routed.dense, out, routed.text, routed.recipe, jobs=2)

@@ -57,7 +57,7 @@ def recipe_flags(made: Made, path: Path) -> list[str]:
     return ["--text", str(made.text), "--recipe", str(path)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_at_random_moments_change_nothing(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out/moe"
     monkeypatch.setenv("KILLS_SEED", "3")

@@ -192,7 +192,7 @@ def test_the_compiled_step_serves_it(pruned: Made) -> None:
     torch.testing.assert_close(given.logits, expected.logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["tomoe", "disp"])
+@pytest.mark.parametrize("method", [pytest.param("tomoe", marks=pytest.mark.long), "disp"])
 def test_a_stopped_training_goes_on_and_gives_the_same(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     """From the last snapshot, behind which the blocks are cut already."""
     changed = recipe(method, steps=30, budgets=[0.7])

@@ -49,8 +49,14 @@ def driver(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[web
         driver.quit()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 1280])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1280),
+        ("dark", 380),
+        *(pytest.param(*look, marks=pytest.mark.long) for look in [("dark", 1280), ("light", 380)]),
+    ],
+)
 def test_it_is_accessible_and_fits(driver: webdriver.Chrome, scheme: str, width: int) -> None:
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)

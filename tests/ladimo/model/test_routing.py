@@ -91,7 +91,7 @@ def select(
     return select_experts(router_logits, tables.rows[policy_ids, 0], tables.allowed[policy_ids, 0], layer, bias)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(layer=layers, tokens=st.lists(st.tuples(logits, rules), min_size=1, max_size=4), bias=biases)
 def test_rule_against_direct_implementation(
     layer: MoeLayerConfig, tokens: list[tuple[list[float], LayerRule]], bias: list[float] | None

@@ -410,7 +410,14 @@ def test_keys_open_what_is_closed(driver: webdriver.Chrome, model: Path) -> None
 
 
 @needs_chromium
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1280),
+        ("dark", 390),
+        *(pytest.param(*look, marks=pytest.mark.long) for look in [("dark", 1280), ("light", 390)]),
+    ],
+)
 def test_every_look_is_accessible_and_fits(page: Page, scheme: str, width: int) -> None:
     page.scheme(scheme, width)
     page.open()

@@ -77,7 +77,11 @@ def test_a_signal_at_any_moment_of_the_start_exits_0(moe_dir: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "name", "signals"), [("server.launch", "build_core", 1), ("server.engine.model_runner", "ModelRunner.launch", 2)]
+    ("module", "name", "signals"),
+    [
+        pytest.param("server.launch", "build_core", 1, marks=pytest.mark.long),
+        ("server.engine.model_runner", "ModelRunner.launch", 2),
+    ],
 )
 def test_an_engine_that_hangs_in_native_code_does_not_hold_the_process(
     moe_dir: Path, module: str, name: str, signals: int
