@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.auto import load_tokenizer
-from ladimo.checkpoint import load_to_serve, read_config, read_frontier, read_policies
+from ladimo.checkpoint import load_to_serve, read_config, read_policies
 from ladimo.model.precision import GROUP
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import conditions
@@ -33,13 +33,21 @@ LLAMA_CPP_FORMATS = {"Q8_0": 7, "Q6_K": 18, "Q4_K_M": 15}
 
 
 def nested_rows(directory: Path, windows: Tensor) -> Iterator[Row]:
-    """The policies of a nested checkpoint that lie on its frontier, most expensive first."""
-    frontier, policies = read_frontier(directory), read_policies(directory, read_config(directory))
-    if frontier is None:
-        raise SystemExit(f"{directory}: has no frontier")
+    """The policies of a nested checkpoint. Those that read most bits come first. Their bytes are those on this text."""
+    config = read_config(directory)
+
+    def cost(policy: RoutingPolicy, refined_rows: float) -> float:
+        experts = tuple(None if rule is None else float(rule.top_k) for rule in policy.layers)
+        ratio = policy.bytes_ratio(config, experts, refined_rows)
+        if ratio is None:
+            raise SystemExit(f"{directory}: has no nested weights")
+        return ratio
+
+    policies = sorted(read_policies(directory, config).values(), key=lambda policy: -cost(policy, 0.0))
     model = load_to_serve(directory, "cpu")
-    for point in sorted(frontier.for_batch(1).points, key=lambda point: -point.cost):
-        yield point.policy, point.cost, perplexity(model, policies[point.policy], windows)
+    for policy in policies:
+        found, refined_rows = perplexity(model, policy, windows)
+        yield policy.name, cost(policy, refined_rows), found
 
 
 def plain_rows(directory: Path, windows: Tensor) -> Iterator[Row]:
@@ -48,7 +56,7 @@ def plain_rows(directory: Path, windows: Tensor) -> Iterator[Row]:
     dense = RoutingPolicy("dense", "", (None,) * config.num_hidden_layers)
     for bits in (8, 4):
         model = load_to_serve(directory, "cpu", "auto", f"int{bits}")
-        yield f"int{bits}", (bits + SCALE_BITS / GROUP) / 16, perplexity(model, dense, windows)
+        yield f"int{bits}", (bits + SCALE_BITS / GROUP) / 16, perplexity(model, dense, windows)[0]
 
 
 def llama_cpp_rows(gguf: Path, windows: Tensor, threads: int) -> Iterator[Row]:

@@ -27,14 +27,14 @@ BLOCK_SIZE = 16
 FORMATS: dict[str, str | None] = {"stored": None, "int8": "int8", "int4": "int4"}
 
 
-def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) -> float:
-    """The perplexity on N separate windows of tokens [N, S]."""
+def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) -> tuple[float, float]:
+    """The perplexity on N separate windows of tokens [N, S], and the mean number of rows that a token refines."""
     config, length = model.config, windows.shape[1]
     num_blocks = -(-length // BLOCK_SIZE)
     cache = model.backend.allocate_cache(config, num_blocks + 1, BLOCK_SIZE)
     tables = RoutingTables.empty(2, config.num_hidden_layers, config.max_num_experts, "cpu")
     tables.write(1, *policy.to_rows(config.max_num_experts))
-    positions, total = torch.arange(length), 0.0
+    positions, total, refined = torch.arange(length), 0.0, 0
     for window in windows:
         inputs = StepInputs(
             input_ids=window,
@@ -44,9 +44,11 @@ def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) ->
             block_table=torch.arange(1, num_blocks + 1)[None],
             prefill=(PrefillSegment(0, 0, length, length),),
         )
-        logits = model.step(inputs, cache, tables).logits
-        total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
-    return math.exp(total / windows[:, 1:].numel())
+        output = model.step(inputs, cache, tables)
+        total += F.cross_entropy(output.logits[:-1], window[1:], reduction="sum").item()
+        rows = output.refined_rows
+        refined += 0 if rows is None else int(rows.sum())
+    return math.exp(total / windows[:, 1:].numel()), refined / windows.numel()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_to_serve(args.model, "cpu", "auto", format)
         if model.backend.name != "native":
             parser.error("there is no compiled step on this machine")
-        found = perplexity(model, policies[args.policy], windows)
+        found, _ = perplexity(model, policies[args.policy], windows)
         stored = figures["stored"]["perplexity"] if figures else found
         figures[name] = {"perplexity": found, "perplexity_ratio": found / stored}
         print(f"{name:<6} perplexity {found:9.4f}  ratio {found / stored:.4f}")

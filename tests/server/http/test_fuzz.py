@@ -297,7 +297,7 @@ def test_any_headers_and_packings(client: Client, headers: list[tuple[str, str]]
     assert reply.status_code == 200 or 400 <= reply.status_code < 429 or reply.status_code == 504, reply.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_flat(client: Client) -> None:
     def resident_after(requests: int) -> int:
         for number in range(requests):
