@@ -22,7 +22,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n $$(( $$(nproc) * 3 / 2 )) --dist loadfile; tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )) --dist loadfile; tests=$$?; wait $$types && exit $$tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
