@@ -13,8 +13,8 @@ BIN := $(VENV)/bin
 serve: $(VENV)/.installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 	$(BIN)/ladimo-server $(MODEL) --host $(HOST) --port $(PORT) --insecure-admin
 
-# The tests of a file run in one process, because they share fixtures that take long to make. There are three processes for two
-# cores, because some tests wait. So torch gets one thread in each, and a thread that waits gives its core away.
+# The tests of a file run in one process, because they share fixtures that take long to make. There is one process per core,
+# so torch gets one thread in each, and a thread that waits gives its core away.
 test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = PASSIVE
 # Where the environment forbids bytecode files, each of the many processes would compile all modules again.
@@ -22,7 +22,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )) --dist loadfile; tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -n auto --dist loadfile; tests=$$?; wait $$types && exit $$tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

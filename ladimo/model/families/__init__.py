@@ -52,10 +52,11 @@ def dense_types() -> list[str]:
     return [name for name, family in _FAMILIES.items() if name != MOE_TYPE and not isinstance(family, MoeFamily)]
 
 
-def find_family(model_type: object) -> Family:
-    """The family of this model type. Raises ValueError naming the supported types if it is none of them."""
+def find_family(model_type: object, field: str = "model_type") -> Family:
+    """The family of this model type. Raises ValueError naming `field`, where it was read, and the supported types if it is none
+    of them."""
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise ValueError(f"model_type is {model_type!r}; supported: {', '.join(_FAMILIES)}")
+        raise ValueError(f"{field} is {model_type!r}; supported: {', '.join(_FAMILIES)}")
     return _FAMILIES[model_type]
 
 
@@ -71,5 +72,5 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises ValueError naming the wrong field, if the family is not supported or the model cannot be computed exactly.
     """
     config = find_family(raw.get("model_type")).read_config(raw)
-    find_family(config.family)
+    find_family(config.family, "family")
     return config

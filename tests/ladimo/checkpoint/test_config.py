@@ -170,3 +170,8 @@ def test_active_parameters_ratio_counts_weights(moe_dir: Path, dense_dir: Path) 
 def make_dense_config(**fields: Any) -> ModelConfig:
     sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3}
     return read_model_config({"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **fields})
+
+
+def test_an_unknown_family_of_a_converted_model_is_named_by_its_field(moe_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"^family is 'gpt9'; supported: "):
+        read_model_config(read_json(moe_dir / "config.json") | {"family": "gpt9"})

@@ -163,5 +163,5 @@ def test_a_family_that_nobody_registered_is_refused_by_name(tmp_path: Path) -> N
 
 def test_a_checkpoint_of_a_family_that_nobody_registered_is_refused_by_name(pair: tuple[Path, Path], moe_dir: Path) -> None:
     raw = read_json(moe_dir / "config.json")
-    with pytest.raises(ValueError, match="model_type is 'other'"):
+    with pytest.raises(ValueError, match="family is 'other'"):
         families.read_model_config({**raw, "family": "other"})
