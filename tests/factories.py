@@ -32,7 +32,7 @@ from ladimo.checkpoint import (
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.convert.source import model_parameters
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding
+from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, rounded_down
 from ladimo.model.nested_layers import TIED_HEAD, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
@@ -195,9 +195,11 @@ def make_nested(
         weights = tensors[matrix.weight]
         flat = weights.flatten(0, -2)
         scales = choose_scales(flat)
-        rounding = codes_to_rounding(round_nearest(flat, scales), flat, scales)
-        tensors[matrix.rounding] = rounding.view(*weights.shape[:-1], -1)
-        tensors[matrix.scales] = scales.view(*weights.shape[:-1], -1)
+        high = round_nearest(flat, scales)
+        rounding = codes_to_rounding(high, rounded_down(flat, scales))
+        low_rounding = codes_to_rounding(low_plane(flat, high, scales), low_rounded_down(flat, high, scales))
+        beside = {matrix.rounding: rounding, matrix.low_rounding: low_rounding, matrix.scales: scales}
+        tensors |= {name: tensor.view(*weights.shape[:-1], -1) for name, tensor in beside.items()}
     write_tensors(path, iter(tensors.items()))
     raw = read_json(path / "config.json")
     write_json(path / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})

@@ -85,7 +85,7 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
         module = DecoderLayer(config, layer)
     reader.load(module, f"model.layers.{layer}.", dtype, device)
     if config.nested_bits:
-        nest_layers(module, lambda name: reader.get(f"model.layers.{layer}.{name}"))
+        nest_layers(module, reader, f"model.layers.{layer}.")
     on_device(device, dtype).prepare(module)
     return module.eval()
 
@@ -108,5 +108,5 @@ def load_without_layers(
 def _nest(model: MoeTransformer, reader: TensorReader) -> None:
     """Give the model's layers, and its output head, the precisions that the checkpoint keeps."""
     if model.lm_head is None:
-        model.lm_head = nested_head(model.model.embed_tokens.weight, reader.get)
-    nest_layers(model, reader.get)
+        model.lm_head = nested_head(model.model.embed_tokens.weight, reader)
+    nest_layers(model, reader)

@@ -107,7 +107,7 @@ class PolicyView:
                 yield name, self._get(name)
         if not self.head_is_tied:
             head = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(HEAD)
-            yield HEAD, read_matrix(self._reader.get, head, self.policy.head_bits)
+            yield HEAD, read_matrix(self._reader, head, self.policy.head_bits)
 
     def ffn_width(self, layer: int) -> int:
         """The width W of `ffn`."""
@@ -195,7 +195,7 @@ class PolicyView:
         bits = rule.attention_bits if "self_attn" in parts else rule.bits
         if bits is not None and parts[-2] in ("k_proj", "v_proj"):
             bits = max(bits, KEY_VALUE_BITS)
-        return read_matrix(self._reader.get, matrix_named(name), bits)
+        return read_matrix(self._reader, matrix_named(name), bits)
 
 
 def padded(gate: Tensor, up: Tensor, down: Tensor, width: int) -> Ffn:

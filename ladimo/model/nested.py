@@ -1,13 +1,14 @@
 """One set of weights at several precisions: the weights themselves, and two planes of four bits each, one below the other.
 
     4 bits: scale * high             high in -8 .. 7, chosen by the conversion
-    8 bits: scale * (high + low / STEPS)   low in -8 .. 7, what the high plane leaves of the weight, rounded
+    8 bits: scale * (high + low / STEPS)   low in -8 .. 7, what the high plane leaves of the weight, rounded by the conversion
 
 A group of 32 columns of a row shares a scale. Whoever wants 8 bits reads the high plane, as everybody does, and the low plane
 beside it: a batch of both reads each plane once. The policy's rule says which precision a token gets (`RuleNumber.BITS`).
 
-A checkpoint keeps the weights, the scales and, per weight, one bit: whether `high` is the weight rounded up or rounded down.
-The planes follow from these.
+A checkpoint keeps the weights, the scales and two bits per weight. They say whether `high` is the weight rounded up or rounded
+down, and whether `low` is what then remains, rounded up or rounded down. The planes follow from these. A checkpoint without the
+second bit has the nearest `low`.
 
 Nested integer formats: MatQuant (arXiv 2502.06786), Any-Precision LLM (arXiv 2402.10517). Here the planes are chosen by error
 feedback (GPTQ, arXiv 2210.17323), and the top is the source, unchanged.
@@ -50,52 +51,76 @@ class NestedWeights:
         return (high if bits <= min(NESTED_BITS) else high + self.low.to_dtype(torch.float32)).to(dtype)
 
 
-def codes_to_rounding(high: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
-    """What a checkpoint keeps of the high plane: integers [N, P], weights [N, K] and scales [N, P / 32] -> uint8 [N, P / 8].
+def codes_to_rounding(codes: Tensor, lowest: Tensor) -> Tensor:
+    """What a checkpoint keeps of a plane: integers [N, P], each its number rounded down, `lowest` [N, P], or one more -> uint8
+    [N, P / 8].
 
-    Byte j of a row holds columns 8 j to 8 j + 7, the first in its lowest bit. A set bit is a weight rounded up.
+    Byte j of a row holds columns 8 j to 8 j + 7, the first in its lowest bit. A set bit is a number rounded up.
     """
-    up = high - rounded_down(weights, scales)
+    up = codes - lowest
     assert int(up.min()) >= 0 and int(up.max()) <= 1, "neither rounded down nor up"
     shifted: Tensor = up.to(torch.uint8).unflatten(-1, (-1, 8)) << torch.arange(8, dtype=torch.uint8)
     return shifted.sum(dim=-1, dtype=torch.uint8)
 
 
-def rounding_to_codes(rounding: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+def rounding_to_codes(rounding: Tensor, lowest: Tensor) -> Tensor:
     """The inverse of `codes_to_rounding`: integers [N, P] in int8."""
     up = (rounding.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
-    return rounded_down(weights, scales) + up.to(torch.int8)
+    return lowest + up.to(torch.int8)
 
 
 def rounded_down(weights: Tensor, scales: Tensor) -> Tensor:
     """The high plane's integers at or below the weights [N, K], int8 [N, P]. Exact: IEEE division gives the same everywhere."""
-    padded = F.pad(weights.float(), (0, -weights.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
-    codes: Tensor = (padded / scales.float().unsqueeze(-1)).floor().clamp(LOWEST, HIGHEST)
-    return codes.flatten(-2).to(torch.int8)
+    codes: Tensor = _in_steps(weights, scales).floor().clamp(LOWEST, HIGHEST).flatten(-2)
+    return codes.to(torch.int8)
+
+
+def low_rounded_down(weights: Tensor, high: Tensor, scales: Tensor) -> Tensor:
+    """The low plane's integers at or below what the high plane [N, P] leaves of the weights [N, K]: int8 [N, P]."""
+    codes: Tensor = _left(weights, high, scales).floor().clamp(LOWEST, HIGHEST)
+    return codes.to(torch.int8)
 
 
 def low_plane(weights: Tensor, high: Tensor, scales: Tensor) -> Tensor:
     """The integers int8 [N, P] that bring the high plane [N, P] nearest to the weights [N, K]."""
-    padded = F.pad(weights.float(), (0, -weights.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
-    steps: Tensor = (padded / scales.float().unsqueeze(-1) - high.unflatten(-1, (-1, GROUP))) * STEPS
-    return steps.round().clamp(LOWEST, HIGHEST).flatten(-2).to(torch.int8)
+    codes: Tensor = _left(weights, high, scales).round().clamp(LOWEST, HIGHEST)
+    return codes.to(torch.int8)
 
 
-def read_planes(weights: Tensor, rounding: Tensor, scales: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
-    """Stored weights [..., N, K], rounding [..., N, P / 8] and scales [..., N, P / 32] -> the high and the low plane.
+def _left(weights: Tensor, high: Tensor, scales: Tensor) -> Tensor:
+    """What the high plane [N, P] leaves of the weights [N, K], in steps of the low plane: fp32 [N, P]."""
+    steps: Tensor = ((_in_steps(weights, scales) - high.unflatten(-1, (-1, GROUP))) * STEPS).flatten(-2)
+    return steps
+
+
+def _in_steps(weights: Tensor, scales: Tensor) -> Tensor:
+    """Weights [N, K] in steps of the high plane: fp32 [N, P / 32, 32]."""
+    padded: Tensor = F.pad(weights.float(), (0, -weights.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    return padded / scales.float().unsqueeze(-1)
+
+
+def read_planes(
+    weights: Tensor, rounding: Tensor, scales: Tensor, low_rounding: Tensor | None = None
+) -> tuple[QuantizedWeights, QuantizedWeights]:
+    """Stored weights [..., N, K], rounding [..., N, P / 8] of both planes and scales [..., N, P / 32] -> the high and the low
+    plane. Without `low_rounding` the low plane is rounded to the nearest.
 
     Raises ValueError when the shapes do not belong together.
     """
     *lead, cols = weights.shape
     groups = -(-cols // GROUP)
-    if list(rounding.shape) != [*lead, groups * GROUP // 8] or rounding.dtype != torch.uint8:
-        raise ValueError(f"rounding is {rounding.dtype} {list(rounding.shape)}, must be uint8 {[*lead, groups * GROUP // 8]}")
+    for name, bits in (("rounding", rounding), ("low_rounding", low_rounding)):
+        if bits is not None and (list(bits.shape) != [*lead, groups * GROUP // 8] or bits.dtype != torch.uint8):
+            raise ValueError(f"{name} is {bits.dtype} {list(bits.shape)}, must be uint8 {[*lead, groups * GROUP // 8]}")
     if list(scales.shape) != [*lead, groups] or scales.dtype != SCALE_DTYPE:
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be {SCALE_DTYPE} {[*lead, groups]}")
     format = find_format("int4")
     flat, flat_scales = weights.flatten(0, -2), scales.flatten(0, -2).float()
-    high = rounding_to_codes(rounding.flatten(0, -2), flat, flat_scales)
-    low = low_plane(flat, high, flat_scales)
+    high = rounding_to_codes(rounding.flatten(0, -2), rounded_down(flat, flat_scales))
+    if low_rounding is None:
+        low = low_plane(flat, high, flat_scales)
+    else:
+        low = rounding_to_codes(low_rounding.flatten(0, -2), low_rounded_down(flat, high, flat_scales))
     idle = groups % 2  # a row of the int4 format is whole groups in pairs
 
     def plane(integers: Tensor, step: Tensor) -> QuantizedWeights:

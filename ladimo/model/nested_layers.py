@@ -3,9 +3,8 @@
 Each token says how many bits it wants. Without that the whole weights are read.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +18,31 @@ from ladimo.model.refinement import column_norms, refine_logits
 from ladimo.model.router import Router
 
 # Of a matrix `name`: the tensors that a checkpoint keeps beside it.
-ROUNDING, SCALES = "rounding", "scales"
+ROUNDING, LOW_ROUNDING, SCALES = "rounding", "low_rounding", "scales"
 
-# The stored tensor of a name that is relative to the module.
-Get = Callable[[str], Tensor]
 Planes = tuple[QuantizedWeights, QuantizedWeights]  # high and low
 
 
+class Stored(Protocol):
+    """The tensors of a checkpoint by name. `get` raises ValueError if there is none of this name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
 class Matrix(NamedTuple):
-    """A nested matrix by the names that a checkpoint has for its weights, its rounding and its scales."""
+    """A nested matrix by the names that a checkpoint has for its weights, the rounding of its planes and its scales.
+    `low_rounding` need not be there (`read_planes`)."""
 
     weight: str
     rounding: str
+    low_rounding: str
     scales: str
 
 
 HEAD = "lm_head"
-TIED_HEAD = Matrix("model.embed_tokens.weight", f"lm_head.{ROUNDING}", f"lm_head.{SCALES}")
+TIED_HEAD = Matrix("model.embed_tokens.weight", *(f"{HEAD}.{part}" for part in (ROUNDING, LOW_ROUNDING, SCALES)))
 
 
 class NestedLinear(BackendModule):
@@ -94,46 +101,48 @@ class NestedExperts(nn.Module):
 
 
 @torch.no_grad()
-def nest_layers(module: nn.Module, get: Get, prefix: str = "") -> None:
-    """Replace the dense and the expert layers inside `module` by nested ones. `get` gives a stored tensor by its name from
-    `module` on. Raises ValueError when a checkpoint's tensors do not fit each other."""
+def nest_layers(module: nn.Module, stored: Stored, prefix: str = "") -> None:
+    """Replace the dense and the expert layers inside `module` by nested ones. `prefix` and a name in the module are the name
+    of a stored tensor. Raises ValueError when a checkpoint's tensors do not fit each other."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.Linear):
-            planes = _read(get, matrix_named(f"{path}.weight"), child.weight.device)
+            planes = _read(stored, matrix_named(f"{path}.weight"), child.weight.device)
             kind = NestedHead if path == HEAD else NestedLinear
             setattr(module, name, kind(child.weight, child.bias, planes))
         elif isinstance(child, Experts):
             device = child.down_proj.device
-            gate_up, down = (_read(get, matrix_named(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
+            gate_up, down = (_read(stored, matrix_named(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
             setattr(module, name, NestedExperts(child, gate_up, down))
         elif not isinstance(child, Router):
-            nest_layers(child, get, f"{path}.")
+            nest_layers(child, stored, f"{path}.")
 
 
 @torch.no_grad()
-def nested_head(embedding: Tensor, get: Get) -> NestedHead:
+def nested_head(embedding: Tensor, stored: Stored) -> NestedHead:
     """The output head of a model whose head is its embedding [V, D]."""
-    return NestedHead(embedding, None, _read(get, TIED_HEAD, embedding.device))
+    return NestedHead(embedding, None, _read(stored, TIED_HEAD, embedding.device))
 
 
 def matrix_named(weight: str) -> Matrix:
     """The matrix whose weights have this name: rounding of x.weight is x.rounding, of x_proj it is x_rounding."""
     stem = weight.removesuffix("weight") if weight.endswith(".weight") else weight.removesuffix("proj")
-    return Matrix(weight, stem + ROUNDING, stem + SCALES)
+    return Matrix(weight, *(stem + part for part in (ROUNDING, LOW_ROUNDING, SCALES)))
 
 
-def read_matrix(get: Get, matrix: Matrix, bits: int | None) -> Tensor:
+def read_matrix(stored: Stored, matrix: Matrix, bits: int | None) -> Tensor:
     """The weights [..., N, K] that so many bits stand for, in the stored dtype; None for all bits."""
-    weights = get(matrix.weight)
+    weights = stored.get(matrix.weight)
     if bits is None:
         return weights
-    return NestedWeights(weights, *_read(get, matrix, weights.device)).at(bits, weights.dtype)
+    return NestedWeights(weights, *_read(stored, matrix, weights.device)).at(bits, weights.dtype)
 
 
-def _read(get: Get, matrix: Matrix, device: torch.device) -> Planes:
+def _read(stored: Stored, matrix: Matrix, device: torch.device) -> Planes:
+    low_rounding = stored.get(matrix.low_rounding) if matrix.low_rounding in stored else None
     try:
-        high, low = read_planes(get(matrix.weight), get(matrix.rounding), get(matrix.scales))
+        weights, rounding, scales = (stored.get(name) for name in (matrix.weight, matrix.rounding, matrix.scales))
+        high, low = read_planes(weights, rounding, scales, low_rounding)
     except ValueError as error:
         raise ValueError(f"{matrix.weight}: {error}") from error
     return _to(high, device), _to(low, device)

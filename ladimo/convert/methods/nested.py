@@ -29,13 +29,13 @@ from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.frontier import policy_cost
 from ladimo.convert.policies.precision import precision_damages
 from ladimo.convert.recipe import Recipe, require
-from ladimo.convert.rounding.gptq import choose_scales, round_with_feedback
+from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
 from ladimo.convert.run import Run
 from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding
+from ladimo.model.nested import codes_to_rounding, low_rounded_down, rounded_down
 from ladimo.model.nested_layers import ROUNDING, SCALES, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -129,7 +129,9 @@ def round_layers(run: Run, blocks: Tensor) -> None:
     def head() -> dict[str, Any]:
         hidden_states = layer_moments(run.dense, blocks, use)
         weights = run.dense.reader.get("model.embed_tokens.weight" if config.tie_word_embeddings else HEAD)
-        workspace.save_tensors("head.safetensors", dict(_planes(HEAD, weights, head_moments(run.dense, hidden_states))))
+        workspace.save_tensors(
+            "head.safetensors", dict(_planes(HEAD, weights, inverse_factor(head_moments(run.dense, hidden_states))))
+        )
         return {}
 
     workspace.stage("head", head)
@@ -293,22 +295,26 @@ def _changed(rules: Rules, index: int, **numbers: Any) -> Rules:
 def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one layer that a nested checkpoint adds or changes: its expert, and the planes of its matrices."""
     get, prefix = run.dense.reader.get, f"model.layers.{index}."
-    inputs = {"q_proj": moments.attention, "k_proj": moments.attention, "v_proj": moments.attention, "o_proj": moments.output}
-    for projection, seen in inputs.items():
+    factor = inverse_factor(moments.attention)
+    for projection in ("q_proj", "k_proj", "v_proj"):
         name = f"{prefix}self_attn.{projection}.weight"
-        yield from _planes(name, get(name), seen)
+        yield from _planes(name, get(name), factor)
+    name = f"{prefix}self_attn.o_proj.weight"
+    yield from _planes(name, get(name), inverse_factor(moments.output))
     gate, up, down = (get(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
     experts = {"gate_up_proj": (torch.cat((gate, up)), moments.ffn), "down_proj": (down, moments.hidden)}
     for part, (weights, seen) in experts.items():
         name = f"{prefix}mlp.experts.{part}"
         yield name, weights[None]
-        for beside, tensor in _planes(name, weights, seen):
+        for beside, tensor in _planes(name, weights, inverse_factor(seen)):
             yield beside, tensor[None]
 
 
-def _planes(name: str, weights: Tensor, moments: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a checkpoint stores beside a matrix: its rounding and its scales."""
+def _planes(name: str, weights: Tensor, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a checkpoint stores beside a matrix: the rounding of its planes, and its scales. factor:
+    `inverse_factor` of its inputs' moments."""
     matrix, scales = matrix_named(name), choose_scales(weights)
-    codes = round_with_feedback(weights, scales, moments)
-    yield matrix.rounding, codes_to_rounding(codes, weights, scales)
+    high, low = choose_planes(weights, scales, factor)
+    yield matrix.rounding, codes_to_rounding(high, rounded_down(weights, scales))
+    yield matrix.low_rounding, codes_to_rounding(low, low_rounded_down(weights, high, scales))
     yield matrix.scales, scales

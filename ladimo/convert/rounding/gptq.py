@@ -1,4 +1,4 @@
-"""Chooses the high plane of nested weights: the scales, and integers that change the layer's output as little as possible.
+"""Chooses the planes of nested weights: the scales, and integers that change the layer's output as little as possible.
 
 Legend: N rows (outputs), K columns (inputs), P columns padded to whole groups, G = P / 32 groups.
 """
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.nested import HIGHEST, LOWEST, SCALE_DTYPE, rounded_down
+from ladimo.model.nested import HIGHEST, LOWEST, SCALE_DTYPE, STEPS, low_rounded_down, rounded_down
 from ladimo.model.quantization import GROUP
 
 # The columns whose errors are added to the later columns in one product.
-BLOCK = 128
-# The rows that are rounded together. An output head has many rows.
-ROWS_AT_ONCE = 8192
+BLOCK = 64
+# The rows that are rounded together. Those of a block of columns fit into a core's cache.
+ROWS_AT_ONCE = 2048
 # Scales are tried with these factors. Clipping the largest weights a little reduces the total error. The low plane could not
 # correct a stronger clipping.
 SHRINKS = (1.0, 0.95, 0.9)
@@ -46,38 +46,51 @@ def round_nearest(weights: Tensor, scales: Tensor) -> Tensor:
     return groups.round().clamp(LOWEST, HIGHEST).flatten(1).to(torch.int8)
 
 
-def round_with_feedback(weights: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
-    """Integers int8 [N, P] for weights [N, K], chosen column by column. The later columns compensate for the rounding error of
-    a column. moments: the second moments of the inputs, the sum of x x^T [K, K], in fp32.
+def choose_planes(weights: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and the low plane, int8 [N, P], for weights [N, K]; factor: `inverse_factor` of the inputs' moments.
 
-    This is GPTQ (arXiv 2210.17323, algorithm 1) with one difference: an integer is always its weight rounded down or up. So the
-    low plane always reaches the weight. On SmolLM2 it was also more accurate than any integer (`loadtests/README.md`).
+    Both are chosen by error feedback, the low plane for what the high plane leaves. An integer is always its number rounded
+    down or up. So the low plane always reaches the weight. On SmolLM2 it was also more accurate than any integer
+    (`loadtests/README.md`).
     """
-    cols = weights.shape[1]
-    factor = _inverse_factor(moments)
-    parts = []
-    for rows, row_scales in zip(weights.split(ROWS_AT_ONCE), scales.split(ROWS_AT_ONCE), strict=True):
-        codes = round_nearest(rows, row_scales)  # stays in the padding, which no input multiplies
-        lowest = rounded_down(rows, row_scales).float()
-        highest = (lowest + 1).clamp(max=HIGHEST)
-        left, steps = rows.float().clone(), row_scales.float()
-        for begin in range(0, cols, BLOCK):
-            end = min(begin + BLOCK, cols)
-            errors = torch.empty(len(rows), end - begin)
-            for column in range(begin, end):
-                step = steps[:, column // GROUP]
-                code = torch.clamp((left[:, column] / step).round(), lowest[:, column], highest[:, column])
-                codes[:, column] = code.to(torch.int8)
-                error = (left[:, column] - code * step) / factor[column, column]
-                left[:, column + 1 : end] -= error[:, None] * factor[column, column + 1 : end]
-                errors[:, column - begin] = error
-            left[:, end:] -= errors @ factor[begin:end, end:]
-        parts.append(codes)
-    return torch.cat(parts)
+    lowest = rounded_down(weights, scales)
+    high = round_with_feedback(weights, scales, factor, lowest, (lowest + 1).clamp(max=HIGHEST))
+    left = weights.float() - (high * scales.float().repeat_interleave(GROUP, dim=1))[:, : weights.shape[1]]
+    lowest = low_rounded_down(weights, high, scales)
+    low = round_with_feedback(left, scales.float() / STEPS, factor, lowest, (lowest + 1).clamp(max=HIGHEST))
+    return high, low
 
 
-def _inverse_factor(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse second moments [K, K]."""
+def round_with_feedback(weights: Tensor, scales: Tensor, factor: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Integers int8 [N, P] between lowest and highest [N, P], for weights [N, K], chosen column by column. The later columns
+    compensate for the rounding error of a column. This is GPTQ (arXiv 2210.17323, algorithm 1).
+
+    factor: `inverse_factor` of the inputs' moments. In the padding, integers are `lowest`, because no input multiplies them.
+    """
+    split = (tensor.split(ROWS_AT_ONCE) for tensor in (weights, scales, lowest, highest))
+    return torch.cat([_round_rows(rows, step, low, high, factor) for rows, step, low, high in zip(*split, strict=True)])
+
+
+def _round_rows(weights: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, factor: Tensor) -> Tensor:
+    """`round_with_feedback` for some rows. Tensors are transposed, so that a column's numbers are neighbours in memory."""
+    left, steps = weights.float().t().contiguous(), scales.float().t().contiguous()
+    codes, most = lowest.t().float().contiguous(), highest.t().float().contiguous()
+    cols = len(left)
+    for begin in range(0, cols, BLOCK):
+        end = min(begin + BLOCK, cols)
+        errors = torch.empty(end - begin, left.shape[1])
+        for column in range(begin, end):
+            step = steps[column // GROUP]
+            codes[column] = torch.clamp((left[column] / step).round(), codes[column], most[column])
+            error = (left[column] - codes[column] * step) / factor[column, column]
+            left[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+            errors[column - begin] = error
+        left[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+    return codes.t().to(torch.int8).contiguous()
+
+
+def inverse_factor(moments: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of second moments, fp32 [K, K]. moments: the sum of x x^T over inputs x."""
     damped = moments.double()
     mean = damped.diagonal().mean().clamp(min=1e-12)
     damped = damped + torch.diag(torch.full((len(damped),), DAMPING * float(mean), dtype=torch.float64))

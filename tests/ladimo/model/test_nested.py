@@ -20,9 +20,9 @@ from ladimo.checkpoint import (
     write_json,
     write_tensors,
 )
-from ladimo.convert.rounding.gptq import choose_scales, round_nearest, round_with_feedback
+from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.nested import STEPS, codes_to_rounding, low_plane, read_planes, rounding_to_codes
+from ladimo.model.nested import STEPS, codes_to_rounding, low_plane, low_rounded_down, read_planes, rounded_down
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -33,19 +33,29 @@ def matrix(rows: int, cols: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
 
 
-@given(st.integers(1, 5), st.integers(1, 80), st.integers(0, 1000))
-def test_rounding_survives_the_checkpoint(rows: int, cols: int, seed: int) -> None:
-    weights = matrix(rows, cols, seed).bfloat16()
-    scales = choose_scales(weights)
-    codes = round_nearest(weights, scales)
-    assert torch.equal(rounding_to_codes(codes_to_rounding(codes, weights, scales), weights, scales), codes)
+@given(st.integers(1, 5), st.integers(1, 80), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_rounding_survives_the_checkpoint(rows: int, cols: int, seed: int, dtype: torch.dtype) -> None:
+    """Whichever integers next to the weights the conversion chose, and next to what is left, the planes have them again."""
+    weights = matrix(rows, cols, seed).to(dtype)
+    scales, drawn = choose_scales(weights), torch.Generator().manual_seed(seed)
+
+    def choice(lowest: Tensor) -> Tensor:
+        return torch.minimum(lowest + torch.randint(0, 2, lowest.shape, generator=drawn, dtype=torch.int8), torch.tensor(7))
+
+    high = choice(rounded_down(weights, scales))
+    low = choice(low_rounded_down(weights, high, scales))
+    rounding = codes_to_rounding(high, rounded_down(weights, scales))
+    low_rounding = codes_to_rounding(low, low_rounded_down(weights, high, scales))
+    planes = read_planes(weights, rounding, scales, low_rounding)
+    for plane, codes in zip(planes, (high, low), strict=True):
+        assert torch.equal(plane.format.to_integers(plane.data)[:, : codes.shape[1]], codes)
 
 
 def test_the_planes_stand_for_the_weights() -> None:
     weights = matrix(6, 70)
     scales = choose_scales(weights)
     codes = round_nearest(weights, scales)
-    high, low = read_planes(weights, codes_to_rounding(codes, weights, scales), scales)
+    high, low = read_planes(weights, codes_to_rounding(codes, rounded_down(weights, scales)), scales)
     steps = scales.float().repeat_interleave(GROUP, dim=1)[:, :70]
     assert torch.equal(high.to_dtype(torch.float32), codes[:, :70] * steps)
     both = high.to_dtype(torch.float32) + low.to_dtype(torch.float32)
@@ -57,9 +67,13 @@ def test_the_planes_stand_for_the_weights() -> None:
 def test_shapes_that_do_not_belong_together() -> None:
     weights = matrix(4, 64)
     scales = choose_scales(weights)
-    rounding = codes_to_rounding(round_nearest(weights, scales), weights, scales)
-    with pytest.raises(ValueError, match="rounding is torch.uint8"):
+    rounding = codes_to_rounding(round_nearest(weights, scales), rounded_down(weights, scales))
+    with pytest.raises(ValueError, match="^rounding is torch.uint8"):
         read_planes(matrix(4, 96), rounding, scales)
+    with pytest.raises(ValueError, match="low_rounding is torch.uint8"):
+        read_planes(weights, rounding, scales, rounding[:, :4])
+    with pytest.raises(ValueError, match="low_rounding is torch.int8"):
+        read_planes(weights, rounding, scales, rounding.to(torch.int8))
     with pytest.raises(ValueError, match="scales are"):
         read_planes(weights, rounding, scales[:, :1])
     with pytest.raises(ValueError, match="scales are torch.float32"):
@@ -67,21 +81,41 @@ def test_shapes_that_do_not_belong_together() -> None:
 
 
 def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
+    """At 4 bits and at 8 bits."""
     weights, mixing = matrix(48, 96, 1), matrix(96, 96, 2)
     inputs = matrix(2000, 96, 3) @ mixing  # correlated, as real inputs are
     scales = choose_scales(weights)
-    codes = round_with_feedback(weights, scales, inputs.T @ inputs)
+    high, low = choose_planes(weights, scales, inverse_factor(inputs.T @ inputs))
     steps = scales.float().repeat_interleave(GROUP, dim=1)
 
     def error(codes: Tensor) -> float:
         return F.linear(inputs, codes * steps - weights).square().mean().item()
 
-    assert error(codes) < 0.7 * error(round_nearest(weights, scales))
-    # What the format can say, so that the low plane reaches the weight again.
-    restored = rounding_to_codes(codes_to_rounding(codes, weights, scales), weights, scales)
-    assert torch.equal(restored, codes)
-    low = low_plane(weights, codes, scales)
-    assert error(codes + low / STEPS) < 0.1 * error(codes)
+    assert error(high) < 0.7 * error(round_nearest(weights, scales))
+    nearest = error(high + low_plane(weights, high, scales) / STEPS)
+    assert nearest < 0.1 * error(high)
+    assert error(high + low / STEPS) < 0.7 * nearest
+
+
+def test_a_checkpoint_that_says_nothing_of_the_low_plane_has_the_nearest_one(tmp_path: Path) -> None:
+    """As all checkpoints before it was chosen by the conversion: they serve what they served."""
+    directory = make_nested(tmp_path)
+    reader = TensorReader(directory)
+    tensors = {name: reader.get(name) for name in reader.files}
+    old = {name: tensor for name, tensor in tensors.items() if not name.endswith("low_rounding")}
+    assert len(old) < len(tensors)
+    policies = list(read_policies(directory, read_config(directory)).values())
+    ids, rows = torch.arange(40).view(1, 40), torch.arange(40) % len(policies) + 1
+
+    def found() -> Tensor:
+        return logits(load_model(directory, torch.float32, torch.device("cpu")), policies, ids, rows)
+
+    nearest = found()  # `make_nested` writes down that it is the nearest
+    write_tensors(directory, iter(old.items()))
+    assert torch.equal(found(), nearest)
+    down = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name not in old}
+    write_tensors(directory, iter((tensors | down).items()))
+    assert not torch.allclose(found(), nearest, atol=1e-3)
 
 
 def run(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> StepOutput:
