@@ -108,6 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="R",
         help="add the cheapest policy whose perplexity is at most R times that of the dense model",
     )
+    command.add_argument(
+        "--top-bits",
+        type=int,
+        choices=[8, 16],
+        help="method nested: the most bits of a stored weight; 8 halves the checkpoint (default: 16)",
+    )
     command.add_argument("--recipe", type=Path, metavar="FILE.toml", help="values for all of these flags, and for the training")
     command.add_argument("--seed", type=int, help="random seed (default: 0)")
     command.add_argument(
@@ -221,6 +227,7 @@ def run_convert(options: argparse.Namespace) -> None:
             "seed": options.seed,
             "split.experts": options.experts,
             "split.top_k": options.top_k,
+            "nested.top_bits": options.top_bits,
         }
     )
     made = convert(options.source, options.out, recipe, options.text, options.device, options.jobs)

@@ -46,6 +46,7 @@ class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
     head_bias: bool = False
     family: str = "llama"
     nested_bits: list[int] | None = None
+    nested_top_bits: int | None = None
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
@@ -119,6 +120,11 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     _keys_to_ignore_on_load_unexpected = (r"[._](rounding|scales)$",)
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
+        if config.nested_top_bits is not None:
+            raise ValueError(
+                f"the checkpoint has its weights at {config.nested_top_bits} bits only, which transformers cannot read; write "
+                "them in a form that it knows: ladimo export MODEL OUT --target dense"
+            )
         config.nested_bits = None
         super().__init__(config)
         self.model = LadimoLlamaModel(config)

@@ -166,6 +166,11 @@ class RoutingPolicy:
             _check_bits(rule.bits, config, f"{path}.bits")
             _check_bits(rule.attention_bits, config, f"{path}.attention_bits")
             _check_refine(rule.refine, rule.bits, f"{path}.refine")
+            if rule.refine is not None and config.nested_top_bits is not None:
+                raise ValueError(
+                    f"{path}.refine: neurons cannot be refined, because this checkpoint's top is {config.nested_top_bits} "
+                    "bits; the server does not keep them one by one"
+                )
             if rule.experts is not None and max(rule.experts) >= layer.num_experts:
                 raise ValueError(f"{path}.experts: {max(rule.experts)} is not below {layer.num_experts}")
 
@@ -204,9 +209,10 @@ class RoutingPolicy:
             return None
         layer_parameters = config.attention_parameters + config.ffn_parameters
         whole = WHOLE_BYTES * (config.num_hidden_layers * layer_parameters + config.head_parameters)
-        read = bytes_per_weight(self.head_bits) * config.head_parameters
+        read = bytes_per_weight(config.bits_read(self.head_bits)) * config.head_parameters
         for rule, layer, experts in zip(self.layers, config.layers, experts_per_token, strict=True):
-            attention_bits, bits = (None, None) if rule is None else (rule.attention_bits, rule.bits)
+            asked = (None, None) if rule is None else (rule.attention_bits, rule.bits)
+            attention_bits, bits = map(config.bits_read, asked)
             ffn = (
                 config.ffn_parameters
                 if layer is None or experts is None

@@ -32,8 +32,8 @@ from ladimo.checkpoint import (
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.convert.source import model_parameters
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, rounded_down
-from ladimo.model.nested_layers import TIED_HEAD, matrix_named
+from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, plane_to_nibbles, rounded_down
+from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
 from ladimo.model.transformer import MoeTransformer
@@ -180,18 +180,28 @@ def make_moe(
 
 
 def make_nested(
-    path: Path, *, dense: Path | None = None, num_experts: int = 4, dense_layers: Sequence[int] = (), **config: Any
+    path: Path,
+    *,
+    dense: Path | None = None,
+    num_experts: int = 4,
+    dense_layers: Sequence[int] = (),
+    top_bits: int = 16,
+    **config: Any,
 ) -> Path:
     """Write a checkpoint of one set of weights at 4 bits, 8 bits and whole: every layer an exact split of its FFN, in which a
-    policy's top_k says how many of the experts run, and rounding to the nearest in the place of a conversion's choice."""
+    policy's top_k says how many of the experts run, and rounding to the nearest in the place of a conversion's choice. With
+    `top_bits` 8 it has no whole weights."""
     make_moe(path, dense=dense, num_experts=num_experts, top_k=num_experts, dense_layers=dense_layers, layer=EXACT, **config)
     reader = TensorReader(path)
     with torch.device("meta"):
         model = MoeTransformer(read_config(path))
     tensors = {name: reader.get(name) for name in reader.files}
     # All weights of two dimensions or more are nested, but for the embedding; these models have no router.
-    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and "embed_tokens" not in name]
-    for matrix in (*map(matrix_named, names), *([TIED_HEAD] if model.lm_head is None else [])):
+    tied, planes_only = model.lm_head is None, top_bits == 8
+    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and name != EMBEDDING]
+    if planes_only and not tied:
+        names.append(EMBEDDING)
+    for matrix in (*map(matrix_named, names), *([TIED_HEAD] if tied else [])):
         weights = tensors[matrix.weight]
         flat = weights.flatten(0, -2)
         scales = choose_scales(flat)
@@ -199,10 +209,16 @@ def make_nested(
         rounding = codes_to_rounding(high, rounded_down(flat, scales))
         low_rounding = codes_to_rounding(low_plane(flat, high, scales), low_rounded_down(flat, high, scales))
         beside = {matrix.rounding: rounding, matrix.low_rounding: low_rounding, matrix.scales: scales}
+        if planes_only:
+            del tensors[matrix.weight]
+            planes = {matrix.high: high, matrix.low: low_plane(flat, high, scales)}
+            beside = {name: plane_to_nibbles(codes[:, : flat.shape[1]]) for name, codes in planes.items()}
+            beside[matrix.scales] = scales
         tensors |= {name: tensor.view(*weights.shape[:-1], -1) for name, tensor in beside.items()}
     write_tensors(path, iter(tensors.items()))
     raw = read_json(path / "config.json")
-    write_json(path / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})
+    top = {"nested_top_bits": top_bits} if planes_only else {}
+    write_json(path / "config.json", {**raw, "nested_bits": list(NESTED_BITS), **top})
     rules: dict[str, dict[str, Any]] = {
         "full": {},
         "quality": {"bits": 8, "attention_bits": 8},

@@ -10,7 +10,7 @@ from ladimo.checkpoint.tensors import TensorReader, stored_dtype
 from ladimo.model.backends.choose import choose_backend, on_device, resolve_dtype
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
-from ladimo.model.nested_layers import nest_layers, nested_head
+from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named, nest_layers, nest_tied
 from ladimo.model.quantized_layers import quantize_layers, quantize_model
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
@@ -51,9 +51,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, contex
     reader = TensorReader(directory)
     with torch.device("meta"):
         model = MoeTransformer(config)
-    reader.load(model, "", dtype, device)
-    if config.nested_bits:
-        _nest(model, reader)
+    _load(model, reader, config, dtype, device)
     model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
@@ -83,9 +81,7 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
     """Load a single layer, for work that has one layer in memory at a time. Raises ValueError for a broken checkpoint."""
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
-    reader.load(module, f"model.layers.{layer}.", dtype, device)
-    if config.nested_bits:
-        nest_layers(module, reader, f"model.layers.{layer}.")
+    _load(module, reader, config, dtype, device, f"model.layers.{layer}.")
     on_device(device, dtype).prepare(module)
     return module.eval()
 
@@ -97,16 +93,26 @@ def load_without_layers(
     with torch.device("meta"):
         model = MoeTransformer(config)
     model.model.layers = nn.ModuleList()
-    reader.load(model, "", dtype, device)
-    if config.nested_bits:
-        _nest(model, reader)
+    _load(model, reader, config, dtype, device)
     model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
 
 
-def _nest(model: MoeTransformer, reader: TensorReader) -> None:
-    """Give the model's layers, and its output head, the precisions that the checkpoint keeps."""
-    if model.lm_head is None:
-        model.lm_head = nested_head(model.model.embed_tokens.weight, reader)
-    nest_layers(model, reader)
+def _load(
+    module: nn.Module, reader: TensorReader, config: ModelConfig, dtype: torch.dtype, device: torch.device, prefix: str = ""
+) -> None:
+    """Read the weights of a module on the meta device, at all precisions that the checkpoint keeps. `prefix` and a name in the
+    module are the name of a tensor. Raises ValueError for a broken checkpoint."""
+    planes = set()
+    if config.nested_top_bits is not None:
+        for name, _ in module.named_parameters():
+            tied = prefix + name == EMBEDDING and config.tie_word_embeddings
+            if (TIED_HEAD if tied else matrix_named(prefix + name)).high in reader:
+                planes.add(name)
+    reader.load(module, prefix, dtype, device, planes)
+    if not config.nested_bits:
+        return
+    if isinstance(module, MoeTransformer) and module.lm_head is None:
+        module.model.embed_tokens, module.lm_head = nest_tied(module.model.embed_tokens, reader, dtype, device)
+    nest_layers(module, reader, dtype, device, prefix)

@@ -1,7 +1,7 @@
 """Reads weights from safetensors files, one tensor at a time, and writes them, one shard at a time. Reads no other format."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,18 @@ class TensorReader:
                 raise ValueError(f"{file}: cannot read {stored.name} ({error})") from error
         return tensor
 
-    def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Read every parameter of `module` from the tensor `prefix` + its name. The module may be on the meta device.
+    def load(
+        self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device | str, skipped: Collection[str] = ()
+    ) -> None:
+        """Read every parameter of `module` but the skipped ones from the tensor `prefix` + its name. The module may be on the
+        meta device.
 
         Raises ValueError naming file and tensor if one is missing, or has another shape or an unsupported dtype.
         """
         tensors = {}
         for name, parameter in module.named_parameters():
+            if name in skipped:
+                continue
             if self.shape(prefix + name) != tuple(parameter.shape):
                 raise ValueError(
                     f"{self.file(prefix + name)}: {prefix + name} has shape {list(self.shape(prefix + name))}, "

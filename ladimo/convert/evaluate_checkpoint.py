@@ -49,22 +49,25 @@ def evaluate_checkpoint(
     blocks = evaluation_blocks(encoder, text, tokens)
     encoded = [encode_task(read_task(file, items), encoder) for file in task_files(tasks)]
     model, experts = own, None
-    nested = bool(own.config.nested_bits)  # such a checkpoint contains the dense model
-    converted = bool(own.config.moe_layer_indices) and not nested and not own.config.trained_as_moe
+    nested = bool(own.config.nested_bits)
+    holds_source = nested and own.config.nested_top_bits is None  # such a checkpoint contains the dense model
+    converted = bool(own.config.moe_layer_indices) and not holds_source and not own.config.trained_as_moe
     source = find_dense_source(directory, dense) if converted else None
-    if source is not None:
+    apart: StreamedModel | None = None
+    if source is not None and nested:
+        apart = StreamedModel(source, own.device)
+    elif source is not None:
         model, experts = StreamedModel(source, own.device), own.experts
     variants = [variant_of(entry, own.config) for entry in chosen]
     reference: Rules | None = None
-    if nested:
-        model, experts, reference = own, None, ConvertedModel.nested(own).reference
-        variants.append(reference)
-    elif converted and source is None:
+    if converted and source is None:
         logger.warning("the dense source was not found, so figures relative to it are null; --dense DIR names its directory")
     else:
         reference = (None,) * model.config.num_hidden_layers
+        if holds_source:
+            reference = ConvertedModel.nested(own, own).reference
         variants.append(reference)
-    measured = measure(model, experts, blocks, variants, reference)
+    measured = measure(model, experts, blocks, variants, reference, apart)
     perplexity = None if reference is None else measured[reference].perplexity
     result = {
         "model": name,
@@ -74,7 +77,7 @@ def evaluate_checkpoint(
         "policies": [figures(entry, measured[variant_of(entry, own.config)], own.config, perplexity) for entry in chosen],
     }
     if encoded:
-        result["tasks"] = _task_entries(model, experts, encoded, chosen, reference)
+        result["tasks"] = _task_entries(model, experts, encoded, chosen, reference, apart)
     return result
 
 
@@ -84,12 +87,16 @@ def _task_entries(
     tasks: Sequence[EncodedTask],
     policies: Sequence[RoutingPolicy],
     reference: Rules | None,
+    apart: StreamedModel | None,
 ) -> list[dict[str, Any]]:
-    """One entry per task: its description, its scores under each policy, and those of the dense source (None without one)."""
+    """One entry per task: its description, its scores under each policy, and those of the dense source (None without one).
+    apart: the dense source, if `model` is not."""
     continuations = [one for task in tasks for one in task.continuations]
     own = {policy.name: variant_of(policy, model.config) for policy in policies}
-    variants = [*own.values(), *([] if reference is None else [reference])]
-    found = likelihoods(model, experts, continuations, variants)
+    references = [] if reference is None else [reference]
+    found = likelihoods(model, experts, continuations, [*own.values(), *(references if apart is None else [])])
+    if apart is not None:
+        found |= likelihoods(apart, None, continuations, references)
     entries, place = [], 0
     for task in tasks:
         here = slice(place, place + len(task.continuations))

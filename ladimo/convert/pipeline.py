@@ -114,7 +114,7 @@ def measured(run: Run, converted: Converted, blocks: Tensor) -> MeasuredPolicies
     def make() -> dict[str, Any]:
         model = ConvertedModel(run.dense, run.experts, run.config(converted.layers))
         if converted.own is not None:
-            model = ConvertedModel.nested(converted.own)
+            model = ConvertedModel.nested(converted.own, run.dense)
         return measure_frontier(model, converted.candidates(model), blocks).to_dict()
 
     return MeasuredPolicies.from_dict(run.workspace.stage("policies", make))

@@ -48,7 +48,8 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
     own = StreamedModel(directory, choose_device(device))
     if not own.config.moe_layer_indices:
         raise ValueError(f"{directory}: is a dense model; there is no routing to profile")
-    source = own.directory if own.config.nested_bits else find_dense_source(directory, dense)
+    holds_source = own.config.nested_bits and own.config.nested_top_bits is None
+    source = own.directory if holds_source else find_dense_source(directory, dense)
     if source is None:
         raise ValueError(f"{directory}: its dense source is needed and not where {PROVENANCE} says; give --dense DIR")
     report: dict[str, Any] = read_json(directory / REPORT)
@@ -57,7 +58,10 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
     if calibration.note:
         logger.warning("%s", calibration.note)
     profiled = torch.cat((calibration.fit, calibration.holdout))[-max(1, len(calibration.evaluation)) :]
-    model = ConvertedModel(own if source == own.directory else StreamedModel(source, own.device), own.experts, own.config)
+    dense_model = own if holds_source else StreamedModel(source, own.device)
+    model = ConvertedModel(dense_model, own.experts, own.config)
+    if own.config.nested_bits:
+        model = ConvertedModel.nested(own, dense_model)
     stored = read_policies(directory, own.config)
     candidates = get_method(recipe.method).reprofile(recipe, model, stored, profiled, report)
     points = measure_frontier(model, candidates, calibration.evaluation)

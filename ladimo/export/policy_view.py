@@ -16,7 +16,7 @@ from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json, stored_dt
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
-from ladimo.model.nested_layers import TIED_HEAD, matrix_named, read_matrix
+from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named, read_matrix
 from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.model.router import SELECTION_BIAS
 from ladimo.model.transformer import MoeTransformer
@@ -57,7 +57,8 @@ class PolicyView:
     @property
     def head_is_tied(self) -> bool:
         """Whether the output head is the embedding. A head that is read at fewer bits is not."""
-        return self.source.tie_word_embeddings and self.policy.head_bits is None
+        read, top = self.source.bits_read(self.policy.head_bits), self.source.nested_top_bits
+        return self.source.tie_word_embeddings and read == top
 
     @property
     def is_rounded(self) -> bool:
@@ -68,7 +69,7 @@ class PolicyView:
         rules = [rule for rule in self.policy.layers if rule is not None]
         bits = [self.policy.head_bits, *(rule.bits for rule in rules), *(rule.attention_bits for rule in rules)]
         weights = [weight for form in self.forms if isinstance(form, FixedExperts) for weight in form.weights]
-        return any(bits) or any(math.frexp(weight)[0] != 0.5 for weight in weights)
+        return any(map(self.source.bits_read, bits)) or any(math.frexp(weight)[0] != 0.5 for weight in weights)
 
     def name(self, layer: int) -> str:
         """The layer in an error message."""
@@ -107,7 +108,7 @@ class PolicyView:
                 yield name, self._get(name)
         if not self.head_is_tied:
             head = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(HEAD)
-            yield HEAD, read_matrix(self._reader, head, self.policy.head_bits)
+            yield HEAD, read_matrix(self._reader, head, self.policy.head_bits, self.dtype)
 
     def ffn_width(self, layer: int) -> int:
         """The width W of `ffn`."""
@@ -187,7 +188,10 @@ class PolicyView:
             raise ValueError(f"{self.name(index)}: {error}; no target can express that") from error
 
     def _get(self, name: str) -> Tensor:
-        """A layer's tensor at the bits that the policy reads."""
+        """A tensor at the bits that the policy reads. The embedding is read at all that there are."""
+        if name == EMBEDDING:
+            embedding = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(EMBEDDING)
+            return read_matrix(self._reader, embedding, None, self.dtype)
         parts = name.split(".")
         rule = self.policy.layers[int(parts[2])] if parts[1:2] == ["layers"] else None
         if rule is None or not parts[-2 if parts[-1] == "weight" else -1].endswith("_proj"):
@@ -195,7 +199,7 @@ class PolicyView:
         bits = rule.attention_bits if "self_attn" in parts else rule.bits
         if bits is not None and parts[-2] in ("k_proj", "v_proj"):
             bits = max(bits, KEY_VALUE_BITS)
-        return read_matrix(self._reader, matrix_named(name), bits)
+        return read_matrix(self._reader, matrix_named(name), bits, self.dtype)
 
 
 def padded(gate: Tensor, up: Tensor, down: Tensor, width: int) -> Ffn:

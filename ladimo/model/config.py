@@ -161,7 +161,8 @@ class ModelConfig:
     LayerNorm with a bias; rms_norm_eps is the epsilon of both. ffn_kind: "swiglu" has a gate and no biases, "gelu" has biases
     and no gate. parallel_block: the FFN reads what the attention reads, so that a layer has one norm. head_bias: the output
     head has a bias. family: the model type of the dense model. nested_bits: the lower precisions that every weight matrix can
-    be read at, none or 4 and 8 (`ladimo.model.nested`). trained_as_moe: the model was not converted from a dense one. It is
+    be read at, none or 4 and 8 (`ladimo.model.nested`). nested_top_bits: 8 where these are all that is stored; None where the
+    whole weights are. trained_as_moe: the model was not converted from a dense one. It is
     measured against itself under policy `full`.
     """
 
@@ -186,7 +187,12 @@ class ModelConfig:
     head_bias: bool = False
     family: str = "llama"
     nested_bits: tuple[int, ...] = ()
+    nested_top_bits: int | None = None
     trained_as_moe: bool = False
+
+    def bits_read(self, bits: int | None) -> int | None:
+        """How many bits of a weight are read where a policy asks for so many. None: all that there are, or 16."""
+        return self.nested_top_bits if bits is None else bits
 
     @property
     def rotary_dim(self) -> int:

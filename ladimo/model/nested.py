@@ -8,7 +8,7 @@ beside it: a batch of both reads each plane once. The policy's rule says which p
 
 A checkpoint keeps the weights, the scales and two bits per weight. They say whether `high` is the weight rounded up or rounded
 down, and whether `low` is what then remains, rounded up or rounded down. The planes follow from these. A checkpoint without the
-second bit has the nearest `low`.
+second bit has the nearest `low`. A checkpoint whose top is 8 bits keeps the planes themselves, and no weights.
 
 Nested integer formats: MatQuant (arXiv 2502.06786), Any-Precision LLM (arXiv 2402.10517). Here the planes are chosen by error
 feedback (GPTQ, arXiv 2210.17323), and the top is the source, unchanged.
@@ -33,19 +33,20 @@ SCALE_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True, slots=True)
 class NestedWeights:
-    """Matrices [..., N, K] at 4 bits (`high`), 8 bits (`high` and `low`) and whole (`full`)."""
+    """Matrices [..., N, K] at 4 bits (`high`), 8 bits (`high` and `low`) and whole (`full`). `full`: None where the top is 8
+    bits."""
 
-    full: Tensor
+    full: Tensor | None
     high: QuantizedWeights
     low: QuantizedWeights
 
     @property
     def shape(self) -> torch.Size:
-        return self.full.shape
+        return self.high.shape
 
     def at(self, bits: float, dtype: torch.dtype) -> Tensor:
-        """The matrices that so many bits stand for; more than 8 are the weights themselves."""
-        if bits > max(NESTED_BITS):
+        """The matrices that so many bits stand for. More than 8 are the weights themselves, or 8 where there are none."""
+        if bits > max(NESTED_BITS) and self.full is not None:
             return self.full
         high = self.high.to_dtype(torch.float32)
         return (high if bits <= min(NESTED_BITS) else high + self.low.to_dtype(torch.float32)).to(dtype)
@@ -112,22 +113,56 @@ def read_planes(
     for name, bits in (("rounding", rounding), ("low_rounding", low_rounding)):
         if bits is not None and (list(bits.shape) != [*lead, groups * GROUP // 8] or bits.dtype != torch.uint8):
             raise ValueError(f"{name} is {bits.dtype} {list(bits.shape)}, must be uint8 {[*lead, groups * GROUP // 8]}")
-    if list(scales.shape) != [*lead, groups] or scales.dtype != SCALE_DTYPE:
-        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be {SCALE_DTYPE} {[*lead, groups]}")
-    format = find_format("int4")
+    _check_scales(scales, lead, cols)
     flat, flat_scales = weights.flatten(0, -2), scales.flatten(0, -2).float()
     high = rounding_to_codes(rounding.flatten(0, -2), rounded_down(flat, flat_scales))
     if low_rounding is None:
         low = low_plane(flat, high, flat_scales)
     else:
         low = rounding_to_codes(low_rounding.flatten(0, -2), low_rounded_down(flat, high, flat_scales))
-    idle = groups % 2  # a row of the int4 format is whole groups in pairs
+    return _planes(high.view(*lead, -1), low.view(*lead, -1), scales, cols)
 
-    def plane(integers: Tensor, step: Tensor) -> QuantizedWeights:
-        data, steps = format.to_bytes(F.pad(integers, (0, idle * GROUP))), F.pad(step, (0, idle))
-        return QuantizedWeights(data.view(*lead, -1), steps.view(*lead, -1), cols, format)
 
-    return plane(high, flat_scales), plane(low, flat_scales / STEPS)
+def plane_to_nibbles(codes: Tensor) -> Tensor:
+    """A plane as a checkpoint without weights keeps it: integers [..., K] -> uint8 [..., K / 2]. Byte j holds column 2 j in its
+    lower half and column 2 j + 1 in its upper half, each plus 8. K is even."""
+    shifted = (codes - LOWEST).to(torch.uint8)
+    nibbles: Tensor = shifted[..., 0::2] | shifted[..., 1::2] << 4
+    return nibbles
+
+
+def planes_from_nibbles(high: Tensor, low: Tensor, scales: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
+    """Stored planes [..., N, K / 2] and scales [..., N, P / 32] -> the planes. Raises ValueError when the shapes do not belong
+    together."""
+    cols = 2 * high.shape[-1]
+    for name, plane in (("high", high), ("low", low)):
+        if plane.shape != high.shape or plane.dtype != torch.uint8:
+            raise ValueError(f"{name} is {plane.dtype} {list(plane.shape)}, must be uint8 {list(high.shape)}")
+    _check_scales(scales, list(high.shape[:-1]), cols)
+
+    def codes(plane: Tensor) -> Tensor:
+        integers = torch.stack((plane & 15, plane >> 4), dim=-1).flatten(-2).to(torch.int8) + LOWEST
+        return F.pad(integers, (0, -cols % GROUP))
+
+    return _planes(codes(high), codes(low), scales, cols)
+
+
+def _check_scales(scales: Tensor, lead: list[int], cols: int) -> None:
+    groups = -(-cols // GROUP)
+    if list(scales.shape) != [*lead, groups] or scales.dtype != SCALE_DTYPE:
+        raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}, must be {SCALE_DTYPE} {[*lead, groups]}")
+
+
+def _planes(high: Tensor, low: Tensor, scales: Tensor, cols: int) -> tuple[QuantizedWeights, QuantizedWeights]:
+    """Integers [..., P] and scales [..., P / 32] as the kernels read them."""
+    format = find_format("int4")
+    idle = scales.shape[-1] % 2  # a row of the int4 format is whole groups in pairs
+
+    def plane(integers: Tensor, steps: Tensor) -> QuantizedWeights:
+        data = format.to_bytes(F.pad(integers, (0, idle * GROUP)).flatten(0, -2))
+        return QuantizedWeights(data.view(*integers.shape[:-1], -1), F.pad(steps, (0, idle)), cols, format)
+
+    return plane(high, scales.float()), plane(low, scales.float() / STEPS)
 
 
 def by_precision(bits: Tensor, tokens: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:

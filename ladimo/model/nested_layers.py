@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
-from ladimo.model.nested import NestedWeights, by_precision, read_planes
+from ladimo.model.nested import NestedWeights, by_precision, planes_from_nibbles, read_planes
 from ladimo.model.quantization import QuantizedWeights, find_format
 from ladimo.model.refinement import column_norms, refine_logits
 from ladimo.model.router import Router
 
-# Of a matrix `name`: the tensors that a checkpoint keeps beside it.
-ROUNDING, LOW_ROUNDING, SCALES = "rounding", "low_rounding", "scales"
+# Of a matrix `name`: the tensors that a checkpoint keeps beside it, or, where the top is 8 bits, in its place.
+ROUNDING, LOW_ROUNDING, SCALES, HIGH, LOW = "rounding", "low_rounding", "scales", "high", "low"
 
 Planes = tuple[QuantizedWeights, QuantizedWeights]  # high and low
 
@@ -32,28 +32,33 @@ class Stored(Protocol):
 
 
 class Matrix(NamedTuple):
-    """A nested matrix by the names that a checkpoint has for its weights, the rounding of its planes and its scales.
-    `low_rounding` need not be there (`read_planes`)."""
+    """A nested matrix by the names that a checkpoint has for its tensors. It keeps either the weights, the rounding of the
+    planes and the scales (`low_rounding` may be missing, see `read_planes`), or the planes and the scales."""
 
     weight: str
     rounding: str
     low_rounding: str
     scales: str
+    high: str
+    low: str
 
 
-HEAD = "lm_head"
-TIED_HEAD = Matrix("model.embed_tokens.weight", *(f"{HEAD}.{part}" for part in (ROUNDING, LOW_ROUNDING, SCALES)))
+PARTS = (ROUNDING, LOW_ROUNDING, SCALES, HIGH, LOW)
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens.weight"
+TIED_HEAD = Matrix(EMBEDDING, *(f"{HEAD}.{part}" for part in PARTS))
 
 
 class NestedLinear(BackendModule):
-    """In the place of nn.Linear: weight and bias as they were, and the planes in buffers."""
+    """In the place of nn.Linear: weight and bias as they were, and the planes in buffers. weight: None where the top is 8
+    bits."""
 
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, planes: Planes) -> None:
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, planes: Planes) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         _keep(self, "weight", planes)
 
     @property
@@ -62,9 +67,9 @@ class NestedLinear(BackendModule):
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """x [T, K] at each token's bits [T] -> [T, N]."""
-        if bits is None:
-            return F.linear(x, self.weight, self.bias)
         weights = self.nested
+        if bits is None:
+            return F.linear(x, weights.at(torch.inf, x.dtype), self.bias)
         return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), self.bias), x)
 
 
@@ -82,14 +87,18 @@ class NestedHead(NestedLinear):
 class NestedExperts(nn.Module):
     """In the place of `Experts`."""
 
+    gate_up_whole: nn.Parameter | None
+    down_whole: nn.Parameter | None
     norms: Tensor  # of the columns of down_proj, fp32 [E, F]
 
-    def __init__(self, experts: Experts, gate_up: Planes, down: Planes) -> None:
+    def __init__(self, experts: Experts | None, gate_up: Planes, down: Planes) -> None:
+        """experts: the whole weights; None where the top is 8 bits."""
         super().__init__()
-        self.gate_up_whole, self.down_whole = experts.gate_up_proj, experts.down_proj
+        self.register_parameter("gate_up_whole", None if experts is None else experts.gate_up_proj)
+        self.register_parameter("down_whole", None if experts is None else experts.down_proj)
         _keep(self, "gate_up", gate_up)
         _keep(self, "down", down)
-        self.register_buffer("norms", column_norms(experts.down_proj))
+        self.register_buffer("norms", column_norms(self.down_proj.at(torch.inf, torch.float32)))
 
     @property
     def gate_up_proj(self) -> NestedWeights:
@@ -100,52 +109,88 @@ class NestedExperts(nn.Module):
         return _kept(self, "down", self.down_whole)
 
 
+class NestedEmbedding(nn.Module):
+    """In the place of nn.Embedding, where the top is 8 bits: rows are read from the planes. dtype: that of the rows."""
+
+    def __init__(self, planes: Planes, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        _keep(self, "weight", planes)
+
+    @property
+    def nested(self) -> NestedWeights:
+        return _kept(self, "weight", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, [V, D]."""
+        return self.nested.at(torch.inf, self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> [..., D]."""
+        weights = self.nested
+        high, low = (replace(plane, data=plane.data[ids], scales=plane.scales[ids]) for plane in (weights.high, weights.low))
+        return replace(weights, high=high, low=low).at(torch.inf, self.dtype)
+
+
 @torch.no_grad()
-def nest_layers(module: nn.Module, stored: Stored, prefix: str = "") -> None:
-    """Replace the dense and the expert layers inside `module` by nested ones. `prefix` and a name in the module are the name
-    of a stored tensor. Raises ValueError when a checkpoint's tensors do not fit each other."""
+def nest_layers(module: nn.Module, stored: Stored, dtype: torch.dtype, device: torch.device, prefix: str = "") -> None:
+    """Replace the dense and the expert layers inside `module` by nested ones, and an embedding that has planes. `prefix` and a
+    name in the module are the name of a stored tensor. Raises ValueError when a checkpoint's tensors do not fit each other."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
+        matrix = matrix_named(f"{path}.weight")
         if isinstance(child, nn.Linear):
-            planes = _read(stored, matrix_named(f"{path}.weight"), child.weight.device)
             kind = NestedHead if path == HEAD else NestedLinear
-            setattr(module, name, kind(child.weight, child.bias, planes))
+            weight = None if matrix.high in stored else child.weight
+            setattr(module, name, kind(weight, child.bias, _read(stored, matrix, device)))
         elif isinstance(child, Experts):
-            device = child.down_proj.device
-            gate_up, down = (_read(stored, matrix_named(f"{path}.{part}_proj"), device) for part in ("gate_up", "down"))
-            setattr(module, name, NestedExperts(child, gate_up, down))
+            matrices = [matrix_named(f"{path}.{part}_proj") for part in ("gate_up", "down")]
+            whole = None if matrices[0].high in stored else child
+            setattr(module, name, NestedExperts(whole, *(_read(stored, one, device) for one in matrices)))
+        elif isinstance(child, nn.Embedding):
+            if matrix.high in stored:
+                setattr(module, name, NestedEmbedding(_read(stored, matrix, device), dtype))
         elif not isinstance(child, Router):
-            nest_layers(child, stored, f"{path}.")
+            nest_layers(child, stored, dtype, device, f"{path}.")
 
 
 @torch.no_grad()
-def nested_head(embedding: Tensor, stored: Stored) -> NestedHead:
-    """The output head of a model whose head is its embedding [V, D]."""
-    return NestedHead(embedding, None, _read(stored, TIED_HEAD, embedding.device))
+def nest_tied(
+    embedding: nn.Embedding | NestedEmbedding, stored: Stored, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Embedding | NestedEmbedding, NestedHead]:
+    """The embedding and the output head of a model whose head is its embedding [V, D]."""
+    planes = _read(stored, TIED_HEAD, device)
+    if TIED_HEAD.high in stored:
+        return NestedEmbedding(planes, dtype), NestedHead(None, None, planes)
+    return embedding, NestedHead(embedding.weight, None, planes)
 
 
 def matrix_named(weight: str) -> Matrix:
     """The matrix whose weights have this name: rounding of x.weight is x.rounding, of x_proj it is x_rounding."""
     stem = weight.removesuffix("weight") if weight.endswith(".weight") else weight.removesuffix("proj")
-    return Matrix(weight, *(stem + part for part in (ROUNDING, LOW_ROUNDING, SCALES)))
+    return Matrix(weight, *(stem + part for part in PARTS))
 
 
-def read_matrix(stored: Stored, matrix: Matrix, bits: int | None) -> Tensor:
-    """The weights [..., N, K] that so many bits stand for, in the stored dtype; None for all bits."""
-    weights = stored.get(matrix.weight)
-    if bits is None:
-        return weights
-    return NestedWeights(weights, *_read(stored, matrix, weights.device)).at(bits, weights.dtype)
+def read_matrix(stored: Stored, matrix: Matrix, bits: int | None, dtype: torch.dtype) -> Tensor:
+    """The weights [..., N, K] that so many bits stand for, in `dtype`; None for all bits."""
+    if bits is None and matrix.weight in stored:
+        return stored.get(matrix.weight)
+    whole = stored.get(matrix.weight) if matrix.weight in stored else None
+    return NestedWeights(whole, *_read(stored, matrix, torch.device("cpu"))).at(bits or torch.inf, dtype)
 
 
 def _read(stored: Stored, matrix: Matrix, device: torch.device) -> Planes:
     low_rounding = stored.get(matrix.low_rounding) if matrix.low_rounding in stored else None
     try:
-        weights, rounding, scales = (stored.get(name) for name in (matrix.weight, matrix.rounding, matrix.scales))
-        high, low = read_planes(weights, rounding, scales, low_rounding)
+        if matrix.high in stored:
+            planes = planes_from_nibbles(*(stored.get(name) for name in (matrix.high, matrix.low, matrix.scales)))
+        else:
+            weights, rounding, scales = (stored.get(name) for name in (matrix.weight, matrix.rounding, matrix.scales))
+            planes = read_planes(weights, rounding, scales, low_rounding)
     except ValueError as error:
         raise ValueError(f"{matrix.weight}: {error}") from error
-    return _to(high, device), _to(low, device)
+    return _to(planes[0], device), _to(planes[1], device)
 
 
 def _to(weights: QuantizedWeights, device: torch.device) -> QuantizedWeights:
@@ -153,13 +198,14 @@ def _to(weights: QuantizedWeights, device: torch.device) -> QuantizedWeights:
 
 
 def _keep(module: nn.Module, name: str, planes: Planes) -> None:
+    setattr(module, f"{name}_cols", planes[0].cols)
     for plane, weights in zip(("high", "low"), planes, strict=True):
         module.register_buffer(f"{name}_{plane}", weights.data)
         module.register_buffer(f"{name}_{plane}_scales", weights.scales)
 
 
-def _kept(module: nn.Module, name: str, full: Tensor) -> NestedWeights:
-    cols, format = full.shape[-1], find_format("int4")
+def _kept(module: nn.Module, name: str, full: Tensor | None) -> NestedWeights:
+    cols, format = getattr(module, f"{name}_cols"), find_format("int4")
     high, low = (
         QuantizedWeights(module.get_buffer(f"{name}_{plane}"), module.get_buffer(f"{name}_{plane}_scales"), cols, format)
         for plane in ("high", "low")

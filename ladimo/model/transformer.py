@@ -14,7 +14,7 @@ from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import FFNS, Norm, RotaryEmbedding, make_norm
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedHead
+from ladimo.model.nested_layers import NestedEmbedding, NestedHead
 from ladimo.model.rule import RuleNumber
 
 
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         super().__init__()
         # Zeros, as the weights come from a checkpoint: drawing them on device "meta" would import torch's compiler (2 s).
         weights = torch.zeros(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weights, freeze=False)
+        self.embed_tokens: nn.Embedding | NestedEmbedding = nn.Embedding.from_pretrained(weights, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
 

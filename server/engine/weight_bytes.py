@@ -33,15 +33,15 @@ class WeightBytes:
         return self._known[versions] + refined_rows * self._config.hidden_size * bytes_per_weight(NESTED_BITS[0])
 
     def _planes(self, policies: Collection[RoutingPolicy]) -> float:
-        config = self._config
+        config, read = self._config, self._config.bits_read
         queries = config.attention_parameters - config.key_value_parameters
-        total = config.head_parameters * union_bytes({policy.head_bits for policy in policies})
+        total = config.head_parameters * union_bytes({read(policy.head_bits) for policy in policies})
         for layer in range(config.num_hidden_layers):
             rules = [policy.layers[layer] for policy in policies]
-            attention = {None if rule is None else rule.attention_bits for rule in rules}
+            attention = {read(None if rule is None else rule.attention_bits) for rule in rules}
             careful = {None if bits is None else max(bits, KEY_VALUE_BITS) for bits in attention}
             total += queries * union_bytes(attention) + config.key_value_parameters * union_bytes(careful)
-            total += config.ffn_parameters * union_bytes({None if rule is None else rule.bits for rule in rules})
+            total += config.ffn_parameters * union_bytes({read(None if rule is None else rule.bits) for rule in rules})
         return total
 
 

@@ -222,6 +222,13 @@ def test_a_nested_checkpoint_is_read_whole(tmp_path: Path) -> None:
     assert not read_config(tmp_path / "again").nested_bits
 
 
+def test_planes_alone_are_refused(tmp_path: Path) -> None:
+    """transformers would fill the missing weights with random numbers."""
+    planes = make_nested(tmp_path / "planes", top_bits=8)
+    with pytest.raises(ValueError, match="weights at 8 bits only, .* ladimo export MODEL OUT --target dense"):
+        AutoModelForCausalLM.from_pretrained(planes)
+
+
 def test_tokenizer_comes_along(moe_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(moe_dir)
     text = "def f(x):\n    return 'ä✓'\n"

@@ -1,7 +1,7 @@
 """Perplexity, cost and agreement with the dense model, for many variants of one model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +38,23 @@ def measure(
     blocks: Tensor,
     variants: Iterable[Rules],
     reference: Rules | None = None,
+    dense: StreamedModel | None = None,
 ) -> dict[Rules, Measurement]:
     """Run token blocks [B, S] through every variant.
 
     experts(i): returns layer i's expert layer on the model's device; None: the model's own expert layers are used. reference:
-    must be one of the variants. Raises ValueError if a loss is not finite.
+    must be one of the variants. dense: the model of the reference, if it is another one. Raises ValueError if a loss is not
+    finite.
     """
     wanted = list(dict.fromkeys(variants))
     assert reference is None or reference in wanted
-    states, ran = run_variants(model, experts, [blocks], wanted)
-    scores = _score(model, blocks, {variant: batches[0] for variant, batches in states.items()}, reference)
+    elsewhere = {} if dense is None or reference is None else {reference: dense}
+    states, ran = run_variants(model, experts, [blocks], [variant for variant in wanted if variant not in elsewhere])
+    for variant, other in elsewhere.items():
+        more = run_variants(other, None, [blocks], [variant])
+        states, ran = states | more[0], ran | more[1]
+    models = {variant: elsewhere.get(variant, model) for variant in wanted}
+    scores = _score(models, blocks, {variant: states[variant][0] for variant in wanted}, reference)
     return {
         variant: Measurement(
             perplexity=math.exp(scores[variant][0]),
@@ -83,12 +90,15 @@ def num_scored(blocks: Tensor) -> int:
 
 
 def _score(
-    model: StreamedModel, blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
+    models: Mapping[Rules, StreamedModel], blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
 ) -> dict[Rules, tuple[float, float | None, float | None, float]]:
-    """Per variant: mean negative log-likelihood in nats, agreement with the reference, KL from it, refined words per token."""
+    """Per variant, of its model: mean negative log-likelihood in nats, agreement with the reference, KL from it, refined words
+    per token."""
     sums = {variant: torch.zeros(4, dtype=torch.float64) for variant in states}
+    device = next(iter(models.values())).device
 
     def log_probs(variant: Rules, row: slice) -> Tensor:
+        model = models[variant]
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
         scores, words = logits(model, variant, hidden_states)
         sums[variant][3] += words
@@ -96,7 +106,7 @@ def _score(
 
     for index in track(range(len(blocks)), "sequences scored"):  # one at a time, because logits take much memory
         row = slice(index, index + 1)
-        targets = blocks[row, 1:].flatten().to(model.device)
+        targets = blocks[row, 1:].flatten().to(device)
         base = None if reference is None else log_probs(reference, row)
         for variant in track(list(states), "variants"):
             logp = base if base is not None and variant == reference else log_probs(variant, row)
@@ -106,7 +116,7 @@ def _score(
                 sums[variant][2] += F.kl_div(logp, base, reduction="sum", log_target=True).item()
     means = {variant: (total / num_scored(blocks)).tolist() for variant, total in sums.items()}
     if not all(loss < MAX_LOSS for loss, *_ in means.values()):  # also false for NaN
-        raise ValueError(f"{model.directory}: the model's loss is not finite; are its weights sound?")
+        raise ValueError(f"{next(iter(models.values())).directory}: the model's loss is not finite; are its weights sound?")
     return {
         variant: (loss, None, None, words) if reference is None else (loss, agreement, max(kl, 0.0), words)
         for variant, (loss, agreement, kl, words) in means.items()

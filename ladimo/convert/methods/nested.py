@@ -1,8 +1,8 @@
 """Method nested: one set of weights at several precisions.
 
 1. One pass over the dense model gathers the second moments of what every matrix multiplies (`rounding.moments`).
-2. Every matrix gets two planes of four bits each (`ladimo.model.nested`). The high plane is chosen with error feedback
-   (`rounding.gptq`). The weights themselves stay, so that policy `full` is the dense model.
+2. Every matrix gets two planes of four bits each (`ladimo.model.nested`), both chosen with error feedback (`rounding.gptq`).
+   The weights themselves stay, so that policy `full` is the dense model. With `top_bits` 8 only the planes stay.
 3. The damage of reading 4 instead of 8 bits is found for each FFN, each attention and the output head alone: that of layers
    is estimated (`policies.precision`), that of the head measured. FFNs and the head have two: with and without refining what
    matters to a token (`ladimo.model.refinement`). The solver takes the changes in the order of damage per byte saved.
@@ -29,14 +29,14 @@ from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.frontier import policy_cost
 from ladimo.convert.policies.precision import precision_damages
 from ladimo.convert.recipe import Recipe, require
-from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor
+from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
 from ladimo.convert.run import Run
 from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding, low_rounded_down, rounded_down
-from ladimo.model.nested_layers import ROUNDING, SCALES, matrix_named
+from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, plane_to_nibbles, rounded_down
+from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, Matrix, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -48,18 +48,21 @@ HEAD = "lm_head.weight"
 class NestedRecipe:
     """damage_tokens: held-out tokens on which the damage of each change is found. points: how many policies that refine neurons
     the solver adds between 8 bits everywhere and 4 bits everywhere; half as many do not. refine, head_refine: those of the
-    policies that refine (`RoutingPolicy`)."""
+    policies that refine (`RoutingPolicy`). top_bits: of the stored weights; 16: as many as the source has. With 8, the
+    checkpoint takes about 0.53 of the dense model's bytes, `full` reads 8 bits, and no policy refines neurons."""
 
     damage_tokens: int = 4096
     points: int = 5
     refine: float = 1.5
     head_refine: float = 8.0
+    top_bits: int = 16
 
     def __post_init__(self) -> None:
         require(self.damage_tokens >= 1, "nested.damage_tokens", "must be at least 1", self.damage_tokens)
         require(self.points >= 0, "nested.points", "must be at least 0", self.points)
         for name in ("refine", "head_refine"):
             require(getattr(self, name) >= 0, f"nested.{name}", "must be at least 0", getattr(self, name))
+        require(self.top_bits in (HIGH, 16), "nested.top_bits", f"must be {HIGH} or 16", self.top_bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +83,28 @@ class Nested(Method):
     options = NestedRecipe
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
-        """Raises ValueError if the recipe asks for some of the layers only."""
+        """Raises ValueError if the recipe asks for some of the layers only, or if planes cannot hold the model's matrices."""
         if recipe.layers not in ("auto", "all"):
             raise ValueError(f"layers: is {recipe.layers}; method nested rounds every layer")
+        if _planes_only(recipe):
+            widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+            for name, width in (widths | {"attention width": config.num_attention_heads * config.head_dim}).items():
+                if width % 2:
+                    raise ValueError(f"nested.top_bits: {HIGH} needs matrices with even widths; {name} is {width}")
         return recipe
 
     def describe(self, recipe: Recipe) -> str:
+        planes_only = _planes_only(recipe)
+        precisions = "two precisions: 4 bits and 8 bits (a second plane of 4 bits below the first)"
+        if not planes_only:
+            precisions = "three precisions: 4 bits, 8 bits (a second plane of 4 bits below the first) and whole"
+        top = "The whole weights are not stored: `full` is the dense model at 8 bits, the embedding included. "
+        refined = "words" if planes_only else "neurons and words"
         return (
-            "One set of weights at three precisions: 4 bits, 8 bits (a second plane of 4 bits below the first) and whole. The "
-            "4-bit integers are the weights rounded up or down with error feedback (GPTQ, arXiv 2210.17323), a scale per row "
-            "and 32 columns. Nothing is trained. A policy chooses the bits of every FFN, every attention and the output head. "
-            "Where it refines, a token reads the neurons and words that matter to it at 8 bits, and all others at 4."
+            f"One set of weights at {precisions}. The integers are chosen with error feedback (GPTQ, arXiv 2210.17323), with a "
+            f"scale per row and 32 columns. Nothing is trained. {top if planes_only else ''}A policy chooses the bits of every "
+            f"FFN, every attention and the output head. Where it refines, a token reads the {refined} that matter to it at 8 "
+            "bits, and all others at 4."
         )
 
     def convert(self, run: Run, calibration: Calibration) -> Converted:
@@ -113,6 +127,10 @@ class Nested(Method):
         return bit_candidates(model.config, report["changes"], recipe)
 
 
+def _planes_only(recipe: Recipe) -> bool:
+    return recipe.section(NestedRecipe).top_bits == HIGH
+
+
 def round_layers(run: Run, blocks: Tensor) -> None:
     """Save each layer's matrices with their planes in the workspace, and then those of the output head. The second moments come
     from token blocks [B, S]. A finished layer is not rounded again."""
@@ -127,11 +145,13 @@ def round_layers(run: Run, blocks: Tensor) -> None:
         workspace.finish_layer(index, layer, {"seconds": time.monotonic() - started})
 
     def head() -> dict[str, Any]:
-        hidden_states = layer_moments(run.dense, blocks, use)
-        weights = run.dense.reader.get("model.embed_tokens.weight" if config.tie_word_embeddings else HEAD)
-        workspace.save_tensors(
-            "head.safetensors", dict(_planes(HEAD, weights, inverse_factor(head_moments(run.dense, hidden_states))))
-        )
+        moments = head_moments(run.dense, layer_moments(run.dense, blocks, use))
+        embedding = run.dense.reader.get(EMBEDDING)
+        weights = embedding if config.tie_word_embeddings else run.dense.reader.get(HEAD)
+        tensors = dict(_planes(run, HEAD, weights, inverse_factor(moments)))
+        if _planes_only(run.recipe) and not config.tie_word_embeddings:
+            tensors |= _nearest(EMBEDDING, embedding)
+        workspace.save_tensors("head.safetensors", tensors)
         return {}
 
     workspace.stage("head", head)
@@ -146,19 +166,22 @@ def nested_model(run: Run) -> StreamedModel:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         stored = [run.workspace.layer_reader(index) for index in range(len(layers))]
         kept = {name: reader for reader in stored for name in reader.files}
+        ends = run.workspace.load_tensors("head.safetensors")
         for name, _ in model_parameters(config):
-            yield name, kept[name].get(name) if name in kept else source.reader.get(name)
-        for name in kept:
-            if name.endswith((ROUNDING, SCALES)):
-                yield name, kept[name].get(name)
-        yield from run.workspace.load_tensors("head.safetensors").items()
+            matrix = TIED_HEAD if name == EMBEDDING and config.tie_word_embeddings else matrix_named(name)
+            if name not in kept and matrix.high not in kept and matrix.high not in ends:
+                yield name, source.reader.get(name)
+        for name, reader in kept.items():
+            yield name, reader.get(name)
+        yield from ends.items()
 
     def write() -> dict[str, Any]:
         directory.mkdir(exist_ok=True)
         write_tensors(directory, tensors())
         copy_tokenizer(source.directory, directory)
         raw = moe_config_json(read_json(source.directory / "config.json"), moe_layers_to_json(layers))
-        write_json(directory / "config.json", {**raw, "nested_bits": list(NESTED_BITS)})
+        top = {"nested_top_bits": HIGH} if _planes_only(run.recipe) else {}
+        write_json(directory / "config.json", {**raw, "nested_bits": list(NESTED_BITS), **top})
         return {}
 
     run.workspace.stage("nested", write)
@@ -171,7 +194,8 @@ def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> l
     options = recipe.section(NestedRecipe)
     few = blocks[: max(1, round(options.damage_tokens / blocks.shape[1]))]
     depth, config = model.config.num_hidden_layers, model.config
-    whole, base = _same(config, None), _same(config, HIGH)
+    base = _same(config, HIGH)
+    whole = base if config.nested_top_bits else _same(config, None)
     heads = {
         True: _changed(base, depth, bits=LOW, refine=options.head_refine),
         False: _changed(base, depth, bits=LOW),
@@ -194,6 +218,9 @@ def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> l
         }
         for index, rule in at8.items()
     }
+    if config.nested_top_bits:  # no neurons can be refined
+        for parts in changed.values():
+            del parts["ffn", True]
     damages, neurons = precision_damages(model, {index: [at8[index], *changed[index].values()] for index in at8}, few)
     experts = (1.0,) * depth
     for index, parts in changed.items():
@@ -218,8 +245,10 @@ def bit_candidates(config: ModelConfig, damages: Sequence[Mapping[str, Any]], re
         known[one.part, one.index, one.refined] = one
     whole = {key: change for key, change in known.items() if not (change.refined and change.part == "ffn")}
     path, refined = _Path.solve(config, whole, options), _Path.solve(config, known, options)
-    full, points, ratio = _same(config, None), options.points, recipe.max_perplexity_ratio
-    rules = {"full": full, "quality": path.rules[0], "balanced": path.near(0.5), "fast": path.rules[-1]}
+    points, ratio = options.points, recipe.max_perplexity_ratio
+    # Where the top is 8 bits, these are `full`, and `quality` has to be cheaper.
+    full, better, middle = (path.rules[0], 1 / 3, 2 / 3) if config.nested_top_bits else (_same(config, None), 0.0, 0.5)
+    rules = {"full": full, "quality": path.near(better), "balanced": path.near(middle), "fast": path.rules[-1]}
     for name, some, count in (("saved", path, points // 2), ("refined", refined, points)):
         for point in range(1, count + 1):
             found = some.near(point / (count + 1))
@@ -298,23 +327,40 @@ def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, T
     factor = inverse_factor(moments.attention)
     for projection in ("q_proj", "k_proj", "v_proj"):
         name = f"{prefix}self_attn.{projection}.weight"
-        yield from _planes(name, get(name), factor)
+        yield from _planes(run, name, get(name), factor)
     name = f"{prefix}self_attn.o_proj.weight"
-    yield from _planes(name, get(name), inverse_factor(moments.output))
+    yield from _planes(run, name, get(name), inverse_factor(moments.output))
     gate, up, down = (get(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
     experts = {"gate_up_proj": (torch.cat((gate, up)), moments.ffn), "down_proj": (down, moments.hidden)}
     for part, (weights, seen) in experts.items():
         name = f"{prefix}mlp.experts.{part}"
-        yield name, weights[None]
-        for beside, tensor in _planes(name, weights, inverse_factor(seen)):
+        if not _planes_only(run.recipe):
+            yield name, weights[None]
+        for beside, tensor in _planes(run, name, weights, inverse_factor(seen)):
             yield beside, tensor[None]
 
 
-def _planes(name: str, weights: Tensor, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a checkpoint stores beside a matrix: the rounding of its planes, and its scales. factor:
-    `inverse_factor` of its inputs' moments."""
-    matrix, scales = matrix_named(name), choose_scales(weights)
-    high, low = choose_planes(weights, scales, factor)
+def _planes(run: Run, name: str, weights: Tensor, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a checkpoint stores beside a matrix [N, K], or in its place. factor: `inverse_factor` of its
+    inputs' moments."""
+    matrix, scales, planes_only = matrix_named(name), choose_scales(weights), _planes_only(run.recipe)
+    high, low = choose_planes(weights, scales, factor, any_low=planes_only)
+    if planes_only:
+        yield from _stored_planes(matrix, high, low, scales, weights.shape[1])
+        return
     yield matrix.rounding, codes_to_rounding(high, rounded_down(weights, scales))
     yield matrix.low_rounding, codes_to_rounding(low, low_rounded_down(weights, high, scales))
+    yield matrix.scales, scales
+
+
+def _nearest(name: str, weights: Tensor) -> dict[str, Tensor]:
+    """The planes of a matrix [N, K] that multiplies nothing, in its place."""
+    scales = choose_scales(weights)
+    high = round_nearest(weights, scales)
+    return dict(_stored_planes(matrix_named(name), high, low_plane(weights, high, scales), scales, weights.shape[1]))
+
+
+def _stored_planes(matrix: Matrix, high: Tensor, low: Tensor, scales: Tensor, cols: int) -> Iterator[tuple[str, Tensor]]:
+    for name, codes in ((matrix.high, high), (matrix.low, low)):
+        yield name, plane_to_nibbles(codes[:, :cols])
     yield matrix.scales, scales

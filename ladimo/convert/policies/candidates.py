@@ -4,11 +4,12 @@ For a layer with its own router, the options are the rules of its profile. For a
 rules that the named policies have.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ladimo.convert.evaluation.measure import Measurement, measure
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, variant_of
 from ladimo.convert.policies.choose import Option, interpolate, named_policies, spread
 from ladimo.convert.policies.routing_profile import LayerProfile, RuleProfile
@@ -23,21 +24,26 @@ GUARD_STEPS = 64  # the number of solutions, from the most expensive to the chea
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A converted model to measure: its dense source, its expert layers and its configuration. A nested model is its own dense
-    source under policy `full`, so `dense` is then the model itself."""
+    """A converted model to measure: its dense source, its expert layers and its configuration. A nested model contains its
+    dense source, so `dense` is then the model itself. But if its top is 8 bits, the source is `apart`."""
 
     dense: StreamedModel
     experts: ExpertSource
     config: ModelConfig
+    apart: StreamedModel | None = None
 
     @classmethod
-    def nested(cls, own: StreamedModel) -> "ConvertedModel":
-        return cls(own, own.experts, own.config)
+    def nested(cls, own: StreamedModel, source: StreamedModel) -> "ConvertedModel":
+        return cls(own, own.experts, own.config, source if own.config.nested_top_bits else None)
+
+    def measure(self, blocks: Tensor, variants: Iterable[Rules]) -> dict[Rules, Measurement]:
+        """Run token blocks [B, S] through the variants and the reference; see `measure`."""
+        return measure(self.dense, self.experts, blocks, [self.reference, *variants], self.reference, self.apart)
 
     @property
     def reference(self) -> Rules:
         """The dense model as a variant."""
-        if not self.config.nested_bits:
+        if not self.config.nested_bits or self.apart is not None:
             return (None,) * self.config.num_hidden_layers
         full = (None if layer is None else LayerRule.full(layer) for layer in self.config.layers)
         return variant_of(RoutingPolicy("full", "", tuple(full)), self.config)

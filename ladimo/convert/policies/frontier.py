@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ladimo.convert.evaluation.measure import Measurement, figures, measure
+from ladimo.convert.evaluation.measure import Measurement, figures
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, policy_of, variant_of
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.choose import NAMED
@@ -50,7 +50,7 @@ def measure_frontier(model: ConvertedModel, candidates: Candidates, blocks: Tens
     reads, the other by what a batch of 32 tokens reads."""
     chosen, config = dict(candidates.rules), model.config
     reference = model.reference
-    measured = measure(model.dense, model.experts, blocks, [reference, *chosen.values()], reference)
+    measured = model.measure(blocks, chosen.values())
     perplexity = measured[reference].perplexity
     if candidates.guard is not None:
         found = _cheapest_within(model, blocks, candidates.guard, measured, perplexity)
@@ -114,7 +114,7 @@ def _cheapest_within(
         middle = (low + high) // 2
         rules = guard.path[middle]
         if rules not in measured:
-            measured |= measure(model.dense, model.experts, blocks, [rules, model.reference], model.reference)
+            measured |= model.measure(blocks, [rules])
         if measured[rules].perplexity <= guard.ratio * perplexity:
             low = middle
         else:

@@ -46,19 +46,21 @@ def round_nearest(weights: Tensor, scales: Tensor) -> Tensor:
     return groups.round().clamp(LOWEST, HIGHEST).flatten(1).to(torch.int8)
 
 
-def choose_planes(weights: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def choose_planes(weights: Tensor, scales: Tensor, factor: Tensor, any_low: bool = False) -> tuple[Tensor, Tensor]:
     """The high and the low plane, int8 [N, P], for weights [N, K]; factor: `inverse_factor` of the inputs' moments.
 
     Both are chosen by error feedback, the low plane for what the high plane leaves. An integer is always its number rounded
     down or up. So the low plane always reaches the weight. On SmolLM2 it was also more accurate than any integer
-    (`loadtests/README.md`).
+    (`loadtests/README.md`). any_low: an integer of the low plane may be any, which a checkpoint with whole weights cannot keep.
     """
     lowest = rounded_down(weights, scales)
     high = round_with_feedback(weights, scales, factor, lowest, (lowest + 1).clamp(max=HIGHEST))
     left = weights.float() - (high * scales.float().repeat_interleave(GROUP, dim=1))[:, : weights.shape[1]]
     lowest = low_rounded_down(weights, high, scales)
-    low = round_with_feedback(left, scales.float() / STEPS, factor, lowest, (lowest + 1).clamp(max=HIGHEST))
-    return high, low
+    highest = (lowest + 1).clamp(max=HIGHEST)
+    if any_low:
+        lowest, highest = torch.full_like(lowest, LOWEST), torch.full_like(highest, HIGHEST)
+    return high, round_with_feedback(left, scales.float() / STEPS, factor, lowest, highest)
 
 
 def round_with_feedback(weights: Tensor, scales: Tensor, factor: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

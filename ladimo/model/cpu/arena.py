@@ -18,7 +18,12 @@ class Arena:
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
-        self._used = 0
+        self._used = 0  # of the last chunk
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken, those that are left free at the ends of chunks included."""
+        return sum(len(chunk) for chunk in self._chunks[:-1]) + self._used
 
     def keep(self, tensor: Tensor) -> int:
         """Copy the content of a tensor into the arena. Returns the address of the copy."""

@@ -23,14 +23,15 @@
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)
 
-// No matrix has one of the last two kinds. They are for products with the high plane of a nested matrix, or with both planes.
+// HIGH_PLANE and BOTH_PLANES are for products with a nested matrix at 4 and at 8 bits. A nested matrix without whole weights is of
+// kind BOTH_PLANES. None is of kind HIGH_PLANE.
 enum Kind { FLOAT32, BFLOAT16, INT8, INT4, HIGH_PLANE, BOTH_PLANES };
 // How many bits of a matrix a token reads. See nested.py.
 enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE };
 
-// A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has its weights in `data`, and both planes
-// besides, packed as INT4; otherwise `high` and `low` are NULL. `scales`: one number for each row and GROUP columns, in fp32 for
+// A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has both planes, packed as INT4; otherwise
+// `high` and `low` are NULL. `data` are the whole weights, NULL in a matrix of kind BOTH_PLANES. `scales`: one number for each row and GROUP columns, in fp32 for
 // the integers in `data`, in bf16 for the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
 // `single`: the low plane once more, laid out so that one neuron or one word can be read alone (refine.h); else NULL.
 typedef struct {
@@ -55,10 +56,10 @@ typedef struct {
     int64_t norms_each_head;  // 1: each head of queries and keys is normed by itself; 0: all heads of a token together
     int64_t bf16;     // 1: KV cache and embedding are bf16; 0: fp32
     double eps;
-    const void *embedding;  // [V, D] in bf16 or fp32
+    const void *embedding;  // [V, D] in bf16 or fp32; NULL if rows are read from `embedding_planes`
     const float *rope;      // [positions, 2, rotary_dim]
     const float *norm;
-    Matrix head;
+    Matrix embedding_planes, head;
     const Layer *layers;
 } Model;
 

@@ -14,19 +14,20 @@ from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
-from ladimo.model.cpu.packing import KINDS, Packed, Source, columns_multiple, pack, pack_down, pack_gate_up, stack_rows
+from ladimo.model.cpu.packing import KINDS, PLANES, Packed, Source, columns_multiple, pack, pack_down, pack_gate_up, stack_rows
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedLinear
+from ladimo.model.nested_layers import NestedEmbedding, NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router, TableRouter
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
+BOTH_PLANES = 5  # the kind of matrices in `PLANES`
 ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE = range(5)
 NO_ROW = 2**62  # behind the last row of any matrix
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
@@ -68,6 +69,7 @@ class _Model(ctypes.Structure):
         ),
         ("eps", c_double),
         *((name, c_void_p) for name in ("embedding", "rope", "norm")),
+        ("embedding_planes", _Matrix),
         ("head", _Matrix),
         ("layers", ctypes.POINTER(_Layer)),
     ]
@@ -150,7 +152,7 @@ class NativeStep:
     """Computes `MoeTransformer.forward` over a KV cache, from packed weights. Only one thread may call it at a time.
 
     The compiled code has its own layout of the cache, so a cache filled here cannot be used by torch, or the other way round.
-    The embedding and the rotary table of the model are not packed; they are used where they are.
+    The rotary table of the model is not packed, nor is its embedding, unless it has planes; they are used where they are.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class NativeStep:
         compute after that. `wake_threads_from`: steps with at least this many multiply-adds use all threads. Raises Unsupported
         before anything is changed, and if there is no memory for the threads.
         """
-        config, dtype = model.config, model.model.embed_tokens.weight.dtype
+        config, dtype = model.config, model.model.norm.weight.dtype
         check_supported(config, dtype, format if format in format_names() else None)
         code = library()
         assert code is not None
@@ -181,9 +183,18 @@ class NativeStep:
             self._fill_layer(target, layer, format)
             if release:
                 _release(layer)
-        head = model.model.embed_tokens.weight if model.lm_head is None else _weights(model.lm_head)
+        embedding = model.model.embed_tokens
+        head = _weights(embedding if model.lm_head is None else model.lm_head)
+        packed_head = self._matrix(pack(head, format, single=True))
         self._layers = layers
-        self._embedding = model.model.embed_tokens.weight.detach().to(self.dtype).contiguous()
+        self._embedding: Tensor | None = None
+        embedding_planes = _Matrix()
+        if not isinstance(embedding, NestedEmbedding):
+            self._embedding = embedding.weight.detach().to(self.dtype).contiguous()
+        elif config.tie_word_embeddings:
+            embedding_planes = packed_head
+        else:
+            embedding_planes = self._matrix(pack(embedding.nested, format))
         self._rope = model.rotary.table.float().contiguous()
         self._model = _Model(
             num_layers=config.num_hidden_layers,
@@ -197,21 +208,29 @@ class NativeStep:
             norms_each_head=config.qk_norm == "head",
             bf16=dtype == torch.bfloat16,
             eps=config.rms_norm_eps,
-            embedding=self._embedding.data_ptr(),
+            embedding=None if self._embedding is None else self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
-            head=self._matrix(pack(head, format, single=True)),
+            embedding_planes=embedding_planes,
+            head=packed_head,
             layers=layers,
         )
         self._multiply_adds = config.dense_parameters + head.shape.numel()  # per token, an upper estimate
         if release and model.lm_head is not None:
             _release(model.lm_head)
+        if release and self._embedding is None:
+            _release(embedding)
         try:
             self.pool = Pool(code, num_threads)
         except MemoryError as error:
             raise Unsupported(str(error)) from error
         self._run = code.ladimo_step
         self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the model's weights take."""
+        return self._arena.used + (0 if self._embedding is None else self._embedding.nbytes)
 
     def __call__(self, inputs: StepInputs, kv_cache: KVCache, tables: RoutingTables) -> StepOutput:
         """Run one step. Logits are fp32. Raises MemoryError if there is no memory for the step's buffers."""
@@ -267,7 +286,7 @@ class NativeStep:
         return StepOutput(logits, expert_ids, refined)
 
     def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: str) -> None:
-        attention = layer.self_attn
+        attention, config = layer.self_attn, self.config
         assert isinstance(attention, Attention)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
@@ -275,7 +294,7 @@ class NativeStep:
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
         packed = pack(stack_rows([_weights(linear) for linear in projections]), format)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
-        target.qkv = self._matrix(packed, careful_row=len(attention.q_proj.weight))
+        target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.head_dim)
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -329,7 +348,7 @@ class NativeStep:
             packed.rows,
             packed.panels,
             packed.cols,
-            KINDS.index(packed.format),
+            BOTH_PLANES if packed.format == PLANES else KINDS.index(packed.format),
             careful_row,
             0 if packed.single is None else packed.single[0].numel(),
         )
@@ -338,8 +357,8 @@ class NativeStep:
         return self._arena.keep(tensor)
 
 
-def _weights(linear: nn.Linear | NestedLinear) -> Source:
-    return linear.nested if isinstance(linear, NestedLinear) else linear.weight
+def _weights(layer: nn.Linear | nn.Embedding | NestedLinear | NestedEmbedding) -> Source:
+    return layer.nested if isinstance(layer, NestedLinear | NestedEmbedding) else layer.weight
 
 
 def _release(module: nn.Module) -> None:

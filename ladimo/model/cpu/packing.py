@@ -17,6 +17,7 @@ from ladimo.model.quantization import GROUP, QuantizedWeights, find_format, quan
 LANES, PANELS = 16, 4
 # The formats that step.c can read, in the order of its enum `Kind`. The integer formats are in `ladimo.model.quantization`.
 KINDS = ("float32", "bfloat16", "int8", "int4")
+PLANES = "planes"  # the format of nested weights whose top is 8 bits
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,11 +37,12 @@ class Packed:
     """One packed matrix, or several of the same shape in a row.
 
     `rows`, `panels` and `cols` are those of one matrix. `scales` has P * 16 * K / S numbers for each matrix; None for
-    floating-point formats without planes. `high` and `low` are the planes of nested weights; their scales are in bf16.
-    `single`: the low plane once more, for reading single neurons or words (`refine.h`); bytes [E, ...].
+    floating-point formats without planes. `high` and `low` are the planes of nested weights; their scales are in bf16, and
+    `data` is None if there is nothing above them. `single`: the low plane once more, for reading single neurons or words
+    (`refine.h`); bytes [E, ...].
     """
 
-    data: Tensor
+    data: Tensor | None
     scales: Tensor | None
     rows: int
     panels: int
@@ -60,31 +62,39 @@ def pack(weights: Source, format: str, single: bool = False) -> Packed:
 
 
 def pack_gate_up(gate_up: Source, format: str) -> Packed:
-    """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows."""
+    """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows.
+    Neurons of nested weights can be read alone if these are stored whole. Otherwise memory counts for more."""
     full, planes = _full(gate_up), _planes(gate_up)
-    size = padded_size(full.shape[1] // 2, format, nested=planes is not None)
+    size = padded_size(gate_up.shape[1] // 2, format, nested=planes is not None)
+    whole = None if full is None else _pair_panels(full, size)
     if planes is None:
-        return _pack(_pair_panels(full, size), format, None)
+        return _pack(whole, format, None)
+    packed = _pack(whole, format, Planes(*(_pair_panels(part, size) for part in planes)))
+    if whole is None:
+        return packed
     halves = Planes(*(torch.cat([_fill_rows(half, size) for half in part.chunk(2, dim=1)], dim=1) for part in planes))
-    packed = _pack(_pair_panels(full, size), format, Planes(*(_pair_panels(part, size) for part in planes)))
     return replace(packed, single=_single_rows(halves))
 
 
 def pack_down(down: Source, format: str) -> Packed:
-    """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds."""
+    """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds. Neurons can be read alone as there."""
     full, planes = _full(down), _planes(down)
-    idle = padded_size(full.shape[2], format, nested=planes is not None) - full.shape[2]
+    idle = padded_size(down.shape[2], format, nested=planes is not None) - down.shape[2]
+    whole = None if full is None else F.pad(full, (0, idle))
     if planes is None:
-        return _pack(F.pad(full, (0, idle)), format, None)
+        return _pack(whole, format, None)
     planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
-    return replace(_pack(F.pad(full, (0, idle)), format, planes), single=_single_columns(planes))
+    packed = _pack(whole, format, planes)
+    return packed if whole is None else replace(packed, single=_single_columns(planes))
 
 
 def stack_rows(matrices: Sequence[Source]) -> Source:
     """Matrices [N, K] as one, which has the rows of all. Either all of them are nested or none."""
-    full = torch.cat([_full(one) for one in matrices])
+    whole = [full for one in matrices if (full := _full(one)) is not None]
+    full = torch.cat(whole) if whole else None
     nested = [one for one in matrices if isinstance(one, NestedWeights)]
     if not nested:
+        assert full is not None
         return full
     return NestedWeights(full, _stack_planes([one.high for one in nested]), _stack_planes([one.low for one in nested]))
 
@@ -100,7 +110,7 @@ def padded_size(size: int, format: str, nested: bool) -> int:
     return -(-size // multiple) * multiple
 
 
-def _full(weights: Source) -> Tensor:
+def _full(weights: Source) -> Tensor | None:
     return weights.full if isinstance(weights, NestedWeights) else weights
 
 
@@ -121,15 +131,20 @@ def _stack_planes(planes: Sequence[QuantizedWeights]) -> QuantizedWeights:
     return replace(planes[0], data=data, scales=scales)
 
 
-def _pack(weights: Tensor, format: str, planes: Planes | None) -> Packed:
-    rows, cols = weights.shape[-2:]
+def _pack(weights: Tensor | None, format: str, planes: Planes | None) -> Packed:
+    """Weights, planes, or both: matrices [N, K] or stacks of them."""
+    some = planes.high if weights is None and planes is not None else weights
+    assert some is not None
+    rows, cols = some.shape[-2:]
     assert cols % columns_multiple(format, nested=planes is not None) == 0
-    parts = [_pack_one(matrix, format) for matrix in _in_panels(weights)]
-    scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
-    packed = Packed(torch.cat([data for data, _ in parts]), scales, rows, -(-rows // LANES), cols, format)
+    packed = Packed(None, None, rows, -(-rows // LANES), cols, PLANES)
+    if weights is not None:
+        parts = [_pack_one(matrix, format) for matrix in _in_panels(weights)]
+        scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
+        packed = replace(packed, data=torch.cat([data for data, _ in parts]), scales=scales, format=format)
     if planes is None:
         return packed
-    assert scales is None, "planes go beside whole weights"
+    assert packed.scales is None, "planes go beside whole weights"
     high, low = (torch.cat([_pack_integers(one, "int4") for one in _in_panels(plane)]) for plane in (planes.high, planes.low))
     scales = torch.cat([_interleave(one.to(SCALE_DTYPE), torch.int16) for one in _in_panels(planes.scales)])
     return replace(packed, scales=scales, high=high, low=low)

@@ -273,12 +273,25 @@ static inline int64_t panel_scale_bytes(const Matrix *m) { return ROWS * (m->col
 // The matrix of expert e. `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     Matrix one = *m;
-    one.data += e * m->panels * panel_bytes(m, m->kind);
+    if (m->data) one.data += e * m->panels * panel_bytes(m, m->kind);
     if (m->scales) one.scales += e * m->panels * panel_scale_bytes(m);
     if (m->high) one.high += e * m->panels * panel_bytes(m, HIGH_PLANE);
     if (m->low) one.low += e * m->panels * panel_bytes(m, HIGH_PLANE);
     if (m->single) one.single += e * m->single_bytes;
     return one;
+}
+
+// Row number `row` of a nested matrix at 8 bits. Writes out[cols].
+static void read_row(const Matrix *m, int64_t row, float *out) {
+    int64_t block = row / (PANELS * ROWS), width = panels_of(m, block) * ROWS, lane = row % (PANELS * ROWS);
+    const uint32_t *high = (const uint32_t *)(m->high + block * PANELS * panel_bytes(m, HIGH_PLANE)) + lane;
+    const uint32_t *low = (const uint32_t *)(m->low + block * PANELS * panel_bytes(m, HIGH_PLANE)) + lane;
+    const uint16_t *scales = (const uint16_t *)(m->scales + block * PANELS * panel_scale_bytes(m)) + lane;
+    for (int64_t k = 0; k < m->cols; k++) {
+        int64_t word = k / 8 * width, shift = k % 4 * 8 + (k % 8 < 4 ? 0 : 4);
+        int32_t steps = (int32_t)(high[word] >> shift & 15) * NESTED_STEPS + (int32_t)(low[word] >> shift & 15) - offset_of(BOTH_PLANES);
+        out[k] = (float)steps * (widen_one(scales[k / GROUP * width]) / NESTED_STEPS);
+    }
 }
 
 // Multiply block number `block` with n tokens (at most TILE), and read all its rows at this precision. Writes

@@ -36,11 +36,12 @@ static inline const float *rule_of(const State *s, int64_t t) {
     return s->step->rows + (s->step->policy_ids[t] * (s->model->num_layers + 1) + s->layer_index) * RULE_NUMBERS;
 }
 
-// The precision at which token t reads a matrix. `number`: which number of its rule says so.
+// The precision at which token t reads a matrix: what its rule says, but at most the matrix's top. `number`: which number of its
+// rule says so.
 static inline int64_t precision_of(const State *s, const Matrix *m, int64_t t, int number) {
     if (!m->high) return WHOLE;
     float bits = rule_of(s, t)[number];
-    return bits <= 4 ? BITS4 : bits <= 8 ? BITS8 : WHOLE;
+    return bits <= 4 ? BITS4 : bits <= 8 || m->kind == BOTH_PLANES ? BITS8 : WHOLE;
 }
 static inline int64_t attention_precision(const State *s, int64_t t) { return precision_of(s, &s->layer->qkv, t, RULE_ATTENTION_BITS); }
 static inline int64_t experts_precision(const State *s, int64_t t) { return precision_of(s, &s->layer->gate_up, t, RULE_BITS); }

@@ -59,6 +59,10 @@ static void run_layer(Engine *engine, State *s) {
 
 static void embed_token(const void *job, int64_t t) {
     const State *s = job;
+    if (!s->model->embedding) {
+        read_row(&s->model->embedding_planes, s->step->input_ids[t], s->x + t * s->model->hidden);
+        return;
+    }
     int64_t size = s->model->hidden, from = s->step->input_ids[t] * size;
     for (int64_t i = 0; i < size; i++) s->x[t * size + i] = read_one(s->model->embedding, from + i, s->model->bf16);
 }

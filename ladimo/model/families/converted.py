@@ -23,13 +23,18 @@ class Converted(Family):
         nested_bits = raw.get("nested_bits") or []
         if nested_bits not in ([], list(NESTED_BITS)):
             raise ValueError(f"nested_bits must be null, [] or {list(NESTED_BITS)}, got {nested_bits!r}")
+        top = raw.get("nested_top_bits")
+        if top is not None and (top != max(NESTED_BITS) or isinstance(top, float) or not nested_bits):
+            raise ValueError(f"nested_top_bits must be null, or {max(NESTED_BITS)} beside nested_bits, got {top!r}")
         stated: dict[str, Any] = {name: flag(raw, name) for name in ("parallel_block", "head_bias")}
         for name, kinds in KINDS.items():
             stated[name] = raw.get(name, getattr(self, name))
             if stated[name] not in kinds:
                 raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {stated[name]!r}")
         config = super(Converted, replace(self, **stated)).read_config(raw)
-        return replace(config, family=family, nested_bits=tuple(nested_bits))
+        if top is not None and None in config.layers:
+            raise ValueError(f"nested_top_bits: is {top}, but layer {config.layers.index(None)} is dense, and read whole")
+        return replace(config, family=family, nested_bits=tuple(nested_bits), nested_top_bits=top)
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         entries = raw.get("moe_layers")

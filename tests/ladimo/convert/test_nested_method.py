@@ -1,7 +1,9 @@
 """Method nested: the checkpoint that it writes, the policies that it chooses, and that both are measured as they are served."""
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ladimo.checkpoint import TensorReader, load_model, read_config, read_frontier, read_json, read_policies
+from ladimo.checkpoint import TensorReader, load_model, read_config, read_frontier, read_json, read_policies, write_json
 from ladimo.convert.data.calibration import Encoder, evaluation_blocks
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.evaluation.measure import measure
@@ -19,9 +21,11 @@ from ladimo.convert.pipeline import convert
 from ladimo.convert.reprofile import reprofile
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
 from ladimo.convert.streamed_model import StreamedModel
+from ladimo.export import export
 from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
+from ladimo.policy import LayerRule
 from tests.factories import make_dense
 from tests.ladimo.convert.conftest import Made, killed, make_text, small_recipe
 from tests.ladimo.stepping import make_tables
@@ -209,3 +213,81 @@ def test_only_some_layers_are_refused(source: Path, text: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="layers: is 0; method nested rounds every layer"):
         convert(str(source), tmp_path / "out", small_recipe(method="nested", layers="0"), [text])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def planes(nested: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The same source, of which only the planes are kept."""
+    recipe = small_recipe(method="nested", **{"nested.top_bits": 8})
+    out = tmp_path_factory.mktemp("planes") / "out"
+    assert convert(str(nested.dense), out, recipe, [nested.text])
+    return Made(nested.dense, nested.text, out, recipe)
+
+
+def test_a_checkpoint_of_planes_is_half_as_large(planes: Made) -> None:
+    dense, own = TensorReader(planes.dense), TensorReader(planes.out)
+    sizes = [sum(tensor.nbytes for tensor in map(reader.get, reader.files)) for reader in (dense, own)]
+    assert sizes[1] < 0.6 * sizes[0]
+    config = read_config(planes.out)
+    assert (config.nested_bits, config.nested_top_bits) == ((4, 8), 8)
+    assert not [name for name in own.files if own.get(name).is_floating_point() and "norm" not in name and "scales" not in name]
+    said = (planes.out / "report.md").read_text()
+    assert "The whole weights are not stored: `full` is the dense model at 8 bits" in said
+    assert "all bits" not in said
+
+
+def test_policies_of_planes_are_measured_against_the_source(planes: Made) -> None:
+    """`full` is 8 bits, and says so. Figures are relative to the dense source, wherever it is now."""
+    model = load_model(planes.out, torch.float32, CPU)
+    policies = read_policies(planes.out, model.config)
+    entries = {entry["policy"]: entry for entry in read_json(planes.out / "report.json")["policies"]}
+    costs = [entries[name]["bytes_ratio"] for name in ("full", "quality", "balanced", "fast")]
+    assert costs == sorted(costs, reverse=True) and len(set(costs)) == 4
+    assert costs[0] == pytest.approx(0.53, abs=0.01)
+    whole = replace(
+        policies["full"], layers=tuple(LayerRule.full(layer) for layer in model.config.layers if layer), head_bits=None
+    )
+    assert whole.bytes_ratio(model.config, (1.0,) * 3, 0.0) == pytest.approx(costs[0])
+    assert {rule and (rule.bits, rule.attention_bits, rule.refine) for rule in policies["full"].layers} == {(8, 8, None)}
+    assert not [name for name, policy in policies.items() if any(rule and rule.refine for rule in policy.layers)]
+    for where in (None, planes.dense):
+        found = evaluate_checkpoint(str(planes.out), planes.text, policy="full", tokens=200, dense=where)
+        source = evaluate_checkpoint(str(planes.dense), planes.text, tokens=200)
+        (full,) = found["policies"]
+        assert found["dense"]["perplexity"] == pytest.approx(source["policies"][0]["perplexity"], rel=1e-4)
+        assert full["perplexity_ratio"] == pytest.approx(full["perplexity"] / found["dense"]["perplexity"])
+        assert 0 < full["kl"] < 0.05 and full["perplexity_ratio"] != 1
+
+
+def test_planes_without_their_source(planes: Made, tmp_path: Path) -> None:
+    """They are measured alone; what is relative to the source is null, and `profile` asks for it."""
+    copy = shutil.copytree(planes.out, tmp_path / "copy")
+    raw = read_json(copy / "provenance.json")
+    write_json(copy / "provenance.json", {**raw, "source": {**raw["source"], "path": str(tmp_path / "gone")}})
+    found = evaluate_checkpoint(str(copy), planes.text, policy="fast", tokens=200)
+    assert found["dense"]["perplexity"] is None and found["policies"][0]["kl"] is None
+    with pytest.raises(ValueError, match="its dense source is needed"):
+        reprofile(str(copy), planes.text)
+    report = reprofile(str(copy), make_text(tmp_path / "other.txt", seed=3), planes.dense)
+    entries = {entry["policy"]: entry for entry in report["policies"]}
+    assert entries["full"]["perplexity_ratio"] != 1 and entries["full"]["bytes_ratio"] == pytest.approx(0.53, abs=0.01)
+
+
+def test_planes_are_exported(planes: Made, tmp_path: Path) -> None:
+    """As a dense model with the weights that the policy's bits stand for."""
+    model = load_model(planes.out, torch.float32, CPU)
+    ids = torch.arange(32).view(1, 32)
+    for name in ("full", "quality"):
+        export(planes.out, tmp_path / name, "dense", name)
+        written = load_model(tmp_path / name, torch.float32, CPU)
+        policy = read_policies(planes.out, model.config)[name]
+        unrefined = replace(policy, head_refine=None)
+        ours = model(StepInputs.whole_sequences(ids), None, make_tables(model, [unrefined])).logits
+        theirs = written(StepInputs.whole_sequences(ids), None, make_tables(written, [])).logits
+        assert F.cosine_similarity(ours, theirs, dim=-1).min() > 0.999  # written in bf16
+        assert read_config(tmp_path / name).nested_top_bits is None
+
+
+def test_top_bits_that_there_are_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nested.top_bits: must be 8 or 16, got 4"):
+        small_recipe(method="nested", **{"nested.top_bits": 4})

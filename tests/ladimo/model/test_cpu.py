@@ -278,6 +278,7 @@ def test_packing_is_a_permutation() -> None:
     weights = torch.arange(80 * 6, dtype=torch.float32).view(80, 6)
     packed = pack(weights, "float32")
     assert (packed.rows, packed.panels, packed.cols) == (80, 5, 6)
+    assert packed.data is not None
     words = packed.data.view(torch.float32)
     assert torch.equal(words[: 64 * 6].view(6, 64), weights[:64].t())
     assert torch.equal(words[64 * 6 :].view(6, 16), weights[64:].t())

@@ -22,7 +22,16 @@ from ladimo.checkpoint import (
 )
 from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.nested import STEPS, codes_to_rounding, low_plane, low_rounded_down, read_planes, rounded_down
+from ladimo.model.nested import (
+    STEPS,
+    codes_to_rounding,
+    low_plane,
+    low_rounded_down,
+    plane_to_nibbles,
+    planes_from_nibbles,
+    read_planes,
+    rounded_down,
+)
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -44,9 +53,11 @@ def test_rounding_survives_the_checkpoint(rows: int, cols: int, seed: int, dtype
 
     high = choice(rounded_down(weights, scales))
     low = choice(low_rounded_down(weights, high, scales))
-    rounding = codes_to_rounding(high, rounded_down(weights, scales))
-    low_rounding = codes_to_rounding(low, low_rounded_down(weights, high, scales))
-    planes = read_planes(weights, rounding, scales, low_rounding)
+    kept = (
+        codes_to_rounding(high, rounded_down(weights, scales)),
+        codes_to_rounding(low, low_rounded_down(weights, high, scales)),
+    )
+    planes = read_planes(weights, kept[0], scales, kept[1])
     for plane, codes in zip(planes, (high, low), strict=True):
         assert torch.equal(plane.format.to_integers(plane.data)[:, : codes.shape[1]], codes)
 
@@ -116,6 +127,28 @@ def test_a_checkpoint_that_says_nothing_of_the_low_plane_has_the_nearest_one(tmp
     down = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name not in old}
     write_tensors(directory, iter((tensors | down).items()))
     assert not torch.allclose(found(), nearest, atol=1e-3)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 1000))
+def test_planes_survive_the_checkpoint(rows: int, half: int, seed: int) -> None:
+    """Where they are all that it keeps, as a stack of matrices: each code, and its scale."""
+    drawn = torch.Generator().manual_seed(seed)
+    high, low = (torch.randint(-8, 8, (2, rows, 2 * half), generator=drawn, dtype=torch.int8) for _ in range(2))
+    scales = torch.rand(2, rows, -(-half // 16), generator=drawn).bfloat16()
+    planes = planes_from_nibbles(plane_to_nibbles(high), plane_to_nibbles(low), scales)
+    steps = scales.float().repeat_interleave(GROUP, dim=2)[..., : 2 * half]
+    for plane, codes, step in zip(planes, (high, low), (steps, steps / STEPS), strict=True):
+        assert torch.equal(plane.to_dtype(torch.float32), codes * step)
+
+
+def test_stored_planes_that_do_not_belong_together() -> None:
+    plane, scales = torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"low is torch.uint8 \[4, 16\], must be uint8 \[4, 32\]"):
+        planes_from_nibbles(plane, plane[:, :16], scales)
+    with pytest.raises(ValueError, match="high is torch.int8"):
+        planes_from_nibbles(plane.to(torch.int8), plane, scales)
+    with pytest.raises(ValueError, match="scales are"):
+        planes_from_nibbles(plane, plane, scales[:2])
 
 
 def run(model: MoeTransformer, policies: list[RoutingPolicy], ids: Tensor, policy_ids: Tensor) -> StepOutput:
@@ -277,4 +310,48 @@ def test_a_broken_checkpoint_names_the_matrix(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.scales"
     write_tensors(directory, iter({**tensors, name: tensors[name][:1]}.items()))
     with pytest.raises(ValueError, match="self_attn.q_proj.weight: scales are"):
+        load_model(directory, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_planes_without_weights(tmp_path: Path, tied: bool) -> None:
+    """The 8 bits are the same as beside whole weights, but that the embedding has 8 bits, too. All bits are 8 bits."""
+    dense = make_dense(tmp_path / "dense", tie_word_embeddings=tied)
+    whole = load_model(make_nested(tmp_path / "whole", dense=dense), torch.float32, torch.device("cpu"))
+    model = load_model(make_nested(tmp_path / "planes", dense=dense, top_bits=8), torch.float32, torch.device("cpu"))
+    ids, ones = torch.arange(40).view(2, 20), torch.ones(40, dtype=torch.int64)
+    full, at8, at4 = (logits(model, [bits_policy(model, "p", bits, bits, bits)], ids, ones) for bits in (None, 8, 4))
+    torch.testing.assert_close(full, at8)
+    beside = logits(whole, [bits_policy(whole, "p", 8, 8, 8)], ids, ones)
+    assert float((at8 - beside).norm()) < 0.2 * float((at4 - beside).norm())
+    rows = whole.model.embed_tokens(ids.flatten())
+    assert 0 < float((model.model.embed_tokens(ids.flatten()) - rows).norm()) < 0.02 * float(rows.norm())
+
+
+def test_a_broken_checkpoint_of_planes(tmp_path: Path) -> None:
+    directory = make_nested(tmp_path, top_bits=8)
+    config, raw = read_config(directory), read_json(directory / "config.json")
+    refined = read_policies(directory, config)["fast"].to_dict()
+    refined["layers"][1]["refine"] = 1.0
+    with pytest.raises(ValueError, match=r"layers\[1\].refine: neurons cannot be refined, because .* top is 8 bits"):
+        RoutingPolicy.from_dict(refined).validate(config)
+    for wrong in (4, 16, 8.0, "8"):
+        write_json(directory / "config.json", {**raw, "nested_top_bits": wrong})
+        with pytest.raises(ValueError, match="nested_top_bits must be null, or 8 beside nested_bits"):
+            read_config(directory)
+    write_json(directory / "config.json", {**raw, "nested_bits": None})
+    with pytest.raises(ValueError, match="nested_top_bits must be null, or 8 beside nested_bits, got 8"):
+        read_config(directory)
+    write_json(directory / "config.json", {**raw, "moe_layers": [None, *raw["moe_layers"][1:]]})
+    with pytest.raises(ValueError, match="nested_top_bits: is 8, but layer 0 is dense"):
+        read_config(directory)
+    write_json(directory / "config.json", raw)
+    reader = TensorReader(directory)
+    tensors = {name: reader.get(name) for name in reader.files}
+    name = "model.layers.0.self_attn.q_proj.low"
+    write_tensors(directory, iter({**tensors, name: tensors[name][:1]}.items()))
+    with pytest.raises(ValueError, match="self_attn.q_proj.weight: low is torch.uint8"):
+        load_model(directory, torch.float32, torch.device("cpu"))
+    write_tensors(directory, iter((other, tensor) for other, tensor in tensors.items() if other != name))
+    with pytest.raises(ValueError, match="lacks the tensor model.layers.0.self_attn.q_proj.low"):
         load_model(directory, torch.float32, torch.device("cpu"))

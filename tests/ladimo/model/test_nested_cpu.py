@@ -20,34 +20,42 @@ from ladimo.model.quantization import GROUP
 from ladimo.model.refinement import count_refined
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import EXACT, make_moe, make_nested
+from tests.factories import EXACT, make_dense, make_moe, make_nested
 from tests.ladimo.native import Cached, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
 
+WIDER: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 512, "num_attention_heads": 6}
 # Beside the plain one: experts that need padding and experts that need none, several blocks per matrix, biases, a dense layer.
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
-    "wider": {"hidden_size": 96, "intermediate_size": 512, "num_attention_heads": 6},
+    "wider": WIDER,
     "unpadded": {"num_experts": 3, "tie_word_embeddings": True},
     "biases": {"attention_bias": True},
     "dense_layer": {"dense_layers": (1,)},
+    "planes_only": {"top_bits": 8, **WIDER},
+    "planes_only_tied": {"top_bits": 8, "tie_word_embeddings": True},
 }
 BITS = (4, 8, None)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:
-    """The model, with the four policies of its checkpoint, one whose bits differ from layer to layer, and one that refines."""
+    """The model, with the four policies of its checkpoint, one whose bits differ from layer to layer, and one that refines.
+    Where the top is 8 bits, without `full`, which is `quality` there, and without neurons to refine."""
     model = load_model(path, dtype, torch.device("cpu"))
+    planes_only = model.config.nested_top_bits is not None
     rules = tuple(
         None if layer is None else LayerRule(2, renormalize=False, bits=BITS[index % 3], attention_bits=BITS[(index + 1) % 3])
         for index, layer in enumerate(model.config.layers)
     )
     refining = tuple(None if rule is None else replace(rule, top_k=3, bits=4, attention_bits=8, refine=1.2) for rule in rules)
+    if planes_only:
+        refining = tuple(rule and replace(rule, refine=None) for rule in refining)
     several = [RoutingPolicy("mixed", "", rules, 8), RoutingPolicy("refined", "", refining, 4, 1.0)]
-    return model, [*read_policies(path, model.config).values(), *several]
+    stored = [policy for policy in read_policies(path, model.config).values() if not (planes_only and policy.name == "full")]
+    return model, [*stored, *several]
 
 
 def round_groups(x: Tensor) -> Tensor:
@@ -63,7 +71,8 @@ def round_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     if len(args) == 1:
         return args
     x, bits = args
-    return torch.where(bits[:, None] <= max(NESTED_BITS), round_groups(x), x), bits
+    reads_planes = (bits <= max(NESTED_BITS)) | (module.weight is None)
+    return torch.where(reads_planes[:, None], round_groups(x), x), bits
 
 
 class RoundedBackend(TorchBackend):
@@ -185,12 +194,12 @@ def test_whole_weights_are_those_of_a_checkpoint_without_planes(tmp_path: Path, 
     assert torch.equal(logits(make_nested(tmp_path / "nested", **fields)), logits(plain))
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("format", "top_bits"), [("float32", 16), ("bfloat16", 16), ("bfloat16", 8)])
 @pytest.mark.usefixtures("width")
-def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -> None:
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, top_bits: int) -> None:
     """Alone or among tokens of all precisions, in one chunk or several, decoded or recomputed, on one thread or three."""
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-    model, policies = load(make_nested(tmp_path, intermediate_size=256), dtype)
+    model, policies = load(make_nested(tmp_path, intermediate_size=256, top_bits=top_bits), dtype)
     sequences = prompts(10)
 
     def rows() -> list[Row]:
@@ -216,6 +225,30 @@ def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -
     for place in range(30, 40):
         for logits, whole in zip(together.step(decode=again), expected, strict=True):
             assert torch.equal(logits[0], whole[place])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_more_bits_than_the_top_are_the_top(tmp_path: Path, tied: bool) -> None:
+    """Where only planes are stored, all bits are 8 bits, in every bit of the logits, and in a batch with others, too."""
+    directory = make_nested(tmp_path, top_bits=8, tie_word_embeddings=tied)
+    model, _ = load(directory)
+    policies = [read_policies(directory, model.config)[name] for name in ("full", "quality", "fast")]
+    full, quality, fast = all_logits(Cached(model, NativeStep(model, "bfloat16", 2), policies), len(policies))
+    assert torch.equal(full, quality)
+    assert not torch.allclose(full, fast, atol=1e-2)
+
+
+def test_a_model_of_planes_takes_little_memory(tmp_path: Path) -> None:
+    """The compiled step keeps at most 0.6 of the dense model in bf16: each plane once, and the head's low plane twice."""
+    fields: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
+    dense = make_dense(tmp_path / "dense", dtype=torch.bfloat16, **fields)
+    stored = sum(parameter.numel() for parameter in load_model(dense, torch.bfloat16, torch.device("cpu")).parameters())
+    planes = make_nested(tmp_path / "nested", dense=dense, num_experts=1, top_bits=8)
+    model = load_model(planes, torch.bfloat16, torch.device("cpu"))
+    step = NativeStep(model, "bfloat16", 1, release=True)
+    assert step.weight_bytes <= 0.6 * 2 * stored
+    assert not [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and tensor.numel()]
+    assert all(tensor.numel() == 0 for name, tensor in model.named_buffers() if "rotary" not in name)
 
 
 def test_only_wanted_logits(tmp_path: Path) -> None:

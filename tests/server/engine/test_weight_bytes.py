@@ -43,6 +43,15 @@ def test_one_token_reads_what_its_policy_costs(config: ModelConfig) -> None:
             assert counter.of_step([one], rows) / whole == pytest.approx(one.bytes_ratio(config, experts, rows), rel=1e-6)
 
 
+def test_where_the_top_is_8_bits_a_mixed_step_reads_what_full_reads(tmp_path: Path) -> None:
+    """All bits are 8 bits there, and whatever others want lies below."""
+    config = read_config(make_nested(tmp_path, top_bits=8))
+    counter = WeightBytes(config)
+    top, at8, at4 = (policy(config, bits) for bits in (None, 8, 4))
+    assert counter.of_step([top, at4, at8], 0) == counter.of_step([top], 0) == counter.of_step([at8], 0)
+    assert top.bytes_ratio(config, (4.0,) * config.num_hidden_layers, 0) == pytest.approx(0.53, abs=0.01)
+
+
 def test_a_model_of_one_precision_counts_nothing(tmp_path: Path) -> None:
     config = read_config(make_moe(tmp_path, dense_layers=()))
     assert WeightBytes(config).of_step([RoutingPolicy("p", "", (LayerRule(2),) * config.num_hidden_layers)], 0) == 0
