@@ -45,126 +45,180 @@ static void store_token(const void *job, int64_t t) {
         }
 }
 
-// Load keys [C, 16] and values [16, C'] of up to 16 positions from `first` to `last` at most. C' is C rounded up to whole vectors.
-static void load_keys(const State *s, int64_t row, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
-    const Model *m = s->model;
+// Keys and values of one tile: pieces of `width` positions each. Of a piece, keys are [C, key_stride] and values [width, C'], where C'
+// is C rounded up to whole vectors.
+typedef struct {
+    const void *keys[KEY_VECTORS], *values[KEY_VECTORS];
+    int64_t pieces, width, key_stride;
+} KeyTile;
+
+// The queries of one key head that attend together, and their online softmax: for each a running maximum, sums by lane, and an
+// output [C'].
+typedef struct {
+    int64_t size, padded;  // C and C'
+    const float **q;
+    float *most, *out;
+    vf *total;
+} Queries;
+
+static inline vf read_vector(const void *data, int64_t i, int64_t bf16) {
+    return bf16 ? widen(*(const vh *)((const uint16_t *)data + i)) : *(const vf *)((const float *)data + i);
+}
+
+// The place of a key head in the cache of this layer, in numbers: of the block with this position.
+static inline int64_t block_at(const State *s, const int64_t *table, int64_t g, int64_t position) {
     const Step *step = s->step;
-    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = step->block_size, groups = m->kv_heads;
-    const int64_t *table = step->block_table + row * step->table_width;
-    int64_t origin = s->layer_index * step->num_blocks, count = least(KEYS, last - first + 1);
-    if (bs % KEYS == 0) {
-        if (first + KEYS <= last) {  // prefetch the next tile
-            int64_t next = first + KEYS, item = m->bf16 ? 2 : 4, stretch = KEYS * size * item;
-            int64_t begin = ((origin + table[next / bs]) * groups + g) * size * bs;
-            const char *k = (const char *)step->k_cache + (begin + next % bs) * item;
-            const char *v = (const char *)step->v_cache + (begin + next % bs * size) * item;
-            if (bs == KEYS)
-                for (int64_t i = 0; i < stretch; i += 64) __builtin_prefetch(k + i);
-            for (int64_t i = 0; i < stretch; i += 64) __builtin_prefetch(v + i);
-        }
-        int64_t from = ((origin + table[first / bs]) * groups + g) * size * bs + first % bs;
-        for (int64_t c = 0; c < size; c++)
-            for (int64_t i = 0; i < KEYS; i += LANES)
-                *(vf *)(keys + c * KEYS + i) = m->bf16 ? widen(*(const vh *)((const uint16_t *)step->k_cache + from + c * bs + i))
-                                                       : *(const vf *)((const float *)step->k_cache + from + c * bs + i);
-    } else {
-        memset(keys, 0, size * KEYS * sizeof(float));
-        for (int64_t j = 0; j < count; j++) {
-            int64_t from = ((origin + table[(first + j) / bs]) * groups + g) * size * bs + (first + j) % bs;
-            for (int64_t c = 0; c < size; c++) keys[c * KEYS + j] = read_one(step->k_cache, from + c * bs, m->bf16);
-        }
-    }
-    for (int64_t j = 0; j < count; j++) {
-        int64_t from = (((origin + table[(first + j) / bs]) * groups + g) * bs + (first + j) % bs) * size, c = 0;
-        for (; c + LANES <= size; c += LANES)
-            *(vf *)(values + j * padded + c) = m->bf16 ? widen(*(const vh *)((const uint16_t *)step->v_cache + from + c))
-                                                         : *(const vf *)((const float *)step->v_cache + from + c);
-        for (; c < padded; c++) values[j * padded + c] = c < size ? read_one(step->v_cache, from + c, m->bf16) : 0.0f;
-    }
+    int64_t block = s->layer_index * step->num_blocks + table[position / step->block_size];
+    return (block * s->model->kv_heads + g) * s->model->head_dim * step->block_size;
 }
 
-// Not inlined on purpose. If the compiler merged it into the sums that follow, it could round a * b + c * d in one of two ways, and
-// not in the same way for every number of queries.
-static __attribute__((noinline)) void rescale(float *x, int64_t size, float factor) {
-    for (int64_t i = 0; i < size; i += LANES) *(vf *)(x + i) *= factor;
+// Whether tiles can be read where they are in the cache: they have whole vectors, and blocks and tiles fit into each other.
+static inline int in_place(const State *s) {
+    int64_t bs = s->step->block_size;
+    return bs % LANES == 0 && s->model->head_dim % LANES == 0 && (bs % KEYS == 0 || KEYS % bs == 0);
 }
 
-// Add one tile to the online softmax of n queries. For query i the first counts[i] positions are visible. Each query has a running
-// maximum, sums by lane [16], and an output [C']. Queries share the loads of keys and values. The sums of a query run in the same
-// order for every n.
-static inline __attribute__((always_inline)) void attend_tile(
-    const int n, const float *const *q, const float *keys, const float *values, int64_t size, int64_t padded, const int64_t *counts,
-    float *most, float *total, float *out
+// The tile with the positions from `first` to `last`, in the cache. The tile behind it is prefetched.
+static KeyTile find_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last) {
+    int64_t bs = s->step->block_size, size = s->model->head_dim, item = s->model->bf16 ? 2 : 4, width = least(bs, KEYS);
+    KeyTile tile = {.pieces = ceil_div(least(KEYS, last - first + 1), width), .width = width, .key_stride = bs};
+    for (int64_t i = 0; i < tile.pieces; i++) {
+        int64_t at = block_at(s, table, g, first + i * width), offset = first % bs;
+        tile.keys[i] = (const char *)s->step->k_cache + (at + offset) * item;
+        tile.values[i] = (const char *)s->step->v_cache + (at + offset * size) * item;
+    }
+    for (int64_t next = first + KEYS; next < first + 2 * KEYS && next <= last; next += width) {
+        int64_t at = block_at(s, table, g, next), offset = next % bs;
+        const char *k = (const char *)s->step->k_cache + at * item, *v = (const char *)s->step->v_cache + (at + offset * size) * item;
+        if (bs <= KEYS)
+            for (int64_t i = 0; i < width * size * item; i += 64) __builtin_prefetch(k + i);
+        for (int64_t i = 0; i < width * size * item; i += 64) __builtin_prefetch(v + i);
+    }
+    return tile;
+}
+
+// The same tile as one piece of fp32, copied to keys [C, KEYS] and values [KEYS, C'].
+static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
+    const Model *m = s->model;
+    const void *k_cache = s->step->k_cache, *v_cache = s->step->v_cache;
+    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = s->step->block_size, count = least(KEYS, last - first + 1);
+    for (int64_t j = 0, run; j < count; j += run) {
+        int64_t at = block_at(s, table, g, first + j), offset = (first + j) % bs;
+        run = least(bs - offset, count - j);
+        for (int64_t c = 0; c < size; c++) {
+            int64_t from = at + c * bs + offset;
+            float *to = keys + c * KEYS + j;
+            if (bs % LANES == 0)
+                for (int64_t i = 0; i < run; i += LANES) *(vf *)(to + i) = read_vector(k_cache, from + i, m->bf16);
+            else
+                for (int64_t i = 0; i < run; i++) to[i] = read_one(k_cache, from + i, m->bf16);
+        }
+        for (int64_t i = 0; i < run; i++) {
+            int64_t from = at + (offset + i) * size, c = 0;
+            float *to = values + (j + i) * padded;
+            for (; c + LANES <= size; c += LANES) *(vf *)(to + c) = read_vector(v_cache, from + c, m->bf16);
+            for (; c < padded; c++) to[c] = c < size ? read_one(v_cache, from + c, m->bf16) : 0.0f;
+        }
+    }
+    return (KeyTile){.keys = {keys}, .values = {values}, .pieces = 1, .width = KEYS, .key_stride = KEYS};
+}
+
+// Scores of n queries with v vectors of positions. A score is one chain of sums, channel by channel, for every n and v.
+static inline __attribute__((always_inline)) void score(
+    const int n, const int v, const int bf16, const void *keys, int64_t stride, const float *const *q, int64_t size, float (*scores)[KEYS]
 ) {
-    enum { CHAINS = REGISTERS >= 32 ? 4 : 2 };  // each dot product is summed in CHAINS separate sums
-    const int together = n == 1 ? KEY_VECTORS : 1;
-    vf scores[4][KEY_VECTORS];
-    for (int first = 0; first < KEY_VECTORS; first += together) {
-        vf part[4][KEY_VECTORS][CHAINS] = {0};
-        int64_t c = 0;
-        for (; c + CHAINS <= size; c += CHAINS)
-            UNROLL for (int i = 0; i < CHAINS; i++)
-                UNROLL for (int v = 0; v < together; v++) {
-                    vf key = *(const vf *)(keys + (c + i) * KEYS + (first + v) * LANES);
-                    UNROLL for (int j = 0; j < n; j++) part[j][v][i] += key * q[j][c + i];
-                }
-        for (; c < size; c++)
-            UNROLL for (int v = 0; v < together; v++) {
-                vf key = *(const vf *)(keys + c * KEYS + (first + v) * LANES);
-                UNROLL for (int j = 0; j < n; j++) part[j][v][0] += key * q[j][c];
-            }
-        UNROLL for (int j = 0; j < n; j++)
-            UNROLL for (int v = 0; v < together; v++) {
-                const vf *chain = part[j][v];
-                scores[j][first + v] = CHAINS == 4 ? (chain[0] + chain[1]) + (chain[CHAINS - 2] + chain[CHAINS - 1]) : chain[0] + chain[1];
-            }
+    vf sum[TILE][KEY_VECTORS] = {0};
+    for (int64_t c = 0; c < size; c++) {
+        vf key[KEY_VECTORS];
+        UNROLL for (int i = 0; i < v; i++) key[i] = read_vector(keys, c * stride + i * LANES, bf16);
+        FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] += key[i] * q[t][c];
     }
-    float p[4][KEYS];
-    int64_t longest = 0;
-    UNROLL for (int j = 0; j < n; j++) {
-        vi lane;
-        for (int i = 0; i < LANES; i++) lane[i] = i;
-        vf most_by_lane = splat(most[j]);
-        UNROLL for (int v = 0; v < KEY_VECTORS; v++) {
-            scores[j][v] = choose(lane + v * LANES < (int32_t)counts[j], scores[j][v], splat(-INFINITY));
-            most_by_lane = larger(most_by_lane, scores[j][v]);
-        }
-        float highest = max_lanes(most_by_lane);
-        if (most[j] != highest) {
-            float kept = most[j] == -INFINITY ? 0.0f : expf(most[j] - highest);
-            rescale(out + j * padded, padded, kept);
-            rescale(total + j * KEYS, KEYS, kept);
-            most[j] = highest;
-        }
-        UNROLL for (int v = 0; v < KEY_VECTORS; v++) {
-            vf weights = choose(lane + v * LANES < (int32_t)counts[j], exp_lanes(scores[j][v] - highest), splat(0.0f));
-            *(vf *)(total + j * KEYS + v * LANES) += weights;
-            *(vf *)(p[j] + v * LANES) = weights;
-        }
-        longest = counts[j] > longest ? counts[j] : longest;
-    }
-    enum { WIDE = REGISTERS >= 32 ? 4 : 2 };
-    const int64_t vectors = padded / LANES;
-    int64_t first = 0;
-    for (; first + WIDE <= vectors; first += WIDE) {
-        vf sum[4][WIDE];
-        UNROLL for (int j = 0; j < n; j++)
-            UNROLL for (int i = 0; i < WIDE; i++) sum[j][i] = ((vf *)(out + j * padded))[first + i];
-        for (int64_t k = 0; k < longest; k++)
-            UNROLL for (int i = 0; i < WIDE; i++) {
-                vf value = ((const vf *)(values + k * padded))[first + i];
-                UNROLL for (int j = 0; j < n; j++) sum[j][i] += value * p[j][k];
-            }
-        UNROLL for (int j = 0; j < n; j++)
-            UNROLL for (int i = 0; i < WIDE; i++) ((vf *)(out + j * padded))[first + i] = sum[j][i];
-    }
-    for (; first < vectors; first++)
-        UNROLL for (int j = 0; j < n; j++) {
-            vf sum = ((vf *)(out + j * padded))[first];
-            for (int64_t k = 0; k < longest; k++) sum += ((const vf *)(values + k * padded))[first] * p[j][k];
-            ((vf *)(out + j * padded))[first] = sum;
-        }
+    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) ((vf *)scores[t])[i] = sum[t][i];
 }
+
+// Turn the scores of query `i` into weights. Only the first `count` positions are visible. Not inlined on purpose: the compiler could
+// merge it into the sums around it, and round a * b + c * d in one of two ways, not in the same way for every number of queries.
+static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
+    vf *score = (vf *)scores, highest = splat(all->most[i]), total = {0};
+    int64_t whole = count / LANES, vectors = ceil_div(count, LANES);
+    vi visible;
+    for (int lane = 0; lane < LANES; lane++) visible[lane] = lane < count % LANES ? -1 : 0;
+    if (whole < vectors) score[whole] = choose(visible, score[whole], splat(-INFINITY));
+    for (int64_t v = 0; v < vectors; v++) highest = larger(highest, score[v]);
+    float most = max_lanes(highest), before = all->most[i];
+    if (before != most) {
+        float kept = before == -INFINITY ? 0.0f : expf(before - most);
+        for (int64_t c = 0; c < all->padded; c += LANES) *(vf *)(all->out + i * all->padded + c) *= kept;
+        all->total[i] *= kept;
+        all->most[i] = most;
+    }
+    for (int64_t v = 0; v < vectors; v++) {
+        vf weight = exp_within(larger(score[v] - most, splat(-87.0f)));
+        if (v == whole) weight = choose(visible, weight, splat(0.0f));
+        total += weight;
+        score[v] = weight;
+    }
+    for (int64_t v = vectors; v < KEY_VECTORS; v++) score[v] = splat(0.0f);
+    all->total[i] += total;
+}
+
+// Add the values of a tile, weighted, to v vectors of the outputs of n queries, beginning at vector `first`.
+static inline __attribute__((always_inline)) void add_values(
+    const int n, const int v, const int bf16, const KeyTile *tile, int64_t count, int64_t padded, int64_t first, float (*weights)[KEYS],
+    float *out
+) {
+    vf sum[TILE][MOST];
+    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] = ((vf *)(out + t * padded))[first + i];
+    for (int64_t piece = 0, k = 0; k < count; piece++)
+        for (int64_t row = 0; row < tile->width && k < count; row++, k++) {
+            vf value[MOST];
+            UNROLL for (int i = 0; i < v; i++) value[i] = read_vector(tile->values[piece], row * padded + (first + i) * LANES, bf16);
+            FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] += value[i] * weights[t][k];
+        }
+    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) ((vf *)(out + t * padded))[first + i] = sum[t][i];
+}
+
+// Add a tile to the online softmax of the queries begin .. begin + n - 1. Of these, number i sees the first counts[i] positions.
+// They share the loads of keys and values. The sums of a query run in the same order for every n.
+static inline __attribute__((always_inline)) void attend_tile(
+    const int n, const int bf16, const KeyTile *tile, const Queries *all, int64_t begin, const int64_t *counts
+) {
+    // As many vectors as fit into the registers, with their sums and a number of a query or a weight.
+    enum { PAIR = 2 * LANES <= KEYS ? 2 : 1 };
+    const int wide = n * 8 + n + 1 <= (int)REGISTERS || (n == 1 && REGISTERS >= 16) ? 8 : n * 4 + least(n, 4) + 1 <= (int)REGISTERS ? 4 : 2;
+    float weights[TILE][KEYS];
+    int64_t longest = 0, vectors = all->padded / LANES, first = 0;
+    for (int64_t piece = 0; piece < tile->pieces; piece++) {
+        const void *keys = tile->keys[piece];
+        for (int64_t at = 0, step; at < tile->width; at += step) {
+            const void *from = (const char *)keys + at * (bf16 ? 2 : 4);
+            float(*to)[KEYS] = (float(*)[KEYS])(weights[0] + piece * tile->width + at);
+            step = tile->width % (PAIR * LANES) ? LANES : PAIR * LANES;
+            if (step == PAIR * LANES) score(n, PAIR, bf16, from, tile->key_stride, all->q + begin, all->size, to);
+            else score(n, 1, bf16, from, tile->key_stride, all->q + begin, all->size, to);
+        }
+    }
+    for (int t = 0; t < n; t++) {
+        weigh(all, begin + t, weights[t], counts[t]);
+        longest = greatest(longest, counts[t]);
+    }
+    float *out = all->out + begin * all->padded;
+    for (; first + wide <= vectors; first += wide) add_values(n, wide, bf16, tile, longest, all->padded, first, weights, out);
+    for (; first < vectors; first++) add_values(n, 1, bf16, tile, longest, all->padded, first, weights, out);
+}
+
+typedef void (*Attend)(const KeyTile *, const Queries *, int64_t, const int64_t *);
+#define DEFINE_ATTEND(type, bf16, n) \
+    static void attend_##type##_##n(const KeyTile *tile, const Queries *all, int64_t begin, const int64_t *counts) { \
+        attend_tile(n, bf16, tile, all, begin, counts); \
+    }
+#define DEFINE_ATTENDS(type, bf16) \
+    DEFINE_ATTEND(type, bf16, 1) DEFINE_ATTEND(type, bf16, 2) DEFINE_ATTEND(type, bf16, 3) \
+    DEFINE_ATTEND(type, bf16, 4) DEFINE_ATTEND(type, bf16, 5) DEFINE_ATTEND(type, bf16, 6)
+DEFINE_ATTENDS(fp32, 0)
+DEFINE_ATTENDS(bf16, 1)
+#define LIST_ATTENDS(type) {attend_##type##_1, attend_##type##_2, attend_##type##_3, attend_##type##_4, attend_##type##_5, attend_##type##_6}
+static const Attend ATTEND[2][TILE] = {LIST_ATTENDS(fp32), LIST_ATTENDS(bf16)};
 
 static void attend_item(const void *job, int64_t chunk) {
     const State *s = job;
@@ -172,30 +226,32 @@ static void attend_item(const void *job, int64_t chunk) {
     int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, group = m->heads / m->kv_heads;
     const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
     int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
-    int64_t last = position + length - 1, queries = length * group;
-    float keys[size * KEYS], values[KEYS * padded], out[queries * padded], most[queries], total[queries * KEYS];
+    int64_t last = position + length - 1, queries = length * group, bf16 = m->bf16;
+    const int64_t *table = s->step->block_table + row * s->step->table_width;
+    float keys[size * KEYS] __attribute__((aligned(64))), values[KEYS * padded] __attribute__((aligned(64)));
+    float out[queries * padded] __attribute__((aligned(64))), most[queries];
+    vf total[queries];
+    const float *q[queries];
     memset(out, 0, sizeof out);
     memset(total, 0, sizeof total);
-    for (int64_t i = 0; i < queries; i++) most[i] = -INFINITY;
+    for (int64_t i = 0; i < queries; i++) {
+        most[i] = -INFINITY;
+        q[i] = s->qkv + ((start + i / group) * (m->heads + 2 * m->kv_heads) + g * group + i % group) * size;
+    }
+    Queries all = {size, padded, q, most, out, total};
+    // Many queries read a tile often, so that it pays to convert it once.
+    int copied = !in_place(s) || (bf16 && queries > TILE);
     for (int64_t first = 0; first <= last; first += KEYS) {
-        load_keys(s, row, g, first, last, keys, values);
+        KeyTile tile = copied ? copy_tile(s, table, g, first, last, keys, values) : find_tile(s, table, g, first, last);
         for (int64_t i = (first > position ? first - position : 0) * group, n; i < queries; i += n) {
-            const float *q[4];
-            int64_t counts[4];
-            n = queries - i < 4 ? 1 : 4;
-            for (int64_t j = 0; j < n; j++) {
-                int64_t t = (i + j) / group, h = g * group + (i + j) % group;
-                q[j] = s->qkv + ((start + t) * (m->heads + 2 * m->kv_heads) + h) * size;
-                counts[j] = least(KEYS, position + t - first + 1);
-            }
-            if (n == 4) attend_tile(4, q, keys, values, size, padded, counts, most + i, total + i * KEYS, out + i * padded);
-            else attend_tile(1, q, keys, values, size, padded, counts, most + i, total + i * KEYS, out + i * padded);
+            int64_t counts[TILE];
+            n = least(TILE, queries - i);
+            for (int64_t j = 0; j < n; j++) counts[j] = least(KEYS, position + (i + j) / group - first + 1);
+            ATTEND[bf16 && !copied][n - 1](&tile, &all, i, counts);
         }
     }
     for (int64_t i = 0; i < queries; i++) {
-        vf sums = {0};
-        for (int64_t v = 0; v < KEY_VECTORS; v++) sums += ((vf *)(total + i * KEYS))[v];
-        float inverse = 1.0f / sum_lanes(sums);
+        float inverse = 1.0f / sum_lanes(total[i]);
         int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;
         for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] * inverse;
     }

@@ -17,8 +17,8 @@
 #define PANELS 4        // panels of a block
 #define TILE 6          // tokens that are multiplied with a block together
 #define TOKEN_BLOCK 96  // tokens of one chunk in a long step
-#define QUERIES 16      // prompt tokens that read the keys together, at most
-#define KEYS 16         // positions of one tile of attention
+#define QUERIES 96      // queries of a prompt that read the keys of a head together, at most
+#define KEYS 32         // positions of one tile of attention
 #define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
 #define FIXED_LOGIT 40.0f  // router logit of fixed experts (router.py)

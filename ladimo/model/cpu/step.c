@@ -1,7 +1,7 @@
 // One forward step of the whole network on CPU cores. It is C17 with GNU vector extensions and needs libc, libm and pthreads only.
 //
 // The numbers of a token are computed in an order that depends only on the token's own sequence: dot products column by column,
-// attention by tiles of 16 positions, experts in the order of their numbers. So a token has the same bits alone, in a batch of any
+// attention by tiles of 32 positions, experts in the order of their numbers. So a token has the same bits alone, in a batch of any
 // size, in any chunk of a prompt, and with any number of threads. The only exception are policies with a batch budget of experts:
 // under these the choice of experts depends on the other tokens.
 //
@@ -77,11 +77,9 @@ static void final_norm_row(const void *job, int64_t r) {
 }
 
 // List the groups of tokens that attend together. A decoding token is a group by itself. The tokens of a prompt form groups of
-// at most QUERIES tokens, and of at most 64 queries per key head if that is fewer. Returns the number of groups. Writes them to
-// `items`, unless that is NULL.
+// at most QUERIES queries per key head. Returns the number of groups. Writes them to `items`, unless that is NULL.
 static int64_t query_items(const Model *model, const Step *step, int64_t *items) {
-    int64_t count = 0, group = model->heads / model->kv_heads, run_length = 64 / group;
-    run_length = run_length < 1 ? 1 : least(run_length, QUERIES);
+    int64_t count = 0, group = model->heads / model->kv_heads, run_length = greatest(1, QUERIES / group);
     for (int64_t t = 0; t < step->num_decode; t++, count++)
         if (items) memcpy(items + count * 4, (int64_t[4]){t, t, 1, step->positions[t]}, 4 * sizeof(int64_t));
     for (int64_t i = 0; i < step->num_segments; i++) {
