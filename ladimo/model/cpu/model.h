@@ -31,8 +31,8 @@ enum Precision { BITS4, BITS8, WHOLE, PRECISIONS };
 enum Router { ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE };
 
 // A packed matrix. `rows` does not count padding; `panels` includes it. A nested matrix has both planes, packed as INT4; otherwise
-// `high` and `low` are NULL. `data` are the whole weights, NULL in a matrix of kind BOTH_PLANES. `scales`: one number for each row and GROUP columns, in fp32 for
-// the integers in `data`, in bf16 for the planes. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
+// `high` and `low` are NULL. `data` are the whole weights, NULL in a matrix of kind BOTH_PLANES. `scales`: one number of bf16 for each
+// row and GROUP columns. Where a token asks for 4 bits, the rows from `careful_row` on are read at 8.
 // `single`: the low plane once more, laid out so that one neuron or one word can be read alone (refine.h); else NULL.
 typedef struct {
     const uint8_t *data, *high, *low, *scales, *single;

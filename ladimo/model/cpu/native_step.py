@@ -167,12 +167,16 @@ class NativeStep:
 
         `release`: free the model's own weights layer by layer, so that they are never in memory twice. The model itself cannot
         compute after that. `wake_threads_from`: steps with at least this many multiply-adds use all threads. Raises Unsupported
-        before anything is changed, and if there is no memory for the threads.
+        before anything is changed.
         """
         config, dtype = model.config, model.model.norm.weight.dtype
         check_supported(config, dtype, format if format in format_names() else None)
         code = library()
         assert code is not None
+        try:
+            self.pool = Pool(code, num_threads)
+        except MemoryError as error:
+            raise Unsupported(str(error)) from error
         self.config, self._wake_threads_from = config, wake_threads_from
         self.dtype = dtype  # of the KV cache
         self._arena = Arena()  # the memory that the C structures point to
@@ -185,7 +189,7 @@ class NativeStep:
                 _release(layer)
         embedding = model.model.embed_tokens
         head = _weights(embedding if model.lm_head is None else model.lm_head)
-        packed_head = self._matrix(pack(head, format, single=True))
+        packed_head = self._matrix(pack(head, format, self.pool, single=True))
         self._layers = layers
         self._embedding: Tensor | None = None
         embedding_planes = _Matrix()
@@ -194,7 +198,7 @@ class NativeStep:
         elif config.tie_word_embeddings:
             embedding_planes = packed_head
         else:
-            embedding_planes = self._matrix(pack(embedding.nested, format))
+            embedding_planes = self._matrix(pack(embedding.nested, format, self.pool))
         self._rope = model.rotary.table.float().contiguous()
         self._model = _Model(
             num_layers=config.num_hidden_layers,
@@ -220,10 +224,6 @@ class NativeStep:
             _release(model.lm_head)
         if release and self._embedding is None:
             _release(embedding)
-        try:
-            self.pool = Pool(code, num_threads)
-        except MemoryError as error:
-            raise Unsupported(str(error)) from error
         self._run = code.ladimo_step
         self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
 
@@ -292,14 +292,14 @@ class NativeStep:
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         assert layer.post_attention_layernorm is not None
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
-        packed = pack(stack_rows([_weights(linear) for linear in projections]), format)
+        packed = pack(stack_rows([_weights(linear) for linear in projections]), format, self.pool)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
         target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.head_dim)
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
         if attention.q_norm is not None and attention.k_norm is not None:
             target.q_norm, target.k_norm = (self._keep(norm.weight.float()) for norm in (attention.q_norm, attention.k_norm))
-        target.o = self._matrix(pack(_weights(attention.o_proj), format))
+        target.o = self._matrix(pack(_weights(attention.o_proj), format, self.pool))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())
         if isinstance(layer.mlp, GatedMLP):
@@ -320,24 +320,24 @@ class NativeStep:
         target.weight_one = moe.expert_weight == "one"
 
     def _fill_experts(self, target: _Layer, gate_up: Source, down: Source, format: str) -> None:
-        target.gate_up = self._matrix(pack_gate_up(gate_up, format))
-        target.down = self._matrix(pack_down(down, format))
+        target.gate_up = self._matrix(pack_gate_up(gate_up, format, self.pool))
+        target.down = self._matrix(pack_down(down, format, self.pool))
         target.expert_size = target.down.cols
 
     def _fill_router(self, target: _Layer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
         if isinstance(router, LinearRouter):
             target.router_kind, target.fixed_experts = ROUTER_LINEAR, router.fixed_experts
-            target.router = self._matrix(pack(router.weight, self._router_format))
+            target.router = self._matrix(pack(router.weight, self._router_format, self.pool))
         elif isinstance(router, MlpRouter):
             target.router_kind = ROUTER_TABLE if isinstance(router, TableRouter) else ROUTER_MLP
-            target.router = self._matrix(pack(router.fc1.weight, self._router_format))
+            target.router = self._matrix(pack(router.fc1.weight, self._router_format, self.pool))
             second = router.fc2.weight
-            target.router_second = self._matrix(pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format))
+            target.router_second = self._matrix(pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format, self.pool))
         elif isinstance(router, GluRouter):
             target.router_kind = ROUTER_GLU
-            target.router = self._matrix(pack(router.gate_proj.weight, self._router_format))
-            target.router_second = self._matrix(pack(router.up_proj.weight, self._router_format))
+            target.router = self._matrix(pack(router.gate_proj.weight, self._router_format, self.pool))
+            target.router_second = self._matrix(pack(router.up_proj.weight, self._router_format, self.pool))
         if router.e_score_correction_bias is not None:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 

@@ -3,7 +3,9 @@
 Legend: N rows, K columns, P panels (the last one is padded with zeros), S columns that share a scale.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ladimo.model.cpu.pool import Pool
 from ladimo.model.nested import SCALE_DTYPE, NestedWeights
-from ladimo.model.quantization import GROUP, QuantizedWeights, find_format, quantize
+from ladimo.model.quantization import GROUP, QuantizedWeights, find_format
 
 LANES, PANELS = 16, 4
 # The formats that step.c can read, in the order of its enum `Kind`. The integer formats are in `ladimo.model.quantization`.
@@ -53,38 +56,38 @@ class Packed:
     single: Tensor | None = None
 
 
-def pack(weights: Source, format: str, single: bool = False) -> Packed:
+def pack(weights: Source, format: str, pool: Pool, single: bool = False) -> Packed:
     """Pack weights in `format`, and besides, if they are nested, their planes. K must be even, and for integer formats and for
     nested weights a multiple of `GROUP`. `single`: rows of nested weights can be read alone."""
     planes = _planes(weights)
-    packed = _pack(_full(weights), format, planes)
+    packed = _pack(_full(weights), format, planes, pool)
     return replace(packed, single=_single_rows(planes)[None]) if single and planes is not None else packed
 
 
-def pack_gate_up(gate_up: Source, format: str) -> Packed:
+def pack_gate_up(gate_up: Source, format: str, pool: Pool) -> Packed:
     """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows.
     Neurons of nested weights can be read alone if these are stored whole. Otherwise memory counts for more."""
     full, planes = _full(gate_up), _planes(gate_up)
     size = padded_size(gate_up.shape[1] // 2, format, nested=planes is not None)
     whole = None if full is None else _pair_panels(full, size)
     if planes is None:
-        return _pack(whole, format, None)
-    packed = _pack(whole, format, Planes(*(_pair_panels(part, size) for part in planes)))
+        return _pack(whole, format, None, pool)
+    packed = _pack(whole, format, Planes(*(_pair_panels(part, size) for part in planes)), pool)
     if whole is None:
         return packed
     halves = Planes(*(torch.cat([_fill_rows(half, size) for half in part.chunk(2, dim=1)], dim=1) for part in planes))
     return replace(packed, single=_single_rows(halves))
 
 
-def pack_down(down: Source, format: str) -> Packed:
+def pack_down(down: Source, format: str, pool: Pool) -> Packed:
     """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds. Neurons can be read alone as there."""
     full, planes = _full(down), _planes(down)
     idle = padded_size(down.shape[2], format, nested=planes is not None) - down.shape[2]
     whole = None if full is None else F.pad(full, (0, idle))
     if planes is None:
-        return _pack(whole, format, None)
+        return _pack(whole, format, None, pool)
     planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
-    packed = _pack(whole, format, planes)
+    packed = _pack(whole, format, planes, pool)
     return packed if whole is None else replace(packed, single=_single_columns(planes))
 
 
@@ -131,7 +134,7 @@ def _stack_planes(planes: Sequence[QuantizedWeights]) -> QuantizedWeights:
     return replace(planes[0], data=data, scales=scales)
 
 
-def _pack(weights: Tensor | None, format: str, planes: Planes | None) -> Packed:
+def _pack(weights: Tensor | None, format: str, planes: Planes | None, pool: Pool) -> Packed:
     """Weights, planes, or both: matrices [N, K] or stacks of them."""
     some = planes.high if weights is None and planes is not None else weights
     assert some is not None
@@ -139,13 +142,13 @@ def _pack(weights: Tensor | None, format: str, planes: Planes | None) -> Packed:
     assert cols % columns_multiple(format, nested=planes is not None) == 0
     packed = Packed(None, None, rows, -(-rows // LANES), cols, PLANES)
     if weights is not None:
-        parts = [_pack_one(matrix, format) for matrix in _in_panels(weights)]
+        parts = [_pack_one(matrix, format, pool) for matrix in _in_panels(weights)]
         scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
         packed = replace(packed, data=torch.cat([data for data, _ in parts]), scales=scales, format=format)
     if planes is None:
         return packed
     assert packed.scales is None, "planes go beside whole weights"
-    high, low = (torch.cat([_pack_integers(one, "int4") for one in _in_panels(plane)]) for plane in (planes.high, planes.low))
+    high, low = (torch.cat([_pack_integers(one) for one in _in_panels(plane)]) for plane in (planes.high, planes.low))
     scales = torch.cat([_interleave(one.to(SCALE_DTYPE), torch.int16) for one in _in_panels(planes.scales)])
     return replace(packed, scales=scales, high=high, low=low)
 
@@ -189,22 +192,44 @@ def _in_panels(weights: Tensor) -> Iterator[Tensor]:
         yield F.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
 
 
-def _pack_one(matrix: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
-    """Pack one matrix [16 P, K]. Returns its bytes and its scales (None for floating-point formats)."""
-    if format in FLOATS:
-        return _interleave(matrix.to(FLOATS[format])).view(torch.uint8), None
-    integers, scales = quantize(matrix, find_format(format))
-    return _pack_integers(integers, format), _interleave(scales).view(torch.float32)
+class _Packing(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("weights", "data", "scales")] + [
+        (name, c_int64) for name in ("panels", "cols", "bf16", "kind")
+    ]
 
 
-def _pack_integers(integers: Tensor, format: str) -> Tensor:
-    """The bytes of one matrix of integers, int8 [16 P, K]."""
-    if format == "int4":  # of each 8 columns, the first four go to the lower halves of the bytes
-        low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
-        words = (low | high << 4).flatten(1)
-    else:
-        words = integers.view(torch.uint8) ^ 0x80  # adds 128
-    return _interleave(words).view(torch.uint8)
+def _pack_one(matrix: Tensor, format: str, pool: Pool) -> tuple[Tensor, Tensor | None]:
+    """Pack one matrix [16 P, K]. Returns its bytes and its scales (None for floating-point formats). Integers are rounded as
+    `quantization.quantize` does it."""
+    matrix = matrix.detach().contiguous()
+    if matrix.dtype not in FLOATS.values():
+        matrix = matrix.float()
+    rows, cols = matrix.shape
+    bits = FLOATS[format].itemsize * 8 if format in FLOATS else find_format(format).bits
+    data = torch.empty(rows * cols * bits // 8, dtype=torch.uint8)
+    scales = None if format in FLOATS else torch.empty(rows * cols // GROUP, dtype=SCALE_DTYPE)
+    pack_block = pool.code.ladimo_pack
+    pack_block.argtypes, pack_block.restype = [c_void_p, ctypes.POINTER(_Packing)], None
+    pack_block(
+        pool.handle,
+        _Packing(
+            matrix.data_ptr(),
+            data.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            rows // LANES,
+            cols,
+            matrix.dtype == torch.bfloat16,
+            KINDS.index(format),
+        ),
+    )
+    return data, scales
+
+
+def _pack_integers(integers: Tensor) -> Tensor:
+    """The bytes of one matrix of integers of four bits, int8 [16 P, K]."""
+    # Of each 8 columns, the first four go to the lower halves of the bytes.
+    low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2, 4)).unbind(2)
+    return _interleave((low | high << 4).flatten(1)).view(torch.uint8)
 
 
 def _interleave(matrix: Tensor, word: torch.dtype = torch.int32) -> Tensor:

@@ -144,10 +144,6 @@ static inline vi group_sum(vi sum, int32_t columns, int kind) { return sum - off
 // Integer weights are stored with their offset added. A lane has four columns of int8, or eight columns of int4. The first four of
 // these are in the lower halves of its bytes.
 
-static inline vf read_scales(const uint8_t *scales, int64_t i, int kind) {
-    return kind == INT8 || kind == INT4 ? ((const vf *)scales)[i] : widen(((const vh *)scales)[i]);
-}
-
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int kind, TILE_ARGUMENTS) {
     const int vectors = r * VECTORS, bits = kind == INT4 || kind == HIGH_PLANE ? 4 : 8, words = GROUP * (kind == INT8 ? 8 : 4) / 32;
     const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
@@ -182,7 +178,7 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
                 }
             }
             vf scale[MOST];
-            FOR_VECTORS scale[v] = read_scales(scales, g * vectors + first + v, kind);
+            FOR_VECTORS scale[v] = widen(((const vh *)scales)[g * vectors + first + v]);
             FOR_TOKENS {
                 Rounded columns = rounded(x[t], cols);
                 FOR_VECTORS sum[t][v] += __builtin_convertvector(group_sum(part[t][v], columns.sums[g], kind), vf) *
@@ -268,7 +264,7 @@ static inline int64_t panel_bytes(const Matrix *m, int64_t kind) {
     static const int64_t half_bytes[] = {8, 4, 2, 1, 1, 1};
     return ROWS * m->cols * half_bytes[kind] / 2;
 }
-static inline int64_t panel_scale_bytes(const Matrix *m) { return ROWS * (m->cols / GROUP) * (m->high ? 2 : 4); }
+static inline int64_t panel_scale_bytes(const Matrix *m) { return ROWS * (m->cols / GROUP) * 2; }
 
 // The matrix of expert e. `m` is that of expert 0.
 static inline Matrix expert_matrix(const Matrix *m, int64_t e) {

@@ -19,11 +19,11 @@ ROWS_AT_ONCE = 1024
 def quantize(weights: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Round weights [N, K] to integers int8 [N, K] with scales fp32 [N, G]. K must be a multiple of `GROUP`.
 
-    Each group takes the scale with the least squared error out of the format's candidates.
+    Each group takes the scale with the least squared error out of the format's candidates, rounded to bf16.
     """
     groups = weights.float().unflatten(1, (-1, GROUP))
     limit = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-12)
-    candidates = format.scales(groups, limit)
+    candidates = [scale.bfloat16().float() for scale in format.scales(groups, limit)]
     scales, best = candidates[0], torch.full_like(limit, torch.inf)
     for scale in candidates:
         rounded = (groups / scale).round().clamp(format.lowest, format.highest)

@@ -13,6 +13,7 @@ from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.cpu.packing import pack
+from ladimo.model.cpu.pool import Pool
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.quantization import GROUP, dequantize, find_format, quantize
@@ -274,14 +275,47 @@ def test_models_the_kernel_cannot_run_are_left_to_torch(tmp_path: Path, caplog: 
         load_to_serve(odd, "cpu", "auto", "int8")
 
 
+def pool() -> Pool:
+    code = build.library()
+    assert code is not None
+    return Pool(code, 2)
+
+
 def test_packing_is_a_permutation() -> None:
     weights = torch.arange(80 * 6, dtype=torch.float32).view(80, 6)
-    packed = pack(weights, "float32")
+    packed = pack(weights, "float32", pool())
     assert (packed.rows, packed.panels, packed.cols) == (80, 5, 6)
     assert packed.data is not None
     words = packed.data.view(torch.float32)
     assert torch.equal(words[: 64 * 6].view(6, 64), weights[:64].t())
     assert torch.equal(words[64 * 6 :].view(6, 16), weights[64:].t())
+
+
+@pytest.mark.parametrize(("format", "parts"), [("int8", 1), ("int4", 2)])
+def test_packing_rounds_as_quantize_does(format: str, parts: int) -> None:
+    """Scales are numbers of bf16. Of two scales with nearly the same error, either may be taken."""
+    weights = torch.randn(80, 96, generator=torch.Generator().manual_seed(0))
+    weights[3, :GROUP] = 0
+    weights[70, GROUP : 2 * GROUP] *= 1e-3
+    expected, scales = quantize(weights, find_format(format))
+    packed = pack(weights, format, pool())
+    assert packed.data is not None and packed.scales is not None and packed.scales.dtype == torch.bfloat16
+    bytes_of = packed.data.view(torch.uint8)
+    ours = torch.empty(80, 96)
+    for first, rows in ((0, 64), (64, 16)):
+        words = bytes_of[first * 96 // parts :][: rows * 96 // parts].view(-1, rows, 4).transpose(0, 1)  # [rows, words, bytes]
+        columns = torch.stack((words & 15, words >> 4), dim=2) - 8 if format == "int4" else words.to(torch.int16) - 128
+        steps = packed.scales[first * 3 :][: rows * 3].view(3, rows).t()
+        ours[first : first + rows] = dequantize(columns.to(torch.int8).reshape(rows, 96), steps.float())
+    assert (scales == scales.bfloat16()).all()
+    theirs = dequantize(expected, scales)
+
+    def errors(rounded: Tensor) -> Tensor:
+        squares: Tensor = (rounded - weights).square().unflatten(1, (-1, GROUP))
+        return squares.sum(dim=2)
+
+    torch.testing.assert_close(errors(ours), errors(theirs), rtol=1e-5, atol=1e-12)
+    assert (ours == theirs).float().mean() > 0.99
 
 
 def test_tables_and_config_are_what_the_kernel_assumes() -> None:
