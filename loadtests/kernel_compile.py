@@ -25,7 +25,9 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+from ladimo.model.kernels import attention, experts, linear, nested, nested_experts, nested_head, norm_activation, routing
+from ladimo.model.nested import NestedWeights
+from ladimo.model.plane_layout import BLOCK_COLUMNS, WORDS, NeuronRows
 from ladimo.model.quantization import GROUP, QuantizedWeights, Weights, find_format
 from ladimo.model.rule import RuleNumber
 
@@ -110,6 +112,37 @@ def launch_linear(num_rows: int, format: str, num_inputs: int = 4096, num_output
     linear.linear(meta(num_rows, num_inputs), weights, meta(num_outputs) if bias else None)
 
 
+def meta_plane(*shape: int) -> QuantizedWeights:
+    """A plane of nested weights without values, in words."""
+    *lead, cols = shape
+    blocks = triton.cdiv(cols, BLOCK_COLUMNS)
+    data = meta(*lead, blocks * BLOCK_COLUMNS // 8, dtype=torch.int32)
+    return QuantizedWeights(data, meta(*lead, blocks * BLOCK_COLUMNS // GROUP), cols, WORDS)
+
+
+def meta_nested(*shape: int) -> NestedWeights:
+    return NestedWeights(meta(*shape), meta_plane(*shape), meta_plane(*shape))
+
+
+def launch_nested(num_tokens: int, hidden_size: int = 4096, size: int = 11008, num_words: int = 32000) -> None:
+    """A linear layer, an FFN and the output head. Only the shapes of the planes by neuron are needed."""
+    x, bits = meta(num_tokens, hidden_size), meta(num_tokens, dtype=torch.float32)
+    nested.linear(x, meta_nested(hidden_size, hidden_size), bits)
+    rows = meta(1, triton.cdiv(size, GROUP) * GROUP, hidden_size // 2, dtype=torch.int8)
+    low = NeuronRows(rows, meta(1, triton.cdiv(size, GROUP), hidden_size), size, find_format("int4"), hidden_size)
+    nested_experts.apply_nested(
+        x,
+        meta(num_tokens, 1, dtype=torch.float32),
+        meta(num_tokens, 1, dtype=torch.int64),
+        meta_nested(1, 2 * size, hidden_size),
+        NestedWeights(meta(1, hidden_size, size), meta_plane(1, hidden_size, size), low),
+        meta(1, size, dtype=torch.float32),
+        bits,
+        bits,
+    )
+    nested_head.logits(x, meta_nested(num_words, hidden_size), bits, bits)
+
+
 def launch_routing(num_tokens: int, num_experts: int, layer: MoeLayerConfig, bias: bool = False) -> None:
     rows = meta(num_tokens, len(RuleNumber), dtype=torch.float32)
     allowed = meta(num_tokens, num_experts, dtype=torch.bool)
@@ -157,6 +190,11 @@ def launch_all(few: bool = False) -> None:
         for num_rows in (1, 300) if few else (1, 2, 32, 64, 300):
             launch_linear(num_rows, format, num_inputs=11008)
         launch_linear(2, format, num_inputs=3584, num_outputs=512, bias=True)
+    if few:  # a nested layer has many kernels, which take minutes
+        nested.product(meta(1, 4096), meta_nested(4096, 4096), nested.Tokens(meta(1, dtype=torch.float32)), True)
+    else:
+        for num_tokens in (1, 16, 32, 512):
+            launch_nested(num_tokens)
     launch_routing(64, 8, MoeLayerConfig(8, 2, 1376, score_norm_top_k=2))
     launch_routing(64, 5, MoeLayerConfig(5, 2, 1376, score_function="sigmoid", expert_weight="one"), bias=True)
     launch_routing(64, 256, MoeLayerConfig(256, 2, 1376))

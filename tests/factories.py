@@ -32,7 +32,15 @@ from ladimo.checkpoint import (
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.convert.source import model_parameters
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, plane_to_nibbles, rounded_down
+from ladimo.model.nested import (
+    NestedWeights,
+    codes_to_rounding,
+    low_plane,
+    low_rounded_down,
+    plane_to_nibbles,
+    read_planes,
+    rounded_down,
+)
 from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
@@ -230,6 +238,16 @@ def make_nested(
         layers = tuple(None if layer is None else rule for layer in model.config.layers)
         write_policy(path, RoutingPolicy(name, "", layers, head_bits))
     return path
+
+
+def nested_weights(*shape: int, seed: int = 0) -> NestedWeights:
+    """Random matrices [..., N, K] with their planes, rounded to the nearest."""
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
+    flat = weights.flatten(0, -2)
+    scales = choose_scales(flat)
+    rounding = codes_to_rounding(round_nearest(flat, scales), rounded_down(flat, scales))
+    lead = shape[:-1]
+    return NestedWeights(weights, *read_planes(weights, rounding.view(*lead, -1), scales.view(*lead, -1)))
 
 
 def split_ffn(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
-from ladimo.model.nested import NestedWeights, by_precision
-from ladimo.model.precision import REFINED_GROUPS
+from ladimo.model.nested import NestedWeights
 from ladimo.model.quantization import Weights
 from ladimo.model.router import make_router
 from ladimo.model.rule import RuleNumber
@@ -89,22 +88,7 @@ class ExpertLayer(BackendModule):
             out = self.backend.apply_experts(hidden_states, topk_weights, topk_ids, gate_up, down, self.experts.up_bias)
             return self.add_shared(out, hidden_states), topk_ids, None
         assert isinstance(down, NestedWeights)
-
-        def run(tokens: Tensor, bits: float) -> Tensor:
-            weights = gate_up.at(bits, hidden_states.dtype), down.at(bits, hidden_states.dtype)
-            return self.backend.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights)
-
-        tokens = torch.arange(len(hidden_states), device=hidden_states.device)
-        out = by_precision(rows[:, RuleNumber.BITS], run, tokens)
-        refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64, device=tokens.device)
-        refine, norms = rows[:, RuleNumber.REFINE], self.experts.get_buffer("norms")
-        if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
-            again, counts = self.backend.apply_refined(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
-            refining = (refine < torch.inf).unsqueeze(-1)
-            return torch.where(refining, again, out), topk_ids, counts * refining
-        tokens = (refine < torch.inf).nonzero().flatten()
-        if len(tokens):
-            out[tokens], refined[tokens] = self.backend.apply_refined(
-                hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], gate_up, down, norms, refine[tokens]
-            )
+        bits, refine = rows[:, RuleNumber.BITS], rows[:, RuleNumber.REFINE]
+        norms = self.experts.get_buffer("norms")
+        out, refined = self.backend.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
         return out, topk_ids, refined

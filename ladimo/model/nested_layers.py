@@ -3,6 +3,7 @@
 Each token says how many bits it wants. Without that the whole weights are read.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
-from ladimo.model.nested import NestedWeights, by_precision, planes_from_nibbles, read_planes
-from ladimo.model.quantization import QuantizedWeights, find_format
-from ladimo.model.refinement import column_norms, refine_logits
+from ladimo.model.nested import NestedWeights, planes_from_nibbles, read_planes
+from ladimo.model.plane_layout import to_neuron_rows, to_words
+from ladimo.model.quantization import QuantizedWeights
+from ladimo.model.refinement import column_norms
 from ladimo.model.router import Router
 
 # Of a matrix `name`: the tensors that a checkpoint keeps beside it, or, where the top is 8 bits, in its place.
@@ -65,12 +67,15 @@ class NestedLinear(BackendModule):
     def nested(self) -> NestedWeights:
         return _kept(self, "weight", self.weight)
 
+    def lay_out(self) -> None:
+        """Put the planes where GPU kernels want them."""
+        _lay_out(self, "weight", to_words, to_words)
+
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """x [T, K] at each token's bits [T] -> [T, N]."""
-        weights = self.nested
         if bits is None:
-            return F.linear(x, weights.at(torch.inf, x.dtype), self.bias)
-        return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), self.bias), x)
+            return F.linear(x, self.nested.at(torch.inf, x.dtype), self.bias)
+        return self.backend.nested_linear(x, self.nested, bits, self.bias)
 
 
 class NestedHead(NestedLinear):
@@ -78,10 +83,7 @@ class NestedHead(NestedLinear):
 
     def refined(self, x: Tensor, bits: Tensor, refine: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, K], bits and refine [T] -> logits [T, V] and the refined words [T, G] (`refinement.refine_logits`)."""
-        logits = self(x, bits)
-        again, counts = refine_logits(x, logits, self.nested, refine)
-        refining = (refine < torch.inf).unsqueeze(-1)
-        return torch.where(refining, again, logits), counts * refining
+        return self.backend.nested_logits(x, self.nested, bits, refine, self.bias)
 
 
 class NestedExperts(nn.Module):
@@ -107,6 +109,11 @@ class NestedExperts(nn.Module):
     @property
     def down_proj(self) -> NestedWeights:
         return _kept(self, "down", self.down_whole)
+
+    def lay_out(self) -> None:
+        """Put the planes where GPU kernels want them."""
+        _lay_out(self, "gate_up", to_words, to_words)
+        _lay_out(self, "down", to_words, to_neuron_rows)
 
 
 class NestedEmbedding(nn.Module):
@@ -198,16 +205,25 @@ def _to(weights: QuantizedWeights, device: torch.device) -> QuantizedWeights:
 
 
 def _keep(module: nn.Module, name: str, planes: Planes) -> None:
-    setattr(module, f"{name}_cols", planes[0].cols)
     for plane, weights in zip(("high", "low"), planes, strict=True):
         module.register_buffer(f"{name}_{plane}", weights.data)
         module.register_buffer(f"{name}_{plane}_scales", weights.scales)
+        # What else there is to know about the plane.
+        setattr(module, f"{name}_{plane}_form", replace(weights, data=torch.empty(0), scales=torch.empty(0)))
 
 
 def _kept(module: nn.Module, name: str, full: Tensor | None) -> NestedWeights:
-    cols, format = getattr(module, f"{name}_cols"), find_format("int4")
     high, low = (
-        QuantizedWeights(module.get_buffer(f"{name}_{plane}"), module.get_buffer(f"{name}_{plane}_scales"), cols, format)
+        replace(
+            getattr(module, f"{name}_{plane}_form"),
+            data=module.get_buffer(f"{name}_{plane}"),
+            scales=module.get_buffer(f"{name}_{plane}_scales"),
+        )
         for plane in ("high", "low")
     )
     return NestedWeights(full, high, low)
+
+
+def _lay_out(module: nn.Module, name: str, *layouts: Callable[[QuantizedWeights], QuantizedWeights]) -> None:
+    weights = _kept(module, name, None)
+    _keep(module, name, (layouts[0](weights.high), layouts[1](weights.low)))

@@ -59,11 +59,13 @@ def apply_refined(
     return out, count_refined(refined.flatten(1))
 
 
-def refine_logits(normed: Tensor, logits: Tensor, head: NestedWeights, refine: Tensor) -> tuple[Tensor, Tensor]:
-    """Read the likely words again. normed [T, D], logits [T, V] at 4 bits, refine [T]. Returns logits [T, V] and the refined
-    words [T, G] int64."""
+def refine_logits(
+    normed: Tensor, logits: Tensor, head: NestedWeights, refine: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the likely words again. normed [T, D], logits [T, V] at 4 bits, refine [T], bias [V]. Returns logits [T, V] and the
+    refined words [T, G] int64."""
     refined = logits >= (logits.amax(dim=-1).float() - refine).unsqueeze(-1)
-    return torch.where(refined, F.linear(normed, head.at(8, normed.dtype)), logits), count_refined(refined)
+    return torch.where(refined, F.linear(normed, head.at(8, normed.dtype), bias), logits), count_refined(refined)
 
 
 def count_refined(refined: Tensor) -> Tensor:

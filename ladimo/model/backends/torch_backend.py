@@ -9,12 +9,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ladimo.model import experts, norm_activation, paged_attention, quantization, refinement, routing
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import huge_zeros
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.kv_cache import KVCache
+from ladimo.model.nested import NestedWeights, by_precision
+from ladimo.model.precision import REFINED_GROUPS
 
 # The share of a GPU's free memory that the KV cache gets, after the weights are loaded.
 CUDA_CACHE_SHARE = 0.85
@@ -81,6 +84,53 @@ class TorchBackend:
             if isinstance(module, BackendModule):
                 module.backend = self
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())
+
+    def nested_linear(self, x: Tensor, weights: NestedWeights, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] at each token's bits [T] -> [T, N]; weights [N, K]."""
+        return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), bias), x)
+
+    def apply_nested(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gate_up: NestedWeights,
+        down: NestedWeights,
+        norms: Tensor,
+        bits: Tensor,
+        refine: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the chosen experts at each token's bits [T], or by `refinement.apply_refined` where `refine` [T] is finite.
+
+        The other arguments are those of `apply_refined`. Returns the output [T, D] and the refined neurons [T, G] int64.
+        """
+
+        def run(tokens: Tensor, wanted: float) -> Tensor:
+            weights = gate_up.at(wanted, hidden_states.dtype), down.at(wanted, hidden_states.dtype)
+            return self.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights)
+
+        tokens = torch.arange(len(hidden_states), device=hidden_states.device)
+        out = by_precision(bits, run, tokens)
+        if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
+            again, counts = self.apply_refined(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
+            refining = (refine < torch.inf).unsqueeze(-1)
+            return torch.where(refining, again, out), counts * refining
+        refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64)
+        tokens = (refine < torch.inf).nonzero().flatten()
+        if len(tokens):
+            out[tokens], refined[tokens] = self.apply_refined(
+                hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], gate_up, down, norms, refine[tokens]
+            )
+        return out, refined
+
+    def nested_logits(
+        self, x: Tensor, weights: NestedWeights, bits: Tensor, refine: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [R, D], bits and refine [R] -> logits [R, V] and the refined words [R, G] int64 (`refinement.refine_logits`)."""
+        logits = self.nested_linear(x, weights, bits, bias)
+        again, counts = refinement.refine_logits(x, logits, weights, refine, bias)
+        refining = (refine < torch.inf).unsqueeze(-1)
+        return torch.where(refining, again, logits), counts * refining
 
     def step(self, forward: Step, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:
         """Run one step of a prepared model. `forward` is the model's own method."""

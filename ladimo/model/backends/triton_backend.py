@@ -5,11 +5,13 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+from ladimo.model.kernels import attention, experts, linear, nested, nested_experts, nested_head, norm_activation, routing
+from ladimo.model.nested import NestedWeights
+from ladimo.model.nested_layers import NestedExperts, NestedLinear
 from ladimo.model.quantization import Weights
 
 # The kernels can unpack integer formats with these numbers of bits.
@@ -61,6 +63,39 @@ class TritonBackend(TorchBackend):
     apply_batch_budget = staticmethod(unless_trained(routing.apply_batch_budget, TorchBackend.apply_batch_budget))
     apply_experts = staticmethod(unless_trained(_apply_experts, TorchBackend.apply_experts))
     linear = staticmethod(unless_trained(linear.linear, TorchBackend.linear))
+
+    def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
+        for module in model.modules():
+            if isinstance(module, NestedLinear | NestedExperts):
+                module.lay_out()
+
+    def nested_linear(self, x: Tensor, weights: NestedWeights, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _wants_gradients((x,)):
+            return super().nested_linear(x, weights, bits, bias)
+        return nested.linear(x, weights, bits, bias)
+
+    def apply_nested(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gate_up: NestedWeights,
+        down: NestedWeights,
+        norms: Tensor,
+        bits: Tensor,
+        refine: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if _wants_gradients((hidden_states, topk_weights)):
+            return super().apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
+        return nested_experts.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
+
+    def nested_logits(
+        self, x: Tensor, weights: NestedWeights, bits: Tensor, refine: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if _wants_gradients((x,)):
+            return super().nested_logits(x, weights, bits, refine, bias)
+        return nested_head.logits(x, weights, bits, refine, bias)
 
     def record(self, tables: RoutingTables, expert_ids: Tensor, policy_ids: Tensor) -> None:
         routing.record(expert_ids, policy_ids, tables.expert_tokens, tables.distinct_experts)

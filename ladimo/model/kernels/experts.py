@@ -126,7 +126,7 @@ def _matvec(
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
@@ -177,7 +177,7 @@ def _matvec_gate_up_kernel(
             if part == 0:
                 u = tl.load(gate_ptrs + F * W + start, mask=start + inner < W, other=0)
             up += x * widen(u, scales_ptr, gate_rows + F, start, W, BITS, part, 1).to(tl.float32)
-    hidden = _silu(tl.sum(gate, axis=1)) * tl.sum(up, axis=1) * weight
+    hidden = silu(tl.sum(gate, axis=1)) * tl.sum(up, axis=1) * weight
     tl.store(hidden_ptr + expert * F + columns, hidden, mask=columns < F)
 
 
@@ -347,7 +347,7 @@ def _grouped_gate_up_kernel(
             u_part = widen(u, scales_ptr, gate_rows + F, start, W, BITS, part, 0).to(x.dtype)
             gate = tl.dot(x, g_part, gate, input_precision="ieee")
             up = tl.dot(x, u_part, up, input_precision="ieee")
-    hidden = _silu(gate) * up * weights[:, None]
+    hidden = silu(gate) * up * weights[:, None]
     hidden_ptrs = hidden_ptr + (tokens[:, None] * E + expert) * F + columns[None, :]
     tl.store(hidden_ptrs, hidden.to(hidden_ptr.dtype.element_ty), mask=live[:, None] & (columns < F)[None, :])
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
+from ladimo.model.inputs import StepInputs, StepOutput
 from ladimo.model.quantized_layers import quantize_model
-from tests.factories import make_moe
+from ladimo.policy import LayerRule, RoutingPolicy
+from tests.factories import make_moe, make_nested
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytest.importorskip("triton")
@@ -64,6 +67,28 @@ def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | N
     assert torch.equal(tables.distinct_experts, expected_tables.distinct_experts)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
+def test_a_nested_model_on_kernels_is_the_model(tmp_path: Path) -> None:
+    """A token at each precision, a refined one and padding in one step."""
+    directory, names = make_nested(tmp_path, num_experts=1, num_hidden_layers=1, vocab_size=60), ("full", "balanced", "refined")
+    model = load_model(directory, torch.float32, torch.device("cpu"))
+    rule = LayerRule(1, renormalize=False, bits=4, attention_bits=4, refine=1.0)
+    known = {**read_policies(directory, model.config), "refined": RoutingPolicy("refined", "", (rule,), 4, 2.0)}
+    tables = make_tables(model, [known[name] for name in names])
+    count = len(names)
+    inputs = replace(StepInputs.whole_sequences(torch.arange(count + 1).view(-1, 1)), policy_ids=torch.arange(count + 1))
+    results: list[StepOutput] = []
+    for backend in (TorchBackend(), TritonBackend()):
+        backend.prepare(model)
+        with torch.no_grad():
+            results.append(model(inputs, None, tables))
+    expected, out = results
+    torch.testing.assert_close(out.logits[1:], expected.logits[1:], rtol=0, atol=2e-4)
+    assert out.refined is not None and expected.refined is not None
+    assert torch.equal(out.refined[:, 1:], expected.refined[:, 1:])
+    assert [int(total) > 0 for total in out.refined.sum(dim=(0, 2))] == [False, *(name == "refined" for name in names)]
+
+
 def test_kernels_are_not_for_training() -> None:
     """A kernel has no gradient, so whoever wants one gets torch's operation."""
     computed = unless_trained(lambda weight: "kernel", lambda weight: "torch")
@@ -75,11 +100,12 @@ def test_kernels_are_not_for_training() -> None:
 
 
 def test_every_operation_has_a_kernel() -> None:
-    """Only nested weights run in torch's operations on a GPU."""
+    """`apply_refined` is a part of `apply_nested` in torch, and has no use on its own."""
     operations = {name for name, value in vars(TorchBackend).items() if isinstance(value, staticmethod)}
     assert operations - {"apply_refined"} == {
         name for name, value in vars(TritonBackend).items() if isinstance(value, staticmethod)
     }
+    assert {"nested_linear", "apply_nested", "nested_logits"} <= vars(TritonBackend).keys()
 
 
 def test_serving_on_a_cpu_does_not_import_triton(moe_dir: Path) -> None:
@@ -111,6 +137,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     } < {k["kernel"] for k in compiled}
     both = {"_matvec_gate_up_kernel", "_matvec_down_kernel", "_grouped_gate_up_kernel", "_grouped_down_kernel"}
     integers = {"_matvec_kernel", "_matmul_kernel", "_whole_kernel"}
+    assert "_product_kernel" in {k["kernel"] for k in compiled}
     bits = {(k["kernel"], k["constants"]["BITS"]) for k in compiled if "BITS" in k["constants"]}
     assert bits == {(name, 16) for name in both} | {(name, width) for name in both | integers for width in (4, 8)}
     for kernel in compiled:
