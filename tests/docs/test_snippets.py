@@ -38,7 +38,7 @@ UNTESTED = [
 DATA = {"json", "toml", "yaml", ""}
 CONVERT = ["convert", "path/to/llama", "out/llama-moe", "--text", "corpus.txt"]
 # The documents' conversions in a fraction of the time.
-QUICK = "scan_tokens = 512\nrouted_steps = 2\n[train]\nsteps = 2\n"
+QUICK = "scan_tokens = 512\nrouted_steps = 2\n[train]\nsteps = 2\n[tomoe]\nsteps = 4\n"
 QUICK_TOKENS = "2000"
 
 pytestmark = pytest.mark.slow

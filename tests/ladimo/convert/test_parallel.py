@@ -1,10 +1,8 @@
 """Work in several processes: the same results, lazily fed, one clear error, and nobody left behind."""
 
-import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,36 +14,7 @@ import torch
 from ladimo.convert.parallel import _portable, cpu_threads, run_jobs
 from ladimo.convert.pipeline import convert
 from tests.ladimo.convert.conftest import small_recipe
-
-logger = logging.getLogger("ladimo.convert.test_parallel")
-
-
-def square(number: int) -> tuple[int, int, bool]:
-    logger.info("squaring %d", number)
-    return number * number, torch.get_num_threads(), sys.stderr.isatty()
-
-
-def fail(number: int) -> int:
-    raise ValueError(f"layer {number} is no good")
-
-
-def kill_itself(number: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def wait_or_fail(fifo: Path | None) -> None:
-    """Waits for a writer that never comes."""
-    if fifo is None:
-        raise ValueError("one failed")
-    fifo.read_text()
-
-
-class OddError(Exception):
-    """Cannot be made from its message alone."""
-
-    def __init__(self, number: int, place: str) -> None:
-        super().__init__(f"{number} at {place}")
+from tests.ladimo.convert.jobs import OddError, fail, kill_itself, logger, square, wait_or_fail
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +96,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "from ladimo.convert.parallel import run_jobs\n"
-        "from tests.ladimo.convert.test_parallel import hold_open\n"
+        "from tests.ladimo.convert.jobs import hold_open\n"
         "if __name__ == '__main__':\n"
         f"    for _ in run_jobs(hold_open, [Path({str(tmp_path / 'held')!r})], 2):\n"
         "        pass\n"
@@ -145,12 +114,6 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
-
-
-def hold_open(fifo: Path) -> None:
-    with fifo.open("wb", buffering=0) as file:
-        file.write(b"x")
-        signal.pause()
 
 
 @pytest.mark.slow

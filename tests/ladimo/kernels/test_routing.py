@@ -39,7 +39,17 @@ def draw_rule(num_experts: int, generator: torch.Generator) -> LayerRule:
     )
 
 
-@pytest.mark.parametrize("seed", range(24))
+# In the interpreter, a hundred experts take seconds.
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *range(7),
+        pytest.param(7, marks=pytest.mark.long),
+        *range(8, 15),
+        pytest.param(15, marks=pytest.mark.long),
+        *range(16, 24),
+    ],
+)
 def test_select_experts(seed: int, device: torch.device) -> None:
     """Every token under a rule of its own or padded, in a table with more layers and experts than this layer has."""
     generator = torch.Generator().manual_seed(seed)

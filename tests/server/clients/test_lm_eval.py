@@ -74,7 +74,10 @@ def evaluate(backend: str, arguments: str, tasks: Path, **options: Any) -> dict[
     }
 
 
-@pytest.mark.parametrize(("tokenizer", "batch_size"), [("tokenizer_backend=huggingface", 3), ("tokenizer_backend=remote", 1)])
+@pytest.mark.parametrize(
+    ("tokenizer", "batch_size"),
+    [("tokenizer_backend=huggingface", 3), pytest.param("tokenizer_backend=remote", 1, marks=pytest.mark.long)],
+)
 async def test_scores_equal_the_hf_backend_s(tmp_path: Path, tokenizer: str, batch_size: int) -> None:
     model, tasks = make_dense(tmp_path / "model"), write_tasks(tmp_path / "tasks")
     expected = await asyncio.to_thread(
