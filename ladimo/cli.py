@@ -119,9 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--jobs",
         type=positive_flag,
-        default=1,
         metavar="N",
-        help="layers to convert in parallel (default: 1)",
+        help="layers to convert in parallel (default: 1; with --ray, as many as the cluster can)",
+    )
+    command.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="convert the layers in a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for a cluster on this "
+        "machine. DENSE and OUT must have the same path on every machine",
     )
     command.set_defaults(run=run_convert)
 
@@ -230,7 +235,8 @@ def run_convert(options: argparse.Namespace) -> None:
             "nested.top_bits": options.top_bits,
         }
     )
-    made = convert(options.source, options.out, recipe, options.text, options.device, options.jobs)
+    jobs = options.jobs or (None if options.ray else 1)
+    made = convert(options.source, options.out, recipe, options.text, options.device, jobs, options.ray)
     if not made:
         print(f"{options.out}: is complete already, with the same arguments; nothing was changed")
         return

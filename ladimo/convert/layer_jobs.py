@@ -10,6 +10,7 @@ from ladimo.convert.data.calibration import Calibration
 from ladimo.convert.ffn.layer_data import LayerData
 from ladimo.convert.parallel import run_jobs
 from ladimo.convert.progress import reporting, track
+from ladimo.convert.ray_jobs import run_jobs_on_ray
 from ladimo.convert.run import Run
 from ladimo.model.layers import Ffn
 
@@ -21,13 +22,13 @@ Work = Callable[[Run, int, Ffn, LayerData], None]  # works on one layer; at the 
 def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
     """Call `work` for every unfinished candidate layer, with its FFN's inputs and outputs in the dense model.
 
-    With several jobs, `work` must be picklable.
+    With several jobs or Ray, `work` must be picklable.
     """
     missing = [index for index in run.candidates if run.workspace.layer_record(index) is None]
     if len(missing) < len(run.candidates):
         logger.info("resuming: %d of %d layers are done", len(run.candidates) - len(missing), len(run.candidates))
     blocks, num_fit = torch.cat((calibration.fit, calibration.holdout)), calibration.fit.numel()
-    if run.jobs == 1:
+    if run.jobs == 1 and run.ray is None:
         for index, mlp, inputs, targets in run.dense.ffn_data(blocks, missing):
             work(run, index, mlp, LayerData.cut(inputs, targets, num_fit))
         return
@@ -38,8 +39,12 @@ def work_on_layers(run: Run, calibration: Calibration, work: Work) -> None:
             run.workspace.save_tensors(job.data, {"inputs": inputs, "targets": targets})
             yield job
 
-    threads = max(1, torch.get_num_threads() // run.jobs)
-    for _ in track(run_jobs(do_layer_job, items(), run.jobs, threads), "finished layers", len(missing)):
+    if run.ray is not None:
+        done = run_jobs_on_ray(do_layer_job, items(), run.ray, run.jobs, gpus=float(run.dense.device.type == "cuda"))
+    else:
+        assert run.jobs is not None
+        done = run_jobs(do_layer_job, items(), run.jobs, threads=max(1, torch.get_num_threads() // run.jobs))
+    for _ in track(done, "finished layers", len(missing)):
         pass
 
 
@@ -61,6 +66,8 @@ class LayerJob:
 
 
 def do_layer_job(job: LayerJob) -> None:
+    if job.run.workspace.layer_record(job.index) is not None:
+        return  # by a worker that died before it could say so
     data = job.run.workspace.load_tensors(job.data)
     with reporting():
         cut = LayerData.cut(data["inputs"], data["targets"], job.num_fit)

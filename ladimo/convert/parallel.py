@@ -156,7 +156,7 @@ def _work(connection: Connection, function: Callable[[Any], Any], threads: int, 
         try:
             message: tuple[Any, ...] = ("done", function(item))
         except Exception as error:
-            message = ("error", _portable(error))
+            message = ("error", portable(error))
         try:
             connection.send(message)
         except BrokenPipeError:
@@ -171,7 +171,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error in a form that can be pickled, with its message. The traceback is a note."""
     kind = next((kind for kind in (ValueError, OSError, MemoryError) if isinstance(error, kind)), None)
     portable = RuntimeError(f"{type(error).__name__}: {error}") if kind is None else kind(str(error))

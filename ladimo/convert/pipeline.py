@@ -38,14 +38,21 @@ logger = logging.getLogger(__name__)
 
 
 def convert(
-    source: str, out: Path, recipe: Recipe, text: Sequence[Path] | None = None, device: str = "auto", jobs: int = 1
+    source: str,
+    out: Path,
+    recipe: Recipe,
+    text: Sequence[Path] | None = None,
+    device: str = "auto",
+    jobs: int | None = 1,
+    ray: str | None = None,
 ) -> bool:
     """Make the MoE checkpoint OUT from a dense LLaMA. Returns False if OUT is already the result of the same arguments.
 
     source: a directory or a hub id. text: calibration files; None: Python's standard library. jobs: layers to convert in
-    parallel, in processes that share the cores. With another number of threads, the last bits of sums differ. An interrupted
-    run resumes with the same arguments and gives the same result. OUT appears only when it is complete. Raises ValueError for a
-    user's mistake, and OSError if OUT cannot be written.
+    parallel, in processes that share the cores. With another number of threads, the last bits of sums differ. ray: the
+    address of a Ray cluster that converts the layers instead (`ray_jobs`), `jobs` at once, or with None as many as it can. An
+    interrupted run resumes with the same arguments and gives the same result. OUT appears only when it is complete. Raises
+    ValueError for a user's mistake, and OSError if OUT cannot be written.
     """
     directory = resolve_directory(source)
     torch_device = choose_device(device)
@@ -59,7 +66,7 @@ def convert(
         check_finished(out, arguments)
         remove_leftover(out)
         return False
-    run = Run(Workspace(out, arguments), recipe, StreamedModel(directory, torch_device), candidates, jobs)
+    run = Run(Workspace(out, arguments), recipe, StreamedModel(directory, torch_device), candidates, jobs, ray)
     calibration = calibrated(run, text)
     converted = method.convert(run, calibration)
     points = measured(run, converted, calibration.evaluation)

@@ -19,14 +19,16 @@ from ladimo.model.moe import ExpertLayer
 class Run:
     """One conversion. Its result depends only on the arguments, and not on interruptions.
 
-    candidates: the numbers of the layers that may be converted. jobs: the number of processes that work on layers.
+    candidates: the numbers of the layers that may be converted. jobs: the number of processes that work on layers; with Ray,
+    that of tasks, where None means as many as the cluster can run. ray: the address of a Ray cluster that works on the layers.
     """
 
     workspace: Workspace
     recipe: Recipe
     dense: StreamedModel
     candidates: tuple[int, ...]
-    jobs: int = 1
+    jobs: int | None = 1
+    ray: str | None = None
 
     def generator(self, layer: int) -> torch.Generator:
         """A generator that is seeded by the recipe and the layer, so that a layer does not depend on the other layers."""
@@ -42,8 +44,10 @@ class Run:
         return dataclasses.replace(self.dense.config, layers=tuple(layers.get(index) for index in depth))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle only names and values. Worker processes open the files and load the weights themselves."""
-        place = (self.workspace.out, self.workspace.arguments, self.dense.directory, str(self.dense.device))
+        """Pickle only names and values. Worker processes open the files and load the weights themselves, on the first GPU that
+        they are given if there are any. A worker may have another working directory."""
+        directories = self.workspace.out.absolute(), self.workspace.arguments, self.dense.directory.absolute()
+        place = (*directories, str(self.dense.device) if self.ray is None else self.dense.device.type)
         return _run, (*place, self.recipe, self.candidates)
 
 

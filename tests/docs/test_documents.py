@@ -21,6 +21,7 @@ FOREIGN_FLAGS = {
     "--gpus",
     "--include_path",
     "--from-file",
+    "--head",
     "--values",
     "--read-only",
     "--tmpfs",

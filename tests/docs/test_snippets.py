@@ -29,6 +29,7 @@ UNTESTED = [
     "make observe",
     "docker build",
     "make serve",
+    "ray start",
     "python -c",
     "python -m loadtests.load_test",
     "ladimo export smol-moe",

@@ -1,4 +1,4 @@
-"""What the workers of `test_parallel` do. A worker imports its function's module, so this one imports little."""
+"""What the workers of `test_parallel` and `test_ray_jobs` do. They import this module, so it imports little."""
 
 import logging
 import os
@@ -23,6 +23,13 @@ def fail(number: int) -> int:
 def kill_itself(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def die_once(marker: Path) -> str:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return marker.name
 
 
 def wait_or_fail(fifo: Path | None) -> None:

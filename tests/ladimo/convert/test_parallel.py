@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ladimo.convert.parallel import _portable, cpu_threads, run_jobs
+from ladimo.convert.parallel import cpu_threads, portable, run_jobs
 from ladimo.convert.pipeline import convert
 from tests.ladimo.convert.conftest import small_recipe
 from tests.ladimo.convert.jobs import OddError, fail, kill_itself, logger, square, wait_or_fail
@@ -83,7 +83,7 @@ def test_a_killed_worker_is_one_clear_error() -> None:
     ],
 )
 def test_errors_travel(error: Exception, kind: type[Exception], message: str) -> None:
-    arrived = pickle.loads(pickle.dumps(_portable(error)))
+    arrived = pickle.loads(pickle.dumps(portable(error)))
     assert (type(arrived), str(arrived)) == (kind, message)
     assert message in arrived.__notes__[0]
 
