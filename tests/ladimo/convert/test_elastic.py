@@ -200,7 +200,9 @@ def test_the_perplexity_guard_gives_the_cheapest_policy_within_it(elastic: Made,
     assert guarded["active_parameters_ratio"] <= min(entry["active_parameters_ratio"] for entry in named)
 
 
-@pytest.mark.parametrize("pattern", ["*/layers/1/nested.safetensors", "*/damage.json", "*/substitutes.json"])
+@pytest.mark.parametrize(
+    "pattern", ["*/layers/1/nested.safetensors", pytest.param("*/damage.json", marks=pytest.mark.long), "*/substitutes.json"]
+)
 def test_a_killed_run_resumes_to_the_same_result(elastic: Made, pattern: str, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     with killed.at(pattern):

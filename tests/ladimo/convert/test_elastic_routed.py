@@ -226,7 +226,9 @@ def test_without_the_end_to_end_stage_nothing_is_routed(
     assert {layer.router for layer in read_config(tmp_path / "moe").layers if layer is not None} == {"none"}
 
 
-@pytest.mark.parametrize("pattern", ["*/substitutes.safetensors", "*/layers/1/model.safetensors"])
+@pytest.mark.parametrize(
+    "pattern", ["*/substitutes.safetensors", pytest.param("*/layers/1/model.safetensors", marks=pytest.mark.long)]
+)
 def test_a_killed_run_resumes_to_the_same_result(routed: Made, pattern: str, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     prepare(routed.dense, out, routed.text, routed.recipe)

@@ -75,7 +75,7 @@ def test_larger_models_are_distilled_layer_by_layer(layered: Made, tmp_path: Pat
     assert f"{before:.4f} to {after:.4f}" in text and f"{before:.4f} to {after:.4f}" in page
 
 
-@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize("nth", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_killed_run_resumes_to_the_same_result(layered: Made, nth: int, tmp_path: Path) -> None:
     out = tmp_path / "moe"
     with killed.at("*/student-?.json", nth):

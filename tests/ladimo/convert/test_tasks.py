@@ -247,7 +247,7 @@ def test_tasks_without_the_dense_source(made: Made, sets: Path, tmp_path: Path) 
 BABY, BLIMP = DATA / "models/babyllama-105", DATA / "benchmarks/blimp"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="the evaluation sets are not at hand")
 def test_published_scores_of_a_trained_model(sets: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

@@ -135,7 +135,7 @@ def test_langchain_binds_tools(url: str, http: httpx.Client) -> None:
         assert again.content or again.tool_calls
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_litellm_completes_with_tools(url: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a public host for prices
     import litellm

@@ -102,7 +102,7 @@ def test_an_engine_that_hangs_in_native_code_does_not_hold_the_process(
     check_end(process)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_while_the_step_is_compiled_leaves_no_file_and_no_compiler(moe_dir: Path, tmp_path: Path) -> None:
     cache = tmp_path / "ladimo"
     process = start("-m", "server", *arguments(moe_dir), XDG_CACHE_HOME=str(tmp_path))

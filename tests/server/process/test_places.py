@@ -91,7 +91,7 @@ def test_a_policies_directory_serves_one_server_at_a_time(tmp_path: Path, capsys
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @other_users
 @pytest.mark.skipif(not can_have_a_read_only_root(), reason="no right to mount")
 @pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")

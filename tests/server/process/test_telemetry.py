@@ -184,7 +184,7 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         read_settings(["model", "--otlp-endpoint", "localhost:4318"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_extra_nothing_is_missed_until_it_is_asked_for(moe_dir: Path) -> None:
     """Where OpenTelemetry's SDK is not installed the server works, and says what is missing when traces are configured."""
     script = """
