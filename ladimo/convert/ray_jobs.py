@@ -4,7 +4,6 @@ Ray is imported only here and only when it is asked for. It is the extra `ladimo
 """
 
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -39,7 +38,6 @@ def run_jobs_on_ray(
         import ray
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'ladimo[ray]'") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers unless the user wants it
     here = {"include_dashboard": False} if address == "local" else {}
     host, separator, port = address.rpartition(":")
     try:
