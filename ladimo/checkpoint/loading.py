@@ -39,6 +39,7 @@ def load_to_serve(
         return load_quantized_model(directory, backend, context)
     model = load_model(directory, backend.dtype, backend.device, context)
     backend.prepare(model)
+    backend.release_memory()
     return model
 
 

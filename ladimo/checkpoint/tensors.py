@@ -118,12 +118,12 @@ class TensorReader:
         for name, parameter in module.named_parameters():
             if name in skipped:
                 continue
-            if self.shape(prefix + name) != tuple(parameter.shape):
+            stored = self.get(prefix + name)
+            if stored.shape != parameter.shape:
                 raise ValueError(
-                    f"{self.file(prefix + name)}: {prefix + name} has shape {list(self.shape(prefix + name))}, "
+                    f"{self.file(prefix + name)}: {prefix + name} has shape {list(stored.shape)}, "
                     f"config.json asks for {list(parameter.shape)}"
                 )
-            stored = self.get(prefix + name)
             if stored.dtype not in DTYPES.values():  # quantized weights are useless without their scales
                 raise ValueError(
                     f"{self.file(prefix + name)}: {prefix + name} is {stored.dtype}; supported: {', '.join(DTYPES)}"

@@ -3,6 +3,7 @@
 Legend: T tokens in the step, K places per token, L layers, R rows, V vocabulary.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -165,9 +166,11 @@ class TorchBackend:
         return CPU_CACHE_BYTES
 
     def release_memory(self) -> None:
-        """Return memory to the device that was only needed for loading."""
+        """Return memory to the device, or to the system, that was only needed for loading."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc keeps what was freed otherwise
+            trim(0)
 
     def make_current(self) -> None:
         """Make this device the current one of the calling thread, for its kernels and events."""

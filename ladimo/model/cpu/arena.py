@@ -25,16 +25,22 @@ class Arena:
         """Bytes that are taken, those that are left free at the ends of chunks included."""
         return sum(len(chunk) for chunk in self._chunks[:-1]) + self._used
 
-    def keep(self, tensor: Tensor) -> int:
-        """Copy the content of a tensor into the arena. Returns the address of the copy."""
-        source = tensor.detach().contiguous().flatten().view(torch.uint8)
-        if not self._chunks or self._used + len(source) > len(self._chunks[-1]):
-            self._chunks.append(huge_zeros(max(CHUNK, len(source)), torch.uint8))
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Room for `count` numbers, to be written once."""
+        size = count * dtype.itemsize
+        if not self._chunks or self._used + size > len(self._chunks[-1]):
+            self._chunks.append(huge_zeros(max(CHUNK, size), torch.uint8))
             self._used = 0
-        target = self._chunks[-1][self._used : self._used + len(source)]
-        target.copy_(source)
-        self._used += -(-len(source) // ALIGNMENT) * ALIGNMENT
-        return target.data_ptr()
+        room = self._chunks[-1][self._used : self._used + size]
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        return room.view(dtype)
+
+    def keep(self, tensor: Tensor) -> int:
+        """Copy the content of a tensor into the arena, unless it lies there already. Returns its address there."""
+        if any(chunk.data_ptr() <= tensor.data_ptr() < chunk.data_ptr() + len(chunk) for chunk in self._chunks):
+            return tensor.data_ptr()
+        source = tensor.detach().contiguous().flatten()
+        return self.empty(len(source), source.dtype).copy_(source).data_ptr()
 
 
 def huge_zeros(count: int, dtype: torch.dtype) -> Tensor:

@@ -56,10 +56,10 @@ typedef struct {
     int64_t norms_each_head;  // 1: each head of queries and keys is normed by itself; 0: all heads of a token together
     int64_t bf16;     // 1: KV cache and embedding are bf16; 0: fp32
     double eps;
-    const void *embedding;  // [V, D] in bf16 or fp32; NULL if rows are read from `embedding_planes`
+    const void *embedding;  // [V, D] in bf16 or fp32; NULL if rows are read from `packed_embedding`
     const float *rope;      // [positions, 2, rotary_dim]
     const float *norm;
-    Matrix embedding_planes, head;
+    Matrix packed_embedding, head;
     const Layer *layers;
 } Model;
 

@@ -14,7 +14,20 @@ from ladimo.model.attention import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
-from ladimo.model.cpu.packing import KINDS, PLANES, Packed, Source, columns_multiple, pack, pack_down, pack_gate_up, stack_rows
+from ladimo.model.cpu.packing import (
+    FLOATS,
+    KINDS,
+    PLANES,
+    Matrix,
+    Packed,
+    Packer,
+    Source,
+    columns_multiple,
+    pack,
+    pack_down,
+    pack_gate_up,
+    stack_rows,
+)
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
@@ -69,7 +82,7 @@ class _Model(ctypes.Structure):
         ),
         ("eps", c_double),
         *((name, c_void_p) for name in ("embedding", "rope", "norm")),
-        ("embedding_planes", _Matrix),
+        ("packed_embedding", _Matrix),
         ("head", _Matrix),
         ("layers", ctypes.POINTER(_Layer)),
     ]
@@ -152,7 +165,8 @@ class NativeStep:
     """Computes `MoeTransformer.forward` over a KV cache, from packed weights. Only one thread may call it at a time.
 
     The compiled code has its own layout of the cache, so a cache filled here cannot be used by torch, or the other way round.
-    The rotary table of the model is not packed, nor is its embedding, unless it has planes; they are used where they are.
+    The rotary table of the model is not packed; it is used where it is. So is the embedding, unless it has planes, or is at the
+    same time an output head that is not rounded: its rows are then read from the packed form.
     """
 
     def __init__(
@@ -180,6 +194,7 @@ class NativeStep:
         self.config, self._wake_threads_from = config, wake_threads_from
         self.dtype = dtype  # of the KV cache
         self._arena = Arena()  # the memory that the C structures point to
+        self._packer = Packer(self.pool, self._arena)
         self._router_format = "bfloat16" if dtype == torch.bfloat16 else "float32"
         layers = (_Layer * config.num_hidden_layers)()
         for target, layer in zip(layers, model.model.layers, strict=True):
@@ -189,16 +204,17 @@ class NativeStep:
                 _release(layer)
         embedding = model.model.embed_tokens
         head = _weights(embedding if model.lm_head is None else model.lm_head)
-        packed_head = self._matrix(pack(head, format, self.pool, single=True))
+        packed_head = self._matrix(pack(head, format, self._packer, single=True))
         self._layers = layers
         self._embedding: Tensor | None = None
-        embedding_planes = _Matrix()
-        if not isinstance(embedding, NestedEmbedding):
-            self._embedding = embedding.weight.detach().to(self.dtype).contiguous()
-        elif config.tie_word_embeddings:
-            embedding_planes = packed_head
+        packed_embedding = _Matrix()
+        nested = isinstance(embedding, NestedEmbedding)
+        if config.tie_word_embeddings and (nested or format in FLOATS):
+            packed_embedding = packed_head
+        elif isinstance(embedding, NestedEmbedding):
+            packed_embedding = self._matrix(pack(embedding.nested, format, self._packer))
         else:
-            embedding_planes = self._matrix(pack(embedding.nested, format, self.pool))
+            self._embedding = embedding.weight.detach().to(self.dtype).contiguous()
         self._rope = model.rotary.table.float().contiguous()
         self._model = _Model(
             num_layers=config.num_hidden_layers,
@@ -215,7 +231,7 @@ class NativeStep:
             embedding=None if self._embedding is None else self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
-            embedding_planes=embedding_planes,
+            packed_embedding=packed_embedding,
             head=packed_head,
             layers=layers,
         )
@@ -292,19 +308,19 @@ class NativeStep:
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
         assert layer.post_attention_layernorm is not None
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
-        packed = pack(stack_rows([_weights(linear) for linear in projections]), format, self.pool)
+        packed = pack(stack_rows([_weights(linear) for linear in projections]), format, self._packer)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
         target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.head_dim)
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
         if attention.q_norm is not None and attention.k_norm is not None:
             target.q_norm, target.k_norm = (self._keep(norm.weight.float()) for norm in (attention.q_norm, attention.k_norm))
-        target.o = self._matrix(pack(_weights(attention.o_proj), format, self.pool))
+        target.o = self._matrix(pack(_weights(attention.o_proj), format, self._packer))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())
         if isinstance(layer.mlp, GatedMLP):
             # A dense FFN is always read whole, because a rule of a dense layer has no bits.
-            gate_up = torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))[None]
+            gate_up = tuple(linear.weight[None] for linear in (layer.mlp.gate_proj, layer.mlp.up_proj))
             self._fill_experts(target, gate_up, layer.mlp.down_proj.weight[None], format)
             return
         assert isinstance(layer.mlp, ExpertLayer)
@@ -320,24 +336,26 @@ class NativeStep:
         target.weight_one = moe.expert_weight == "one"
 
     def _fill_experts(self, target: _Layer, gate_up: Source, down: Source, format: str) -> None:
-        target.gate_up = self._matrix(pack_gate_up(gate_up, format, self.pool))
-        target.down = self._matrix(pack_down(down, format, self.pool))
+        target.gate_up = self._matrix(pack_gate_up(gate_up, format, self._packer))
+        target.down = self._matrix(pack_down(down, format, self._packer))
         target.expert_size = target.down.cols
 
     def _fill_router(self, target: _Layer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
         if isinstance(router, LinearRouter):
             target.router_kind, target.fixed_experts = ROUTER_LINEAR, router.fixed_experts
-            target.router = self._matrix(pack(router.weight, self._router_format, self.pool))
+            target.router = self._matrix(pack(router.weight, self._router_format, self._packer))
         elif isinstance(router, MlpRouter):
             target.router_kind = ROUTER_TABLE if isinstance(router, TableRouter) else ROUTER_MLP
-            target.router = self._matrix(pack(router.fc1.weight, self._router_format, self.pool))
+            target.router = self._matrix(pack(router.fc1.weight, self._router_format, self._packer))
             second = router.fc2.weight
-            target.router_second = self._matrix(pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format, self.pool))
+            target.router_second = self._matrix(
+                pack(F.pad(second, (0, second.shape[1] % 2)), self._router_format, self._packer)
+            )
         elif isinstance(router, GluRouter):
             target.router_kind = ROUTER_GLU
-            target.router = self._matrix(pack(router.gate_proj.weight, self._router_format, self.pool))
-            target.router_second = self._matrix(pack(router.up_proj.weight, self._router_format, self.pool))
+            target.router = self._matrix(pack(router.gate_proj.weight, self._router_format, self._packer))
+            target.router_second = self._matrix(pack(router.up_proj.weight, self._router_format, self._packer))
         if router.e_score_correction_bias is not None:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 
@@ -357,7 +375,7 @@ class NativeStep:
         return self._arena.keep(tensor)
 
 
-def _weights(layer: nn.Linear | nn.Embedding | NestedLinear | NestedEmbedding) -> Source:
+def _weights(layer: nn.Linear | nn.Embedding | NestedLinear | NestedEmbedding) -> Matrix:
     return layer.nested if isinstance(layer, NestedLinear | NestedEmbedding) else layer.weight
 
 

@@ -5,12 +5,13 @@
 
 #define SHRINKS 5
 
-// A matrix [16 P, K] in fp32 or bf16 (`bf16`), and where its packed form goes: words of 32 bits, and for integers the scales.
+// Matrices [16 P, K], and where their packed form goes: words of 32 bits, and for integers the scales. `rows` are the addresses of
+// all rows, in fp32 or bf16 (`bf16`), NULL for a row of zeros. A row has `given_cols` columns; zeros follow.
 typedef struct {
-    const void *weights;
+    const void *const *rows;
     uint32_t *data;
     uint16_t *scales;
-    int64_t panels, cols, bf16, kind;
+    int64_t matrices, panels, given_cols, cols, bf16, kind;
 } Packing;
 
 // Round a group to integers of this scale. Returns the squared error.
@@ -49,10 +50,13 @@ static float round_weights(const float *weights, int64_t kind, int32_t *integers
     return scale;
 }
 
+static inline int64_t blocks_of(const Packing *p) { return (p->panels + PANELS - 1) / PANELS; }
+
 // Pack one block. Word w of row r goes to place w * rows + r.
-static void pack_block(const void *job, int64_t block) {
+static void pack_block(const void *job, int64_t chunk) {
     const Packing *p = job;
-    int64_t first = block * PANELS * ROWS, rows = least(PANELS * ROWS, p->panels * ROWS - first), cols = p->cols, words = 0, groups = 0;
+    int64_t begin = chunk % blocks_of(p) * PANELS * ROWS, rows = least(PANELS * ROWS, p->panels * ROWS - begin);
+    int64_t first = chunk / blocks_of(p) * p->panels * ROWS + begin, cols = p->cols, words = 0, groups = 0;
     if (p->kind == FLOAT32) words = cols;
     else if (p->kind == BFLOAT16) words = cols / 2;
     else words = cols / (p->kind == INT8 ? 4 : 8), groups = cols / GROUP;
@@ -60,8 +64,8 @@ static void pack_block(const void *job, int64_t block) {
     uint16_t *scales = p->scales + first * groups;
     for (int64_t r = 0; r < rows; r++) {
         float row[cols];
-        int64_t from = (first + r) * cols;
-        for (int64_t c = 0; c < cols; c++) row[c] = read_one(p->weights, from + c, p->bf16);
+        const void *given = p->rows[first + r];
+        for (int64_t c = 0; c < cols; c++) row[c] = given && c < p->given_cols ? read_one(given, c, p->bf16) : 0.0f;
         if (p->kind == FLOAT32)
             for (int64_t w = 0; w < words; w++) memcpy(data + w * rows + r, row + w, 4);
         if (p->kind == BFLOAT16)
@@ -80,9 +84,9 @@ static void pack_block(const void *job, int64_t block) {
     }
 }
 
-// Pack a matrix.
+// Pack all matrices.
 void ladimo_pack(Engine *engine, const Packing *packing) {
     set_awake(engine, 1);
-    run(engine, pack_block, packing, (packing->panels + PANELS - 1) / PANELS);
+    run(engine, pack_block, packing, packing->matrices * blocks_of(packing));
     set_awake(engine, 0);
 }

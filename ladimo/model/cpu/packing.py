@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.nested import SCALE_DTYPE, NestedWeights
 from ladimo.model.quantization import GROUP, QuantizedWeights, find_format
@@ -24,7 +25,25 @@ PLANES = "planes"  # the format of nested weights whose top is 8 bits
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-Source = Tensor | NestedWeights  # matrices to be packed: [N, K], or a stack [E, N, K]
+Matrix = Tensor | NestedWeights  # [N, K], or a stack [E, N, K]
+Source = Matrix | tuple[Tensor, ...]  # to be packed: those of a tuple are one matrix, which has the rows of all
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Packs with the threads of `pool`, into the memory of `arena`."""
+
+    pool: Pool
+    arena: Arena
+
+
+class Rows(NamedTuple):
+    """Weights where they lie in memory, which `owners` hold: the addresses of rows, int64 [..., N, 1], 0 for a row of zeros.
+    `cols`: the number of columns in memory."""
+
+    addresses: Tensor
+    cols: int
+    owners: Sequence[Tensor]
 
 
 class Planes(NamedTuple):
@@ -56,49 +75,50 @@ class Packed:
     single: Tensor | None = None
 
 
-def pack(weights: Source, format: str, pool: Pool, single: bool = False) -> Packed:
+def pack(weights: Source, format: str, packer: Packer, single: bool = False) -> Packed:
     """Pack weights in `format`, and besides, if they are nested, their planes. K must be even, and for integer formats and for
     nested weights a multiple of `GROUP`. `single`: rows of nested weights can be read alone."""
     planes = _planes(weights)
-    packed = _pack(_full(weights), format, planes, pool)
+    packed = _pack(_full(weights), _cols(weights), format, planes, packer)
     return replace(packed, single=_single_rows(planes)[None]) if single and planes is not None else packed
 
 
-def pack_gate_up(gate_up: Source, format: str, pool: Pool) -> Packed:
+def pack_gate_up(gate_up: Source, format: str, packer: Packer) -> Packed:
     """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows.
     Neurons of nested weights can be read alone if these are stored whole. Otherwise memory counts for more."""
     full, planes = _full(gate_up), _planes(gate_up)
-    size = padded_size(gate_up.shape[1] // 2, format, nested=planes is not None)
-    whole = None if full is None else _pair_panels(full, size)
+    some = full.addresses if full is not None else planes.high if planes is not None else None
+    assert some is not None
+    size = padded_size(some.shape[1] // 2, format, nested=planes is not None)
+    whole = None if full is None else full._replace(addresses=_pair_panels(full.addresses, size))
     if planes is None:
-        return _pack(whole, format, None, pool)
-    packed = _pack(whole, format, Planes(*(_pair_panels(part, size) for part in planes)), pool)
+        return _pack(whole, _cols(gate_up), format, None, packer)
+    packed = _pack(whole, _cols(gate_up), format, Planes(*(_pair_panels(part, size) for part in planes)), packer)
     if whole is None:
         return packed
     halves = Planes(*(torch.cat([_fill_rows(half, size) for half in part.chunk(2, dim=1)], dim=1) for part in planes))
     return replace(packed, single=_single_rows(halves))
 
 
-def pack_down(down: Source, format: str, pool: Pool) -> Packed:
+def pack_down(down: Source, format: str, packer: Packer) -> Packed:
     """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds. Neurons can be read alone as there."""
-    full, planes = _full(down), _planes(down)
-    idle = padded_size(down.shape[2], format, nested=planes is not None) - down.shape[2]
-    whole = None if full is None else F.pad(full, (0, idle))
+    whole, planes = _full(down), _planes(down)
+    size = padded_size(_cols(down), format, nested=planes is not None)
+    idle = size - _cols(down)
     if planes is None:
-        return _pack(whole, format, None, pool)
+        return _pack(whole, size, format, None, packer)
     planes = Planes(F.pad(planes.high, (0, idle)), F.pad(planes.low, (0, idle)), planes.scales)
-    packed = _pack(whole, format, planes, pool)
+    packed = _pack(whole, size, format, planes, packer)
     return packed if whole is None else replace(packed, single=_single_columns(planes))
 
 
-def stack_rows(matrices: Sequence[Source]) -> Source:
+def stack_rows(matrices: Sequence[Matrix]) -> Source:
     """Matrices [N, K] as one, which has the rows of all. Either all of them are nested or none."""
-    whole = [full for one in matrices if (full := _full(one)) is not None]
-    full = torch.cat(whole) if whole else None
     nested = [one for one in matrices if isinstance(one, NestedWeights)]
     if not nested:
-        assert full is not None
-        return full
+        return tuple(one for one in matrices if isinstance(one, Tensor))
+    whole = [one.full for one in nested if one.full is not None]
+    full = torch.cat(whole) if whole else None
     return NestedWeights(full, _stack_planes([one.high for one in nested]), _stack_planes([one.low for one in nested]))
 
 
@@ -113,8 +133,22 @@ def padded_size(size: int, format: str, nested: bool) -> int:
     return -(-size // multiple) * multiple
 
 
-def _full(weights: Source) -> Tensor | None:
-    return weights.full if isinstance(weights, NestedWeights) else weights
+def _full(weights: Source) -> Rows | None:
+    full = weights.full if isinstance(weights, NestedWeights) else weights
+    if full is None:
+        return None
+    given = (full,) if isinstance(full, Tensor) else full
+    owners = [(one if one.dtype in FLOATS.values() else one.float()).detach().contiguous() for one in given]
+    assert len({one.dtype for one in owners}) == 1
+    addresses = []
+    for one in owners:
+        rows = torch.arange(one[..., 0].numel()) * (one.shape[-1] * one.itemsize) + one.data_ptr()
+        addresses.append(rows.view(*one.shape[:-1], 1))
+    return Rows(torch.cat(addresses, dim=-2), _cols(weights), owners)
+
+
+def _cols(weights: Source) -> int:
+    return (weights[0] if isinstance(weights, tuple) else weights).shape[-1]
 
 
 def _planes(weights: Source) -> Planes | None:
@@ -134,17 +168,15 @@ def _stack_planes(planes: Sequence[QuantizedWeights]) -> QuantizedWeights:
     return replace(planes[0], data=data, scales=scales)
 
 
-def _pack(weights: Tensor | None, format: str, planes: Planes | None, pool: Pool) -> Packed:
-    """Weights, planes, or both: matrices [N, K] or stacks of them."""
-    some = planes.high if weights is None and planes is not None else weights
-    assert some is not None
-    rows, cols = some.shape[-2:]
-    assert cols % columns_multiple(format, nested=planes is not None) == 0
+def _pack(weights: Rows | None, cols: int, format: str, planes: Planes | None, packer: Packer) -> Packed:
+    """Weights, planes, or both: matrices [N, K] or stacks of them. `cols`: K, with columns of zeros that are added."""
+    some = planes.high if weights is None and planes is not None else weights.addresses if weights is not None else None
+    assert some is not None and cols % columns_multiple(format, nested=planes is not None) == 0
+    rows = some.shape[-2]
     packed = Packed(None, None, rows, -(-rows // LANES), cols, PLANES)
     if weights is not None:
-        parts = [_pack_one(matrix, format, pool) for matrix in _in_panels(weights)]
-        scales = torch.cat([part for _, part in parts if part is not None]) if format not in FLOATS else None
-        packed = replace(packed, data=torch.cat([data for data, _ in parts]), scales=scales, format=format)
+        data, scales = _pack_rows(weights, cols, format, packer)
+        packed = replace(packed, data=data, scales=scales, format=format)
     if planes is None:
         return packed
     assert packed.scales is None, "planes go beside whole weights"
@@ -193,32 +225,32 @@ def _in_panels(weights: Tensor) -> Iterator[Tensor]:
 
 
 class _Packing(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("weights", "data", "scales")] + [
-        (name, c_int64) for name in ("panels", "cols", "bf16", "kind")
+    _fields_ = [(name, c_void_p) for name in ("rows", "data", "scales")] + [
+        (name, c_int64) for name in ("matrices", "panels", "given_cols", "cols", "bf16", "kind")
     ]
 
 
-def _pack_one(matrix: Tensor, format: str, pool: Pool) -> tuple[Tensor, Tensor | None]:
-    """Pack one matrix [16 P, K]. Returns its bytes and its scales (None for floating-point formats). Integers are rounded as
+def _pack_rows(weights: Rows, cols: int, format: str, packer: Packer) -> tuple[Tensor, Tensor | None]:
+    """Pack matrices. Returns their bytes and their scales (None for floating-point formats). Integers are rounded as
     `quantization.quantize` does it."""
-    matrix = matrix.detach().contiguous()
-    if matrix.dtype not in FLOATS.values():
-        matrix = matrix.float()
-    rows, cols = matrix.shape
+    addresses = torch.stack(list(_in_panels(weights.addresses)))  # [E, 16 P, 1]
+    count = addresses.numel() * cols
     bits = FLOATS[format].itemsize * 8 if format in FLOATS else find_format(format).bits
-    data = torch.empty(rows * cols * bits // 8, dtype=torch.uint8)
-    scales = None if format in FLOATS else torch.empty(rows * cols // GROUP, dtype=SCALE_DTYPE)
-    pack_block = pool.code.ladimo_pack
-    pack_block.argtypes, pack_block.restype = [c_void_p, ctypes.POINTER(_Packing)], None
-    pack_block(
-        pool.handle,
+    data = packer.arena.empty(count * bits // 8, torch.uint8)
+    scales = None if format in FLOATS else packer.arena.empty(count // GROUP, SCALE_DTYPE)
+    pack_matrices = packer.pool.code.ladimo_pack
+    pack_matrices.argtypes, pack_matrices.restype = [c_void_p, ctypes.POINTER(_Packing)], None
+    pack_matrices(
+        packer.pool.handle,
         _Packing(
-            matrix.data_ptr(),
+            addresses.data_ptr(),
             data.data_ptr(),
             None if scales is None else scales.data_ptr(),
-            rows // LANES,
+            len(addresses),
+            addresses.shape[1] // LANES,
+            weights.cols,
             cols,
-            matrix.dtype == torch.bfloat16,
+            weights.owners[0].dtype == torch.bfloat16,
             KINDS.index(format),
         ),
     )

@@ -277,9 +277,15 @@ static inline Matrix expert_matrix(const Matrix *m, int64_t e) {
     return one;
 }
 
-// Row number `row` of a nested matrix at 8 bits. Writes out[cols].
+// Row number `row` of a matrix: as it is stored, if that is in floating point, otherwise at 8 bits of a nested matrix. Writes out[cols].
 static void read_row(const Matrix *m, int64_t row, float *out) {
     int64_t block = row / (PANELS * ROWS), width = panels_of(m, block) * ROWS, lane = row % (PANELS * ROWS);
+    if (m->kind == FLOAT32 || m->kind == BFLOAT16) {
+        const uint8_t *words = m->data + block * PANELS * panel_bytes(m, m->kind) + lane * 4;
+        int64_t each = m->kind == BFLOAT16 ? 2 : 1;  // columns of a word
+        for (int64_t k = 0; k < m->cols; k++) out[k] = read_one(words + k / each * width * 4, k % each, each == 2);
+        return;
+    }
     const uint32_t *high = (const uint32_t *)(m->high + block * PANELS * panel_bytes(m, HIGH_PLANE)) + lane;
     const uint32_t *low = (const uint32_t *)(m->low + block * PANELS * panel_bytes(m, HIGH_PLANE)) + lane;
     const uint16_t *scales = (const uint16_t *)(m->scales + block * PANELS * panel_scale_bytes(m)) + lane;

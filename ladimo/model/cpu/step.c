@@ -60,7 +60,7 @@ static void run_layer(Engine *engine, State *s) {
 static void embed_token(const void *job, int64_t t) {
     const State *s = job;
     if (!s->model->embedding) {
-        read_row(&s->model->embedding_planes, s->step->input_ids[t], s->x + t * s->model->hidden);
+        read_row(&s->model->packed_embedding, s->step->input_ids[t], s->x + t * s->model->hidden);
         return;
     }
     int64_t size = s->model->hidden, from = s->step->input_ids[t] * size;

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build
+from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.native_step import NativeStep
-from ladimo.model.cpu.packing import pack
+from ladimo.model.cpu.packing import Packer, pack
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.moe import ExpertLayer
@@ -232,6 +233,17 @@ def test_released_weights_are_gone_and_the_step_still_works(tmp_path: Path) -> N
     assert torch.equal(steps.step(prefill=[(Row(prompts(1)[0]), 9)])[0], expected)
 
 
+def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """Also those of an embedding that is the output head, too."""
+    model, policies = load(make_dense(tmp_path, tie_word_embeddings=True, intermediate_size=128), torch.bfloat16)
+    expected = Cached(model, NativeStep(model, "bfloat16", 1), policies).step(prefill=[(Row(prompts(1)[0], 0), 9)])[0]
+    stored = sum(weight.nbytes for weight in model.parameters())
+    step = NativeStep(model, "bfloat16", 1, release=True)
+    assert model.model.embed_tokens.weight.numel() == 0
+    assert step.weight_bytes < 1.1 * stored
+    assert torch.equal(Cached(model, step, policies).step(prefill=[(Row(prompts(1)[0], 0), 9)])[0], expected)
+
+
 def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "which", lambda name: None)
     with pytest.raises(build.BuildError, match="no C compiler"):
@@ -275,15 +287,15 @@ def test_models_the_kernel_cannot_run_are_left_to_torch(tmp_path: Path, caplog: 
         load_to_serve(odd, "cpu", "auto", "int8")
 
 
-def pool() -> Pool:
+def packer() -> Packer:
     code = build.library()
     assert code is not None
-    return Pool(code, 2)
+    return Packer(Pool(code, 2), Arena())
 
 
 def test_packing_is_a_permutation() -> None:
     weights = torch.arange(80 * 6, dtype=torch.float32).view(80, 6)
-    packed = pack(weights, "float32", pool())
+    packed = pack(weights, "float32", packer())
     assert (packed.rows, packed.panels, packed.cols) == (80, 5, 6)
     assert packed.data is not None
     words = packed.data.view(torch.float32)
@@ -298,7 +310,7 @@ def test_packing_rounds_as_quantize_does(format: str, parts: int) -> None:
     weights[3, :GROUP] = 0
     weights[70, GROUP : 2 * GROUP] *= 1e-3
     expected, scales = quantize(weights, find_format(format))
-    packed = pack(weights, format, pool())
+    packed = pack(weights, format, packer())
     assert packed.data is not None and packed.scales is not None and packed.scales.dtype == torch.bfloat16
     bytes_of = packed.data.view(torch.uint8)
     ours = torch.empty(80, 96)
