@@ -210,8 +210,8 @@ class Generation:
         metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
         tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
         alarm = self._set_alarm(queue)
+        running = len(tasks)  # choices whose end has not been counted
         try:
-            running = len(tasks)
             while running:
                 item = await queue.get()
                 if isinstance(item, Exception):
@@ -227,8 +227,7 @@ class Generation:
                 yield item
         except (GeneratorExit, asyncio.CancelledError):
             logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
-            aborted = sum(choice.finish_reason is None for choice in self.choices)
-            metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(aborted)
+            metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(running)
             raise
         finally:
             if alarm is not None:

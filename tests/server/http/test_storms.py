@@ -106,6 +106,42 @@ async def test_500_clients_that_leave_at_random_moments(tmp_path: Path) -> None:
         assert len(asyncio.all_tasks()) < 20  # nobody was forgotten
 
 
+async def test_a_client_that_leaves_after_the_last_token_but_before_it_was_sent_is_counted(tmp_path: Path) -> None:
+    async with serving(tmp_path, Parts()) as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 8, "stream": True, "routing": "fast"}).encode()
+        incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
+        stuck, gone = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if (message := next(incoming, None)) is not None:
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):  # the client reads nothing
+                stuck.set()
+                await asyncio.Event().wait()
+
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+        }
+        scope |= {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "client": None, "server": ("localhost", 80)}
+        visit = asyncio.create_task(server.app(scope, receive, send))
+        await stuck.wait()
+        await server.submitted(0)  # the engine has drawn all tokens
+        gone.set()
+        await visit
+        samples = await server.metrics()
+        assert total(samples, "ladimo_policy_requests_total") == 1
+        assert samples['ladimo_request_success_total{finish_reason="abort",policy="fast"}'] == 1
+
+
 async def test_the_default_changes_hundreds_of_times_a_second_under_load(tmp_path: Path) -> None:
     async with serving(tmp_path, Parts(max_queue=100), max_policies=16) as server:
         client, swaps, over = server.client, 0, asyncio.Event()
