@@ -39,7 +39,7 @@ MAX_EXPERT_SERIES = 5000
 PHASES = ("prefill", "mixed", "decode")
 SWAP_RESULTS = ("ok", "failed")
 DIRECTIONS = ("down", "hold", "up")
-SIGNALS = ("wait", "queue", "ttft", "itl")  # what automatic control looks at
+SIGNALS = ("wait", "queue", "token", "ttft", "itl")  # what automatic control looks at
 CHANGE_CAUSES = {"down": SIGNALS, "up": ("floor", "room")}
 
 
@@ -180,8 +180,8 @@ class Metrics:
         )
         self.controller_changes = counter(
             "slo_controller_changes_total",
-            "Changes of the accuracy by automatic control, and what decided: wait or queue (the queue), ttft or itl, "
-            "floor, room.",
+            "Changes of the accuracy by automatic control, and what decided: wait, queue or token (a forecast), ttft or itl "
+            "(measured), floor, room.",
             *("direction", "cause"),
         )
         self.controller_signals = gauge(

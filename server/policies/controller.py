@@ -22,6 +22,10 @@ from server.policies.targets import Objective
 # One decrease multiplies the accuracy by target / load, within these bounds.
 GENTLEST_FACTOR, STRONGEST_FACTOR = 0.8, 0.5
 INCREASE_STEP = 0.1
+# A decrease goes further if the forecast says that requests would still arrive faster than they can be served, or that those
+# which wait would not be served within so many seconds. It looks at accuracies that are so far apart.
+DRAIN_SECONDS = 5.0
+DECREASE_STEP = 0.05
 # A decrease to less than this goes straight to the lowest allowed accuracy. Multiplication alone would never reach 0.
 SMALLEST_ACCURACY = 0.05
 # The accuracy may rise while all signals are below this share of their targets.
@@ -36,10 +40,12 @@ MAX_SETTLE_SECONDS = 30.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 30.0, 600.0
 
 Direction = Literal["down", "hold", "up"]
-# What a decision looked at: the forecast wait, the fill of the queue, the measured latencies. "floor": the accuracy was below
-# the lowest allowed one. "room": everything is relaxed. "ceiling": this accuracy failed a short while ago.
-Cause = Literal["wait", "queue", "ttft", "itl", "floor", "room", "ceiling"]
-EARLY: tuple[Cause, ...] = ("wait", "queue")
+# What a decision looked at. "wait": how long a request would wait that came now. "queue": how full the queue is. "token": the
+# time between tokens if all sequences in the server ran at the present accuracy. "ttft", "itl": the measured latencies.
+# "floor": the accuracy was below the lowest allowed one. "room": everything is relaxed. "ceiling": this accuracy failed a short
+# while ago.
+Cause = Literal["wait", "queue", "token", "ttft", "itl", "floor", "room", "ceiling"]
+EARLY: tuple[Cause, ...] = ("wait", "queue", "token")
 LATE: tuple[Cause, ...] = ("ttft", "itl")
 CAUSES: tuple[Cause, ...] = (*EARLY, *LATE, "floor", "room", "ceiling")
 
@@ -97,7 +103,7 @@ class Controller:
 
     def decide(self, objective: Objective, load: Load, now: float) -> Decision:
         """Look at the load, and change the accuracy or leave it."""
-        signals = signal_ratios(objective, load)
+        signals = signal_ratios(objective, load, self.accuracy)
         self._watch(load, now)
         direction, accuracy, cause = self._choose(objective, load, signals, now)
         if direction != "hold":
@@ -121,7 +127,7 @@ class Controller:
                     continue
                 self._fail(load, now)
                 lower = accuracy * min(max(1 / signals[cause], STRONGEST_FACTOR), GENTLEST_FACTOR)
-                return "down", max(lower if lower >= SMALLEST_ACCURACY else 0.0, floor), cause
+                return "down", self._sufficient(objective, load, lower), cause
         if signals.get(worst, 0.0) >= RELAXED_SHARE or accuracy >= 1:
             return "hold", accuracy, worst
         if rested < (timing.dwell_seconds if self._last == "down" else timing.react_seconds):
@@ -129,6 +135,14 @@ class Controller:
         higher = min(round(accuracy + INCREASE_STEP, 6), 1.0)
         limit = self._limit(objective, load, higher, now)
         return ("up", higher, "room") if limit is None else ("hold", accuracy, limit)
+
+    def _sufficient(self, objective: Objective, load: Load, accuracy: float) -> float:
+        """This accuracy or, if it is as dear as the present one or if the forecast says that it is not low enough, a lower one.
+        Never below the lowest allowed accuracy."""
+        floor, price = objective.min_accuracy, self._price_at(self.accuracy)
+        while accuracy > floor and (self._price_at(accuracy) >= price or not _suffices(objective, load, accuracy)):
+            accuracy -= DECREASE_STEP
+        return max(accuracy if accuracy >= SMALLEST_ACCURACY else 0.0, floor)
 
     def _limit(self, objective: Objective, load: Load, accuracy: float, now: float) -> Cause | None:
         """What speaks against this higher accuracy; None if nothing does."""
@@ -168,13 +182,25 @@ class Controller:
         ceiling.until = now + min(RETRY_SECONDS * 2 ** (ceiling.failures - 1), MAX_RETRY_SECONDS)
 
 
-def signal_ratios(objective: Objective, load: Load) -> dict[str, float]:
-    """Each signal that has a target, divided by it."""
+def _suffices(objective: Objective, load: Load, accuracy: float) -> bool:
+    """Whether the targets would be met if requests went on to arrive as of late, and those that wait would soon be served."""
+    forecast = load.rush(accuracy)
+    if forecast is None:
+        return True
+    if objective.itl_ms is not None and forecast.itl_seconds * 1000 > objective.itl_ms:
+        return False
+    return objective.ttft_ms is None or forecast.utilisation + load.wait_seconds / DRAIN_SECONDS <= 1
+
+
+def signal_ratios(objective: Objective, load: Load, accuracy: float) -> dict[str, float]:
+    """Each signal that has a target, divided by it. `accuracy`: the present one."""
     signals: dict[str, float] = {"queue": load.queue_share / QUEUE_SHARE}
     if objective.ttft_ms is not None:
         signals["wait"] = load.wait_seconds * 1000 / (WAIT_SHARE * objective.ttft_ms)
         if load.measured.ttft_seconds is not None:
             signals["ttft"] = load.measured.ttft_seconds * 1000 / objective.ttft_ms
-    if objective.itl_ms is not None and load.measured.itl_seconds is not None:
-        signals["itl"] = load.measured.itl_seconds * 1000 / objective.itl_ms
+    if objective.itl_ms is not None:
+        signals["token"] = load.token_seconds(accuracy) * 1000 / objective.itl_ms
+        if load.measured.itl_seconds is not None:
+            signals["itl"] = load.measured.itl_seconds * 1000 / objective.itl_ms
     return signals

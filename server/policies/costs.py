@@ -89,6 +89,12 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._decode, self._prefill = Fit(4), Fit(3)
+        self._prices: set[float] = set()  # of the steps that decoded
+
+    @property
+    def prices_known(self) -> bool:
+        """Whether steps of different prices have been seen. Until then, what another price would cost is a guess."""
+        return len(self._prices) > 1
 
     @property
     def known(self) -> bool:
@@ -98,6 +104,7 @@ class StepCosts:
     def observe(self, rows: Mapping[float, int], tokens: Mapping[float, int], seconds: float) -> None:
         """Learn from one step. `rows` and `tokens`: decoding rows and prompt tokens, by price."""
         decode = _decode_features(rows)
+        self._prices |= rows.keys()
         if not tokens:
             self._decode.observe(decode, seconds)
         elif self.known or not rows:

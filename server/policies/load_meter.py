@@ -14,6 +14,7 @@ from server.policies.costs import Demand, StepCosts
 LATENCY_SECONDS = 15.0
 MAX_SAMPLES = 4096
 ARRIVAL_SECONDS = 10.0
+RUSH_SECONDS = 3.0  # a rush of requests shows within this time
 FADING = 0.98  # the weight of a finished sequence after one more, and of a step's prices after one more step
 
 
@@ -56,7 +57,9 @@ class Load:
 
     wait_seconds: the time that a request would wait that came now. queue_share: how full the queue is, 0 to 1.
     request_seconds: how long a request takes on average. arrivals: sequences asked for in the last ARRIVAL_SECONDS.
-    forecast: by accuracy; None while too little is known.
+    token_seconds: by accuracy, the mean time between two tokens if all sequences in the server ran at it; 0 if unknown.
+    forecast: by accuracy; None while too little is known. rush: the same if requests went on to arrive as in the last
+    RUSH_SECONDS, or as in the last ARRIVAL_SECONDS if these were more per second; None until steps of several prices were seen.
     """
 
     wait_seconds: float = 0.0
@@ -64,7 +67,9 @@ class Load:
     measured: Measured = Measured()
     request_seconds: float = 0.0
     arrivals: int = 0
+    token_seconds: Callable[[float], float] = lambda accuracy: 0.0
     forecast: Callable[[float], Forecast | None] = lambda accuracy: None
+    rush: Callable[[float], Forecast | None] = lambda accuracy: None
 
 
 class Mean:
@@ -121,6 +126,15 @@ class LoadMeter:
             self._num_arrived -= self._arrivals.popleft()[1]
         return self._num_arrived
 
+    def _rush(self, now: float) -> float:
+        """Sequences per second that were asked for lately."""
+        recent = 0
+        for at, sequences in reversed(self._arrivals):
+            if at <= now - RUSH_SECONDS:
+                break
+            recent += sequences
+        return recent / RUSH_SECONDS
+
     @property
     def price(self) -> float:
         """The mean price of the rows of recent steps; 1 before the first."""
@@ -149,7 +163,30 @@ class LoadMeter:
 
     def load(self, queue: Queue, now: float, since: float, price_at: Callable[[float], float]) -> Load:
         """The load now, with latencies after `since`. `price_at`: the price by accuracy."""
-        measured, demand, costs, batch = self.measured(now, since), self.demand(now), self.costs, queue.batch
+        measured, demand, batch = self.measured(now, since), self.demand(now), queue.batch
+        rush = replace(demand, sequences_per_second=max(demand.sequences_per_second, self._rush(now)))
+        load = Load(
+            wait_seconds=self.wait_seconds(replace(queue, in_flight=queue.in_flight + 1)),
+            queue_share=queue.share,
+            measured=measured,
+            request_seconds=self._duration.value,
+            arrivals=self.arrivals(now),
+            token_seconds=lambda accuracy: self._token_seconds(min(queue.in_flight + 1, batch), rush, price_at(accuracy)),
+            forecast=self._forecast(demand, measured, batch, price_at),
+        )
+        return replace(load, rush=self._forecast(rush, measured, batch, price_at)) if self.costs.prices_known else load
+
+    def _token_seconds(self, rows: int, demand: Demand, price: float) -> float:
+        """The time between two tokens while so many rows decode, and prompts arrive and take their share of the time."""
+        prompts = demand.sequences_per_second * self.costs.prompt_seconds(demand.prompt_tokens, price)
+        return self.costs.step_seconds(rows, price) / (1 - min(prompts, 0.9))
+
+    def _forecast(
+        self, demand: Demand, measured: Measured, batch: int, price_at: Callable[[float], float]
+    ) -> Callable[[float], Forecast | None]:
+        """By accuracy, if this is asked for. What was measured knows of all that the costs leave out. So take only ratios from
+        the costs."""
+        costs = self.costs
         base = costs.token_seconds(demand, batch, self.price) if costs.known else 0.0
 
         def forecast(accuracy: float) -> Forecast | None:
@@ -158,13 +195,11 @@ class LoadMeter:
             price = price_at(accuracy)
             token = costs.token_seconds(demand, batch, price)
             first = costs.prompt_seconds(demand.prompt_tokens, price) + token
-            # What was measured knows of all that the costs leave out. So take only the ratio from the costs.
             itl = token if measured.itl_seconds is None else measured.itl_seconds * token / base
             ttft = first if measured.ttft_seconds is None else measured.ttft_seconds * token / base
             return Forecast(itl, ttft, costs.utilisation(demand, batch, price))
 
-        wait = self.wait_seconds(replace(queue, in_flight=queue.in_flight + 1))
-        return Load(wait, queue.share, measured, self._duration.value, self.arrivals(now), forecast)
+        return forecast
 
     def _by_price(self, counts: dict[str, int]) -> dict[float, int]:
         prices: dict[float, int] = {}

@@ -23,8 +23,9 @@ function describe(current) {
   return current.policy;
 }
 
-function fillMenu(id, names) {
-  const menu = byId(id), chosen = menu.value;
+// `preferred`: chosen at first, if it is there; otherwise the first name is.
+function fillMenu(id, names, preferred) {
+  const menu = byId(id), chosen = menu.value || preferred;
   if ([...menu.options].map(option => option.value).join() === names.join()) return; // a change would close an open menu
   menu.replaceChildren(...names.map(name => new Option(name, name)));
   if (names.includes(chosen)) menu.value = chosen;
@@ -71,7 +72,7 @@ function fillTable() {
 }
 
 const CAUSES = {
-  wait: "the wait in the queue", queue: "a filling queue", ttft: "the time to the first token", itl: "the time between tokens",
+  wait: "the wait in the queue", queue: "a filling queue", token: "a large batch", ttft: "the time to the first token", itl: "the time between tokens",
   floor: "the lowest allowed accuracy", room: "room to spare", ceiling: "it failed a short while ago",
 };
 const SHOWN_CHANGES = 8;
@@ -157,7 +158,8 @@ export function drawFrontier() {
 export async function refresh() {
   routing = await get("v1/routing");
   const names = routing.policies.map(policy => policy.name);
-  for (const id of ["policy", "other", "new-policy"]) fillMenu(id, names);
+  for (const id of ["policy", "other", "new-policy", "then-policy"]) fillMenu(id, names);
+  fillMenu("first-policy", names, "fast");
   const knob = Boolean(routing.frontier?.length);
   for (const control of document.querySelectorAll("#accuracy, [value=accuracy], [value=auto], #new-accuracy, #new-itl, #new-ttft, #new-floor")) {
     control.disabled = !knob;

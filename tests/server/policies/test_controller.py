@@ -1,5 +1,6 @@
 """The controller: single decisions, properties over any load, and its response to steps of load in simulated time."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,9 @@ def test_the_queue_acts_before_a_latency_is_missed() -> None:
     assert (decision.direction, decision.cause) == ("down", "wait")  # more than half of the time to the first token
     decision = controller().decide(Objective(itl_ms=10.0), Load(queue_share=0.6), TIMING.react_seconds)
     assert (decision.direction, decision.cause) == ("down", "queue")
+    growing = Load(token_seconds=lambda accuracy: 0.012 * accuracy, measured=Measured(0.001, 0.1))
+    decision = controller().decide(BOTH, growing, TIMING.react_seconds)
+    assert (decision.direction, decision.cause) == ("down", "token")  # the batch has grown, but no latency shows it yet
 
 
 def test_a_latency_acts_once_the_change_before_has_taken_effect() -> None:
@@ -55,6 +59,29 @@ def test_a_latency_acts_once_the_change_before_has_taken_effect() -> None:
 @pytest.mark.parametrize(("over", "factor"), [(1.01, GENTLEST_FACTOR), (1.5, 1 / 1.5), (50, STRONGEST_FACTOR)])
 def test_more_load_means_a_larger_decrease(over: float, factor: float) -> None:
     assert controller().decide(BOTH, Load(wait_seconds=over / 2), 9.0).accuracy == pytest.approx(factor)
+
+
+def test_a_decrease_reaches_a_cheaper_policy() -> None:
+    made = Controller(0.0, price_at=lambda accuracy: 1.0 if accuracy > 0.5 else 0.4)
+    decision = made.decide(BOTH, Load(wait_seconds=0.51), 9.0)
+    assert 0.4 < decision.accuracy <= 0.5
+    made = Controller(0.0, price_at=lambda accuracy: 1.0)
+    assert made.decide(replace(BOTH, min_accuracy=0.3), Load(wait_seconds=0.51), 9.0).accuracy == 0.3
+
+
+@pytest.mark.parametrize(
+    ("rush", "accuracy"),
+    [
+        # With 0.9 s to wait, 82% of the time is left for requests that arrive.
+        (lambda accuracy: Forecast(0.005, 0.1, 2 * accuracy), 0.41),
+        (lambda accuracy: Forecast(0.02 * accuracy, 0.1, 0.1), 0.5),
+        (lambda accuracy: Forecast(0.005, 0.1, 3.0), 0.0),
+        (lambda accuracy: Forecast(0.005, 0.1, 0.1), 1 / 1.8),
+    ],
+)
+def test_a_decrease_goes_as_far_as_the_forecast_says(rush: Callable[[float], Forecast], accuracy: float) -> None:
+    decision = controller().decide(BOTH, Load(wait_seconds=0.9, rush=rush), 9.0)
+    assert decision.accuracy == pytest.approx(accuracy, abs=0.051) and decision.accuracy <= accuracy + 1e-9
 
 
 def test_between_relaxed_and_target_nothing_moves() -> None:
@@ -111,6 +138,9 @@ def test_what_failed_is_tried_at_once_under_a_clearly_lower_load() -> None:
 
 SHARE = st.floats(0, 1)
 SECONDS = st.one_of(st.none(), st.floats(0, 100))
+FORECAST = st.one_of(st.none(), st.builds(Forecast, st.floats(0, 9), st.floats(0, 9), st.floats(0, 9))).map(
+    lambda forecast: lambda accuracy: forecast
+)
 LOAD = st.builds(
     Load,
     wait_seconds=st.floats(0, 1000),
@@ -118,9 +148,9 @@ LOAD = st.builds(
     measured=st.builds(Measured, SECONDS, SECONDS),
     request_seconds=st.floats(0, 100),
     arrivals=st.integers(0, 5000),
-    forecast=st.one_of(st.none(), st.builds(Forecast, st.floats(0, 9), st.floats(0, 9), st.floats(0, 9))).map(
-        lambda forecast: lambda accuracy: forecast
-    ),
+    token_seconds=st.floats(0, 1).map(lambda seconds: lambda accuracy: seconds),
+    forecast=FORECAST,
+    rush=FORECAST,
 )
 LATENCY = st.one_of(st.none(), st.floats(0.1, 5000))
 

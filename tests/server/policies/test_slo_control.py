@@ -1,7 +1,7 @@
 """Automatic control of the knob, end to end: requests, an engine whose steps take longer with load and with experts, decisions.
 
-Time is the engine's alone: a step of fake work moves the clock by two milliseconds for each token and expert that it runs, so
-latencies follow from load and policies exactly.
+Time is the engine's alone: a step of fake work moves the clock by eight milliseconds for each token, times the price of its
+policy. So latencies follow from load and policies exactly.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from server.policies.controller import Control
 from tests.server.fakes import Clock
 from tests.server.serving import ADMIN, Parts, Server, serving
 
-TOKEN_SECONDS = 2e-3  # of one token and expert
+TOKEN_SECONDS = 8e-3  # of one token at price 1
 DWELL_SECONDS = Control().dwell_seconds
 STREAMS = 8
-# Eight streams at 4, 3, 2, 1 experts have an inter-token latency of 64, 48, 32, 16 ms.
-OBJECTIVE = {"itl_ms": 36.0}
+# Eight streams under full, quality, balanced, fast have an inter-token latency of 66, 60, 54, 47 ms, and more with prompts.
+OBJECTIVE = {"itl_ms": 62.0}
 
 
 @dataclass
@@ -72,12 +72,11 @@ async def controlled(tmp_path: Path, dwell_seconds: float = DWELL_SECONDS) -> As
     clock = Clock()
     parts = Parts(max_queue=64, control=Control(interval_seconds=0.01, dwell_seconds=dwell_seconds), clock=clock)
     async with serving(tmp_path, parts, max_num_seqs=STREAMS, num_blocks=257) as server:
-        execute, rows = server.runner.execute, server.runner.table.tables.rows
+        execute, price = server.runner.execute, server.services.store.price
 
         def timed(batch: Batch) -> BatchOutput:
             output = execute(batch)
-            experts = sum(int(rows[sequence.rows[0], 0, 0]) * count for sequence, count in batch.scheduled)
-            clock.now += experts * TOKEN_SECONDS
+            clock.now += sum(price(sequence.request.policy.name) * count for sequence, count in batch.scheduled) * TOKEN_SECONDS
             return output
 
         server.runner.execute = timed  # type: ignore[method-assign]
@@ -90,7 +89,7 @@ async def switch_on(load: Load, **objective: float) -> None:
 
 
 @pytest.mark.slow
-async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: Path) -> None:
+async def test_load_lowers_the_knob_and_relief_raises_it(tmp_path: Path) -> None:
     async with controlled(tmp_path) as load:
         store = load.server.services.store
         assert (await load.server.client.get("/v1/routing")).json()["automatic_control"] is None
@@ -105,18 +104,20 @@ async def test_load_lowers_the_knob_just_enough_and_relief_raises_it(tmp_path: P
             await load.last(3 * DWELL_SECONDS)
             load.answers.clear()
             await load.last(DWELL_SECONDS)
-        # Three experts are too slow, two are fast enough; then it stays. On a busy machine a stream that began before the
-        # decrease may still end long after it and bring another.
-        assert (await load.decisions())["down"] in (1, 2)
+        # quality is too slow. What is fast enough is found in a few decreases, and then it stays.
+        assert (await load.decisions())["down"] in (1, 2, 3)
         lowest = store.auto_accuracy
-        assert 0 < lowest < 2 / 3
+        assert lowest < 2 / 3
         assert {answer["reason"] for answer in load.answers} == {"auto"}
         assert {answer["policy"] for answer in load.answers} <= {"balanced", "fast"}
         told = (await load.server.client.get("/v1/routing")).json()["automatic_control"]
         assert told["accuracy"] == pytest.approx(lowest)
-        assert {(change["direction"], change["cause"]) for change in told["changes"]} == {("down", "itl")}
+        assert {(change["direction"], change["cause"]) for change in told["changes"]} <= {("down", "itl"), ("down", "token")}
         samples = await load.server.metrics()
-        assert samples['ladimo_slo_controller_changes_total{cause="itl",direction="down"}'] >= 1
+        causes = [
+            samples[f'ladimo_slo_controller_changes_total{{cause="{cause}",direction="down"}}'] for cause in ("itl", "token")
+        ]
+        assert sum(causes) == len(told["changes"])
         assert 0 < samples['ladimo_slo_controller_signal_ratio{signal="itl"}'] < 1
 
         async with load.of(1):
