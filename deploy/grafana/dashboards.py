@@ -10,27 +10,26 @@ from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from deploy.grafana.panels import (
+    ITL,
     POLICY,
-    WHERE,
+    TTFT,
     gauge,
     graph,
     heat,
     label_choice,
-    listing,
     make_board,
     mean,
     number,
     quantile,
     quantiles,
     rate,
-    timeline,
     value_choice,
     with_rows,
     within,
 )
+from deploy.grafana.policies import policies
 
 DIRECTORY = Path(__file__).parent / "dashboards"
-TTFT, ITL = "ladimo_time_to_first_token_seconds", "ladimo_inter_token_latency_seconds"
 OBJECTIVES = {"ttft_objective": ("0.25", "0.5", "1.0", "2.5", "5.0"), "itl_objective": ("0.01", "0.025", "0.05", "0.1", "0.2")}
 SERVER_ERRORS = 'code=~"internal_error|unavailable|engine_dead|deadline_exceeded"'
 
@@ -279,106 +278,6 @@ def experts() -> dashboard.Dashboard:
                     f"Neurons, and words of the output head, that tokens read at 8 bits instead of 4. {aggregate}",
                     stack=True,
                     width=12,
-                ),
-            ],
-        },
-    )
-
-
-def policies() -> dashboard.Dashboard:
-    board = make_board(
-        "Policies", "ladimo-policies", "The default and the accuracy over time; requests, tokens and latency by policy."
-    )
-    knob, floor = gauge("ladimo_routing_accuracy"), gauge("ladimo_routing_accuracy_floor")
-    is_default = gauge("ladimo_policy_info", 'default="true"')
-    return with_rows(
-        board,
-        {
-            "Default": [
-                timeline(
-                    "Default policy",
-                    [(f"sum by (policy, version) ({is_default})", "{{policy}} {{version}}")],
-                    "The policy of requests that choose none.",
-                ),
-                graph(
-                    "Knob",
-                    [(knob, "accuracy {{instance}}"), (floor, "floor {{instance}}")],
-                    "percentunit",
-                    "The accuracy is NaN off the frontier. The floor is NaN while automatic control is off.",
-                    width=12,
-                ),
-                graph(
-                    "Signals of automatic control",
-                    [(gauge("ladimo_slo_controller_signal_ratio"), "{{signal}} {{instance}}")],
-                    "percentunit",
-                    "Each over its target; above 100% the accuracy falls. Empty while it is off.",
-                    width=12,
-                ),
-                graph(
-                    "Changes by automatic control",
-                    [(rate("ladimo_slo_controller_changes_total", "direction, cause"), "{{direction}}: {{cause}}")],
-                    "cps",
-                    "What made it change the accuracy.",
-                    width=12,
-                ),
-                graph("Swaps", [(rate("ladimo_policy_swaps_total", "result"), "{{result}}")], "cps", width=12),
-                graph(
-                    "Swap duration, p95",
-                    [(quantile(0.95, "ladimo_policy_swap_duration_seconds"), "p95")],
-                    "s",
-                    "Empty while nothing is swapped.",
-                    width=12,
-                ),
-            ],
-            "Requests": [
-                graph(
-                    "Requests by policy that served",
-                    [(rate("ladimo_policy_requests_total", "served"), "{{served}}")],
-                    "reqps",
-                    stack=True,
-                ),
-                graph(
-                    "Requests by what decided",
-                    [(rate("ladimo_policy_requests_total", "reason"), "{{reason}}")],
-                    "reqps",
-                    "body, header, model: the client's choice; auto: automatic control; queue, deadline: lowered, not refused.",
-                    stack=True,
-                ),
-                graph(
-                    "Tokens by policy", [(rate("ladimo_generation_tokens_total", "policy"), "{{policy}}")], "tok/s", stack=True
-                ),
-                listing(
-                    "Asked for, served, why",
-                    f"sum by (requested, served, reason) (increase(ladimo_policy_requests_total{{{WHERE}}}[$__range]))",
-                    "Requests in the time shown.",
-                ),
-                listing("Policies", f"max by (policy, version, default) ({gauge('ladimo_policy_info')})"),
-            ],
-            "Accuracy given, latency gained": [
-                graph("Knob", [(knob, "accuracy {{instance}}")], "percentunit"),
-                graph("Between tokens, p95", [(quantile(0.95, ITL), "p95")], "s"),
-                graph(
-                    "Active parameters of what was served",
-                    [
-                        (
-                            f"sum (rate(ladimo_generation_tokens_total{{{WHERE}}}[$__rate_interval])"
-                            f" * on (instance, policy) ladimo_active_parameters_ratio{{{WHERE}}})"
-                            f" / {rate('ladimo_generation_tokens_total')}",
-                            "mean over tokens",
-                        )
-                    ],
-                    "percentunit",
-                ),
-                graph("Between tokens by policy, p95", [(quantile(0.95, ITL, "policy"), "{{policy}}")], "s"),
-                graph(
-                    "Whole request by policy, p95",
-                    [(quantile(0.95, "ladimo_e2e_request_latency_seconds", "policy"), "{{policy}}")],
-                    "s",
-                ),
-                graph(
-                    "Active parameters by policy",
-                    [(f"avg by (policy) ({gauge('ladimo_active_parameters_ratio')})", "{{policy}}")],
-                    "percentunit",
                 ),
             ],
         },

@@ -21,6 +21,7 @@ from grafana_foundation_sdk.models import prometheus as prometheus_models
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 WHERE = 'instance=~"$instance"'
 POLICY = 'policy=~"$policy"'
+TTFT, ITL = "ladimo_time_to_first_token_seconds", "ladimo_inter_token_latency_seconds"
 
 Query = tuple[str, str]  # expression and legend
 Panel = Any  # the SDK's panel builders have no common base with these methods
