@@ -8,6 +8,10 @@ let running = null;
 function chosenRouting() {
   const how = document.querySelector("input[name=how]:checked").value;
   if (how === "accuracy") return { accuracy: Number(byId("accuracy").value) };
+  if (how === "phases") {
+    const first = { policy: byId("first-policy").value, until: byId("phase-end").value };
+    return { phases: [first, { policy: byId("then-policy").value }] };
+  }
   return how === "policy" ? byId("policy").value : undefined;
 }
 
@@ -53,7 +57,8 @@ async function run(article, prompt, body) {
     pairs.push(["policy", routing.policy], ["version", routing.version], ["chosen by", routing.reason],
       ["accuracy", fixed(routing.accuracy, 2)], ["active parameters", percent(routing.active_parameters_ratio)],
       ...(routing.bytes_ratio == null ? [] : [["weight bytes", percent(routing.bytes_ratio)]]),
-      ["experts per token", fixed(routing.experts_per_token, 2)]);
+      ["experts per token", fixed(routing.experts_per_token, 2)],
+      ...(routing.phases ? [["tokens by phase", routing.phases.map(({ policy, completion_tokens: drawn }) => `${policy} ${drawn}`).join(", ")]] : []));
     article.querySelector("h3").textContent = routing.policy;
   }
   show(article, pairs);
@@ -141,6 +146,9 @@ export function listen(onKnob) {
   for (const event of ["change", "click"]) { // a click on the entry that is already chosen counts, too, but is no change
     byId("policy").addEventListener(event, () => { document.querySelector("input[name=how][value=policy]").checked = true; });
     byId("other").addEventListener(event, () => { byId("compare").checked = true; });
+    for (const id of ["first-policy", "phase-end", "then-policy"]) {
+      byId(id).addEventListener(event, () => { document.querySelector("input[name=how][value=phases]").checked = true; });
+    }
   }
   byId("run").addEventListener("click", start);
   byId("stop").addEventListener("click", () => running?.abort());

@@ -197,6 +197,18 @@ def test_a_completion_streams_under_the_routing_that_is_asked_for(page: Page) ->
     page.run()
     assert page.figures()["policy"] == "quality"
 
+    Select(page("#policy")).select_by_value("fast")
+    page.run()
+    said = re.sub(r"[^a-z]", "", page.text().removeprefix("def f("))
+    assert Select(page("#first-policy")).first_selected_option.text == "fast"
+    page.type("#phase-end", said[3])  # the model says this sooner or later
+    Select(page("#then-policy")).select_by_value("full")
+    assert page("input[name=how][value=phases]").is_selected()
+    page.run()
+    drawn = re.fullmatch(r"fast (\d+), full (\d+)", page.figures()["tokens by phase"])
+    assert drawn is not None and int(drawn[1]) >= 1 and int(drawn[2]) >= 1
+    assert int(drawn[1]) + int(drawn[2]) == int(page.figures()["tokens"])
+
 
 @needs_chromium
 def test_a_stream_can_be_stopped_and_an_error_is_shown(page: Page) -> None:
