@@ -14,9 +14,6 @@ is the closed loop: it keeps a number of clients busy.
 
 import argparse
 import asyncio
-import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +24,7 @@ import httpx
 
 from ladimo.checkpoint import read_json, write_text
 from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.records import command_line, finish
 from loadtests.load.arrivals import Arrival, arrivals, burst, constant, ramp, trace
 from loadtests.load.client import Client, Outcome
 from loadtests.load.figures import Objectives, parse_objectives, summary, table
@@ -101,7 +99,7 @@ def _burst_figures(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> dic
     return summary(outcomes, args.goodput, args.peak_from, args.peak_from + args.peak_seconds)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="the server's address, such as http://127.0.0.1:8000")
     add_schedule(parser)
@@ -129,26 +127,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     args.routing = args.routing or [parse_routing("default")]
-    command = shlex.join(["python", "-m", "loadtests.load_test", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.goodput = parse_objectives(args.goodput)
         earlier = None if args.compare is None else read_json(args.compare)
-        record = asyncio.run(measure(args, command))
+        record = asyncio.run(measure(args, command_line("load_test", argv)))
     except (ValueError, OSError, httpx.HTTPError) as error:
         parser.error(str(error))
     for row in table(record["figures"], None if earlier is None else earlier["figures"]):
         print(f"{row[0]:<26} " + " ".join(f"{cell:>14}" for cell in row[1:]))
-    if args.html is not None:
-        write_text(args.html, page(record, earlier))
     if args.plot is not None:
         write_text(args.plot, plot(record, earlier))
-    line = json.dumps(record)
-    if args.json is not None:
-        write_text(args.json, line)
-    print(line)
+    finish(record, args.json, args.html, lambda: page(record, earlier))
 
 
 if __name__ == "__main__":

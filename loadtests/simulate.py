@@ -11,16 +11,14 @@ that were learned before, and one with those of the run itself. On a quiet machi
 """
 
 import argparse
-import json
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ladimo.checkpoint import read_config, read_frontier, read_policies, write_text
+from ladimo.checkpoint import read_config, read_frontier, read_policies
 from loadtests.common.conditions import conditions
+from loadtests.common.records import command_line, finish
 from loadtests.load.client import Outcome
 from loadtests.load.figures import parse_objectives, show, summary
 from loadtests.load.machine import Machine, RealClock, VirtualClock, simulated_core
@@ -134,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     record |= {
         "benchmark": "simulate",
-        "command": shlex.join(["python", "-m", "loadtests.simulate", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line("simulate", argv),
         "conditions": {**conditions(), "seed": args.seed},
     }
     for name, answer in record["answers"].items():
@@ -145,10 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for run, figures in answer.get("runs", {}).items():
             print(f"  {run:<28} " + ", ".join(f"{name} {show(figures[name])}" for name in COMPARED))
-    line = json.dumps(record)
-    if args.json is not None:
-        write_text(args.json, line)
-    print(line)
+    finish(record, args.json)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

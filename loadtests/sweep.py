@@ -12,8 +12,6 @@ meet all of them. Tables show the median round.
 
 import argparse
 import asyncio
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -24,10 +22,10 @@ from typing import Any
 
 import httpx
 
-from ladimo.checkpoint import write_text
 from ladimo.convert.report.document import Document, Section, Table
 from ladimo.convert.report.page import to_page
 from loadtests.common.conditions import OtherLoad, conditions
+from loadtests.common.records import command_line, finish
 from loadtests.load.arrivals import Arrival
 from loadtests.load.client import Client
 from loadtests.load.figures import Objectives, show, summary
@@ -167,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     record = {
         "benchmark": "sweep",
-        "command": shlex.join(["python", "-m", "loadtests.sweep", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line("sweep", argv),
         "servers": {server.name: server.address for server in args.servers},
         "rows": rows,
         "conditions": {**conditions(), "seed": args.seed},
@@ -176,12 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    if args.html is not None:
-        write_text(args.html, page(record, cells))
-    line = json.dumps(record)
-    if args.json is not None:
-        write_text(args.json, line)
-    print(line)
+    finish(record, args.json, args.html, lambda: page(record, cells))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Servers under test: one that runs already, or one that the test starts and ends."""
 
 import asyncio
+import os
 import shlex
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
@@ -34,8 +36,10 @@ def parse_server(text: str) -> Server:
 
 
 @asynccontextmanager
-async def running(server: Server, start_seconds: float = START_SECONDS) -> AsyncIterator[str]:
+async def running(server: Server, start_seconds: float = START_SECONDS, log: Path | None = None) -> AsyncIterator[str]:
     """The address of the server. Starts it if it is a command, waits until it is healthy, and ends it afterwards.
+
+    `log`: the file for what it writes to stderr.
 
     Raises ValueError if it cannot be started, ends at once, or is not healthy in time.
     """
@@ -44,12 +48,11 @@ async def running(server: Server, start_seconds: float = START_SECONDS) -> Async
         return
     port = _free_port()
     command = shlex.split(server.address.replace(PORT, str(port)))
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-        )
-    except OSError as error:
-        raise ValueError(f"{server.name}: cannot be started: {error}") from error
+    with open(os.devnull if log is None else log, "wb") as written:
+        try:
+            process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL, stderr=written)
+        except OSError as error:
+            raise ValueError(f"{server.name}: cannot be started: {error}") from error
     try:
         url = f"http://127.0.0.1:{port}"
         await _healthy(server, url, process, start_seconds)
