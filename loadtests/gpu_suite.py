@@ -37,7 +37,7 @@ from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.common.conditions import conditions
 from loadtests.common.limits import copy_bandwidth, decode_bytes, matrix_rate, seconds_of
-from loadtests.common.models import SHAPES, dense_config, partitioned_config, random_model, top_k_policy
+from loadtests.common.models import SHAPES, dense_config, partitioned_config, random_model, random_nested_model, top_k_policy
 from loadtests.common.runs import Run, interleaved, mean, random_prompts, serve, spread
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore, assemble_core
@@ -207,6 +207,59 @@ def integers(bench: Bench) -> None:
             )
         del model, core, rows
         gc.collect()
+
+
+def nested(bench: Bench) -> None:
+    """Nested weights, batches of 1, 8 and 32: time per decode step at each precision and mixed, compared to the dense model in
+    16 bits and to the time to read the step's weights and cache at the measured copy bandwidth. Prefill by precision."""
+    sizes = (1, 2) if bench.dry else (1, 8, 32)
+    prompt, tokens = bench.size(128, 12), bench.size(33, 5)
+    bandwidth = copy_bandwidth(bench.device)
+    bench.notes |= {"copy_bandwidth_bytes_per_second": bandwidth, "prompt_tokens": prompt, "tokens": tokens}
+    bench.notes["goals"] = "fraction 0.6 at 4 and 8 bits; mixed never slower than whole"
+    model = random_nested_model(bench.shape, bench.dtype, bench.device)
+    dense = random_model(dense_config(bench.shape), bench.dtype, bench.device)
+    kv_size = model.config.num_key_value_heads * model.config.head_dim
+    cache_bytes = 2 * model.config.num_hidden_layers * kv_size * (prompt + tokens / 2)
+    policies = nested_policies(model.config)
+    rows = {name: [policy] for name, policy in policies.items()}
+    rows |= {"8 and 4 bits": [policies["8 bits"], policies["4 bits"]], "all four": list(policies.values())}
+    for size in sizes:
+        prompts = random_prompts(size, prompt, model.config.vocab_size)
+        core = bench.core(model, size, prompt + tokens + 16, size * (prompt + tokens + 16))
+        peer = bench.core(dense, size, prompt + tokens + 16, size * (prompt + tokens + 16))
+        runs = {name: partial(serve, core, mix, prompts, tokens) for name, mix in rows.items() if len(mix) <= size}
+        only = RoutingPolicy("dense", "", (None,) * dense.config.num_hidden_layers)
+        samples = interleaved({"dense": partial(serve, peer, [only], prompts, tokens), **runs}, bench.size(3, 1))
+        for name, measured in samples.items():
+            seconds = [run.step_seconds for run in measured]
+            middle = statistics.median(seconds)
+            figures: dict[str, Any] = {}
+            if name != "dense":
+                weights = statistics.mean(step.weight_bytes for step in measured[-1].steps)
+                need = weights + cache_bytes * size * bench.dtype.itemsize
+                figures = {"weight_bytes": weights, "fraction_of_bandwidth": need / bandwidth / middle}
+            bench.row(
+                batch=size,
+                policy=name,
+                milliseconds=1000 * middle,
+                spread_milliseconds=spread([1000 * value for value in seconds]),
+                tokens_per_second=size / middle,
+                speed_to_dense=statistics.median(run.step_seconds for run in samples["dense"]) / middle,
+                prefill_tokens_per_second=size * prompt / statistics.median(run.prefill_seconds for run in measured),
+                **figures,
+            )
+
+
+def nested_policies(config: ModelConfig) -> dict[str, RoutingPolicy]:
+    """Policies of nested weights: one per precision, and one that refines neurons and words."""
+
+    def policy(name: str, bits: int | None, refine: float | None = None, head_refine: float | None = None) -> RoutingPolicy:
+        rule = LayerRule(1, renormalize=False, bits=bits, attention_bits=bits, refine=refine)
+        return RoutingPolicy(name, "", (rule,) * config.num_hidden_layers, bits, head_refine)
+
+    policies = (policy("whole", None), policy("8 bits", 8), policy("4 bits", 4), policy("refined", 4, 1.5, 8.0))
+    return {one.name: one for one in policies}
 
 
 def prefill(bench: Bench) -> None:
@@ -418,12 +471,13 @@ def gpu_tests(bench: Bench) -> None:
 SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "decode": (decode, 80),
     "integers": (integers, 50),
+    "nested": (nested, 90),
     "prefill": (prefill, 60),
     "swap": (swap, 45),
     "counting": (counting, 60),
     "batches": (batches, 130),
     "tests": (gpu_tests, 120),
-    "kernels": (kernels, 110),
+    "kernels": (kernels, 135),
 }
 
 
@@ -476,7 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-suite"), help="directory of the JSON files")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
-    parser.add_argument("--seconds", type=float, default=470.0, help="time limit of all sections together")
+    parser.add_argument("--seconds", type=float, default=560.0, help="time limit of all sections together")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: llama-2-7b; in a dry run: tiny")
     parser.add_argument("--dry-run", action="store_true", help="run on a CPU at tiny sizes")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)

@@ -1,13 +1,13 @@
 """Compares each kernel to the hardware's limits, by tokens and experts per token. The limits are measured in the same run.
 
-    python -m loadtests.kernel_bench [--experts 8] [--sweep]        on a GPU, about a minute
+    python -m loadtests.kernel_bench [--experts 8] [--sweep]        on a GPU, about two minutes
     python -m loadtests.kernel_bench --dry-run                      in Triton's interpreter; its figures mean nothing
 
 Sizes are those of one layer of LLaMA-2-7B in bf16, with the FFN divided into equal experts. Calls are timed inside a CUDA
 graph, so launches do not count. They use several copies of the weights in turn, so the L2 cache does not help. The bound of a
 call is the larger of two times: its necessary bytes divided by the copy bandwidth, and its operations divided by the matrix
 rate. `dense` is the whole FFN in torch. Rows marked int8 and int4 read integer weights; their bytes are those of integers and
-scales. --sweep tries other tiles for the expert kernels.
+scales. Rows marked nested read nested weights. --sweep tries other tiles for the expert kernels.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from ladimo.model.quantization import Weights, quantize_weights
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.common.conditions import conditions
 from loadtests.common.limits import copy_bandwidth, matrix_rate, seconds_of
+from loadtests.common.nested_kernels import KINDS, nested_calls
 
 FORMATS: tuple[str, ...] = ("int8", "int4")
 
@@ -48,11 +49,12 @@ class Sizes:
     copies: int = 4
     decode: tuple[int, ...] = (1, 2, 5, 16, 32, 64, 256)
     prefill: tuple[int, ...] = (2048, 8192)
+    nested: tuple[int, ...] = (1, 8, 32, 2048)
     batches: tuple[int, ...] = (1, 16, 64)
     contexts: tuple[int, ...] = (512, 4096)
 
 
-TINY = Sizes(64, 128, 4, 16, copies=2, decode=(1, 3), prefill=(20,), batches=(2,), contexts=(40,))
+TINY = Sizes(64, 128, 4, 16, copies=2, decode=(1, 3), prefill=(20,), nested=(1,), batches=(2,), contexts=(40,))
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,15 @@ class Bench:
         bytes_moved = weights[0].nbytes + 2 * x.nbytes
         name = "linear (torch)" if format is None else f"linear, {format}"
         return Result(name, f"T {num_rows}, {hidden} x {hidden}", seconds, bytes_moved, 2 * hidden * hidden * num_rows)
+
+    def nested(self, num_tokens: int, kind: str) -> Iterator[Result]:
+        """A linear layer and an FFN with nested weights."""
+        dense = self.dense(num_tokens).seconds
+        x = self.normal(num_tokens, self.sizes.hidden_size)
+        for case in nested_calls(x, self.sizes.intermediate_size, self.sizes.copies, kind):
+            seconds = seconds_per_call(case.calls, self.device, repeats=4 if num_tokens <= 256 else 1)
+            ratio = dense / seconds if "FFN" in case.kernel else None
+            yield Result(case.kernel, case.case, seconds, case.bytes_moved, case.operations, ratio)
 
     def dense(self, num_tokens: int) -> Result:
         """The dense FFN in torch with the same weights, and gate and up in one product."""
@@ -313,6 +324,11 @@ def measure(bench: Bench, sweeping: bool) -> None:
         for result in bench.small(num_tokens):
             bench.add(result)
     measure_integers(bench)
+    for num_tokens, kind in itertools.product(sizes.nested, KINDS):
+        if bench.out_of_time:
+            return
+        for result in bench.nested(num_tokens, kind):
+            bench.add(result)
 
 
 def measure_integers(bench: Bench) -> None:
@@ -331,7 +347,7 @@ def measure_integers(bench: Bench) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=75.0, help="begin no measurement after this time")
+    parser.add_argument("--seconds", type=float, default=100.0, help="begin no measurement after this time")
     parser.add_argument("--sweep", action="store_true", help="try other tiles; give it more --seconds")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)

@@ -48,6 +48,16 @@ def test_integers_need_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFixture
         assert needed["as they are", policy] > 2 * needed["int8", policy] > 2 * needed["int4", policy]
 
 
+def test_nested_weights_need_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {(row["batch"], row["policy"]): row for row in check_section("nested", tmp_path, capsys)}
+    alone = ["dense", "whole", "8 bits", "4 bits", "refined"]
+    assert [*rows] == [*((1, name) for name in alone), *((2, name) for name in [*alone, "8 and 4 bits"])]
+    for batch in (1, 2):
+        whole, at8, at4, refined = (rows[batch, name]["weight_bytes"] for name in ("whole", "8 bits", "4 bits", "refined"))
+        assert whole > 1.8 * at8 > 2.8 * at4 and at4 < refined < at8
+    assert rows[2, "8 and 4 bits"]["weight_bytes"] == rows[2, "8 bits"]["weight_bytes"]
+
+
 @pytest.mark.long
 def test_needs_no_web_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The section of tests, as where there are torch, transformers and pytest only: a JSON line for it, and one last."""
