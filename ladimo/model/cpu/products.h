@@ -144,6 +144,37 @@ static inline vi group_sum(vi sum, int32_t columns, int kind) { return sum - off
 // Integer weights are stored with their offset added. A lane has four columns of int8, or eight columns of int4. The first four of
 // these are in the lower halves of its bytes.
 
+// Add the products of a vector of words, at[v], with n tokens. `columns`: where the first four of the words' columns are in x[t].
+static inline __attribute__((always_inline)) void add_words(
+    const int n, const int pass, const int kind, const vu *at, const vu *low_at, const void *const *x, int64_t columns, vi part[TILE][MOST]
+) {
+    FOR_VECTORS {
+        vu weight = at[v];
+        if (kind == INT8) {
+            FOR_TOKENS part[t][v] = dot_int8(part[t][v], weight, ((const int32_t *)x[t])[columns]);
+            continue;
+        }
+        vu lower = weight & 0x0f0f0f0f, upper = weight >> 4 & 0x0f0f0f0f;
+        if (kind == BOTH_PLANES) {
+            vu rest = low_at[v];
+            lower = lower * NESTED_STEPS + (rest & 0x0f0f0f0f), upper = upper * NESTED_STEPS + (rest >> 4 & 0x0f0f0f0f);
+            FOR_TOKENS part[t][v] = dot_both(part[t][v], lower, ((const int32_t *)x[t])[columns]);
+            FOR_TOKENS part[t][v] = dot_both(part[t][v], upper, ((const int32_t *)x[t])[columns + 1]);
+        } else {
+            FOR_TOKENS part[t][v] = dot_int4(part[t][v], lower, ((const int32_t *)x[t])[columns]);
+            FOR_TOKENS part[t][v] = dot_int4(part[t][v], upper, ((const int32_t *)x[t])[columns + 1]);
+        }
+    }
+}
+
+// All words of a group of columns.
+#define FOR_WORDS                                                                             \
+    for (int k = 0; k < words; k++, at += vectors, low_at += vectors) {                       \
+        FETCH_AHEAD(next, (g - begin / GROUP) * words + k);                                   \
+        if (kind == BOTH_PLANES) FETCH_AHEAD(low_next, (g - begin / GROUP) * words + k);      \
+        add_words(n, pass, kind, at, low_at, x, g * 8 + (kind == INT8 ? k : 2 * k), part);    \
+    }
+
 static inline __attribute__((always_inline)) void tile_integer(const int r, const int n, const int kind, TILE_ARGUMENTS) {
     const int vectors = r * VECTORS, bits = kind == INT4 || kind == HIGH_PLANE ? 4 : 8, words = GROUP * (kind == INT8 ? 8 : 4) / 32;
     const int pass = LARGEST(INTEGER_SUMS) > 1 || vectors % 2 ? LARGEST(INTEGER_SUMS) : 2;
@@ -156,27 +187,8 @@ static inline __attribute__((always_inline)) void tile_integer(const int r, cons
         const vu *low_at = kind == BOTH_PLANES ? (const vu *)low + here : at, *low_next = kind == BOTH_PLANES ? (const vu *)low + there : next;
         for (int64_t g = begin / GROUP; g < end / GROUP; g++) {
             vi part[TILE][MOST] = {0};
-            for (int k = 0; k < words; k++, at += vectors, low_at += vectors) {
-                FETCH_AHEAD(next, (g - begin / GROUP) * words + k);
-                if (kind == BOTH_PLANES) FETCH_AHEAD(low_next, (g - begin / GROUP) * words + k);
-                FOR_VECTORS {
-                    vu weight = at[v];
-                    if (kind == INT8) {
-                        FOR_TOKENS part[t][v] = dot_int8(part[t][v], weight, ((const int32_t *)x[t])[g * 8 + k]);
-                        continue;
-                    }
-                    vu lower = weight & 0x0f0f0f0f, upper = weight >> 4 & 0x0f0f0f0f;
-                    if (bits == 4) {
-                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
-                        FOR_TOKENS part[t][v] = dot_int4(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
-                    } else {
-                        vu rest = low_at[v];
-                        lower = lower * NESTED_STEPS + (rest & 0x0f0f0f0f), upper = upper * NESTED_STEPS + (rest >> 4 & 0x0f0f0f0f);
-                        FOR_TOKENS part[t][v] = dot_both(part[t][v], lower, ((const int32_t *)x[t])[g * 8 + 2 * k]);
-                        FOR_TOKENS part[t][v] = dot_both(part[t][v], upper, ((const int32_t *)x[t])[g * 8 + 2 * k + 1]);
-                    }
-                }
-            }
+            if (bits == 4) _Pragma("GCC unroll 1") FOR_WORDS  // unrolled, the sums of two tokens or more leave the registers
+            else FOR_WORDS
             vf scale[MOST];
             FOR_VECTORS scale[v] = widen(((const vh *)scales)[g * vectors + first + v]);
             FOR_TOKENS {
