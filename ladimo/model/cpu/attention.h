@@ -37,7 +37,7 @@ static void store_token(const void *job, int64_t t) {
     }
     for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, m->rotary_dim, size, 1.0f / sqrtf((float)size));
     for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, m->rotary_dim, size, 1.0f);
-    int64_t block = s->layer_index * step->num_blocks + slot / bs, offset = slot % bs;
+    int64_t block = slot / bs * m->num_layers + s->layer_index, offset = slot % bs;
     for (int64_t g = 0; g < groups; g++)
         for (int64_t c = 0; c < size; c++) {
             write_one(step->k_cache, ((block * groups + g) * size + c) * bs + offset, k[g * size + c], m->bf16);
@@ -67,9 +67,8 @@ static inline vf read_vector(const void *data, int64_t i, int64_t bf16) {
 
 // The place of a key head in the cache of this layer, in numbers: of the block with this position.
 static inline int64_t block_at(const State *s, const int64_t *table, int64_t g, int64_t position) {
-    const Step *step = s->step;
-    int64_t block = s->layer_index * step->num_blocks + table[position / step->block_size];
-    return (block * s->model->kv_heads + g) * s->model->head_dim * step->block_size;
+    int64_t bs = s->step->block_size, block = table[position / bs] * s->model->num_layers + s->layer_index;
+    return (block * s->model->kv_heads + g) * s->model->head_dim * bs;
 }
 
 // Whether tiles can be read where they are in the cache: they have whole vectors, and blocks and tiles fit into each other.

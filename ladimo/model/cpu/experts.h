@@ -235,12 +235,24 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     gate_up_block(s, &matrix, norms, pairs, chunk / token_blocks, pairs[0] + chunk % token_blocks * TOKEN_BLOCK);
 }
 
-// 64 rows of the output, for all experts and tokens. One thread adds up each row, in the order of the experts.
-static void down_chunk(const void *job, int64_t block) {
+// Of the pairs begin .. end - 1, which are sorted by token: the first one of `token` or a later token.
+static int64_t find_token(const State *s, int64_t begin, int64_t end, int64_t token) {
+    while (begin < end) {
+        int64_t middle = begin + (end - begin) / 2;
+        if (s->pair_token[middle] < token) begin = middle + 1;
+        else end = middle;
+    }
+    return begin;
+}
+
+static int64_t down_chunks(const State *s) { return num_blocks(&s->layer->down) * ceil_div(s->step->num_tokens, TOKEN_BLOCK); }
+
+// 64 rows of the output, for all experts and a block of tokens. One thread adds up each row, in the order of the experts.
+static void down_chunk(const void *job, int64_t chunk) {
     const State *s = job;
     const Model *m = s->model;
-    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1;
-    int64_t row = block * PANELS * ROWS;
+    int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, token_blocks = ceil_div(s->step->num_tokens, TOKEN_BLOCK);
+    int64_t block = chunk / token_blocks, token = chunk % token_blocks * TOKEN_BLOCK, row = block * PANELS * ROWS;
     float sums[TILE * PANELS * ROWS];
     const void *x[TILE];
     for (int64_t e = 0; e < experts; e++) {
@@ -248,16 +260,21 @@ static void down_chunk(const void *job, int64_t block) {
         if (!count_pairs(s, e)) continue;
         Matrix matrix = expert_matrix(&s->layer->down, e);
         int64_t width = panels_of(&matrix, block) * ROWS, rows = least(width, matrix.rows - row);
-        FOR_TILES(pairs, pairs[0], pairs[PRECISIONS]) {
-            for (int64_t i = 0; i < n; i++) x[i] = s->inner + (at + i) * s->inner_bytes;
-            multiply(&matrix, precision, block, n, x, sums);
-            for (int64_t i = 0; i < n; i++) {
-                float *target = s->x + s->pair_token[at + i] * m->hidden + row, weight = s->pair_weight[at + i];
-                for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
-                if (precision != BITS4 || !refines(s, s->pair_token[at + i])) continue;
-                float refined[BLOCK_ROWS];
-                low_columns(s, &matrix, at + i, block, refined);
-                for (int64_t c = 0; c < rows; c++) target[c] += weight * refined[c];
+        for (int64_t precision = 0; precision < PRECISIONS; precision++) {
+            int64_t at = find_token(s, pairs[precision], pairs[precision + 1], token);
+            int64_t end = find_token(s, at, pairs[precision + 1], token + TOKEN_BLOCK);
+            for (int64_t n; at < end; at += n) {
+                n = least(TILE, end - at);
+                for (int64_t i = 0; i < n; i++) x[i] = s->inner + (at + i) * s->inner_bytes;
+                multiply(&matrix, precision, block, n, x, sums);
+                for (int64_t i = 0; i < n; i++) {
+                    float *target = s->x + s->pair_token[at + i] * m->hidden + row, weight = s->pair_weight[at + i];
+                    for (int64_t c = 0; c < rows; c++) target[c] += weight * sums[i * width + c];
+                    if (precision != BITS4 || !refines(s, s->pair_token[at + i])) continue;
+                    float refined[BLOCK_ROWS];
+                    low_columns(s, &matrix, at + i, block, refined);
+                    for (int64_t c = 0; c < rows; c++) target[c] += weight * refined[c];
+                }
             }
         }
     }

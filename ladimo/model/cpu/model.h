@@ -69,10 +69,10 @@ typedef struct {
 } Segment;
 
 // `StepInputs`, `RoutingTables` and `KVCache` as pointers. If logit_indices is NULL, all tokens have logits. The layout of the
-// cache is our own: keys are [L * num_blocks, G, C, block_size] and values are [L * num_blocks, G, block_size, C]. So one head
-// reads one continuous piece of memory per block.
+// cache is our own: keys are [num_blocks, L, G, C, block_size] and values are [num_blocks, L, G, block_size, C]. So one head
+// reads one continuous piece of memory per block, and few tokens touch few pages, though these are large.
 typedef struct {
-    int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, num_blocks, parallel, batch_budgets;
+    int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, parallel, batch_budgets;
     const int64_t *input_ids, *positions, *policy_ids, *slots, *block_table, *logit_indices;
     const Segment *segments;
     const float *rows;       // [P, L + 1, RULE_NUMBERS]

@@ -98,7 +98,6 @@ class _Step(ctypes.Structure):
             "num_logits",
             "table_width",
             "block_size",
-            "num_blocks",
             "parallel",
             "batch_budgets",
         )
@@ -283,7 +282,6 @@ class NativeStep:
             num_logits,
             inputs.block_table.shape[1],
             kv_cache.k.shape[2],
-            kv_cache.k.shape[1],
             self._multiply_adds * num_tokens >= self._wake_threads_from,
             tables.batch_budgets,
             *(tensor.data_ptr() for tensor in given),

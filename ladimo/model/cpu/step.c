@@ -54,7 +54,7 @@ static void run_layer(Engine *engine, State *s) {
     if (!chunks) return;
     run(engine, gate_up_chunk, s, chunks);
     if (l->column_norms && any_refines(s)) refine_neurons(engine, s);
-    run(engine, down_chunk, s, num_blocks(&l->down));
+    run(engine, down_chunk, s, down_chunks(s));
 }
 
 static void embed_token(const void *job, int64_t t) {

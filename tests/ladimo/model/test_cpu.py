@@ -244,6 +244,19 @@ def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     assert torch.equal(Cached(model, step, policies).step(prefill=[(Row(prompts(1)[0], 0), 9)])[0], expected)
 
 
+def test_a_block_of_the_cache_is_one_piece_of_memory(tmp_path: Path) -> None:
+    """With all of its layers, so that few tokens touch few pages."""
+    model, policies = load(make_moe(tmp_path))
+    steps = Cached(model, NativeStep(model, "float32", 1), policies)
+    row, caches = Row(prompts(1)[0]), (steps.kv_cache.k, steps.kv_cache.v)
+    for cache in caches:
+        cache.zero_()
+    steps.step(prefill=[(row, 9)])
+    for cache in caches:
+        per_block = cache.flatten().view(cache.shape[1], -1)
+        assert per_block.any(dim=1).nonzero().flatten().tolist() == sorted(row.blocks[:3])
+
+
 def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "which", lambda name: None)
     with pytest.raises(build.BuildError, match="no C compiler"):
