@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from loadtests.soaking.ledger import HIDDEN
@@ -187,6 +187,7 @@ class Asks:
             ({**good, "suffix": "b"}, "unsupported_parameter"),
             ({**good, "structured_outputs": {"json": {"type": "no-such-type"}}}, "invalid_request"),
         ]
+        if self._chance.random() < 0.1:
+            return Ask("wrong", "/v1/no-such-route", good, refused="not_found")
         body, code = self._chance.choice(asks)
-        ask = Ask("wrong", COMPLETIONS, body, refused=code)
-        return self._chance.choice([ask, ask, ask, replace(ask, path="/v1/no-such-route", refused="not_found")])
+        return Ask("wrong", COMPLETIONS, body, refused=code)

@@ -127,10 +127,10 @@ class Admission:
         if self.in_flight == 0:
             self._idle.set()
 
-    def answer_seconds(self, policy: str) -> float:
-        """How long the newest request needs until its end under this policy. 0 while too little is known."""
+    def answer_seconds(self, price: float, token_limit: int | None) -> float:
+        """How long the newest request needs until its end under a policy of this price. 0 while too little is known."""
         queue = self.queue
-        return 0.0 if queue is None else self.meter.answer_seconds(queue, self.meter.price_of(policy), self._clock())
+        return 0.0 if queue is None else self.meter.answer_seconds(queue, price, self._clock(), token_limit)
 
     async def wait_idle(self) -> None:
         await self._idle.wait()

@@ -156,10 +156,12 @@ class LoadMeter:
         prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price)
         return max(prompts, self.completion_seconds(max(queue.in_flight - queue.batch, 0), queue.batch))
 
-    def answer_seconds(self, queue: Queue, price: float, now: float) -> float:
-        """How long the newest sequence of the queue needs until its end, if it has the mean length and this price."""
+    def answer_seconds(self, queue: Queue, price: float, now: float, token_limit: int | None = None) -> float:
+        """How long the newest sequence of the queue needs until its end, if it has this price and the mean length, or at most
+        `token_limit` tokens."""
         token = self.costs.token_seconds(self.demand(now), queue.batch, price) if self.costs.known else 0.0
-        return self.wait_seconds(queue) + self._output.value * token
+        length = self._output.value if token_limit is None else min(self._output.value, token_limit)
+        return self.wait_seconds(queue) + length * token
 
     def load(self, queue: Queue, now: float, since: float, price_at: Callable[[float], float]) -> Load:
         """The load now, with latencies after `since`. `price_at`: the price by accuracy."""

@@ -136,6 +136,13 @@ class PolicyStore:
         """The cost of the policy that this accuracy chooses; 1 without a frontier."""
         return 1.0 if self.frontier is None else self.frontier.choose(accuracy).cost
 
+    @property
+    def accuracies(self) -> list[float]:
+        """Those at which the frontier chooses another policy, highest first; empty without a frontier."""
+        frontier = self.frontier
+        found = [] if frontier is None else [frontier.position(point.policy) for point in frontier.points]
+        return sorted((accuracy for accuracy in found if accuracy is not None), reverse=True)
+
     def position(self, policy: RoutingPolicy) -> float | None:
         """The accuracy at which the frontier chooses this policy version; None if the frontier has no such point."""
         if self.frontier is None or self.checkpoint.get(policy.name) != policy:

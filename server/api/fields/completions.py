@@ -152,6 +152,11 @@ class GenerationFields(RequestFields):
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt. With a seed, choice i uses seed + i.")
     stream_options: StreamOptions | None = None
 
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens of a choice that the request asks for; None: it does not say."""
+        return self.max_tokens
+
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
@@ -279,6 +284,10 @@ class ChatCompletionRequest(GenerationFields, ChatFields, ToolFields):
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class TokenizeRequest(ChatFields, ToolFields):

@@ -26,7 +26,7 @@ async def chat_generation(
     characters = sum(message.characters for message in chat.messages)
     check_text(characters, "messages", language.tokenizer, parts.engine.limits.max_model_len)
     prompt = Prompt(await chat_tokens(chat.messages, tools.functions, chat.chat_format, language), "messages")
-    max_tokens = chat.max_completion_tokens or chat.max_tokens
+    max_tokens = chat.token_limit
     grammar = await make_grammar(chat, language.grammars, tools)
     return make_generation(answer_id, [prompt], chat, max_tokens, None, terms, grammar, parts, tools.parser)
 

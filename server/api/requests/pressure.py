@@ -15,27 +15,53 @@ from server.policies.tiers import Tier
 PRESSED_SHARE = 0.9  # of the queue: from here on it is kept for requests that accept less accuracy
 
 
-def under_pressure(route: Route, tier: Tier, deadline: float | None, store: PolicyStore, admission: Admission) -> Route:
+def meet_deadline(
+    route: Route, deadline: float | None, token_limit: int | None, store: PolicyStore, admission: Admission
+) -> Route:
+    """The route, or one of the highest accuracy at which the answer would come in time. Does nothing while automatic control
+    is off, and for requests in phases.
+
+    A request that does not allow so little accuracy gets the lowest that it allows. `deadline`: the event loop's time by which
+    the answer must be complete. `token_limit`: the most tokens that the request asks for.
+
+    Raises QueueFull if the request does not allow any less, naming the accuracy at which the answer would come in time.
+    """
+    if store.objective is None or deadline is None or route.accuracy is None or route.phases:
+        return route
+    left = deadline - asyncio.get_running_loop().time()
+
+    def late(price: float) -> float:
+        return admission.answer_seconds(price, token_limit) - left
+
+    too_late = late(store.price(route.policy.name))
+    if too_late <= 0:
+        return route
+    in_time = next((each for each in store.accuracies if each < route.accuracy and late(store.price_at(each)) <= 0), None)
+    if route.floor is not None and route.floor < route.accuracy:
+        return store.lowered(route, max(in_time or 0.0, route.floor), "deadline")
+    if route.floor is None and in_time is not None:
+        message = f"the answer would come too late; at accuracy {in_time:g} or less it would be in time"
+        admission.refuse(QueueFull(message, retry_after=retry_after(too_late), accuracy=in_time))
+    return route
+
+
+def under_pressure(route: Route, tier: Tier, store: PolicyStore, admission: Admission) -> Route:
     """The route, or one of lower accuracy that the request allows. Does nothing while automatic control is off.
 
-    `deadline`: the event loop's time by which the answer must be complete. A tier that goes before others keeps its places.
+    A tier that goes before others keeps its places.
 
     Raises QueueFull, naming the accuracy at which the request would be served.
     """
     queue = admission.queue
-    if store.objective is None or queue is None:
+    if store.objective is None or queue is None or queue.share <= PRESSED_SHARE:
         return route
     if route.floor is not None and route.accuracy is not None and route.floor < route.accuracy:
-        if queue.share > PRESSED_SHARE:
-            return store.lowered(route, route.floor, "queue")
-        if deadline is not None and admission.answer_seconds(route.policy.name) > deadline - asyncio.get_running_loop().time():
-            return store.lowered(route, route.floor, "deadline")
-        return route
+        return store.lowered(route, route.floor, "queue")
     level = store.resolve().accuracy
     assert level is not None
     accuracy = route.highest_accuracy
     accepts = route.floor is not None or (accuracy is not None and accuracy <= level)
-    if queue.share > PRESSED_SHARE and not accepts and tier.priority >= 0 and level < 1:
+    if not accepts and tier.priority >= 0 and level < 1:
         message = f"the queue is nearly full; at accuracy {level:g} or less this request would be served now"
         seconds = admission.meter.wait_seconds(queue)
         admission.refuse(QueueFull(message, retry_after=retry_after(seconds), accuracy=level))

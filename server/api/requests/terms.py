@@ -10,7 +10,7 @@ from server.api.answers.generation import Terms
 from server.api.fields.completions import GenerationFields
 from server.api.fields.wire import WireModel, unknown_field
 from server.api.http.deadline import request_deadline
-from server.api.requests.pressure import under_pressure
+from server.api.requests.pressure import meet_deadline, under_pressure
 from server.api.requests.routing_choice import routing_choice
 from server.errors import UnsupportedParameter
 from server.policies.store import PolicyStore
@@ -42,7 +42,8 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     leaves_choice = tier.controlled and (choice is None or choice.follows_default)
     canary = rules.store.canary_route(request.state.request_id) if leaves_choice else None
     route = canary or rules.store.resolve(choice or tier.ask, controlled=tier.controlled)
-    route = under_pressure(route, tier, deadline, rules.store, permit.admission)
+    route = meet_deadline(route, deadline, body.token_limit, rules.store, permit.admission)
+    route = under_pressure(route, tier, rules.store, permit.admission)
     request.state.routing_policy = route.policy.name
     return Terms(
         permit,

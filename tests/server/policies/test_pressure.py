@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from server.policies.controller import Control
 from server.policies.costs import StepCosts
@@ -94,12 +95,47 @@ async def test_a_full_queue_refuses_everybody_and_promises_nothing(tmp_path: Pat
             assert reply.status_code == 429 and "accuracy" not in reply.json()["error"]
 
 
-async def test_a_near_deadline_lowers_who_allows_it(tmp_path: Path) -> None:
-    for seconds, expected in ((1000, ("quality", 0.7, "auto")), (15, ("fast", FLOOR, "deadline"))):
-        async with pressed(tmp_path, waiting=0) as server:
-            meter = server.services.admission.meter
-            meter.costs = StepCosts()
-            for rows in (1, 2, 1, 2):
-                meter.costs.observe({1.0: rows}, {}, 1.0)  # a second for each token
-            meter._output.add(20.0)
-            assert routed(await ask(server, {"X-Request-Timeout": str(seconds)})) == expected
+def teach(server: Server) -> None:
+    """A token takes as many seconds as its price, in any batch, and answers have 20 of them. A request that comes now waits for
+    10 s, which is half of an answer."""
+    meter = server.services.admission.meter
+    meter.costs = StepCosts()
+    for price in (0.5, 0.75, 1.0) * 4:
+        for rows in (1, 2):
+            meter.costs.observe({price: rows}, {}, price)
+    meter._output.add(20.0)
+
+
+# The whole answer takes 31 s under full, 29 under quality, 27 under balanced, 25 under fast.
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (1000, ("quality", 0.7, "auto")),
+        (28, ("balanced", pytest.approx(1 / 3), "deadline")),  # no less than is needed
+        (15, ("fast", FLOOR, "deadline")),  # too late at any accuracy; it may turn out to be short
+    ],
+)
+async def test_a_near_deadline_lowers_who_allows_it(tmp_path: Path, seconds: int, expected: tuple[str, float, str]) -> None:
+    async with pressed(tmp_path, waiting=0) as server:
+        teach(server)
+        assert routed(await ask(server, {"X-Request-Timeout": str(seconds)}, max_tokens=30)) == expected
+
+
+async def test_a_short_answer_meets_its_deadline(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=0) as server:
+        teach(server)
+        assert routed(await ask(server, {"X-Request-Timeout": "15"}, max_tokens=2)) == ("quality", 0.7, "auto")
+
+
+async def test_who_insists_learns_at_which_accuracy_the_answer_would_be_in_time(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=0) as server:
+        teach(server)
+        late = {"X-Request-Timeout": "28"}
+        reply = await ask(server, late, routing="full", max_tokens=30)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["accuracy"]) == (429, "queue_full", pytest.approx(1 / 3))
+        assert int(reply.headers["retry-after"]) in (3, 4)
+        assert routed(await ask(server, late, routing={"accuracy": error["accuracy"]}, max_tokens=30))[0] == "balanced"
+    async with pressed(tmp_path, waiting=0) as server:  # too late at any accuracy: it runs, and may turn out to be short
+        teach(server)
+        assert routed(await ask(server, {"X-Request-Timeout": "15"}, routing="full", max_tokens=30))[0] == "full"
