@@ -71,17 +71,21 @@ def recovery_seconds(knob: Sequence[dict[str, Any]], end: float) -> float | None
 
 
 async def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """The record of both runs, on a server that is started for them."""
     serve = [sys.executable, "-m", "server", str(args.model), "--port={port}", "--insecure-admin", "--log-level=ERROR"]
     serve += [f"--max-num-seqs={args.max_num_seqs}", f"--max-queue={args.max_queue}", *args.flag]
-    async with (
-        running(Server("server", shlex.join(serve))) as url,
-        httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as http,
-    ):
-        fixed = {"accuracy": args.accuracy}
+    async with running(Server("server", shlex.join(serve))) as url:
+        return await play(url, args, command)
+
+
+async def play(url: str, args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """The record of both runs, on a server that nobody else uses and whose /admin routes are open."""
+    objectives: Objectives = args.goodput
+    fixed = {"accuracy": args.accuracy}
+    auto = {"itl_ms": objectives.tpot, "ttft_ms": objectives.ttft, "min_accuracy": args.min_accuracy}
+    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as http:
         await _set_default(http, fixed)
         capacity, tried = await find_capacity(http, args)
-        objectives: Objectives = args.goodput
-        auto = {"itl_ms": objectives.tpot, "ttft_ms": objectives.ttft, "min_accuracy": args.min_accuracy}
         records = []
         for name, default in ((FIXED, fixed), (CONTROLLED, {"auto": auto})):
             await _set_default(http, default)
@@ -113,7 +117,7 @@ def _short(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {show(figures[name])}" for name in names)
 
 
-def _parser() -> argparse.ArgumentParser:
+def burst_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a converted checkpoint with a frontier")
     parser.add_argument("--goodput", nargs="+", default=["ttft:2000"], metavar="ttft:MS", help="objectives: ttft:MS tpot:MS")
@@ -139,12 +143,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
+    parser = burst_parser()
     args = parser.parse_args(argv)
     try:
         args.goodput = parse_objectives(args.goodput)
         if args.goodput.e2el is not None or args.goodput == Objectives():
-            raise ValueError("--goodput: needs ttft, tpot or both; automatic control has no other targets")
+            raise ValueError("--goodput: automatic control needs ttft, tpot or both, and knows no other targets")
         record = asyncio.run(run(args, command_line("burst", argv)))
     except (ValueError, OSError, httpx.HTTPError) as error:
         parser.error(str(error))
