@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.kernels import attention, experts, linear, nested, nested_experts, nested_head, norm_activation, routing
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import BLOCK_COLUMNS, WORDS, NeuronRows
+from ladimo.model.plane_layout import BLOCK_COLUMNS, WORDS, DownWeights, NeuronRows
 from ladimo.model.quantization import GROUP, QuantizedWeights, Weights, find_format
 from ladimo.model.rule import RuleNumber
 
@@ -125,17 +125,18 @@ def meta_nested(*shape: int) -> NestedWeights:
 
 
 def launch_nested(num_tokens: int, hidden_size: int = 4096, size: int = 11008, num_words: int = 32000) -> None:
-    """A linear layer, an FFN and the output head. Only the shapes of the planes by neuron are needed."""
+    """A linear layer, an FFN and the output head."""
     x, bits = meta(num_tokens, hidden_size), meta(num_tokens, dtype=torch.float32)
     nested.linear(x, meta_nested(hidden_size, hidden_size), bits)
     rows = meta(1, triton.cdiv(size, GROUP) * GROUP, hidden_size // 2, dtype=torch.int8)
-    low = NeuronRows(rows, meta(1, triton.cdiv(size, GROUP), hidden_size), size, find_format("int4"), hidden_size)
+    neurons = NeuronRows(rows, meta(1, triton.cdiv(size, GROUP), hidden_size))
+    down = meta_nested(1, hidden_size, size)
     nested_experts.apply_nested(
         x,
         meta(num_tokens, 1, dtype=torch.float32),
         meta(num_tokens, 1, dtype=torch.int64),
         meta_nested(1, 2 * size, hidden_size),
-        NestedWeights(meta(1, hidden_size, size), meta_plane(1, hidden_size, size), low),
+        DownWeights(down.full, down.high, down.low, neurons),
         meta(1, size, dtype=torch.float32),
         bits,
         bits,

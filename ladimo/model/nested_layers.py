@@ -3,7 +3,6 @@
 Each token says how many bits it wants. Without that the whole weights are read.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
 from ladimo.model.nested import NestedWeights, planes_from_nibbles, read_planes
-from ladimo.model.plane_layout import to_neuron_rows, to_words
+from ladimo.model.plane_layout import DownWeights, NeuronRows, to_neuron_rows, to_words
 from ladimo.model.quantization import QuantizedWeights
 from ladimo.model.refinement import column_norms
 from ladimo.model.router import Router
@@ -69,7 +68,7 @@ class NestedLinear(BackendModule):
 
     def lay_out(self) -> None:
         """Put the planes where GPU kernels want them."""
-        _lay_out(self, "weight", to_words, to_words)
+        _lay_out(self, "weight")
 
     def forward(self, x: Tensor, bits: Tensor | None = None) -> Tensor:
         """x [T, K] at each token's bits [T] -> [T, N]."""
@@ -92,6 +91,7 @@ class NestedExperts(nn.Module):
     gate_up_whole: nn.Parameter | None
     down_whole: nn.Parameter | None
     norms: Tensor  # of the columns of down_proj, fp32 [E, F]
+    laid_out = False  # where GPU kernels want the planes
 
     def __init__(self, experts: Experts | None, gate_up: Planes, down: Planes) -> None:
         """experts: the whole weights; None where the top is 8 bits."""
@@ -108,12 +108,22 @@ class NestedExperts(nn.Module):
 
     @property
     def down_proj(self) -> NestedWeights:
-        return _kept(self, "down", self.down_whole)
+        weights = _kept(self, "down", self.down_whole)
+        if not self.laid_out:
+            return weights
+        neurons = NeuronRows(self.get_buffer("down_neurons"), self.get_buffer("down_neurons_scales"))
+        return DownWeights(weights.full, weights.high, weights.low, neurons)
 
     def lay_out(self) -> None:
         """Put the planes where GPU kernels want them."""
-        _lay_out(self, "gate_up", to_words, to_words)
-        _lay_out(self, "down", to_words, to_neuron_rows)
+        if self.laid_out:
+            return
+        neurons = to_neuron_rows(self.down_proj.low)
+        self.register_buffer("down_neurons", neurons.data)
+        self.register_buffer("down_neurons_scales", neurons.scales)
+        self.laid_out = True
+        _lay_out(self, "gate_up")
+        _lay_out(self, "down")
 
 
 class NestedEmbedding(nn.Module):
@@ -224,6 +234,6 @@ def _kept(module: nn.Module, name: str, full: Tensor | None) -> NestedWeights:
     return NestedWeights(full, high, low)
 
 
-def _lay_out(module: nn.Module, name: str, *layouts: Callable[[QuantizedWeights], QuantizedWeights]) -> None:
+def _lay_out(module: nn.Module, name: str) -> None:
     weights = _kept(module, name, None)
-    _keep(module, name, (layouts[0](weights.high), layouts[1](weights.low)))
+    _keep(module, name, (to_words(weights.high), to_words(weights.low)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.nested import SCALE_DTYPE
+from ladimo.model.nested import SCALE_DTYPE, NestedWeights
 from ladimo.model.precision import GROUP
 from ladimo.model.quantization import QuantizedWeights, find_format
 
@@ -53,25 +53,24 @@ WORDS = Words()
 
 
 @dataclass(frozen=True, slots=True)
-class NeuronRows(QuantizedWeights):
-    """The low planes of down_proj [E, D, F] with a row for each neuron, so that it can be read alone.
+class NeuronRows:
+    """The low planes of down_proj [E, D, F] with a row for each neuron, so that it can be read alone."""
 
-    data: int8 [E, P, W], of each neuron the bytes of `format`, P neurons in whole groups, W = D / 2 filled up.
-    scales: [E, P / 32, 2 W], one per group of neurons and output. cols: F.
-    """
-
-    outputs: int  # D
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the matrices, [E, D, F]."""
-        return torch.Size((len(self.data), self.outputs, self.cols))
+    data: Tensor  # int8 [E, P, W]: of each neuron the bytes of format int4, P neurons in whole groups, W = D / 2 filled up
+    scales: Tensor  # [E, P / 32, 2 W]: one per group of neurons and output
 
     def to_dtype(self, dtype: torch.dtype) -> Tensor:
-        """The weights [E, D, F] that the integers stand for, in `dtype`."""
-        integers = self.format.to_integers(self.data).float().unflatten(1, (-1, GROUP))
+        """The weights [E, 2 W, P] that the integers stand for, in `dtype`: those of the planes, filled up with zeros."""
+        integers = find_format("int4").to_integers(self.data).float().unflatten(1, (-1, GROUP))
         weights: Tensor = (integers * self.scales.unsqueeze(2)).flatten(1, 2)
-        return weights[:, : self.cols, : self.outputs].transpose(1, 2).to(dtype)
+        return weights.transpose(1, 2).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class DownWeights(NestedWeights):
+    """down_proj [E, D, F]. `neurons`: the low planes once more."""
+
+    neurons: NeuronRows
 
 
 def to_words(plane: QuantizedWeights) -> QuantizedWeights:
@@ -87,14 +86,10 @@ def to_words(plane: QuantizedWeights) -> QuantizedWeights:
 
 def to_neuron_rows(plane: QuantizedWeights) -> NeuronRows:
     """The low planes of down_proj [E, D, F] by neuron."""
-    if isinstance(plane, NeuronRows):
-        return plane
-    format = find_format("int4")
     num_experts, outputs, neurons = plane.shape
-    groups = -(-neurons // GROUP)
-    idle = -outputs % (2 * GROUP)
+    groups, idle = -(-neurons // GROUP), -outputs % (2 * GROUP)
     integers = plane.format.to_integers(plane.data)[..., :neurons].transpose(1, 2)
     rows = F.pad(integers, (0, idle, 0, groups * GROUP - neurons))  # [E, P, 2 W]
-    data = format.to_bytes(rows.flatten(0, 1)).view(num_experts, groups * GROUP, -1)
+    data = find_format("int4").to_bytes(rows.flatten(0, 1)).view(num_experts, groups * GROUP, -1)
     scales = F.pad(plane.scales[..., :groups].transpose(1, 2), (0, idle)).to(SCALE_DTYPE)
-    return NeuronRows(data.contiguous(), scales.contiguous(), neurons, format, outputs)
+    return NeuronRows(data.contiguous(), scales.contiguous())

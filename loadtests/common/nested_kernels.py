@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import to_neuron_rows, to_words
+from ladimo.model.plane_layout import DownWeights, to_neuron_rows, to_words
 from ladimo.model.precision import NESTED_BITS, bytes_per_weight
 from ladimo.model.refinement import column_norms
 from loadtests.common.models import random_planes
@@ -41,7 +41,10 @@ def nested_calls(x: Tensor, inner: int, copies: int, kind: str) -> Iterator[Nest
     yield NestedCalls("nested linear", case, calls, hidden * hidden * per_weight, 2 * hidden * hidden * num_tokens)
 
     gate_ups = [_weights(x, 1, 2 * inner, hidden) for _ in range(copies)]
-    downs = [_weights(x, 1, hidden, inner, by_neuron=True) for _ in range(copies)]
+    downs = [
+        DownWeights(one.full, one.high, one.low, to_neuron_rows(one.low))
+        for one in (_weights(x, 1, hidden, inner) for _ in range(copies))
+    ]
     route = torch.ones(num_tokens, 1, device=x.device), torch.zeros(num_tokens, 1, device=x.device, dtype=torch.int64)
     rest = column_norms(downs[0].at(torch.inf, torch.float32)), bits, refine
     ffns = [partial(nested_experts.apply_nested, x, *route, *pair, *rest) for pair in zip(gate_ups, downs, strict=True)]
@@ -52,7 +55,7 @@ def nested_calls(x: Tensor, inner: int, copies: int, kind: str) -> Iterator[Nest
     yield NestedCalls("nested FFN", case, [*ffns], moved, 6 * hidden * inner * num_tokens)
 
 
-def _weights(x: Tensor, *shape: int, by_neuron: bool = False) -> NestedWeights:
+def _weights(x: Tensor, *shape: int) -> NestedWeights:
     full = torch.randn(shape, dtype=x.dtype, device=x.device) * shape[-1] ** -0.5
     high, low = random_planes(*shape, device=x.device, scale=shape[-1] ** -0.5)
-    return NestedWeights(full, to_words(high), (to_neuron_rows if by_neuron else to_words)(low))
+    return NestedWeights(full, to_words(high), to_words(low))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import to_neuron_rows, to_words
+from ladimo.model.plane_layout import DownWeights, to_neuron_rows, to_words
 from ladimo.model.refinement import column_norms
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.common.models import random_planes
@@ -26,7 +26,7 @@ from ladimo.model.kernels import nested, nested_experts, nested_head
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Layer = tuple[NestedWeights, NestedWeights, Tensor]
+Layer = tuple[NestedWeights, DownWeights, Tensor]
 
 INF = float("inf")
 HIDDEN, SIZE, WORDS = 4096, 11008, 32000
@@ -43,11 +43,11 @@ def exact_fp32() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def matrices(*shape: int, by_neuron: bool = False) -> NestedWeights:
+def matrices(*shape: int) -> NestedWeights:
     """Random weights, with planes apart from them."""
     high, low = random_planes(*shape, device=CUDA, scale=shape[-1] ** -0.5)
     full = (torch.randn(shape, device=CUDA) * shape[-1] ** -0.5).to(torch.bfloat16)
-    return NestedWeights(full, to_words(high), to_neuron_rows(low) if by_neuron else to_words(low))
+    return NestedWeights(full, to_words(high), to_words(low))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def square() -> NestedWeights:
 
 @pytest.fixture(scope="module")
 def layer() -> Layer:
-    gate_up, down = matrices(1, 2 * SIZE, HIDDEN), matrices(1, HIDDEN, SIZE, by_neuron=True)
+    gate_up, one = matrices(1, 2 * SIZE, HIDDEN), matrices(1, HIDDEN, SIZE)
+    down = DownWeights(one.full, one.high, one.low, to_neuron_rows(one.low))
     return gate_up, down, column_norms(down.at(INF, torch.float32))
 
 

@@ -12,6 +12,7 @@ from ladimo.model.inputs import RoutingTables
 from ladimo.model.kernels import attention, experts, linear, nested, nested_experts, nested_head, norm_activation, routing
 from ladimo.model.nested import NestedWeights
 from ladimo.model.nested_layers import NestedExperts, NestedLinear
+from ladimo.model.plane_layout import DownWeights
 from ladimo.model.quantization import Weights
 
 # The kernels can unpack integer formats with these numbers of bits.
@@ -88,6 +89,7 @@ class TritonBackend(TorchBackend):
     ) -> tuple[Tensor, Tensor]:
         if _wants_gradients((hidden_states, topk_weights)):
             return super().apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
+        assert isinstance(down, DownWeights)  # by `prepare`
         return nested_experts.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
 
     def nested_logits(

@@ -5,12 +5,12 @@ Per token:  4 bits: H x     8 bits: H x + L x     whole: W x     padding: nothin
 H, L and W are the high plane, the low plane and the whole weights. A program computes one tile of rows and tokens. It runs up
 to three loops over the columns, one for each of H, L and W, and skips those that no token of its tile wants. It finds that out
 on the device, from the tokens' bits. So a mixed batch reads each plane once per tile, and a plane that nobody wants not at all.
+With many tokens, where multiplications take the time and not reading, H + L is one product, of weights summed as they are read.
 
 A token's numbers do not depend on the other tokens of its batch. Each token has a column of sums of its own; columns go up in a
 fixed order; what another token wants is added to sums that this one does not use. Where columns are divided among programs,
-their number depends on the shape of the weights only, and their sums are added in order. Tiles differ by the number of tokens
-(`tile_for`). Up to
-`DECODE_TOKENS` tokens they sum in the same order, so that a token has the same numbers in all such batches.
+their sums are added in order, and how they are divided depends on the shape of the weights and the number of tiles. Up to
+`DECODE_TOKENS` tokens are one tile, whatever their number, so that a token has the same numbers in all such batches.
 
 Legend: T tokens, K inputs, R rows (outputs), E experts, as in `ladimo.model.kernels.planes`.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from ladimo.model.kernels.experts import Tile
 from ladimo.model.kernels.planes import add_plane, add_whole, bits_of_tokens, runs_expert
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import BLOCK_COLUMNS, NeuronRows
+from ladimo.model.plane_layout import BLOCK_COLUMNS
 
 DECODE_TOKENS = 32
 # Columns are divided until there are this many programs, or each has no more than this many blocks of columns: estimated from
@@ -42,7 +42,7 @@ def tile_for(num_tokens: int, few: bool) -> Tile:
     """
     if few:
         return Tile(8 if num_tokens <= 8 else 16 if num_tokens <= 16 else 32, 32, 128, num_warps=2, num_stages=4)
-    return Tile(64, 64, 64, num_warps=4, num_stages=3)
+    return Tile(64, 64, 64, num_warps=4, num_stages=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +85,29 @@ def product(
 
     Matrices [R, K] take x [T, K], and matrices [E, R, K] give every token's products with the experts that it chose: parts
     [P, T, E, R], without values where it did not choose one. With `sum_experts`, x is [T, E, K], zeros where an expert was not
-    chosen, and the products are summed: parts [P, T, R]. A low plane by neuron is left out.
+    chosen, and the products are summed: parts [P, T, R].
     """
     x = x.contiguous()
     num_tokens = len(x)
     num_experts, (rows, columns) = (weights.shape[0] if len(weights.shape) == 3 else 1), weights.shape[-2:]
-    high, low = weights.high, None if isinstance(weights.low, NeuronRows) else weights.low
+    high, low = weights.high, weights.low
     tile = tile_for(num_tokens, few)
     outputs, inputs = (1, num_experts) if sum_experts else (num_experts, 1)
     blocks = high.data.shape[-1] * 8 // BLOCK_COLUMNS
     row_tiles = outputs * triton.cdiv(rows, tile.n)
-    parts = num_parts(row_tiles, blocks) if few else 1
+    token_tiles = triton.cdiv(num_tokens, tile.m)
+    parts = num_parts(row_tiles * token_tiles, blocks)
     shape = (parts, num_tokens, rows) if outputs == 1 else (parts, num_tokens, outputs, rows)
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _product_kernel[(row_tiles, triton.cdiv(num_tokens, tile.m), parts)](
+    _product_kernel[(row_tiles, token_tiles, parts)](
         x,
         tokens.bits,
         tokens.bits.stride(0),
         tokens.ids,
         high.data,
         high.scales,
-        None if low is None else low.data,
-        None if low is None else low.scales,
+        low.data,
+        low.scales,
         weights.full,
         out,
         num_tokens,
@@ -118,6 +119,7 @@ def product(
         OUTPUTS=outputs,
         INPUTS=inputs,
         **tokens.places,
+        FEW=few,
         M=tile.m,
         N=tile.n,
         STEP=tile.k,
@@ -127,10 +129,10 @@ def product(
     return out
 
 
-def num_parts(row_tiles: int, blocks: int) -> int:
-    """Among how many programs the columns of a row are divided, by the shape of the weights alone."""
+def num_parts(tiles: int, blocks: int) -> int:
+    """Among how many programs the columns of each tile are divided."""
     parts = 1
-    while row_tiles * parts < PROGRAMS and triton.cdiv(blocks, 2 * parts) >= LEAST_BLOCKS:
+    while tiles * parts < PROGRAMS and triton.cdiv(blocks, 2 * parts) >= LEAST_BLOCKS:
         parts *= 2
     return parts
 
@@ -157,6 +159,7 @@ def _product_kernel(
     INPUTS: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
+    FEW: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     STEP: tl.constexpr,
@@ -172,7 +175,7 @@ def _product_kernel(
     end = tl.minimum(begin + PART_BLOCKS, BLOCKS)
     bits = bits_of_tokens(bits_ptr, bits_stride, tokens, live, whole_ptr is not None)
 
-    planes = tl.zeros([N, M], dtype=tl.float32)
+    high = tl.zeros([N, M], dtype=tl.float32)
     low = tl.zeros([N, M], dtype=tl.float32)
     whole = tl.zeros([N, M], dtype=tl.float32)
     for section in range(INPUTS):
@@ -182,14 +185,19 @@ def _product_kernel(
         rows = number.to(tl.int64) * R + tl.minimum(columns, R - 1)[:, None]
         x_ptrs = x_ptr + (tokens * INPUTS + section)[None, :] * K
         mask = live[None, :]
-        if tl.max(((wanted > 0) & (wanted <= 8)).to(tl.int32), axis=0) > 0:
-            planes = add_plane(planes, x_ptrs, mask, high_ptr, high_scales_ptr, rows, None, begin, end, K, BLOCKS, EVEN, False)
-        if low_ptr is not None and tl.max((wanted == 8).to(tl.int32), axis=0) > 0:
-            low = add_plane(low, x_ptrs, mask, low_ptr, low_scales_ptr, rows, None, begin, end, K, BLOCKS, EVEN, False)
+        wants_4 = tl.max((wanted == 4).to(tl.int32), axis=0) > 0
+        wants_8 = tl.max((wanted == 8).to(tl.int32), axis=0) > 0
+        if wants_4 or (FEW and wants_8):
+            high = add_plane(
+                high, x_ptrs, mask, high_ptr, high_scales_ptr, None, rows, None, begin, end, K, BLOCKS, EVEN, False
+            )
+        if wants_8:
+            upper = None if FEW else high_ptr
+            low = add_plane(low, x_ptrs, mask, low_ptr, low_scales_ptr, upper, rows, None, begin, end, K, BLOCKS, EVEN, False)
         if whole_ptr is not None and tl.max((wanted > 8).to(tl.int32), axis=0) > 0:
             whole = add_whole(whole, x_ptrs, mask, whole_ptr, rows, begin, end, K, STEP, EVEN)
-    planes += tl.where(bits == 8, low, 0.0)
-    out = tl.where(bits == 0, 0.0, tl.where(bits <= 8, planes, whole))
+    at_8 = high + low if FEW else low
+    out = tl.where(bits == 4, high, tl.where(bits == 8, at_8, tl.where(bits == 0, 0.0, whole)))
     out_ptrs = out_ptr + (((tl.program_id(2) * num_tokens + tokens) * OUTPUTS + expert) * R)[None, :] + columns[:, None]
     tl.store(out_ptrs, out, mask=live[None, :] & (columns < R)[:, None])
 

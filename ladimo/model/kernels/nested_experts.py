@@ -4,9 +4,8 @@
 2. `_activate_kernel`: silu(gate) * up, and the neurons' scores of tokens that refine.
 3. `_refine_kernel`: chooses a token's neurons by the mean of its scores, reads the low plane of gate and up for them, and
    replaces their activations.
-4. `product`: down at the tokens' bits, of 8 bits the high plane.
-5. `_low_columns_kernel`: the low plane of down: of all neurons for tokens at 8 bits, of refined neurons for tokens that refine.
-   It is stored by neuron.
+4. `product`: down at the tokens' bits.
+5. `_low_columns_kernel`: what the low plane of down adds for refined neurons. It is stored once more, by neuron.
 6. `_finish_kernel` adds the parts and counts refined neurons.
 
 Each step has a fixed grid. A program that finds nothing to do returns at once, and rows of a plane that no token of the tile
@@ -35,13 +34,14 @@ from ladimo.model.kernels.planes import (
     tokens_that_refine,
 )
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import BLOCK_COLUMNS, NeuronRows
+from ladimo.model.plane_layout import BLOCK_COLUMNS, DownWeights
 from ladimo.model.precision import REFINED_GROUPS
 
 # Longer inputs are computed in parts, because gate and up are kept in fp32 for every neuron.
 MAX_TOKENS = 2048
 ACTIVATE_TILE = 1024
 REFINE_NEURONS = 32  # of a program
+LOW_BYTES = 64  # of a neuron's row, of a program
 OUT_TILE = 1024
 
 
@@ -50,7 +50,7 @@ def apply_nested(
     topk_weights: Tensor,
     topk_ids: Tensor,
     gate_up: NestedWeights,
-    down: NestedWeights,
+    down: DownWeights,
     norms: Tensor,
     bits: Tensor,
     refine: Tensor,
@@ -59,8 +59,7 @@ def apply_nested(
 ) -> tuple[Tensor, Tensor]:
     """Run the chosen experts: output [T, D] and the refined neurons [T, G] int64. See the reference.
 
-    `gate_up` and the high plane of `down` are in words, the low plane of `down` by neuron (`plane_layout`). Up to
-    `decode_tokens` tokens are computed in the tiles of decoding.
+    The planes are in words (`plane_layout`). Up to `decode_tokens` tokens are computed in the tiles of decoding.
     """
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     counts = torch.empty(len(out), REFINED_GROUPS, dtype=torch.int64, device=out.device)
@@ -77,15 +76,14 @@ def _apply(
     weights: Tensor,
     tokens: Tokens,
     gate_up: NestedWeights,
-    down: NestedWeights,
+    down: DownWeights,
     norms: Tensor,
     refine: Tensor,
     out: Tensor,
     counts: Tensor,
     few: bool,
 ) -> None:
-    low_rows, low_columns = gate_up.low, down.low
-    assert isinstance(low_columns, NeuronRows)
+    low_rows, low_columns = gate_up.low, down.neurons
     num_tokens, (num_experts, hidden_size, size) = len(x), down.shape
     rule = tokens.bits, tokens.bits.stride(0), refine, refine.stride(0), tokens.ids
     places = tokens.places
@@ -129,8 +127,7 @@ def _apply(
 
     parts = product(hidden, down, tokens, few, sum_experts=True)
     groups, width = low_columns.scales.shape[1:]
-    low_bytes = 128 if tile <= 16 else 64  # of a neuron's row, of a program
-    tiles = triton.cdiv(width // 2, low_bytes)
+    tiles = triton.cdiv(width // 2, LOW_BYTES)
     splits = max(1, min(num_experts * groups, triton.cdiv(PROGRAMS, tiles))) if few else 1
     low = torch.empty(splits, num_tokens, hidden_size, dtype=torch.float32, device=x.device)
     _low_columns_kernel[(tiles, triton.cdiv(num_tokens, tile), splits)](
@@ -147,9 +144,8 @@ def _apply(
         W=width // 2,
         GROUPS=groups,
         SPLIT_GROUPS=triton.cdiv(num_experts * groups, splits),
-        HAS_WHOLE=down.full is not None,
         M=max(16, tile),
-        BYTES=low_bytes,
+        BYTES=LOW_BYTES,
         num_warps=4,
         num_stages=3,
     )
@@ -169,7 +165,6 @@ def _apply(
         SPLITS=splits,
         GROUPS=REFINED_GROUPS,
         COUNTED=triton.next_power_of_2(triton.cdiv(REFINED_GROUPS, blocks)),
-        HAS_WHOLE=down.full is not None,
         BLOCK=block,
     )
 
@@ -306,8 +301,8 @@ def _refine_kernel(
     rows = expert.to(tl.int64) * (2 * F) + tl.minimum(neurons, F - 1)[:, None]
     x_ptrs = x_ptr + tokens[None, :] * D
     mask, wanted = refining[None, :], wanted[:, None]
-    gate = add_plane(gate, x_ptrs, mask, low_ptr, low_scales_ptr, rows, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
-    up = add_plane(up, x_ptrs, mask, low_ptr, low_scales_ptr, rows + F, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+    gate = add_plane(gate, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+    up = add_plane(up, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows + F, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
     weight = _expert_weight(weights_ptr, ids_ptr, tokens, live, expert, PLACES, BLOCK_PLACES)
     hidden = silu(gate) * up * weight[None, :]
     tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask=chosen)
@@ -334,19 +329,17 @@ def _low_columns_kernel(
     W: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLIT_GROUPS: tl.constexpr,
-    HAS_WHOLE: tl.constexpr,
     M: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """One part of what the low plane of down adds to M tokens, over some groups of neurons: 2 BYTES outputs, those in the
-    lower halves of a neuron's bytes and those in the upper halves."""
+    """One part of what the low plane of down adds to M tokens that refine, over some groups of neurons: 2 BYTES outputs, those
+    in the lower halves of a neuron's bytes and those in the upper halves."""
     tokens = tl.program_id(1) * M + tl.arange(0, M)
     live = tokens < num_tokens
     tokens = tokens.to(tl.int64)
-    bits = bits_of_tokens(bits_ptr, bits_stride, tokens, live, HAS_WHOLE)
+    bits = bits_of_tokens(bits_ptr, bits_stride, tokens, live, True)
     refining, _ = tokens_that_refine(bits, refine_ptr, refine_stride, tokens, live)
-    every = bits == 8
-    if tl.max((every | refining).to(tl.int32), axis=0) == 0:
+    if tl.max(refining.to(tl.int32), axis=0) == 0:
         return
     places = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
     inside = (places < W)[None, :]
@@ -358,9 +351,7 @@ def _low_columns_kernel(
         neurons = (number % GROUPS) * GROUP + tl.arange(0, GROUP)
         at = ((tokens * E + expert) * F)[:, None] + neurons[None, :]
         exists = (neurons < F)[None, :]
-        runs = runs_expert(ids_ptr, tokens, live, expert, PLACES, BLOCK_PLACES)
-        chosen = tl.load(chosen_ptr + at, mask=exists & refining[:, None], other=0) > 0
-        wanted = exists & runs[:, None] & (every[:, None] | chosen)
+        wanted = tl.load(chosen_ptr + at, mask=exists & refining[:, None], other=0) > 0
         read = tl.max(wanted.to(tl.int32), axis=0) > 0
         hidden = tl.load(hidden_ptr + at, mask=wanted, other=0.0)
         rows = (tl.cast(number, tl.int64) * GROUP + tl.arange(0, GROUP))[:, None]
@@ -373,7 +364,7 @@ def _low_columns_kernel(
         lower += tl.dot(hidden, integers(low & 15, hidden.dtype), input_precision="ieee") * lower_scales[None, :]
         upper += tl.dot(hidden, integers((low >> 4) & 15, hidden.dtype), input_precision="ieee") * upper_scales[None, :]
     out_ptrs = out_ptr + ((tl.program_id(2) * num_tokens + tokens) * D)[:, None] + places[None, :]
-    mask = (every | refining)[:, None] & inside
+    mask = refining[:, None] & inside
     tl.store(out_ptrs, lower, mask=mask & (places < D)[None, :])
     tl.store(out_ptrs + W, upper, mask=mask & (places + W < D)[None, :])
 
@@ -398,24 +389,22 @@ def _finish_kernel(
     SPLITS: tl.constexpr,
     GROUPS: tl.constexpr,
     COUNTED: tl.constexpr,
-    HAS_WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[t, n..n+BLOCK] = the sum of all parts, in order. The programs of a token share the groups they count."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1)
     one = token + tl.arange(0, 1)
-    bits = bits_of_tokens(bits_ptr, bits_stride, one, one < num_tokens, HAS_WHOLE)
+    bits = bits_of_tokens(bits_ptr, bits_stride, one, one < num_tokens, True)
     refining, _ = tokens_that_refine(bits, refine_ptr, refine_stride, one, one < num_tokens)
     refines = tl.max(refining.to(tl.int32), axis=0) > 0
-    has_low = tl.max(((bits == 8) | refining).to(tl.int32), axis=0) > 0
     columns = place * BLOCK + tl.arange(0, BLOCK)
     live = columns < D
     out = tl.zeros([BLOCK], dtype=tl.float32)
     for part in range(PARTS):
         out += tl.load(parts_ptr + (part * num_tokens + token) * D + columns, mask=live, other=0.0)
     for part in range(SPLITS):
-        out += tl.load(low_ptr + (part * num_tokens + token) * D + columns, mask=live & has_low, other=0.0)
+        out += tl.load(low_ptr + (part * num_tokens + token) * D + columns, mask=live & refines, other=0.0)
     tl.store(out_ptr + token * D + columns, out.to(out_ptr.dtype.element_ty), mask=live)
     groups, counts = count_chosen(chosen_ptr + token * (E * F), place * COUNTED, refines, E * F, GROUPS, COUNTED)
     tl.store(counts_ptr + token * GROUPS + groups, counts, mask=groups < GROUPS)

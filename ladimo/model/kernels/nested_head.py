@@ -173,10 +173,10 @@ def _refine_words_kernel(
         wanted = tl.max(chosen.to(tl.int32), axis=1) > 0
         if tl.max(wanted.to(tl.int32), axis=0) > 0:
             rows = tl.minimum(words, V - 1).to(tl.int64)[:, None]
-            x_ptrs = x_ptr + row[None, :] * D
+            x_ptrs, mask = x_ptr + row[None, :] * D, refining[None, :]
             low = tl.zeros([N, M], dtype=tl.float32)
             low = add_plane(
-                low, x_ptrs, refining[None, :], low_ptr, low_scales_ptr, rows, wanted[:, None], 0, BLOCKS, D, BLOCKS, EVEN, True
+                low, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows, wanted[:, None], 0, BLOCKS, D, BLOCKS, EVEN, True
             )
             out += tl.where(chosen, low, 0.0)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -9,6 +9,7 @@ Legend: K inputs, BLOCKS of 256 columns per row of a plane.
 import triton
 import triton.language as tl
 
+from ladimo.model.nested import STEPS as LOW_STEPS
 from ladimo.model.plane_layout import BLOCK_COLUMNS
 from ladimo.model.plane_layout import HALF_GROUPS as GROUPS_PER_HALF
 from ladimo.model.precision import GROUP as COLUMNS_PER_SCALE
@@ -16,6 +17,7 @@ from ladimo.model.precision import GROUP as COLUMNS_PER_SCALE
 GROUP = tl.constexpr(COLUMNS_PER_SCALE)  # also the words of a block
 HALF_GROUPS = tl.constexpr(GROUPS_PER_HALF)
 BLOCK = tl.constexpr(BLOCK_COLUMNS)
+STEPS = tl.constexpr(LOW_STEPS)
 # Up to so many tokens, scales multiply the sums of a group instead of its weights, because there are fewer of these.
 SCALED_SUMS = tl.constexpr(32)
 COUNT_TILE = tl.constexpr(256)
@@ -45,6 +47,7 @@ def add_plane(
     live,
     words_ptr,
     scales_ptr,
+    high_ptr,
     rows,
     wanted,
     begin,
@@ -57,20 +60,21 @@ def add_plane(
     """acc [N, M] plus the products of `rows` [N, 1] of a plane and tokens, over the blocks begin .. end of columns.
 
     `x_ptrs` [1, M] point to the tokens' first column, of which those in `live` [1, M] exist. EVEN: whole blocks have no columns
-    from K on. With CHOSEN, only rows that are `wanted` [N, 1] are read; the others add zeros.
+    from K on. With CHOSEN, only rows that are `wanted` [N, 1] are read; the others add zeros. With `high_ptr` it is the sum of
+    two planes: of the low plane `words_ptr`, whose scales are given, and of the high plane `high_ptr`.
     """
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     few: tl.constexpr = acc.shape[1] <= SCALED_SUMS
     words_of_half: tl.constexpr = GROUP // 2
     inner = tl.arange(0, GROUP)
-    word_ptrs = words_ptr + rows * (BLOCKS * GROUP) + tl.arange(0, words_of_half)[None, :]
+    word_places = rows * (BLOCKS * GROUP) + tl.arange(0, words_of_half)[None, :]
     scale_ptrs = scales_ptr + rows * (BLOCKS * 2 * HALF_GROUPS)
     for block in range(begin, end):
         for half in tl.static_range(2):
-            if CHOSEN:
-                words = tl.load(word_ptrs + (block * GROUP + half * words_of_half), mask=wanted, other=0)
-            else:
-                words = tl.load(word_ptrs + (block * GROUP + half * words_of_half))
+            at = word_places + (block * GROUP + half * words_of_half)
+            words = tl.load(words_ptr + at, mask=wanted, other=0) if CHOSEN else tl.load(words_ptr + at)
+            if high_ptr is not None:
+                high_words = tl.load(high_ptr + at)
             for group in tl.static_range(HALF_GROUPS):
                 place = (block * 2 + half) * HALF_GROUPS + group
                 columns = place * GROUP + inner[:, None]
@@ -80,6 +84,8 @@ def add_plane(
                     x = tl.load(x_ptrs + columns, mask=live & (columns < K), other=0.0)
                 scales = tl.load(scale_ptrs + place, mask=wanted, other=0.0) if CHOSEN else tl.load(scale_ptrs + place)
                 weights = integers((words >> (4 * group)) & 0x000F000F, dtype)
+                if high_ptr is not None:
+                    weights += integers((high_words >> (4 * group)) & 0x000F000F, dtype) * STEPS
                 if few:
                     acc += tl.dot(weights, x, input_precision="ieee") * scales.to(tl.float32)
                 else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import to_neuron_rows, to_words
+from ladimo.model.plane_layout import DownWeights, to_neuron_rows, to_words
 from ladimo.model.quantization import QuantizedWeights
 from ladimo.model.refinement import column_norms
 from tests.factories import nested_weights
@@ -149,14 +149,14 @@ def test_a_token_does_not_depend_on_what_others_want(device: torch.device) -> No
     assert with_nan[1:4].isnan().all()
 
 
-Layer = tuple[NestedWeights, NestedWeights, Tensor]
+Layer = tuple[NestedWeights, DownWeights, Tensor]
 
 
 def layer(num_experts: int, hidden: int, size: int, device: torch.device) -> Layer:
     """Gate and up, down, and the norms of the columns of down."""
-    gate_up, down = matrix(num_experts, 2 * size, hidden, device=device), nested_weights(num_experts, hidden, size, seed=1)
-    rows = on_device(replace(down, high=to_words(down.high), low=to_neuron_rows(down.low)), device)
-    return gate_up, rows, column_norms(whole(rows))
+    gate_up, down = (matrix(num_experts, *shape, device=device) for shape in ((2 * size, hidden), (hidden, size)))
+    rows = DownWeights(down.full, down.high, down.low, to_neuron_rows(down.low))
+    return gate_up, rows, column_norms(whole(down))
 
 
 def route(kinds: list[str], num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ def test_experts_of_many_tokens(device: torch.device) -> None:
 
 
 def test_only_refined_neurons_are_read(device: torch.device) -> None:
-    """Of both other matrices, too: what the low planes hold of the rest changes nothing, not even if it is no number."""
+    """What the low planes hold of the rest changes nothing, not even if it is no number."""
     gate_up, down, norms = layer(1, 40, 64, device)
     x, (weights, ids) = draw(1, 40, device=device), route(["some"], 1, device)
     bits, refine = wishes(["some"], device)
@@ -210,16 +210,16 @@ def test_only_refined_neurons_are_read(device: torch.device) -> None:
     scores = (torch.nn.functional.silu(gate) * up).abs()[0] * norms[0]
     chosen = scores >= scores.mean()
     assert 0 < int(chosen.sum()) == int(counts.sum()) < 64
-    scales, data = gate_up.low.scales.clone(), down.low.data.clone()
+    scales, data = gate_up.low.scales.clone(), down.neurons.data.clone()
     scales[0, ~torch.cat((chosen, chosen))] = torch.nan
     data[0, ~chosen] ^= 0x55
     gate_up, down = (
         replace(gate_up, low=replace(gate_up.low, scales=scales)),
-        replace(down, low=replace(down.low, data=data)),
+        replace(down, low=poisoned(down.low), neurons=replace(down.neurons, data=data)),
     )
     out, _ = nested_experts.apply_nested(*arguments, gate_up, down, norms, bits, refine)
     assert torch.equal(out, expected)
-    assert not torch.equal(REFERENCE.apply_nested(*arguments, gate_up, down, norms, bits, refine)[0], expected)
+    assert not torch.equal(nested_experts.apply_nested(*arguments, gate_up, down, norms, bits, refine * 0)[0], expected)
 
 
 @given(st.lists(st.sampled_from([*KINDS]), min_size=1, max_size=4), st.integers(16, 70), st.booleans())

@@ -27,10 +27,10 @@ def test_planes_in_words_stand_for_the_same_weights(lead: list[int], rows: int, 
 @settings(max_examples=20, deadline=None)
 def test_planes_by_neuron_stand_for_the_same_weights(num_experts: int, outputs: int, neurons: int) -> None:
     plane = nested_weights(num_experts, outputs, neurons).low
-    rows = to_neuron_rows(plane)
-    assert rows.shape == plane.shape
-    assert torch.equal(rows.to_dtype(torch.float32), plane.to_dtype(torch.float32))
-    assert to_neuron_rows(rows) is rows
+    for stored in (plane, to_words(plane)):
+        weights = to_neuron_rows(stored).to_dtype(torch.float32)
+        assert torch.equal(weights[:, :outputs, :neurons], plane.to_dtype(torch.float32))
+        assert (weights[:, outputs:] == 0).all() and (weights[:, :, neurons:] == 0).all()
 
 
 def test_a_neuron_is_one_row() -> None:
