@@ -18,6 +18,7 @@ MOVED = {
 }
 _ORIGINS = {page: document for document, page in MOVED.items()}
 _FENCE = re.compile(r"^```.*?^```$", flags=re.DOTALL | re.MULTILINE)
+_FIRST_LINE = re.compile(r"\A(```\w+) .*")
 _LINK = re.compile(r"\[(?P<text>[^]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 _PICTURE = re.compile(r'(?<=<img src=")[^"]+')
 
@@ -28,7 +29,8 @@ def origin(page: str) -> str:
 
 
 def rewrite(text: str, page: str) -> str:
-    """The text of a document with its links as the page of the site needs them. Code blocks stay as they are.
+    """The text of a document with its links as the page of the site needs them. Code blocks stay as they are, except that only
+    the language stays in their first line: what follows it is for our tests, and MkDocs would not take it for a code block.
 
     A link to a file of the repository that is not on the site becomes plain text. Raises ValueError for a link to nothing.
     """
@@ -57,6 +59,6 @@ def rewrite(text: str, page: str) -> str:
 def _outside_fences(text: str, change: Callable[[str], str]) -> str:
     parts, place = [], 0
     for fence in _FENCE.finditer(text):
-        parts += [change(text[place : fence.start()]), fence[0]]
+        parts += [change(text[place : fence.start()]), _FIRST_LINE.sub(r"\1", fence[0], count=1)]
         place = fence.end()
     return "".join([*parts, change(text[place:])])

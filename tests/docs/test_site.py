@@ -43,6 +43,12 @@ def test_every_document_is_a_page(site: Path) -> None:
     assert {"reference/http.html", "reference/ladimo.html", "reference/ladimo-server.html", "performance/records.html"} <= pages
 
 
+def test_every_block_of_code_is_shown_as_one(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "```" not in text and "no-test" not in text, page.name
+
+
 def test_links_and_pictures_lead_to_files_of_the_site(site: Path) -> None:
     found = 0
     for page in site.rglob("*.html"):
