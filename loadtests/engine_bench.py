@@ -7,6 +7,10 @@ Rounds are interleaved: each round measures every row once. The figure of a row 
 median of its ratios per round to transformers' `generate` and to llama.cpp. Decode is measured from the first token on. Prefill
 is the time from one prompt of --prefill tokens to its first token. With --shape the weights are random, and the experts
 partition the FFN. An engine that cannot run here is left out, and the reason is printed.
+
+Two columns compare with the machine. `bandwidth`: the bytes that a decode step must read, as a share of what torch reads
+of a large tensor. `products`: the operations of a dense model's matrix products, as a share of torch's rate for a large product
+in bf16 or fp32, whichever is faster. Integer products can be faster than that.
 """
 
 import argparse
@@ -24,12 +28,13 @@ from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import choose_device, load_model, read_config, read_policies, stored_dtype
 from ladimo.model.backends.choose import choose_backend
+from ladimo.model.precision import bytes_per_weight
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.common import peers
 from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.common.engine_process import PACKAGES, start_engine
-from loadtests.common.limits import copy_bandwidth, decode_bytes
+from loadtests.common.limits import decode_bytes, matrix_rate, read_bandwidth
 from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
 from loadtests.common.runs import mean, random_prompts, serve
 from server.engine.config import EngineConfig
@@ -38,6 +43,7 @@ from server.engine.core import EngineCore, assemble_core
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
 BUDGET = "half, the same for all"
+MATRIX_SIZE = 1024  # of the product whose rate counts as the machine's
 PEERS = ("generate", "static", "continuous", "llama.cpp", *PACKAGES)
 
 
@@ -224,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prepare_to_serve(model, args.quantize)
     others, missing = make_peers(wanted, subjects.dense_peer, args)
     batches = batch_sizes(args)
-    bandwidth = copy_bandwidth(device)
+    bandwidth = read_bandwidth(device)
+    products = max(matrix_rate(device, kind, MATRIX_SIZE) for kind in {dtype, torch.float32})
     rows = make_rows(subjects, others, batches, args)
     for key, run in list(rows.items()):
         torch.set_num_threads(threads)  # the engine changes this number
@@ -242,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(threads)
             samples[key].append(run())
     other = load.cores(time.perf_counter() - started)
+    # Integer weights have their scales beside them.
+    weight_size = None if args.quantize is None else bytes_per_weight({"int8": 8, "int4": 4}[args.quantize])
     results = []
     for key, taken in samples.items():
         measure, batch, name = key
@@ -261,14 +270,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row[field] = statistics.median(b.seconds / a.seconds for a, b in zip(taken, reference, strict=True))
         if measure == "decode":
             distinct = taken[-1].distinct or (None,) * config.num_hidden_layers
-            need = decode_bytes(config, distinct, batch, args.prompt + args.tokens / 2, dtype.itemsize)
+            need = decode_bytes(config, distinct, batch, args.prompt + args.tokens / 2, dtype.itemsize, weight_size)
             step = statistics.median(sample.step_seconds or sample.seconds / (args.tokens - 1) for sample in taken)
             row |= {"fraction_of_bandwidth": need / bandwidth / step, "distinct_experts_per_step": mean(distinct)}
+        if not config.moe_layer_indices:  # elsewhere the operations depend on the policy
+            words = 1 if measure == "decode" else 1 / args.prefill  # a prompt needs the logits of its last token only
+            operations = 2 * (config.dense_parameters + words * config.hidden_size * config.vocab_size)
+            row["fraction_of_products"] = operations * row["tokens_per_second"] / products
         results.append(row)
     print_table(results)
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}")
-    print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read and written); other processes kept {other:.2f} cores busy")
+    limits = f"bandwidth {bandwidth / 1e9:.1f} GB/s (read), products {products / 1e9:.0f} GFLOP/s (torch)"
+    print(f"{limits}; other processes kept {other:.2f} cores busy")
     record = {
         "benchmark": "engine_bench",
         "model": args.shape or str(args.model),
@@ -279,7 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "quantize": args.quantize,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
-        "copy_bandwidth_bytes_per_second": bandwidth,
+        "read_bandwidth_bytes_per_second": bandwidth,
+        "products_per_second": products,
         "other_load_cores": other,
         "left_out": missing,
         "versions": {name: rival.version for name, rival in others.items() if rival.version is not None},
@@ -291,12 +306,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
-    heads = f"{'tok/s':>9} {'spread':>19} {'x hf':>6} {'x cpp':>6} {'bandwidth':>10} {'distinct':>9}"
+    heads = f"{'tok/s':>9} {'spread':>19} {'x hf':>6} {'x cpp':>6} {'bandwidth':>10} {'products':>9} {'distinct':>9}"
     print(f"{'':<8}{'batch':>5}  {'policy':<40} {heads}")
     columns = (
         ("ratio_to_transformers", ">6.2f"),
         ("ratio_to_llama_cpp", ">6.2f"),
         ("fraction_of_bandwidth", ">10.1%"),
+        ("fraction_of_products", ">9.1%"),
         ("distinct_experts_per_step", ">9.2f"),
     )
     for row in results:

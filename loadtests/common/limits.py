@@ -36,6 +36,13 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     return 2 * size / seconds_of(lambda: target.copy_(source), device)
 
 
+def read_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second of a sum over a large tensor, which is only read."""
+    size = size or (4 * 2**30 if device.type == "cuda" else 2**29)
+    source = torch.zeros(size // 4, device=device)
+    return size / seconds_of(source.sum, device)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Floating-point operations per second of a large square matrix product."""
     size = size or (8192 if device.type == "cuda" else 512)

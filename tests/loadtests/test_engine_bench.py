@@ -34,6 +34,7 @@ def test_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["decode", 3, "all"]["distinct_experts_per_step"] == 8
     assert rows["decode", 3, BUDGET]["distinct_experts_per_step"] == 4 < rows["decode", 3, "half"]["distinct_experts_per_step"]
     assert all(row["ratio_to_transformers"] == 1 for key, row in rows.items() if key[2] == REFERENCE)
+    assert all(row["fraction_of_products"] > 0 for key, row in rows.items() if key[2] in ("dense", REFERENCE))
     assert set(record["left_out"]) == {"transformers continuous batching, dense"}
 
 
