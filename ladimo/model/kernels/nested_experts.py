@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.kernels.experts import silu
-from ladimo.model.kernels.nested import DECODE_TOKENS, PROGRAMS, Tokens, product
+from ladimo.model.kernels.nested import DECODE_TOKENS, MOST_PROGRAMS, Tokens, product
 from ladimo.model.kernels.planes import (
     GROUP,
     add_plane,
@@ -128,7 +128,7 @@ def _apply(
     parts = product(hidden, down, tokens, few, sum_experts=True)
     groups, width = low_columns.scales.shape[1:]
     tiles = triton.cdiv(width // 2, LOW_BYTES)
-    splits = max(1, min(num_experts * groups, triton.cdiv(PROGRAMS, tiles))) if few else 1
+    splits = max(1, min(num_experts * groups, MOST_PROGRAMS // tiles)) if few else 1
     low = torch.empty(splits, num_tokens, hidden_size, dtype=torch.float32, device=x.device)
     _low_columns_kernel[(tiles, triton.cdiv(num_tokens, tile), splits)](
         hidden,

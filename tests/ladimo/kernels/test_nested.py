@@ -19,7 +19,7 @@ from tests.factories import nested_weights
 pytest.importorskip("triton")
 from ladimo.model.kernels import nested, nested_experts, nested_head
 
-EXAMPLES = 40 if os.environ.get("LONG_TESTS") else 4  # the interpreter is slow
+EXAMPLES = 40 if os.environ.get("LONG_TESTS") else 3  # the interpreter is slow
 INF = float("inf")
 # What a token asks for: bits and REFINE. Padding has zeros.
 KINDS = {
@@ -114,9 +114,9 @@ def test_columns_in_parts(device: torch.device) -> None:
     torch.testing.assert_close(nested.linear(x, weights, bits), expected, rtol=0, atol=2e-5)
 
 
-def test_number_of_parts_is_a_matter_of_shape() -> None:
+def test_number_of_parts() -> None:
     """Of a 7B model, at 32 rows of weights per program: projections, gate and up, down, the output head."""
-    assert [nested.num_parts(tiles, blocks) for tiles, blocks in ((128, 16), (688, 16), (128, 43), (1000, 16))] == [4, 2, 8, 2]
+    assert [nested.num_parts(tiles, blocks) for tiles, blocks in ((128, 16), (688, 16), (128, 43), (1000, 16))] == [4, 1, 4, 1]
 
 
 @pytest.mark.parametrize("kind", ["4", "8", "whole"])

@@ -21,6 +21,7 @@ from ladimo.checkpoint import (
     write_tensors,
 )
 from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
+from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.nested import (
     STEPS,
@@ -35,7 +36,7 @@ from ladimo.model.nested import (
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import make_dense, make_nested
+from tests.factories import make_dense, make_nested, nested_weights
 
 
 def matrix(rows: int, cols: int, seed: int = 0) -> Tensor:
@@ -248,6 +249,16 @@ def test_refining_is_between_four_and_eight_bits(nested_dir: Path) -> None:
     some = rows["some"]
     assert some is not None and 0 < int(some.min()) <= int(some.max()) < every
     assert len(set(some.tolist())) > 1  # a choice of each token
+
+
+def test_refined_words_keep_their_bias() -> None:
+    weights, x, bias = nested_weights(20, 32), matrix(3, 32, 1), matrix(1, 20, 2)[0]
+    backend = TorchBackend()
+    bits, refine = torch.tensor([8.0, 4.0, 4.0]), torch.tensor([torch.inf, 1e9, torch.inf])
+    out, counts = backend.nested_logits(x, weights, bits, refine, bias)
+    expected = backend.nested_linear(x, weights, torch.tensor([8.0, 8.0, 4.0]), bias)
+    torch.testing.assert_close(out, expected)
+    assert counts.sum(dim=1).tolist() == [0, 20, 0]
 
 
 def test_what_is_refined_is_read(nested_dir: Path) -> None:
