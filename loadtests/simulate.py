@@ -5,14 +5,15 @@
 
 It first runs the engine on this machine for some seconds to learn what its steps cost. Then it simulates the load on 1, 2, 3
 ... machines, which take turns, until `--share` of the requests meet the objectives. The scheduler, admission and automatic
-control are those of the server; only the time of a step comes from the costs. HTTP and the client are left out. `--validate`
-also runs the engine for real, on one machine's part of the load. It shows the run beside two simulations: one with the costs
-that were learned before, and one with those of the run itself. On a quiet machine the two agree.
+control are those of the server; only the time of a step comes from the costs. HTTP is left out, unless `--request-ms` and
+`--token-ms` say what it adds. `--validate` also runs the engine for real, on one machine's part of the load. It shows the run
+beside two simulations: one with the costs that were learned before, and one with those of the run itself. The first tells how
+far the answer can be trusted, the second how much of its error is a drift of the machine.
 """
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loadtests.common.conditions import conditions
 from loadtests.common.records import command_line, finish
 from loadtests.load.client import Outcome
 from loadtests.load.figures import parse_objectives, show, summary
-from loadtests.load.machine import Machine, RealClock, VirtualClock, simulated_core
+from loadtests.load.machine import NO_OVERHEAD, Machine, Overhead, RealClock, VirtualClock, simulated_core
 from loadtests.load.workload import Lengths, Planned, parse_lengths, parse_routing, plan
 from loadtests.load_test import add_schedule, schedule
 from server.engine.config import EngineConfig
@@ -75,10 +76,21 @@ def machines_needed(
     return None, figures
 
 
+def errors(simulated: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float | None]:
+    """By how much a simulation is off, as a share of the measured figure. None where one of them is missing or 0."""
+    return {
+        name: simulated[name] / measured[name] - 1 if simulated[name] is not None and measured[name] else None
+        for name in COMPARED
+    }
+
+
 class Parts:
     """A model's policies, and what its steps cost."""
 
-    def __init__(self, directory: Path, config: EngineConfig, max_queue: int, frontier_batch: int) -> None:
+    def __init__(
+        self, directory: Path, config: EngineConfig, max_queue: int, frontier_batch: int, overhead: Overhead = NO_OVERHEAD
+    ) -> None:
+        self._overhead = overhead
         self._model, self._config, self._max_queue = read_config(directory), config, max_queue
         self._policies = read_policies(directory, self._model)
         frontier = read_frontier(directory)
@@ -91,7 +103,7 @@ class Parts:
     def simulate(self, planned: Sequence[Planned], default: Target, costs: StepCosts | None = None) -> list[Outcome]:
         """`costs` None: those that were learned before."""
         clock, store = VirtualClock(), self.store(default)
-        core = simulated_core(store, costs or self.costs, self._config, clock)
+        core = simulated_core(store, costs or self.costs, self._config, clock, self._overhead)
         return Machine(core, store, clock, self._max_queue).run(planned)
 
     def run(self, core: EngineCore, planned: Sequence[Planned], default: Target) -> tuple[list[Outcome], StepCosts]:
@@ -115,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--frontier-batch", type=int, default=1)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--request-ms", type=float, default=0.0, help="what HTTP adds for each request, in the simulation")
+    parser.add_argument("--token-ms", type=float, default=0.0, help="what HTTP adds for each token, in the simulation")
     parser.add_argument("--validate", action="store_true", help="run one machine's part for real, too; takes --seconds twice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the record to a file")
@@ -143,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for run, figures in answer.get("runs", {}).items():
             print(f"  {run:<28} " + ", ".join(f"{name} {show(figures[name])}" for name in COMPARED))
+        for run, off in answer.get("errors", {}).items():
+            shown = ", ".join(f"{name} {share:+.0%}" for name, share in off.items() if share is not None)
+            print(f"  error of {run:<19} {shown}")
     finish(record, args.json)
 
 
@@ -152,7 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if target.itl_ms is None and target.ttft_ms is None:
         raise ValueError("--goodput: automatic control needs ttft or tpot")
     config = EngineConfig(device=args.device, max_num_seqs=args.max_num_seqs, prefix_caching=False)
-    parts = Parts(args.model, config, args.max_queue, args.frontier_batch)
+    overhead = Overhead(args.request_ms / 1000, args.token_ms / 1000)
+    parts = Parts(args.model, config, args.max_queue, args.frontier_batch, overhead)
     core = build_core(args.model, config)
     parts.costs = learn(core, parts.store(), args.prompt_tokens.high, RealClock())
     text = [number % (core.limits.vocab_size - 3) + 3 for number in range(20_000)]
@@ -168,11 +186,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.validate:
             part = planned[:: machines or args.max_machines]
             outcomes, costs = parts.run(core, part, default)
-            answers[name]["runs"] = {
-                "measured": summary(outcomes, objectives),
+            measured = summary(outcomes, objectives)
+            runs = {
                 "simulated": summary(parts.simulate(part, default), objectives),
                 "simulated, costs of the run": summary(parts.simulate(part, default, costs), objectives),
             }
+            answers[name]["runs"] = {"measured": measured, **runs}
+            answers[name]["errors"] = {kind: errors(figures, measured) for kind, figures in runs.items()}
     return {"requests": len(planned), "answers": answers}
 
 

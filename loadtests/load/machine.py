@@ -65,20 +65,35 @@ class VirtualClock:
         self.now = max(self.now, at)
 
 
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What HTTP adds to the steps, in seconds: for each request, and for each token that is sent."""
+
+    request: float = 0.0
+    token: float = 0.0
+
+
+NO_OVERHEAD = Overhead()
+
+
 class SimulatedRunner:
     """Draws nothing of use, and takes the time that the costs say. `price`: of a policy by name."""
 
     graph_captures = 0
 
-    def __init__(self, costs: StepCosts, price: Callable[[str], float], clock: VirtualClock, num_layers: int) -> None:
+    def __init__(
+        self, costs: StepCosts, price: Callable[[str], float], clock: VirtualClock, num_layers: int, overhead: Overhead
+    ) -> None:
         self._costs, self._price, self._clock, self._num_layers = costs, price, clock, num_layers
+        self._overhead = overhead
 
     def graph_bucket(self, batch: Batch) -> int | None:
         return None
 
     def launch(self, batch: Batch) -> Callable[[], BatchOutput]:
         rows, tokens = (self._by_price(tokens_by_policy(runs)) for runs in (batch.decode_runs, batch.prefill_runs))
-        seconds = self._costs.mixed_seconds(rows, tokens)
+        seconds = self._costs.mixed_seconds(rows, tokens) + self._overhead.token * len(batch.drawing)
+        seconds += self._overhead.request * sum(sequence.num_computed == 0 for sequence, _ in batch.prefill)
         size = len(batch.scheduled)
         output = BatchOutput(
             drawn=[Drawn(0) for _ in batch.drawing],
@@ -101,7 +116,9 @@ class SimulatedRunner:
         return prices
 
 
-def simulated_core(store: PolicyStore, costs: StepCosts, config: EngineConfig, clock: VirtualClock) -> EngineCore:
+def simulated_core(
+    store: PolicyStore, costs: StepCosts, config: EngineConfig, clock: VirtualClock, overhead: Overhead = NO_OVERHEAD
+) -> EngineCore:
     """An engine without a model, whose steps take as long as the costs say. Its KV cache has room for a full batch."""
     model = store.config
     max_model_len = config.max_model_len or model.max_position_embeddings
@@ -110,7 +127,7 @@ def simulated_core(store: PolicyStore, costs: StepCosts, config: EngineConfig, c
     scheduler = Scheduler(blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, config.prefix_caching)
     table = PolicyTable(model, config.max_policies + 1, torch.device("cpu"))
     sizes = (max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.vocab_size, config.max_policies)
-    runner = SimulatedRunner(costs, store.price, clock, model.num_hidden_layers)
+    runner = SimulatedRunner(costs, store.price, clock, model.num_hidden_layers, overhead)
     return EngineCore(runner, scheduler, table, EngineLimits(*sizes), frozenset(), clock)
 
 

@@ -9,7 +9,7 @@ from ladimo.checkpoint import read_config, read_frontier, read_policies
 from loadtests import simulate
 from loadtests.load.arrivals import Arrival
 from loadtests.load.figures import Objectives, summary
-from loadtests.load.machine import Machine, VirtualClock, simulated_core
+from loadtests.load.machine import NO_OVERHEAD, Machine, Overhead, VirtualClock, simulated_core
 from loadtests.load.workload import Lengths, Planned, parse_routing, plan
 from server.engine.config import EngineConfig
 from server.policies.costs import StepCosts
@@ -32,12 +32,14 @@ def known_costs() -> StepCosts:
     return costs
 
 
-def served(moe_dir: Path, planned: list[Planned], default: Target, max_queue: int = 64) -> dict[str, object]:
+def served(
+    moe_dir: Path, planned: list[Planned], default: Target, max_queue: int = 64, overhead: Overhead = NO_OVERHEAD
+) -> dict[str, object]:
     config = read_config(moe_dir)
     frontier = read_frontier(moe_dir)
     assert frontier is not None
     store, clock = PolicyStore(config, read_policies(moe_dir, config), frontier.for_batch(1), default), VirtualClock()
-    machine = Machine(simulated_core(store, known_costs(), CONFIG, clock), store, clock, max_queue)
+    machine = Machine(simulated_core(store, known_costs(), CONFIG, clock, overhead), store, clock, max_queue)
     return summary(machine.run(planned), Objectives(ttft=1000))
 
 
@@ -54,6 +56,19 @@ def test_alone_a_request_takes_what_its_steps_cost(moe_dir: Path) -> None:
     assert figures["p99_ttft_ms"] == pytest.approx(1000 * 16 * TOKEN * price, rel=0.05)
     assert figures["mean_tpot_ms"] == pytest.approx(1000 * STEP * price, rel=0.05)
     assert figures["mean_accuracy"] == 1.0
+
+
+def test_http_adds_to_every_request_and_token(moe_dir: Path) -> None:
+    plain = served(moe_dir, planned(10.0, 3), AtAccuracy(1.0))
+    heavy = served(moe_dir, planned(10.0, 3), AtAccuracy(1.0), overhead=Overhead(request=0.5, token=0.01))
+    assert heavy["p99_ttft_ms"] == pytest.approx(plain["p99_ttft_ms"] + 510, rel=0.01)  # type: ignore[operator]
+    assert heavy["mean_tpot_ms"] == pytest.approx(plain["mean_tpot_ms"] + 10, rel=0.01)  # type: ignore[operator]
+
+
+def test_errors_are_shares_of_what_was_measured() -> None:
+    zeros = dict.fromkeys(simulate.COMPARED, 0.0)
+    found = simulate.errors({**zeros, "output_throughput": 90.0}, {**zeros, "output_throughput": 100.0})
+    assert found == {**dict.fromkeys(simulate.COMPARED), "output_throughput": pytest.approx(-0.1)}
 
 
 def test_a_full_machine_waits_and_refuses_and_the_knob_helps(moe_dir: Path) -> None:
@@ -88,6 +103,7 @@ def test_the_command_answers_and_validates_itself(moe_dir: Path, tmp_path: Path,
         assert answer["machines"] == 1
         assert {run["requests"] for run in answer["runs"].values()} == {record["requests"]}
         assert all(run["completed"] == record["requests"] for run in answer["runs"].values())
+        assert set(answer["errors"]) == {"simulated", "simulated, costs of the run"}
     assert "fixed: 1 machines; inside the objectives 1.000, mean accuracy 1.000" in out
     with pytest.raises(SystemExit):
         simulate.main([*flags, "--goodput", "e2el:5"])
