@@ -29,7 +29,7 @@ from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.frontier import policy_cost
 from ladimo.convert.policies.precision import precision_damages
 from ladimo.convert.recipe import Recipe, require
-from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
+from ladimo.convert.rounding.gptq import ErrorFeedback, choose_planes, choose_scales, round_nearest
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
 from ladimo.convert.run import Run
 from ladimo.convert.source import model_parameters
@@ -148,7 +148,7 @@ def round_layers(run: Run, blocks: Tensor) -> None:
         moments = head_moments(run.dense, layer_moments(run.dense, blocks, use))
         embedding = run.dense.reader.get(EMBEDDING)
         weights = embedding if config.tie_word_embeddings else run.dense.reader.get(HEAD)
-        tensors = dict(_planes(run, HEAD, weights, inverse_factor(moments)))
+        tensors = dict(_planes(run, HEAD, weights, ErrorFeedback.of(moments)))
         if _planes_only(run.recipe) and not config.tie_word_embeddings:
             tensors |= _nearest(EMBEDDING, embedding)
         workspace.save_tensors("head.safetensors", tensors)
@@ -324,27 +324,27 @@ def _changed(rules: Rules, index: int, **numbers: Any) -> Rules:
 def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one layer that a nested checkpoint adds or changes: its expert, and the planes of its matrices."""
     get, prefix = run.dense.reader.get, f"model.layers.{index}."
-    factor = inverse_factor(moments.attention)
+    feedback = ErrorFeedback.of(moments.attention)
     for projection in ("q_proj", "k_proj", "v_proj"):
         name = f"{prefix}self_attn.{projection}.weight"
-        yield from _planes(run, name, get(name), factor)
+        yield from _planes(run, name, get(name), feedback)
     name = f"{prefix}self_attn.o_proj.weight"
-    yield from _planes(run, name, get(name), inverse_factor(moments.output))
+    yield from _planes(run, name, get(name), ErrorFeedback.of(moments.output))
     gate, up, down = (get(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
     experts = {"gate_up_proj": (torch.cat((gate, up)), moments.ffn), "down_proj": (down, moments.hidden)}
     for part, (weights, seen) in experts.items():
         name = f"{prefix}mlp.experts.{part}"
         if not _planes_only(run.recipe):
             yield name, weights[None]
-        for beside, tensor in _planes(run, name, weights, inverse_factor(seen)):
+        for beside, tensor in _planes(run, name, weights, ErrorFeedback.of(seen)):
             yield beside, tensor[None]
 
 
-def _planes(run: Run, name: str, weights: Tensor, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a checkpoint stores beside a matrix [N, K], or in its place. factor: `inverse_factor` of its
-    inputs' moments."""
-    matrix, scales, planes_only = matrix_named(name), choose_scales(weights), _planes_only(run.recipe)
-    high, low = choose_planes(weights, scales, factor, any_low=planes_only)
+def _planes(run: Run, name: str, weights: Tensor, feedback: ErrorFeedback) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a checkpoint stores beside a matrix [N, K], or in its place."""
+    matrix, planes_only = matrix_named(name), _planes_only(run.recipe)
+    scales = choose_scales(weights, feedback.importance)
+    high, low = choose_planes(weights, scales, feedback, any_low=planes_only)
     if planes_only:
         yield from _stored_planes(matrix, high, low, scales, weights.shape[1])
         return

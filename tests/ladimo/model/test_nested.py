@@ -20,7 +20,7 @@ from ladimo.checkpoint import (
     write_json,
     write_tensors,
 )
-from ladimo.convert.rounding.gptq import choose_planes, choose_scales, inverse_factor, round_nearest
+from ladimo.convert.rounding.gptq import ErrorFeedback, choose_planes, choose_scales, round_nearest
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.nested import (
@@ -97,7 +97,7 @@ def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
     weights, mixing = matrix(48, 96, 1), matrix(96, 96, 2)
     inputs = matrix(2000, 96, 3) @ mixing  # correlated, as real inputs are
     scales = choose_scales(weights)
-    high, low = choose_planes(weights, scales, inverse_factor(inputs.T @ inputs))
+    high, low = choose_planes(weights, scales, ErrorFeedback.of(inputs.T @ inputs))
     steps = scales.float().repeat_interleave(GROUP, dim=1)
 
     def error(codes: Tensor) -> float:
