@@ -109,6 +109,31 @@ def test_feedback_moves_the_output_less_than_rounding_to_the_nearest() -> None:
     assert error(high + low / STEPS) < 0.7 * nearest
 
 
+def test_the_order_of_the_columns_does_not_matter() -> None:
+    """Because those with the largest inputs are rounded first, wherever they are in their group of columns."""
+    weights, inputs = matrix(20, 96, 1), matrix(500, 96, 3) @ matrix(96, 96, 2)
+    within = torch.randperm(GROUP, generator=torch.Generator().manual_seed(0))
+    shuffled = (torch.arange(0, 96, GROUP)[:, None] + within).flatten()
+
+    def planes(order: Tensor) -> tuple[Tensor, Tensor]:
+        feedback = ErrorFeedback.of(inputs[:, order].T @ inputs[:, order])
+        return choose_planes(weights[:, order], choose_scales(weights[:, order], feedback.importance), feedback)
+
+    for plane, again in zip(planes(torch.arange(96)), planes(shuffled), strict=True):
+        assert (plane[:, shuffled] == again).float().mean() > 0.99
+
+
+def test_scales_fit_the_columns_that_matter() -> None:
+    weights, importance = matrix(20, 64), torch.ones(64)
+    importance[::7] = 100.0
+
+    def error(scales: Tensor) -> float:
+        steps = scales.float().repeat_interleave(GROUP, dim=1)
+        return float(((round_nearest(weights, scales) * steps - weights).square() * importance).sum())
+
+    assert error(choose_scales(weights, importance)) < error(choose_scales(weights)) * 0.97
+
+
 def test_a_checkpoint_that_says_nothing_of_the_low_plane_has_the_nearest_one(tmp_path: Path) -> None:
     """As all checkpoints before it was chosen by the conversion: they serve what they served."""
     directory = make_nested(tmp_path)
