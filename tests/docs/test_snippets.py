@@ -33,7 +33,9 @@ UNTESTED = [
     "python -c",
     "python -m loadtests.load_test",
     "ladimo export smol-moe",
+    "python -m loadtests.burst",
     "python -m loadtests.simulate",
+    "python -m loadtests.soak",
 ]
 # Figures and files, not commands.
 DATA = {"json", "toml", "yaml", ""}
