@@ -91,9 +91,7 @@ class Visitor:
         prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
         completion = usage.get("completion_tokens", usage.get("output_tokens"))
         assert prompt is not None and completion is not None
-        # A canary takes requests that leave the choice to the server; "auto" without a condition is one of them.
-        requested = "default" if routing["reason"] == "canary" else ask.requested
-        self._ledger.answered(Answer(requested, routing, reasons, prompt * ask.choices, completion))
+        self._ledger.answered(Answer(ask.requested, routing, reasons, prompt * ask.choices, completion))
 
     async def _leave(self, ask: Ask) -> None:
         """Send a request and leave at some moment: before the end of its head or body, at once, or within the answer."""

@@ -196,14 +196,14 @@ class PolicyStore:
         asks = [None] if state.canary is None else [None, Ask(state.canary.target, "canary", "canary")]
         return [self.resolve(ask, state).policy for ask in asks]
 
-    def canary_route(self, request_id: str) -> Route | None:
+    def canary_route(self, request_id: str, requested: str) -> Route | None:
         """The route of a request that leaves the choice to the server, if the canary takes it. Automatic control may lower it
-        as it lowers the default."""
+        as it lowers the default. `requested`: what it asked for, "auto" or "default"."""
         canary = self.state.canary
         if canary is None or not canary.takes(request_id):
             return None
         floor = None if self.objective is None else self.objective.min_accuracy
-        return replace(self.resolve(Ask(canary.target, "canary", "canary", floor)), requested="default")
+        return replace(self.resolve(Ask(canary.target, "canary", "canary", floor)), requested=requested)
 
     def lowered(self, route: Route, accuracy: float, reason: str) -> Route:
         """The route at a lower accuracy, which its floor must allow."""

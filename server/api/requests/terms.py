@@ -40,7 +40,8 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     tier = rules.store.tier(body.service_tier)
     choice = routing_choice(body.routing, request, body.model, rules.model_name, rules.store)
     leaves_choice = tier.controlled and (choice is None or choice.follows_default)
-    canary = rules.store.canary_route(request.state.request_id) if leaves_choice else None
+    requested = "default" if choice is None else AUTO
+    canary = rules.store.canary_route(request.state.request_id, requested) if leaves_choice else None
     route = canary or rules.store.resolve(choice or tier.ask, controlled=tier.controlled)
     route = meet_deadline(route, deadline, body.token_limit, rules.store, permit.admission)
     route = under_pressure(route, tier, rules.store, permit.admission)
