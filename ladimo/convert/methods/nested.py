@@ -48,13 +48,15 @@ HEAD = "lm_head.weight"
 class NestedRecipe:
     """damage_tokens: held-out tokens on which the damage of each change is found. points: how many policies that refine neurons
     the solver adds between 8 bits everywhere and 4 bits everywhere; half as many do not. refine, head_refine: those of the
-    policies that refine (`RoutingPolicy`). top_bits: of the stored weights; 16: as many as the source has. With 8, the
-    checkpoint takes about 0.53 of the dense model's bytes, `full` reads 8 bits, and no policy refines neurons."""
+    policies that refine (`RoutingPolicy`). route: `balanced` and `fast` refine neurons, too. They then suit single requests,
+    not batches. top_bits: of the stored weights; 16: as many as the source has. With 8, the checkpoint takes about 0.53 of
+    the dense model's bytes, `full` reads 8 bits, and no policy refines neurons."""
 
     damage_tokens: int = 4096
     points: int = 5
     refine: float = 1.5
     head_refine: float = 8.0
+    route: bool = False
     top_bits: int = 16
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class NestedRecipe:
         for name in ("refine", "head_refine"):
             require(getattr(self, name) >= 0, f"nested.{name}", "must be at least 0", getattr(self, name))
         require(self.top_bits in (HIGH, 16), "nested.top_bits", f"must be {HIGH} or 16", self.top_bits)
+        require(not (self.route and self.top_bits == HIGH), "nested.route", "needs nested.top_bits = 16", self.route)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +239,9 @@ def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> l
 def bit_candidates(config: ModelConfig, damages: Sequence[Mapping[str, Any]], recipe: Recipe) -> Candidates:
     """The named policies, the recipe's number of others between 8 and 4 bits, and the guard.
 
-    The named policies and the guard refine words, but no neurons: a batch would need nearly all of them, each for another
-    token. The others are for batches of 1, and also refine neurons. Half as many are for larger batches, and do not.
+    Unless the recipe says `route`, the named policies and the guard refine words, but no neurons: a batch would need nearly all
+    of them, each for another token. The others are for batches of 1, and also refine neurons. Half as many are for larger
+    batches, and do not.
     """
     options, known = recipe.section(NestedRecipe), {}
     for raw in damages:
@@ -249,6 +253,8 @@ def bit_candidates(config: ModelConfig, damages: Sequence[Mapping[str, Any]], re
     # Where the top is 8 bits, these are `full`, and `quality` has to be cheaper.
     full, better, middle = (path.rules[0], 1 / 3, 2 / 3) if config.nested_top_bits else (_same(config, None), 0.0, 0.5)
     rules = {"full": full, "quality": path.near(better), "balanced": path.near(middle), "fast": path.rules[-1]}
+    if options.route:
+        rules |= {"balanced": refined.near(middle), "fast": refined.near(5 / 6), "saved-100": path.rules[-1]}
     for name, some, count in (("saved", path, points // 2), ("refined", refined, points)):
         for point in range(1, count + 1):
             found = some.near(point / (count + 1))

@@ -19,7 +19,11 @@ class Arena:
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
         self._used = 0  # of the last chunk
-        self.used = 0  # of all; what is left free at the ends of chunks is never touched, and takes no memory
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken, those that are left free at the ends of chunks included."""
+        return sum(len(chunk) for chunk in self._chunks[:-1]) + self._used
 
     def empty(self, count: int, dtype: torch.dtype) -> Tensor:
         """Room for `count` numbers, to be written once."""
@@ -28,9 +32,7 @@ class Arena:
             self._chunks.append(huge_zeros(max(CHUNK, size), torch.uint8))
             self._used = 0
         room = self._chunks[-1][self._used : self._used + size]
-        taken = -(-size // ALIGNMENT) * ALIGNMENT
-        self._used += taken
-        self.used += taken
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return room.view(dtype)
 
     def keep(self, tensor: Tensor) -> int:

@@ -192,6 +192,18 @@ def test_policies_refine_what_a_token_needs(nested: Made) -> None:
         assert unrefined is not None and points[name].cost > unrefined
 
 
+def test_named_policies_route_if_the_recipe_says_so(nested: Made) -> None:
+    """`balanced` and `fast` then refine neurons, `quality` does not, and the cheapest policy still exists."""
+    config, changes = read_config(nested.out), read_json(nested.out / "report.json")["changes"]
+    plain = bit_candidates(config, changes, nested.recipe).rules
+    routed = bit_candidates(config, changes, nested.recipe.override({"nested.route": True})).rules
+    assert not any(rule and rule.refine for name in ("balanced", "fast") for rule in plain[name][:-1])
+    assert all(any(rule and rule.refine for rule in routed[name][:-1]) for name in ("balanced", "fast"))
+    assert (routed["full"], routed["quality"], routed["saved-100"]) == (plain["full"], plain["quality"], plain["fast"])
+    with pytest.raises(ValueError, match=r"nested\.route: needs nested\.top_bits = 16"):
+        nested.recipe.override({"nested.route": True, "nested.top_bits": 8})
+
+
 def test_refinement_can_be_turned_off(nested: Made, tmp_path: Path) -> None:
     """As the guide says: with a floor that no neuron reaches, no policy refines neurons."""
     out = tmp_path / "out"
