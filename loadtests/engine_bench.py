@@ -43,7 +43,6 @@ from server.engine.core import EngineCore, assemble_core
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
 BUDGET = "half, the same for all"
-MATRIX_SIZE = 1024  # of the product whose rate counts as the machine's
 PEERS = ("generate", "static", "continuous", "llama.cpp", *PACKAGES)
 
 
@@ -208,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill measurement")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--matrix", type=int, default=1024, help="size of the product whose rate counts as the machine's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="integer weights in our engine; CPU only")
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others, missing = make_peers(wanted, subjects.dense_peer, args)
     batches = batch_sizes(args)
     bandwidth = read_bandwidth(device)
-    products = max(matrix_rate(device, kind, MATRIX_SIZE) for kind in {dtype, torch.float32})
+    products = max(matrix_rate(device, kind, args.matrix) for kind in {dtype, torch.float32})
     rows = make_rows(subjects, others, batches, args)
     for key, run in list(rows.items()):
         torch.set_num_threads(threads)  # the engine changes this number

@@ -17,6 +17,7 @@ from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main
 from loadtests.engine_plot import main as draw
 
 SIZES = ["--device", "cpu", "--prompt", "8", "--tokens", "5", "--prefill", "20", "--rounds", "1", "--batch", "1,3"]
+SIZES += ["--matrix", "64"]
 
 
 def record_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

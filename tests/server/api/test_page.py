@@ -157,6 +157,7 @@ def url(model: Path) -> Iterator[str]:
 @pytest.fixture
 def page(driver: webdriver.Chrome, url: str) -> Iterator[Page]:
     """Asserts afterwards that the browser had nothing to complain of."""
+    driver.get("about:blank")  # the page of a server that has ended would still ask it for metrics
     driver.get_log("browser")  # type: ignore[no-untyped-call]
     yield Page(driver, url)
     errors = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]  # type: ignore[no-untyped-call]

@@ -157,6 +157,7 @@ def test_litellm_completes_with_tools(url: str, http: httpx.Client, monkeypatch:
     Weather.model_validate_json(parsed.choices[0].message.content)
 
 
+@pytest.mark.long
 def test_litellm_knows_a_prompt_that_is_too_long(url: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
