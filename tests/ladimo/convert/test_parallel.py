@@ -116,7 +116,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
         parent.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_trained_side_by_side_are_those_trained_in_turn(source: Path, text: Path, tmp_path: Path) -> None:
     """Byte for byte, where every layer gets one thread."""
     weights = {}

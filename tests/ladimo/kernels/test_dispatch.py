@@ -33,7 +33,11 @@ ROOT = Path(__file__).parents[3]
         pytest.param({}, "int4", marks=pytest.mark.long),
         pytest.param({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None, marks=pytest.mark.long),
         ({"layer": {"router": "table", "router_hidden_size": 5, "expert_weight": "one"}, "num_hidden_layers": 1}, None),
-        ({"model_type": "phi", "num_key_value_heads": 4, "num_hidden_layers": 1, "dense_layers": ()}, "int4"),
+        pytest.param(
+            {"model_type": "phi", "num_key_value_heads": 4, "num_hidden_layers": 1, "dense_layers": ()},
+            "int4",
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["", "int4", "qwen3", "table router", "phi2"],
 )

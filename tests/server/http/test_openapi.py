@@ -15,7 +15,7 @@ from tests.server.serving import serving
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 # With LONG_TESTS set, schemathesis also makes thousands of cases at and beyond the limits of each field.
-SCOPE = ("--max-examples", "100") if os.environ.get("LONG_TESTS") else ("--max-examples", "6", "--phases", "fuzzing,stateful")
+SCOPE = ("--max-examples", "100") if os.environ.get("LONG_TESTS") else ("--max-examples", "3", "--phases", "fuzzing,stateful")
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

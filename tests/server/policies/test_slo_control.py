@@ -88,7 +88,7 @@ async def switch_on(load: Load, **objective: float) -> None:
     assert reply.status_code == 200, reply.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_load_lowers_the_knob_and_relief_raises_it(tmp_path: Path) -> None:
     async with controlled(tmp_path) as load:
         store = load.server.services.store

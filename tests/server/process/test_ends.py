@@ -114,7 +114,7 @@ def test_a_signal_while_the_step_is_compiled_leaves_no_file_and_no_compiler(moe_
     assert not [line for line in running if str(cache).encode() in line]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_signal_ends_a_drain(moe_dir: Path) -> None:
     with running_server(moe_dir, "--shutdown-timeout", "3600") as (server, url):
         body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 8}
