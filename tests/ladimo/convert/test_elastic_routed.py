@@ -170,6 +170,7 @@ def test_a_budget_has_a_routed_and_a_fixed_policy(routed: Made) -> None:
     assert "An r marks routed layers" in (routed.out / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_frontiers_count_what_a_batch_reads(routed: Made) -> None:
     """A routed policy reads more experts in a batch of 32 than a fixed one of the same budget."""
     frontier = read_frontier(routed.out)

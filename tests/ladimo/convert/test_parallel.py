@@ -88,7 +88,7 @@ def test_errors_travel(error: Exception, kind: type[Exception], message: str) ->
     assert message in arrived.__notes__[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     """Else they would go on writing beside the run that resumes. The worker holds a pipe's end; its closing is its death."""
     script = tmp_path / "parent.py"

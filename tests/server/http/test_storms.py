@@ -142,6 +142,7 @@ async def test_a_client_that_leaves_after_the_last_token_but_before_it_was_sent_
         assert samples['ladimo_request_success_total{finish_reason="abort",policy="fast"}'] == 1
 
 
+@pytest.mark.long
 async def test_the_default_changes_hundreds_of_times_a_second_under_load(tmp_path: Path) -> None:
     async with serving(tmp_path, Parts(max_queue=100), max_policies=16) as server:
         client, swaps, over = server.client, 0, asyncio.Event()
