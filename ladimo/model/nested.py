@@ -11,7 +11,7 @@ down, and whether `low` is what then remains, rounded up or rounded down. The pl
 second bit has the nearest `low`. A checkpoint whose top is 8 bits keeps the planes themselves, and no weights.
 
 Nested integer formats: MatQuant (arXiv 2502.06786), Any-Precision LLM (arXiv 2402.10517). Here the planes are chosen by error
-feedback (GPTQ, arXiv 2210.17323), and the top is the source, unchanged.
+feedback (GPTQ, arXiv 2210.17323). The top is the source, unchanged, or these 8 bits.
 
 Legend: N rows (outputs), K columns (inputs), P columns filled up with zeros to whole groups, T tokens.
 """

@@ -1,4 +1,4 @@
-"""Products with nested weights, in which every token has its own number of bits. Reference: `ladimo.model.nested.linear`.
+"""Products with nested weights, in which every token has its own number of bits. Reference: `TorchBackend.nested_linear`.
 
 Per token:  4 bits: H x     8 bits: H x + L x     whole: W x     padding: nothing
 

@@ -1,4 +1,4 @@
-"""The output head with nested weights. References: `ladimo.model.nested.linear`, `ladimo.model.refinement.refine_logits`.
+"""The output head with nested weights. References: `TorchBackend.nested_linear`, `ladimo.model.refinement.refine_logits`.
 
 The logits at each row's bits are one `product`. A second pass finds the best logit of each row, and a third reads the low plane
 of the words that are likely at 4 bits. With few rows these are few words, whose rows alone are read. With many rows they are
