@@ -16,11 +16,11 @@ from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.progress import reporting
-from ladimo.convert.prune import prune
 from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
 from ladimo.convert.report.outside import read_comparison, read_throughput
 from ladimo.convert.report_files import REPORT, measured_policies, render_report
 from ladimo.convert.reprofile import reprofile
+from ladimo.convert.stock.prune import prune
 from ladimo.export import export, targets
 
 logger = logging.getLogger("ladimo")

@@ -32,7 +32,8 @@ from ladimo.checkpoint import (
 from ladimo.convert.rounding.gptq import choose_scales, round_nearest
 from ladimo.convert.source import model_parameters
 from ladimo.model.config import MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import (
+from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, matrix_named
+from ladimo.model.nested.weights import (
     NestedWeights,
     codes_to_rounding,
     low_plane,
@@ -41,7 +42,6 @@ from ladimo.model.nested import (
     read_planes,
     rounded_down,
 )
-from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.router import make_router, weight_dtype
 from ladimo.model.transformer import MoeTransformer

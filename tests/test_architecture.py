@@ -5,6 +5,7 @@ Each rule is a function of one module, tried on made-up modules below, so that a
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -79,7 +80,7 @@ WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prom
 TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ("ladimo", None, ("server", *WEB)),
     ("ladimo.model", ("torch", "triton", "ladimo.model"), ()),
-    ("ladimo.policy", ("ladimo.model.config", "ladimo.model.precision", "ladimo.model.rule"), ()),
+    ("ladimo.policy", ("ladimo.model.config", "ladimo.model.precision", "ladimo.model.rule", "ladimo.policy"), ()),
     (
         "ladimo.checkpoint",
         ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy", "ladimo.checkpoint"),
@@ -223,6 +224,16 @@ def far_imports(source: Sequence[Module], room: str, forbidden: tuple[str, ...])
     return {module.name for module in source if module.name in seen and module.imported(*forbidden)}
 
 
+MOST_FILES = 15  # of Python in one package, __init__.py and packages inside apart
+MOST_LINES = 400  # of a Python file
+
+
+def crowded(files: Iterable[Path]) -> dict[str, int]:
+    """Folders with more Python files than a reader takes in at a glance."""
+    counts = Counter(path.parent.as_posix() for path in files if path.name != "__init__.py")
+    return {folder: count for folder, count in counts.items() if count > MOST_FILES}
+
+
 RULES: list[Callable[[Module], set[str]]] = [
     import_table,
     shared_half_knows_nothing_of_the_making_half,
@@ -238,6 +249,26 @@ RULES: list[Callable[[Module], set[str]]] = [
 def test_rule_holds(rule: Callable[[Module], set[str]]) -> None:
     broken = {module.name: sorted(found) for module in modules() if (found := rule(module))}
     assert not broken
+
+
+def python_files() -> list[Path]:
+    packages = ("ladimo", "server", "deploy", "loadtests", "tests")
+    return [path.relative_to(ROOT) for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def test_no_folder_is_crowded() -> None:
+    assert crowded(python_files()) == {}
+
+
+def test_a_crowded_folder_is_found() -> None:
+    files = [Path(f"a/{number}.py") for number in range(16)] + [Path(f"b/{number}.py") for number in range(15)]
+    assert crowded([*files, Path("b/__init__.py"), Path("b/c/0.py")]) == {"a": 16}
+
+
+def test_no_file_is_long() -> None:
+    lengths = {path.as_posix(): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    assert len(lengths) > 300
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -10,8 +10,8 @@ from ladimo.checkpoint.tensors import TensorReader, stored_dtype
 from ladimo.model.backends.choose import choose_backend, on_device, resolve_dtype
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
-from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named, nest_layers, nest_tied
-from ladimo.model.quantized_layers import quantize_layers, quantize_model
+from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, matrix_named, nest_layers, nest_tied
+from ladimo.model.quantization.layers import quantize_layers, quantize_model
 from ladimo.model.transformer import DecoderLayer, MoeTransformer
 
 

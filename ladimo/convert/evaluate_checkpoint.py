@@ -17,7 +17,7 @@ from ladimo.convert.evaluation.tasks import PROTOCOL, EncodedTask, encode_task, 
 from ladimo.convert.evaluation.variants import Rules, variant_of
 from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.provenance import find_dense_source
-from ladimo.convert.stock_model import open_model
+from ladimo.convert.stock.model import open_model
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.policy import RoutingPolicy
 

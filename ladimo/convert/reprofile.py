@@ -26,7 +26,7 @@ from ladimo.convert.policies.frontier import measure_frontier
 from ladimo.convert.provenance import PROVENANCE, device_name, file_hash, find_dense_source
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report_files import REPORT, policy_entries, write_report
-from ladimo.convert.stock_profile import profile_stock
+from ladimo.convert.stock.profile import profile_stock
 from ladimo.convert.streamed_model import StreamedModel
 
 logger = logging.getLogger(__name__)

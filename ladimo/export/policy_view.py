@@ -16,7 +16,7 @@ from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json, stored_dt
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
-from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, matrix_named, read_matrix
+from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, matrix_named, read_matrix
 from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.model.router import SELECTION_BIAS
 from ladimo.model.transformer import MoeTransformer

@@ -80,7 +80,7 @@ class StepOutput(NamedTuple):
     logits: Tensor  # [R, V]
     expert_ids: Tensor | None  # [L, T, E]; -1 = no expert, so a dense layer has only -1; None for a dense model
     # [L + 1, T, G]: the neurons of each layer, and the words of the output head, that were read at 8 bits instead of 4. None if
-    # the weights are not nested. See `ladimo.model.refinement`.
+    # the weights are not nested. See `ladimo.model.nested.refinement`.
     refined: Tensor | None = None
 
     @property

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
 from ladimo.model.layers import GatedMLP
-from ladimo.model.nested import NestedWeights
+from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.quantization import Weights
 from ladimo.model.router import make_router
 from ladimo.model.rule import RuleNumber

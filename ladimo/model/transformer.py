@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import FFNS, Norm, RotaryEmbedding, make_norm
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedEmbedding, NestedHead
+from ladimo.model.nested.layers import NestedEmbedding, NestedHead
 from ladimo.model.rule import RuleNumber
 
 

@@ -29,7 +29,7 @@ class LayerRule:
     bits, attention_bits: how many bits are read of the experts' weights, and of the attention's. None = all. See
     `ladimo.model.nested`.
     refine: a neuron whose score at 4 bits is at least this many times the token's mean score is read at 8 bits. None = no
-    neuron. Needs bits 4. See `ladimo.model.refinement`.
+    neuron. Needs bits 4. See `ladimo.model.nested.refinement`.
     """
 
     top_k: int

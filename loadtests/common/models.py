@@ -10,11 +10,11 @@ from ladimo.model.backends.choose import DTYPES, choose_backend, on_device
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.model.families import read_model_config
 from ladimo.model.moe import Experts
-from ladimo.model.nested import SCALE_DTYPE, STEPS
-from ladimo.model.nested_layers import NestedExperts, NestedHead, NestedLinear
+from ladimo.model.nested.layers import NestedExperts, NestedHead, NestedLinear
+from ladimo.model.nested.weights import SCALE_DTYPE, STEPS
 from ladimo.model.precision import GROUP, NESTED_BITS
 from ladimo.model.quantization import QuantizedWeights, find_format
-from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.quantization.layers import quantize_model
 from ladimo.model.router import weight_dtype
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy

@@ -157,7 +157,7 @@ class ExpertSnapshot:
     distinct_experts[layer][n]: steps in which exactly n different experts of the layer ran.
     A dense layer has zeros everywhere and no reachable experts.
     refined[policy][layer][group]: how many neurons of the group were read at 8 bits instead of 4, summed over tokens; of the
-    last entry, how many words of the output head. None if the weights are not nested (`ladimo.model.refinement`).
+    last entry, how many words of the output head. None if the weights are not nested (`ladimo.model.nested.refinement`).
     """
 
     call_id: int

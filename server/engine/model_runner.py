@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.graphs.cuda_graphs import DecodeGraphs

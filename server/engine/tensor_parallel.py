@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ladimo.checkpoint import choose_device, choose_dtype, read_config
 from ladimo.checkpoint.sharded import load_shard
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.backends.choose import NUM_THREADS
 from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.sharding import Shard
 from ladimo.model.transformer import MoeTransformer
 from server.engine.config import EngineConfig

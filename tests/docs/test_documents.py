@@ -58,7 +58,7 @@ def ladimo_flags() -> set[str]:
 
 def benchmark_flags() -> set[str]:
     """Those that the benchmarks' sources declare."""
-    return {flag for path in (ROOT / "loadtests").glob("*.py") for flag in re.findall(r'"(--[a-z][a-z-]*)"', text(path))}
+    return {flag for path in (ROOT / "loadtests").rglob("*.py") for flag in re.findall(r'"(--[a-z][a-z-]*)"', text(path))}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -14,7 +14,7 @@ from ladimo.model.config import MoeLayerConfig
 from ladimo.model.experts import apply_experts_masked
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.quantization import QuantizedWeights, quantize_weights
-from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.quantization.layers import quantize_model
 from ladimo.model.rule import RuleNumber
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
-from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import DownWeights, to_neuron_rows, to_words
-from ladimo.model.refinement import column_norms
+from ladimo.model.nested.plane_layout import DownWeights, to_neuron_rows, to_words
+from ladimo.model.nested.refinement import column_norms
+from ladimo.model.nested.weights import NestedWeights
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.common.models import random_planes
 from server.engine.config import EngineConfig
@@ -21,7 +21,9 @@ from tests.factories import make_nested
 from tests.server.engine.graphs import Driver, assert_idle, random_prompts
 
 pytest.importorskip("triton")
-from ladimo.model.kernels import nested, nested_experts, nested_head
+from ladimo.model.kernels.nested import experts as nested_experts
+from ladimo.model.kernels.nested import head as nested_head
+from ladimo.model.kernels.nested import linear as nested_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -91,7 +93,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def linear(x: Tensor, weights: NestedWeights, bits: Tensor) -> Tensor:
-    return nested.linear(x, weights, bits)
+    return nested_linear.linear(x, weights, bits)
 
 
 def run_layer(tokens: Tokens, layer: Layer) -> tuple[Tensor, Tensor]:

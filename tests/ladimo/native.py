@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.cpu.native_step import NativeStep
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from tests.factories import VOCAB_SIZE

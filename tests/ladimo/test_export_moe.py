@@ -15,7 +15,7 @@ from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import MoeLayerConfig
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import HALF_ROPE, LLAMA3_ROPE, VOCAB_SIZE, make_dense, make_moe
-from tests.ladimo.model.test_moe_families import MODELS
+from tests.ladimo.model.families.test_moe_families import MODELS
 from tests.ladimo.stepping import Stepper, make_tables
 
 CPU = torch.device("cpu")

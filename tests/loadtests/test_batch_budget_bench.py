@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ladimo.model.cpu.build import library
-from loadtests.batch_budget_bench import main
+from loadtests.costs.batch_budget_bench import main
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no compiled CPU kernel here")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests import counting_bench, mixed_bench, sampling_bench, scrape_bench, stall_bench
+from loadtests.costs import counting_bench, mixed_bench, sampling_bench, scrape_bench, stall_bench
 from tests.factories import make_nested
 from tests.server.real import serving_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.damage_bench import agreement, bench, table
+from loadtests.accuracy.damage_bench import agreement, bench, table
 from tests.factories import make_dense
 from tests.ladimo.convert.conftest import make_text
 

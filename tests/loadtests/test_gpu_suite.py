@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from loadtests import gpu_suite
-from loadtests.gpu_suite import SECTIONS, Bench, run_all, run_section
+from loadtests.gpu.bench import Bench
+from loadtests.gpu_suite import SECTIONS, run_all, run_section
 
 ABSENT = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "llguidance", "hypothesis")
 

@@ -7,7 +7,7 @@ import pytest
 
 from ladimo.checkpoint import read_config, read_policies
 from ladimo.model.cpu.build import library
-from loadtests.precision_bench import main
+from loadtests.accuracy.precision_bench import main
 from tests.factories import make_dense, make_nested
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no compiled CPU kernel here")

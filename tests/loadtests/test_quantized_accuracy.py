@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ladimo.model.cpu.build import library
-from loadtests.quantized_accuracy import main
+from loadtests.accuracy.quantized_accuracy import main
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no compiled CPU kernel here")
 

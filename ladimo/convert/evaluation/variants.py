@@ -15,7 +15,7 @@ from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedHead
+from ladimo.model.nested.layers import NestedHead
 from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
 from ladimo.model.moe import ExpertLayer, Experts
-from ladimo.model.nested import NestedWeights
-from ladimo.model.refinement import apply_refined
+from ladimo.model.nested.refinement import apply_refined
+from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
 

@@ -21,7 +21,7 @@ from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import Rules
 from ladimo.convert.ffn.expert_layer import full_rule, layer_error
 from ladimo.convert.ffn.layer_data import LayerData
-from ladimo.convert.layer_jobs import work_on_layers
+from ladimo.convert.jobs.layer_jobs import work_on_layers
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.report_figures import depth_curve, initialisation_curves
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, routed_candidates

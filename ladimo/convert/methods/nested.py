@@ -5,7 +5,7 @@
    The weights themselves stay, so that policy `full` is the dense model. With `top_bits` 8 only the planes stay.
 3. The damage of reading 4 instead of 8 bits is found for each FFN, each attention and the output head alone: that of layers
    is estimated (`policies.precision`), that of the head measured. FFNs and the head have two: with and without refining what
-   matters to a token (`ladimo.model.refinement`). The solver takes the changes in the order of damage per byte saved.
+   matters to a token (`ladimo.model.nested.refinement`). The solver takes the changes in the order of damage per byte saved.
 
 Nothing is trained. No FFN is split: each is one expert. A policy chooses its bits, and its neurons are refined one by one.
 """
@@ -35,8 +35,8 @@ from ladimo.convert.run import Run
 from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
-from ladimo.model.nested import codes_to_rounding, low_plane, low_rounded_down, plane_to_nibbles, rounded_down
-from ladimo.model.nested_layers import EMBEDDING, TIED_HEAD, Matrix, matrix_named
+from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, Matrix, matrix_named
+from ladimo.model.nested.weights import codes_to_rounding, low_plane, low_rounded_down, plane_to_nibbles, rounded_down
 from ladimo.model.precision import NESTED_BITS
 from ladimo.policy import LayerRule, RoutingPolicy
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.model.nested import HIGHEST, LOWEST, SCALE_DTYPE, STEPS, low_rounded_down, rounded_down
+from ladimo.model.nested.weights import HIGHEST, LOWEST, SCALE_DTYPE, STEPS, low_rounded_down, rounded_down
 from ladimo.model.quantization import GROUP
 
 # The columns whose errors are added to the later columns in one product.

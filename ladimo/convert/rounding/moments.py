@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import StreamedModel
-from ladimo.model.attention import Attention
+from ladimo.model.attention.layer import Attention
 
 
 @dataclass(frozen=True, slots=True)

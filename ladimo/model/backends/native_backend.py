@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.backends.torch_backend import Step, TorchBackend
 from ladimo.model.cpu.native_draw import NativeDraw
 from ladimo.model.cpu.native_step import NativeStep, stored_format
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 
 

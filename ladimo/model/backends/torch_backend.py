@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ladimo.model import experts, norm_activation, paged_attention, quantization, refinement, routing
+from ladimo.model import experts, norm_activation, quantization, routing
+from ladimo.model.attention import paged
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import huge_zeros
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.kv_cache import KVCache
-from ladimo.model.nested import NestedWeights, by_precision
+from ladimo.model.nested import refinement
+from ladimo.model.nested.weights import NestedWeights, by_precision
 from ladimo.model.precision import REFINED_GROUPS
 
 # The share of a GPU's free memory that the KV cache gets, after the weights are loaded.
@@ -56,8 +58,8 @@ class TorchBackend:
     rms_norm = staticmethod(norm_activation.rms_norm)
     add_rms_norm = staticmethod(norm_activation.add_rms_norm)
     silu_mul = staticmethod(norm_activation.silu_mul)
-    rotate_and_store = staticmethod(paged_attention.rotate_and_store)
-    attend_decode = staticmethod(paged_attention.attend_decode)
+    rotate_and_store = staticmethod(paged.rotate_and_store)
+    attend_decode = staticmethod(paged.attend_decode)
     select_experts = staticmethod(routing.select_experts)
     apply_batch_budget = staticmethod(routing.apply_batch_budget)
     apply_experts = staticmethod(experts.apply_experts)

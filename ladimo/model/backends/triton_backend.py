@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.kernels import attention, experts, linear, nested, nested_experts, nested_head, norm_activation, routing
-from ladimo.model.nested import NestedWeights
-from ladimo.model.nested_layers import NestedExperts, NestedLinear
-from ladimo.model.plane_layout import DownWeights
+from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+from ladimo.model.kernels.nested import experts as nested_experts
+from ladimo.model.kernels.nested import head as nested_head
+from ladimo.model.kernels.nested import linear as nested_linear
+from ladimo.model.nested.layers import NestedExperts, NestedLinear
+from ladimo.model.nested.plane_layout import DownWeights
+from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.quantization import Weights
 
 # The kernels can unpack integer formats with these numbers of bits.
@@ -74,7 +77,7 @@ class TritonBackend(TorchBackend):
     def nested_linear(self, x: Tensor, weights: NestedWeights, bits: Tensor, bias: Tensor | None = None) -> Tensor:
         if _wants_gradients((x,)):
             return super().nested_linear(x, weights, bits, bias)
-        return nested.linear(x, weights, bits, bias)
+        return nested_linear.linear(x, weights, bits, bias)
 
     def apply_nested(
         self,

@@ -23,7 +23,7 @@ from pathlib import Path
 from shutil import which
 
 from ladimo.model.cpu.cache import cache_directories, make_private
-from ladimo.model.nested import STEPS
+from ladimo.model.nested.weights import STEPS
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.rule import RuleNumber
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ladimo.model.attention import Attention
+from ladimo.model.attention.kv_cache import KVCache
+from ladimo.model.attention.layer import Attention
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.build import library, origin
@@ -31,10 +32,9 @@ from ladimo.model.cpu.packing import (
 from ladimo.model.cpu.pool import Pool
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.layers import GatedMLP
 from ladimo.model.moe import ExpertLayer
-from ladimo.model.nested_layers import NestedEmbedding, NestedLinear
+from ladimo.model.nested.layers import NestedEmbedding, NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
 from ladimo.model.router import GluRouter, LinearRouter, MlpRouter, Router, TableRouter

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ladimo.model.cpu.arena import Arena
 from ladimo.model.cpu.pool import Pool
-from ladimo.model.nested import SCALE_DTYPE, NestedWeights
+from ladimo.model.nested.weights import SCALE_DTYPE, NestedWeights
 from ladimo.model.quantization import GROUP, QuantizedWeights, find_format
 
 LANES, PANELS = 16, 4

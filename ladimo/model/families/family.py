@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ladimo.model.attention import Attention
+from ladimo.model.attention.layer import Attention
 from ladimo.model.config import FfnKind, ModelConfig, MoeLayerConfig, NormKind, QkNorm
 from ladimo.model.families.rope import read_rope
 from ladimo.model.fields import MAX_SIZE, flag, positive_int, positive_number, size

@@ -1,5 +1,5 @@
 """Decode attention over the paged KV cache, and rotary embedding with the store of keys and values. References: the functions
-of the same names in `ladimo.model.paged_attention`.
+of the same names in `ladimo.model.attention.paged`.
 
 The time of decode attention is the time to read keys and values. So the context of each sequence is divided into parts that run
 in parallel (flash-decoding). A second kernel joins the parts by their maxima and sums.

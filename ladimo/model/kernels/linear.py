@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.model.kernels.dequantize import load_columns, load_elements, stored, widen
-from ladimo.model.kernels.experts import Tile
+from ladimo.model.kernels.tiles import Tile
 from ladimo.model.quantization import QuantizedWeights
 
 # From this many rows on, unpacking the weights once should take less time than unpacking them for every block of rows.

@@ -60,6 +60,11 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row + columns, (weight * x.to(dtype).to(tl.float32)).to(dtype), mask=live)
 
 
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both [T, F]. Reference: `ladimo.model.norm_activation.silu_mul`."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -78,5 +83,5 @@ def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.const
     dtype = out_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + places, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + places, mask=live, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out_ptr + places, (silu * up).to(dtype), mask=live)
+    activated = silu(gate).to(dtype).to(tl.float32)
+    tl.store(out_ptr + places, (activated * up).to(dtype), mask=live)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
+from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.inputs import RoutingTables
-from ladimo.model.kv_cache import KVCache
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
 from server.engine.graphs.step_buffers import Staging, StepBuffers

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladimo.model import paged_attention as plain
+from ladimo.model.attention import paged as plain
 
 pytest.importorskip("triton")
 from ladimo.model.kernels import attention as kernels

@@ -12,7 +12,7 @@ from ladimo.model.quantization import QuantizedWeights, quantize_weights
 
 pytest.importorskip("triton")
 from ladimo.model.kernels import experts, linear
-from ladimo.model.kernels.experts import Tile
+from ladimo.model.kernels.tiles import Tile
 
 FORMATS = ("int8", "int4")
 SMALL = Tile(16, 32, 32, num_warps=4, num_stages=2), Tile(16, 32, 32, num_warps=4, num_stages=2)

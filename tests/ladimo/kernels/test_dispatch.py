@@ -14,7 +14,7 @@ import torch
 from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import StepInputs, StepOutput
-from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.quantization.layers import quantize_model
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import make_moe, make_nested
 from tests.ladimo.stepping import Row, Stepper, make_tables
@@ -118,7 +118,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     """Types, layouts and the machine's limits at the sizes of a 7B model: what the interpreter does not know. Batches between
     the smallest and the largest are compiled with LONG_TESTS only."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "loadtests.kernel_compile", *([] if os.environ.get("LONG_TESTS") else ["--few"])]
+    command = [sys.executable, "-m", "loadtests.gpu.kernel_compile", *([] if os.environ.get("LONG_TESTS") else ["--few"])]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from ladimo.model.experts import apply_experts_grouped
 
 pytest.importorskip("triton")
-from ladimo.model.kernels.experts import Tile, apply_experts, grouped_tiles
+from ladimo.model.kernels.expert_grouped import grouped_tiles
+from ladimo.model.kernels.experts import apply_experts
+from ladimo.model.kernels.tiles import Tile
 
 # Sizes that no tile divides.
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 52, 44

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ladimo.model.backends.torch_backend import TorchBackend
-from ladimo.model.nested import NestedWeights
-from ladimo.model.plane_layout import DownWeights, to_neuron_rows, to_words
+from ladimo.model.nested.plane_layout import DownWeights, to_neuron_rows, to_words
+from ladimo.model.nested.refinement import column_norms
+from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.quantization import QuantizedWeights
-from ladimo.model.refinement import column_norms
 from tests.factories import nested_weights
 
 pytest.importorskip("triton")
-from ladimo.model.kernels import nested, nested_experts, nested_head
+from ladimo.model.kernels.nested import experts as nested_experts
+from ladimo.model.kernels.nested import head as nested_head
+from ladimo.model.kernels.nested import linear as nested_linear
 
 EXAMPLES = 40 if os.environ.get("LONG_TESTS") else 3  # the interpreter is slow
 INF = float("inf")
@@ -76,7 +78,7 @@ def test_linear(kinds: list[str], rows: int, cols: int, has_bias: bool) -> None:
     weights, x = matrix(rows, cols, device=device), draw(len(kinds), cols, device=device)
     bias = draw(rows, device=device, seed=1) if has_bias else None
     bits, _ = wishes(kinds, device)
-    out = nested.linear(x, weights, bits, bias)
+    out = nested_linear.linear(x, weights, bits, bias)
     padding = bits == 0
     expected = REFERENCE.nested_linear(x, weights, bits, bias)
     torch.testing.assert_close(out[~padding], expected[~padding], rtol=0, atol=2e-5)
@@ -90,7 +92,7 @@ def test_linear_in_half_precision(decode_tokens: int, device: torch.device) -> N
     weights, x = matrix(33, 96, device=device), draw(4, 96, device=device, dtype=torch.float16)
     bits, _ = wishes(["4", "8", "whole", "4"], device)
     weights = replace(weights, full=whole(weights).half())
-    out = nested.linear(x, weights, bits, decode_tokens=decode_tokens)
+    out = nested_linear.linear(x, weights, bits, decode_tokens=decode_tokens)
     assert out.dtype == torch.float16
     expected = REFERENCE.nested_linear(x.float(), replace(weights, full=whole(weights).float()), bits)
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=4e-3)
@@ -98,7 +100,7 @@ def test_linear_in_half_precision(decode_tokens: int, device: torch.device) -> N
 
 def test_without_whole_weights_more_bits_are_eight(device: torch.device) -> None:
     weights, x = replace(matrix(20, 40, device=device), full=None), draw(2, 40, device=device)
-    out = nested.linear(x, weights, wishes(["8", "whole"], device)[0])
+    out = nested_linear.linear(x, weights, wishes(["8", "whole"], device)[0])
     expected = REFERENCE.nested_linear(x, weights, wishes(["8", "8"], device)[0])
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
@@ -107,16 +109,21 @@ def test_columns_in_parts(device: torch.device) -> None:
     """Long rows and few of them: several programs add up a row, as many for one token as for many."""
     weights = matrix(5, 2100, device=device)
     x, (bits, _) = draw(3, 2100, device=device), wishes(["4", "8", "whole"], device)
-    parts = nested.product(x, weights, nested.Tokens(bits), True)
+    parts = nested_linear.product(x, weights, nested_linear.Tokens(bits), True)
     assert len(parts) == 2 and (parts != 0).all()
     expected = REFERENCE.nested_linear(x, weights, bits)
     torch.testing.assert_close(parts.sum(dim=0), expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(nested.linear(x, weights, bits), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(nested_linear.linear(x, weights, bits), expected, rtol=0, atol=2e-5)
 
 
 def test_number_of_parts() -> None:
     """Of a 7B model, at 32 rows of weights per program: projections, gate and up, down, the output head."""
-    assert [nested.num_parts(tiles, blocks) for tiles, blocks in ((128, 16), (688, 16), (128, 43), (1000, 16))] == [4, 1, 4, 1]
+    assert [nested_linear.num_parts(tiles, blocks) for tiles, blocks in ((128, 16), (688, 16), (128, 43), (1000, 16))] == [
+        4,
+        1,
+        4,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["4", "8", "whole"])
@@ -131,7 +138,7 @@ def test_a_plane_that_nobody_wants_is_not_read(kind: str, device: torch.device) 
         high=poisoned(weights.high) if kind == "whole" else weights.high,
         low=weights.low if kind == "8" else poisoned(weights.low),
     )
-    torch.testing.assert_close(nested.linear(x, broken, bits)[0], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(nested_linear.linear(x, broken, bits)[0], expected, rtol=0, atol=2e-5)
 
 
 def test_a_token_does_not_depend_on_what_others_want(device: torch.device) -> None:
@@ -139,12 +146,12 @@ def test_a_token_does_not_depend_on_what_others_want(device: torch.device) -> No
     weights, x = matrix(40, 300, device=device), draw(6, 300, device=device)
     crowd, _ = wishes(["4", "8", "whole", "8", "4", "padding"], device)
     tolerance = 0.0 if device.type == "cuda" else 1e-6
-    out = nested.linear(x, weights, crowd)
+    out = nested_linear.linear(x, weights, crowd)
     for token in range(5):
-        alone = nested.linear(x[token : token + 1], weights, crowd[token : token + 1])
+        alone = nested_linear.linear(x[token : token + 1], weights, crowd[token : token + 1])
         torch.testing.assert_close(alone[0], out[token], rtol=0, atol=tolerance)
     broken = replace(weights, low=poisoned(weights.low), full=torch.full_like(whole(weights), torch.nan))
-    with_nan = nested.linear(x, broken, crowd)
+    with_nan = nested_linear.linear(x, broken, crowd)
     assert torch.equal(with_nan[[0, 4, 5]], out[[0, 4, 5]])
     assert with_nan[1:4].isnan().all()
 

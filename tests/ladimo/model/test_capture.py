@@ -23,10 +23,10 @@ from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
 from ladimo.model.experts import MAX_GATHERED, apply_experts_grouped
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.quantized_layers import quantize_model
+from ladimo.model.quantization.layers import quantize_model
 from ladimo.model.transformer import MoeTransformer
 from tests.factories import make_moe
-from tests.ladimo.model.test_families import FAMILIES
+from tests.ladimo.model.families.test_families import FAMILIES
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 # Any device but the CPU: a torch built without CUDA cannot index a fake tensor that claims to be on a GPU.
@@ -140,7 +140,7 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
     fake tensors."""
     pytest.importorskip("triton")
     from ladimo.model.backends.triton_backend import TritonBackend
-    from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
+    from ladimo.model.kernels import attention, expert_grouped, expert_matvec, linear, norm_activation, routing
 
     launched = set()
 
@@ -152,7 +152,7 @@ def test_decode_step_of_moe_on_kernels(moe_dir: Path, monkeypatch: pytest.Monkey
             assert all(type(size) is int and size > 0 for size in grid)
             return lambda *args, **options: launched.add(self.name)
 
-    for module in (attention, experts, linear, norm_activation, routing):
+    for module in (attention, expert_grouped, expert_matvec, linear, norm_activation, routing):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launch(name))
     config = read_config(moe_dir)

@@ -17,7 +17,7 @@ from ladimo.model.experts import apply_experts, apply_experts_masked
 from ladimo.model.inputs import StepInputs, StepOutput
 from ladimo.model.moe import Experts
 from ladimo.model.quantization import GROUP, dequantize, find_format, formats, linear, quantize, quantize_weights
-from ladimo.model.quantized_layers import QuantizedExperts, QuantizedLinear, quantize_layers, quantize_model
+from ladimo.model.quantization.layers import QuantizedExperts, QuantizedLinear, quantize_layers, quantize_model
 from ladimo.model.router import Router
 from ladimo.model.transformer import MoeTransformer
 from tests.factories import VOCAB_SIZE, make_dense, make_moe

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
-from loadtests.stall_bench import worst_bodies
+from loadtests.costs.stall_bench import worst_bodies
 from server.api.http import bodies
 from server.api.http.bodies import JsonRoute
 from server.api.http.json_reader import read_json

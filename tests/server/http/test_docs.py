@@ -1,4 +1,4 @@
-"""The API's page: under the page's policy, at any prefix. tests/server/api/test_page.py opens it in a browser."""
+"""The API's page: under the page's policy, at any prefix. tests/server/page/test_page.py opens it in a browser."""
 
 import re
 from pathlib import Path

@@ -22,7 +22,8 @@ from server.text.grammar import GrammarCompiler
 from tests.deploy import test_dashboards
 from tests.factories import VOCAB_SIZE, make_moe, make_tokenizer
 from tests.ladimo.model import test_capture
-from tests.server.api import test_choices, test_logprobs, test_routing_api, test_structured_output
+from tests.server.api import test_choices, test_logprobs, test_structured_output
+from tests.server.api.routing import test_routing_api
 from tests.server.engine import test_generation, test_logits, test_scheduler
 from tests.server.fakes import fake_policy
 from tests.server.http import test_access, test_bad_input, test_fuzz, test_slow_clients, test_storms

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ladimo.convert.data.calibration import Calibration
-from ladimo.convert.layer_jobs import work_on_layers
+from ladimo.convert.jobs.layer_jobs import work_on_layers
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.elastic.layers import SolvedLayers, contested_budgets, solve_layer
 from ladimo.convert.methods.elastic.plans import (

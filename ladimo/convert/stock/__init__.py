@@ -1,0 +1,1 @@
+"""Models that were trained as Mixture-of-Experts: they are profiled and pruned, not converted."""

@@ -1,0 +1,1 @@
+"""Attention: the layer, its reference in torch, and the paged cache."""

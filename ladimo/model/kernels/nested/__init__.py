@@ -1,0 +1,1 @@
+"""Triton kernels for nested weights, in which every token has its own number of bits."""

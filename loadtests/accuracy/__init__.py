@@ -1,0 +1,1 @@
+"""What precisions and policies cost in accuracy."""

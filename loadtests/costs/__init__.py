@@ -1,0 +1,1 @@
+"""What one feature of the server costs in time."""

@@ -1,0 +1,1 @@
+"""What the GPU suite measures, and benchmarks of single kernels."""
