@@ -77,17 +77,9 @@ class _Run:
     def __init__(self, settings: ServerSettings, services: Services) -> None:
         self._settings, self._services = settings, services
         self._failed = False
-        access = Access(
-            api_keys=[key.get_secret_value() for key in settings.api_key],
-            admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
-            open_admin=settings.insecure_admin and settings.is_loopback,
-            allow_origins=settings.allow_origin,
-            max_body_bytes=settings.max_body_bytes,
-            body_timeout=settings.body_timeout,
-        )
         if settings.insecure_admin and not settings.is_loopback:
             logger.warning("--insecure-admin is ignored: %s is not a loopback address", settings.host)
-        app = create_app(services, access, on_ready=self._ready, on_dead=self._dead)
+        app = create_app(services, access_of(settings), on_ready=self._ready, on_dead=self._dead)
         self._server = _Server(app, settings, self._drain)
 
     def run(self, sockets: Sequence[socket.socket]) -> int:
@@ -171,6 +163,18 @@ class _Server(uvicorn.Server):
 
     def _start_drain(self) -> None:
         self._draining = asyncio.create_task(self._begin_drain())
+
+
+def access_of(settings: ServerSettings) -> Access:
+    """Who may call a server with these settings."""
+    return Access(
+        api_keys=[key.get_secret_value() for key in settings.api_key],
+        admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
+        open_admin=settings.insecure_admin and settings.is_loopback,
+        allow_origins=settings.allow_origin,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout=settings.body_timeout,
+    )
 
 
 def build_services(settings: ServerSettings) -> Services:

@@ -5,7 +5,8 @@ import json
 import os
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,11 +273,25 @@ def read_settings(arguments: Sequence[str]) -> ServerSettings:
     Raises SystemExit for --help and wrong flags, and ValueError with a message of one line for wrong values.
     """
     flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(ServerSettings, formatter_class=HelpFormatter)
-    try:
+    with _one_line():
         source = flags(args=list(arguments))
         path = source().get("config") or os.environ.get("LADIMO_CONFIG")
         file = {} if not path else _read_file(Path(path))
         return ServerSettings(_cli_settings_source=source, **file)  # type: ignore[call-arg]
+
+
+def read_mapping(raw: Mapping[str, Any], where: str) -> ServerSettings:
+    """Read the settings from a mapping by name, as a settings file has them. The environment wins over it. `where`: names it in
+    errors. Raises ValueError with a message of one line."""
+    with _one_line():
+        return ServerSettings(**_known(raw, where))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn errors of wrong values into ValueError with a message of one line that names the flag."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:1])
@@ -292,8 +307,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
+    return _known(raw, str(path))
+
+
+def _known(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings by field name. Raises ValueError for a name that is none."""
     settings = {name.replace("-", "_"): value for name, value in raw.items()}
     unknown = sorted(settings.keys() - (ServerSettings.model_fields.keys() - {"config"}))
     if unknown:
-        raise ValueError(f"{path}: there is no setting {unknown[0]!r}")
+        raise ValueError(f"{where}: there is no setting {unknown[0]!r}")
     return settings

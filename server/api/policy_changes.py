@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from server.api.admission import Admission
@@ -10,23 +11,28 @@ from server.metrics import Metrics
 from server.policies.state import State
 from server.policies.store import PolicyStore
 
+# Makes a state current on several servers, this one included, or on none.
+Share = Callable[[State], Awaitable[None]]
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyChanges:
-    """`lock` must be held during a change, because each change builds on the state that the last one left."""
+    """`lock` must be held during a change, because each change builds on the state that the last one left.
+
+    `share`: if several servers have the same policies, makes a change on all of them.
+    """
 
     store: PolicyStore
     engine: AsyncEngine
     admission: Admission
     metrics: Metrics
     lock: asyncio.Lock
+    share: Share | None = None
 
     async def commit(self, state: State, swap: bool = False) -> float:
-        """Make the policies of the new default and of the canary resident in the engine, then make `state` current.
+        """Make `state` current. Returns the seconds until all engines had its policies.
 
-        Returns the seconds that the engine took.
-
-        Raises EngineDead, Loading or PolicyTableFull. Then nothing has changed.
+        Raises EngineDead, Loading or PolicyTableFull, and what `share` raises. Then nothing has changed.
         """
         store, metrics = self.store, self.metrics
         if self.engine.state is not EngineState.READY:
@@ -37,9 +43,11 @@ class PolicyChanges:
         swap = swap or route.policy != store.resolve().policy
         started = time.monotonic()
         try:
-            await self.engine.activate(store.resident(state))
-            seconds = time.monotonic() - started
-            await asyncio.to_thread(store.commit, state)
+            if self.share is None:
+                seconds = await self.install(state)
+            else:
+                await self.share(state)
+                seconds = time.monotonic() - started
         except Exception:
             if swap:
                 metrics.policy_swaps.labels("failed").inc()
@@ -47,7 +55,26 @@ class PolicyChanges:
         if swap:
             metrics.policy_swaps.labels("ok").inc()
             metrics.policy_swap_duration.observe(seconds)
-        show_policies(store, metrics)
+        return seconds
+
+    async def prepare(self, state: State) -> None:
+        """Make the policies of both the present state and `state` resident in the engine, so that `install` cannot fail.
+
+        Raises EngineDead or PolicyTableFull. Then the present state's policies are resident as before.
+        """
+        wanted = [*self.store.resident(), *self.store.resident(state)]
+        await self.engine.activate(list(dict.fromkeys(wanted)))
+
+    async def install(self, state: State) -> float:
+        """Make the policies of the default and of the canary resident in the engine, then make `state` current here.
+
+        Returns the seconds that the engine took. Raises EngineDead or PolicyTableFull. Then nothing has changed.
+        """
+        started = time.monotonic()
+        await self.engine.activate(self.store.resident(state))
+        seconds = time.monotonic() - started
+        await asyncio.to_thread(self.store.commit, state)
+        show_policies(self.store, self.metrics)
         return seconds
 
 

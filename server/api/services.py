@@ -14,7 +14,7 @@ from server.api.admission import Admission, Permit
 from server.api.answers.answering import AnswerParts, Tracing
 from server.api.answers.generation import GenerationParts
 from server.api.automatic_control import AutomaticControl
-from server.api.policy_changes import PolicyChanges
+from server.api.policy_changes import PolicyChanges, Share
 from server.api.requests.terms import FairQueueing, RequestRules
 from server.api.shadow import ShadowQuality
 from server.engine.async_engine import AsyncEngine
@@ -41,6 +41,7 @@ class Services:
     `scrape_seconds`: how long /metrics waits for the engine's counters.
     `shadow`: compares policies on finished answers.
     `automatic_control`: sets the accuracy while the default is automatic.
+    `share_policies`: makes a change of the policies on several servers; None if this server is alone.
     `admin_lock`: allows one admin action at a time, because each builds on the state that the last one left.
     """
 
@@ -61,8 +62,13 @@ class Services:
     stall_timeout: float = 120.0
     comment_seconds: float = 10.0
     scrape_seconds: float = SCRAPE_SECONDS
+    share_policies: Share | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     admin_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def policy_changes(self) -> PolicyChanges:
+        return PolicyChanges(self.store, self.engine, self.admission, self.metrics, self.admin_lock, self.share_policies)
 
 
 def _part(find: Callable[[Services], object]) -> Any:
@@ -103,6 +109,4 @@ GenerationPartsDep = Annotated[
     GenerationParts, _part(lambda s: GenerationParts(s.engine, s.language.tokenizer, s.metrics, s.config, s.shadow))
 ]
 AnswerPartsDep = Annotated[AnswerParts, _part(lambda s: AnswerParts(s.metrics, s.telemetry, s.comment_seconds))]
-PolicyChangesDep = Annotated[
-    PolicyChanges, _part(lambda s: PolicyChanges(s.store, s.engine, s.admission, s.metrics, s.admin_lock))
-]
+PolicyChangesDep = Annotated[PolicyChanges, _part(lambda services: services.policy_changes)]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ladimo.checkpoint import read_json, write_json
 from ladimo.model.config import ModelConfig
@@ -351,10 +352,8 @@ class PolicyStore:
         named = self.get(state.default.policy, state=state) if isinstance(state.default, Named) else None
         return PastDefault(state.default, named)
 
-    def _load(self) -> State:
-        if self._file is None or not self._file.exists():
-            return State({}, Named("full"))
-        raw = read_json(self._file)
+    def read(self, raw: Any) -> State:
+        """The state that `State.to_dict` has written. Raises ValueError if this model cannot serve it."""
         try:
             stored = {name: self._policy(policy) for name, policy in raw["policies"].items()}
             history = tuple(
@@ -366,8 +365,17 @@ class PolicyStore:
             for target in [state.default] if canary is None else [state.default, canary.target]:
                 self._check_default(state, target)
         except (ValueError, KeyError, TypeError, AttributeError, UnknownPolicy, NoFrontier) as error:
-            raise ValueError(f"{self._file}: does not fit this model ({error})") from error
+            raise ValueError(f"does not fit this model ({error})") from error
         return state
+
+    def _load(self) -> State:
+        if self._file is None or not self._file.exists():
+            return State({}, Named("full"))
+        raw = read_json(self._file)
+        try:
+            return self.read(raw)
+        except ValueError as error:
+            raise ValueError(f"{self._file}: {error}") from error
 
     def _policy(self, raw: object) -> RoutingPolicy:
         policy = RoutingPolicy.from_dict(raw)
