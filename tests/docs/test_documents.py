@@ -22,6 +22,8 @@ FOREIGN_FLAGS = {
     "--include_path",
     "--from-file",
     "--head",
+    "--address",
+    "--working-dir",
     "--values",
     "--read-only",
     "--tmpfs",
