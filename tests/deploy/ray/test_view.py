@@ -99,7 +99,7 @@ async def test_a_change_on_an_old_view_is_refused() -> None:
     a = Follower("a", view)
     async with running(a):
         results = await asyncio.gather(view.change(1, {"is": "second"}), view.change(1, {"is": "third"}))
-        assert results == [None, "another change came first; look at the policies and try again"]
+        assert list(results) == [None, "another change came first; look at the policies and try again"]
         assert a.served == ["first", "second"]
 
 
