@@ -237,6 +237,13 @@ class ModelConfig:
                 active += layer.active_parameters(self.hidden_size, experts)
         return active / self.dense_parameters
 
+    def operations_ratio(self, experts_per_token: "tuple[float | None, ...]") -> float:
+        """Multiply-adds of a token with weights, divided by those of the dense model. Layer i runs `experts_per_token[i]`
+        experts. Every weight is one multiply-add, whatever its bits. The output head counts, embeddings do not."""
+        head = self.head_parameters
+        operations = self.active_parameters_ratio(experts_per_token) * self.dense_parameters + head
+        return operations / (self.dense_parameters + head)
+
     @property
     def ffn_parameters(self) -> int:
         """Of one dense FFN."""

@@ -4,7 +4,7 @@ A policy has a `LayerRule` for each expert layer and None for each dense layer. 
 kernels read. So kernels never need to know which policy they run.
 """
 
-from ladimo.policy.frontier import Frontier, FrontierPoint, pareto
+from ladimo.policy.frontier import Frontier, FrontierPoint, pareto, token_costs
 from ladimo.policy.layer_rule import RULE_FIELDS, LayerRule
 from ladimo.policy.routing_policy import NAME_PATTERN, RoutingPolicy, unmeasured_policies
 
@@ -16,5 +16,6 @@ __all__ = [
     "LayerRule",
     "RoutingPolicy",
     "pareto",
+    "token_costs",
     "unmeasured_policies",
 ]

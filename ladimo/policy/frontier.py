@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ladimo.model.config import ModelConfig
 from ladimo.policy.values import is_number
 
 
@@ -29,6 +30,10 @@ class FrontierPoint:
     def cost(self) -> float:
         """The cost by which an accuracy chooses: weight bytes if the policies differ in bits, otherwise active parameters."""
         return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
+
+    def token_costs(self, config: ModelConfig) -> dict[str, float]:
+        """See `token_costs`."""
+        return token_costs(config, self.experts_per_token, self.bytes_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """The point as JSON."""
@@ -95,6 +100,21 @@ class Frontier:
             if point.policy == policy:
                 return 1.0 if span == 0 else (point.cost - self.lowest) / span
         return None
+
+
+def token_costs(
+    config: ModelConfig, experts_per_token: tuple[float | None, ...], bytes_ratio: float | None
+) -> dict[str, float]:
+    """What a token costs under a policy, divided by what it costs in the dense model, output head included.
+
+    decode_bytes_ratio: the weight bytes that a decode step of one token reads. It is `bytes_ratio`; where that is None, every
+    weight is read at the same number of bits. prefill_operations_ratio: multiply-adds with weights, per token of a prompt.
+    """
+    operations = config.operations_ratio(experts_per_token)
+    return {
+        "decode_bytes_ratio": operations if bytes_ratio is None else bytes_ratio,
+        "prefill_operations_ratio": operations,
+    }
 
 
 def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:

@@ -12,7 +12,7 @@ from ladimo.convert.evaluation.variants import Rules, logits, run_variants
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
-from ladimo.policy import RoutingPolicy
+from ladimo.policy import RoutingPolicy, token_costs
 
 MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can hold
 
@@ -78,6 +78,7 @@ def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig
         "perplexity_ratio": None if dense is None else measurement.perplexity / dense,
         "active_parameters_ratio": config.active_parameters_ratio(measurement.experts_per_token),
         **({} if read is None else {"bytes_ratio": read}),
+        **token_costs(config, measurement.experts_per_token, read),
         "experts_per_token": list(measurement.experts_per_token),
         "next_token_agreement": measurement.next_token_agreement,
         "kl": measurement.kl,

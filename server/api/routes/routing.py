@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 
-from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy
+from ladimo.policy import FrontierPoint, RoutingPolicy
 from server.api.fields.routing import CanaryJson, DefaultJson, PolicyBody, PolicyJson, RollbackBody
 from server.api.http.bodies import JsonRoute
 from server.api.policy_changes import PolicyChanges
@@ -43,7 +43,7 @@ async def routing(
             for name, tier in store.tiers.items()
         },
         "policies": [_describe(policy, store) for policy in store.policies().values()],
-        "frontier": None if frontier is None else [_point(point, frontier) for point in frontier.points],
+        "frontier": None if frontier is None else [_point(point, store) for point in frontier.points],
         "frontier_batch": frontier_batch,
         "automatic_control": automatic.status(),
         "canary": _canary_state(store, shadow)["canary"],
@@ -205,8 +205,13 @@ def _now(route: Route) -> dict[str, Any]:
     return {"policy": route.policy.name, "version": route.policy.version, "accuracy": route.accuracy}
 
 
-def _point(point: FrontierPoint, frontier: Frontier) -> dict[str, Any]:
-    return {**point.to_dict(), "accuracy": frontier.position(point.policy)}
+def _figures(point: FrontierPoint, store: PolicyStore) -> dict[str, Any]:
+    return point.to_dict() | point.token_costs(store.config)
+
+
+def _point(point: FrontierPoint, store: PolicyStore) -> dict[str, Any]:
+    assert store.frontier is not None
+    return _figures(point, store) | {"accuracy": store.frontier.position(point.policy)}
 
 
 def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:
@@ -217,7 +222,7 @@ def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:
         "version": policy.version,
         "source": "stored" if policy.name in store.state.stored else "checkpoint",
         "accuracy": store.position(policy),
-        "figures": next((point.to_dict() for point in points if point.policy == policy.name), None),
+        "figures": next((_figures(point, store) for point in points if point.policy == policy.name), None),
     }
 
 

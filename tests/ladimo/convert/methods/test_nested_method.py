@@ -81,6 +81,9 @@ def test_policies_are_cheaper_in_bytes_and_keep_their_promise(nested: Made) -> N
     costs = [entries[name]["bytes_ratio"] for name in ("full", "quality", "balanced", "fast")]
     assert costs[0] == pytest.approx(1, abs=1e-6)
     assert costs == sorted(costs, reverse=True)
+    for entry in entries.values():  # fewer bits save bytes, but every weight is still multiplied
+        assert entry["decode_bytes_ratio"] == entry["bytes_ratio"]
+        assert entry["prefill_operations_ratio"] == pytest.approx(1)
     assert costs[1] == pytest.approx(0.53, abs=0.01)
     assert 0.28 < costs[3] < 0.33
     assert frontier is not None

@@ -13,7 +13,7 @@ from server.app import Access
 from server.policies.targets import AtAccuracy, Named
 from tests.server.fakes import fake_policy
 from tests.server.real import serving_model
-from tests.server.serving import ADMIN, CONFIG, MODEL, TOP_K, Parts, Server, events, policies, serving, serving_http
+from tests.server.serving import ADMIN, CONFIG, MODEL, TOP_K, Parts, Server, events, frontier, policies, serving, serving_http
 
 
 async def put_default(server: Server, **target: Any) -> httpx.Response:
@@ -106,6 +106,14 @@ async def test_routing_page_lists_policies_and_frontier(tmp_path: Path) -> None:
         assert {p["name"]: p["version"] for p in routing["policies"]} == {n: p.version for n, p in policies().items()}
         assert [point["policy"] for point in routing["frontier"]] == list(TOP_K)
         assert [point["accuracy"] for point in routing["frontier"]] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        figures = {policy["name"]: policy["figures"] for policy in routing["policies"]}
+        for point, measured in zip(routing["frontier"], frontier().points, strict=True):
+            costs = measured.token_costs(CONFIG)
+            assert costs["prefill_operations_ratio"] == CONFIG.operations_ratio(measured.experts_per_token)
+            # The output head counts, too, so the ratio is nearer to 1.
+            assert abs(costs["prefill_operations_ratio"] - 1) < abs(measured.active_parameters_ratio - 1)
+            assert costs.items() <= point.items()
+            assert costs.items() <= figures[point["policy"]].items()
 
 
 async def test_policies_are_stored_overridden_and_removed(tmp_path: Path) -> None:
