@@ -47,6 +47,7 @@ class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
     family: str = "llama"
     nested_bits: list[int] | None = None
     nested_top_bits: int | None = None
+    qk_pairs: list[list[list[int]]] | None = None
 
 
 class _HiddenStatesExpertLayer(ExpertLayer):
@@ -125,6 +126,8 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 f"the checkpoint has its weights at {config.nested_top_bits} bits only, which transformers cannot read; write "
                 "them in a form that it knows: ladimo export MODEL OUT --target dense"
             )
+        if config.qk_pairs:
+            raise ValueError("the checkpoint has pruned queries and keys, which transformers' LLaMA cannot compute")
         config.nested_bits = None
         super().__init__(config)
         self.model = LadimoLlamaModel(config)

@@ -31,7 +31,7 @@ DROPPED_FIELDS = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"),
 )
 
-NOT_STATED = ("rope", "layers", "nested_bits", "nested_top_bits", "trained_as_moe")
+NOT_STATED = ("rope", "layers", "nested_bits", "nested_top_bits", "trained_as_moe", "qk_pairs")
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ladimo.checkpoint.directory import read_config
 from ladimo.checkpoint.tensors import TensorReader, stored_dtype
+from ladimo.model.attention.layer import Attention
 from ladimo.model.backends.choose import choose_backend, on_device, resolve_dtype
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.config import ModelConfig
@@ -112,6 +113,9 @@ def _load(
             if (TIED_HEAD if tied else matrix_named(prefix + name)).high in reader:
                 planes.add(name)
     reader.load(module, prefix, dtype, device, planes)
+    for part in module.modules():  # numbers that config.json has
+        if isinstance(part, Attention) and part.channels is not None:
+            part.channels = part.channels.to(device)
     if not config.nested_bits:
         return
     if isinstance(module, MoeTransformer) and module.lm_head is None:

@@ -54,10 +54,9 @@ def evaluate_checkpoint(
     converted = bool(own.config.moe_layer_indices) and not holds_source and not own.config.trained_as_moe
     source = find_dense_source(directory, dense) if converted else None
     apart: StreamedModel | None = None
-    if source is not None and nested:
-        apart = StreamedModel(source, own.device)
-    elif source is not None:
-        model, experts = StreamedModel(source, own.device), own.experts
+    if source is not None:
+        found = ConvertedModel.of(own, StreamedModel(source, own.device))
+        model, experts, apart = found.dense, found.experts, found.apart
     variants = [variant_of(entry, own.config) for entry in chosen]
     reference: Rules | None = None
     if converted and source is None:
@@ -65,7 +64,7 @@ def evaluate_checkpoint(
     else:
         reference = (None,) * model.config.num_hidden_layers
         if holds_source:
-            reference = ConvertedModel.nested(own, own).reference
+            reference = ConvertedModel.of(own, own).reference
         variants.append(reference)
     measured = measure(model, experts, blocks, variants, reference, apart)
     perplexity = None if reference is None else measured[reference].perplexity

@@ -1,7 +1,7 @@
 """`ladimo convert`: runs the stages in order. Each stage can be resumed. At the end, the checkpoint is renamed to its place."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ladimo.convert.provenance import PROVENANCE, conversion_arguments, device_n
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report_files import policy_entries, write_report
 from ladimo.convert.run import Run
-from ladimo.convert.source import check_source, model_parameters
+from ladimo.convert.source import check_source
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.convert.workspace import Workspace, describe_difference, remove_leftover
 from ladimo.model.config import ModelConfig, moe_layers_to_json
@@ -121,7 +121,7 @@ def measured(run: Run, converted: Converted, blocks: Tensor) -> MeasuredPolicies
     def make() -> dict[str, Any]:
         model = ConvertedModel(run.dense, run.experts, run.config(converted.layers))
         if converted.own is not None:
-            model = ConvertedModel.nested(converted.own, run.dense)
+            model = ConvertedModel.of(converted.own, run.dense)
         return measure_frontier(model, converted.candidates(model), blocks).to_dict()
 
     return MeasuredPolicies.from_dict(run.workspace.stage("policies", make))
@@ -135,7 +135,7 @@ def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted
         if converted.own is None:
             raw = read_json(source / "config.json")
             write_json(directory / "config.json", moe_config_json(raw, moe_layers_to_json(config.layers)))
-            write_tensors(directory, tensors(run, config))
+            write_tensors(directory, run.tensors(config))
         else:
             reader = converted.own.reader
             write_json(directory / "config.json", read_json(reader.directory / "config.json"))
@@ -148,15 +148,6 @@ def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted
         write_report(directory, report(run, out.name, arguments, converted, points))
 
     run.workspace.publish(out, write)
-
-
-def tensors(run: Run, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the converted checkpoint: those of the source, with experts in place of the converted FFNs."""
-    readers = {index: run.workspace.layer_reader(index) for index in config.moe_layer_indices}
-    for name, _ in model_parameters(config):
-        prefix, _, rest = name.partition(".mlp.")
-        index = int(prefix.rpartition(".")[2]) if rest else -1
-        yield name, readers[index].get(rest) if index in readers else run.dense.reader.get(name)
 
 
 def report(run: Run, model: str, arguments: dict[str, Any], converted: Converted, points: MeasuredPolicies) -> dict[str, Any]:

@@ -59,9 +59,7 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
         logger.warning("%s", calibration.note)
     profiled = torch.cat((calibration.fit, calibration.holdout))[-max(1, len(calibration.evaluation)) :]
     dense_model = own if holds_source else StreamedModel(source, own.device)
-    model = ConvertedModel(dense_model, own.experts, own.config)
-    if own.config.nested_bits:
-        model = ConvertedModel.nested(own, dense_model)
+    model = ConvertedModel.of(own, dense_model)
     stored = read_policies(directory, own.config)
     candidates = get_method(recipe.method).reprofile(recipe, model, stored, profiled, report)
     points = measure_frontier(model, candidates, calibration.evaluation)

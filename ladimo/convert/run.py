@@ -1,14 +1,16 @@
 """One conversion: the objects that all of its stages use."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ladimo.convert.recipe import Recipe
+from ladimo.convert.source import model_parameters
 from ladimo.convert.streamed_model import StreamedModel, load_experts
 from ladimo.convert.workspace import Workspace
 from ladimo.model.config import ModelConfig, MoeLayerConfig
@@ -42,6 +44,14 @@ class Run:
         """The model's configuration with these layers converted."""
         depth = range(self.dense.config.num_hidden_layers)
         return dataclasses.replace(self.dense.config, layers=tuple(layers.get(index) for index in depth))
+
+    def tensors(self, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the source, with finished experts in place of the FFNs that are converted in `config`."""
+        readers = {index: self.workspace.layer_reader(index) for index in config.moe_layer_indices}
+        for name, _ in model_parameters(config):
+            prefix, _, rest = name.partition(".mlp.")
+            index = int(prefix.rpartition(".")[2]) if rest else -1
+            yield name, readers[index].get(rest) if index in readers else self.dense.reader.get(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle only names and values. Worker processes open the files and load the weights themselves, on the first GPU that

@@ -39,6 +39,8 @@ class PolicyView:
     def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
         if find_family(config.family).has_own_modules:
             raise ValueError(f"{directory}: family {config.family} has modules that no target knows")
+        if config.qk_pairs:
+            raise ValueError(f"{directory}: has pruned queries and keys, which no target can hold")
         if policy.refines:
             raise ValueError(
                 f"policy {policy.name!r}: each token chooses which neurons and words it reads at more bits, which no target can"

@@ -163,7 +163,9 @@ class ModelConfig:
     head has a bias. family: the model type of the dense model. nested_bits: the lower precisions that every weight matrix can
     be read at, none or 4 and 8 (`ladimo.model.nested`). nested_top_bits: 8 where these are all that is stored; None where the
     whole weights are. trained_as_moe: the model was not converted from a dense one. It is
-    measured against itself under policy `full`.
+    measured against itself under policy `full`. qk_pairs: where queries and keys are pruned, the numbers of the kept pairs of
+    channels, rising, for each layer and each key head. Channel i of a head is a pair with channel i + head_dim / 2. All heads
+    of the model keep equally many. Empty: nothing is pruned.
     """
 
     vocab_size: int
@@ -189,6 +191,7 @@ class ModelConfig:
     nested_bits: tuple[int, ...] = ()
     nested_top_bits: int | None = None
     trained_as_moe: bool = False
+    qk_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def bits_read(self, bits: int | None) -> int | None:
         """How many bits of a weight are read where a policy asks for so many. None: all that there are, or 16."""
@@ -198,6 +201,17 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How many channels of a head are rotated."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """The channels of a query or key."""
+        return 2 * len(self.qk_pairs[0][0]) if self.qk_pairs else self.head_dim
+
+    @property
+    def pruned_parameters(self) -> int:
+        """Weights and biases of queries and keys that were pruned, of one layer."""
+        heads = self.num_attention_heads + self.num_key_value_heads
+        return (self.head_dim - self.qk_head_dim) * heads * (self.hidden_size + self.attention_bias)
 
     @property
     def moe_layer_indices(self) -> tuple[int, ...]:
@@ -228,7 +242,8 @@ class ModelConfig:
 
         Routers count as active; embeddings and the output head do not count. Entries of dense layers are ignored.
         """
-        active = float(self.num_hidden_layers * self.attention_parameters + self.norm_parameters)
+        attention = self.attention_parameters - self.pruned_parameters
+        active = float(self.num_hidden_layers * attention + self.norm_parameters)
         for layer, experts in zip(self.layers, experts_per_token, strict=True):
             if layer is None:
                 active += self.ffn_parameters
@@ -268,7 +283,7 @@ class ModelConfig:
 
     @property
     def attention_parameters(self) -> int:
-        """The parameters of the attention and of the norms of one layer."""
+        """The parameters of the attention and of the norms of one layer, without pruning."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = self.attention_bias * (heads + 2 * kv_heads) + self.attention_output_bias * self.hidden_size
         norms = 1 if self.parallel_block else 2

@@ -38,6 +38,8 @@ class Shard:
         """The configuration of the part. Raises ValueError for a model that cannot be divided into so many parts."""
         if config.nested_bits:
             raise ValueError(self._refusal("checkpoints of method nested are not supported"))
+        if config.qk_pairs:
+            raise ValueError(self._refusal("models with pruned queries and keys are not supported"))
         if config.qk_norm == "all":
             raise ValueError(self._refusal("the model norms all heads of a token together"))
         if find_family(config.family).has_own_modules:

@@ -45,14 +45,15 @@ class DecoderLayer(nn.Module):
         inputs: StepInputs,
         kv_cache: KVCache | None,
         *bits: Tensor,
+        attention: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first half of the layer: the hidden states [T, D] plus their attention, and the inputs [T, D] of the FFN.
 
-        `bits` [T]: of a nested layer's attention weights that each token reads.
+        `bits` [T]: of a nested layer's attention weights that each token reads. `attention`: used in place of the layer's.
         """
         normed = self.input_layernorm(hidden_states)
         # A family's own attention knows no bits.
-        attended: Tensor = self.self_attn(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
+        attended: Tensor = (attention or self.self_attn)(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
         if self.post_attention_layernorm is None:
             return hidden_states + attended, normed
         ffn_inputs, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)

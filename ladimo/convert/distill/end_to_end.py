@@ -125,14 +125,18 @@ class Network:
         self.dense = dense
         self.layers: list[DecoderLayer] = [dense.layer(index) for index in range(dense.config.num_hidden_layers)]
 
-    def run(self, blocks: Tensor, student: Sequence[nn.Module | None] | None) -> Pass:
-        """Run token blocks [B, S]. student: the FFNs to use, each [T, D] -> [T, D]; None: those of the dense model."""
+    def run(
+        self, blocks: Tensor, student: Sequence[nn.Module | None] | None, attentions: Sequence[nn.Module] | None = None
+    ) -> Pass:
+        """Run token blocks [B, S]. student: the FFNs to use, each [T, D] -> [T, D]; None: those of the dense model.
+        attentions: those to use, with the arguments of `Attention`; None: those of the dense model."""
         device = self.dense.device
         inputs = StepInputs.whole_sequences(blocks.to(device))
         rope = self.dense.ends.rotary(inputs.positions, self.dense.dtype, inputs.length)
         states = [self.dense.ends.model.embed_tokens(inputs.input_ids)]
         for index, layer in enumerate(self.layers):
-            attended, ffn_inputs = layer.attend(states[-1], rope, inputs, None)
+            other = None if attentions is None else attentions[index]
+            attended, ffn_inputs = layer.attend(states[-1], rope, inputs, None, attention=other)
             mlp = None if student is None else student[index]
             states.append(attended + _run(layer.mlp if mlp is None else mlp, ffn_inputs))
         return Pass(self.dense.ends.logits(states[-1]).float().log_softmax(dim=-1), states[1:])

@@ -1,6 +1,7 @@
 """Runs many variants of one model in one pass over its layers.
 
-A variant has one choice per layer: None for the dense FFN, or a rule for the expert layer. Variants with equal choices up to a
+A variant has one choice per layer: None for the layer's own FFN, or a rule for the expert layer. The own FFN of a converted
+layer is the layer under policy `full`. Variants with equal choices up to a
 layer share their hidden states up to it. Legend: B sequences, S positions, D hidden_size.
 """
 
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladimo.convert.ffn.expert_layer import run_rule
+from ladimo.convert.ffn.expert_layer import run_ffn, run_rule
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
@@ -110,7 +111,7 @@ def _advance(
                 for branch in same:
                     rule = branch[-1]
                     if rule is None:
-                        out = layer.mlp(ffn_inputs)
+                        out = run_ffn(layer.mlp, ffn_inputs)
                     else:
                         assert expert_layer is not None
                         out, topk_ids, refined = run_rule(expert_layer, ffn_inputs, rule)

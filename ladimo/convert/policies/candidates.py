@@ -24,8 +24,11 @@ GUARD_STEPS = 64  # the number of solutions, from the most expensive to the chea
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A converted model to measure: its dense source, its expert layers and its configuration. A nested model contains its
-    dense source, so `dense` is then the model itself. But if its top is 8 bits, the source is `apart`."""
+    """A converted model to measure: its dense source, its expert layers and its configuration.
+
+    A nested model contains its dense source, so `dense` is then the model itself. So it is if the model has another attention
+    than its source. The source is then `apart`, as it is where a nested model's top is 8 bits.
+    """
 
     dense: StreamedModel
     experts: ExpertSource
@@ -33,8 +36,11 @@ class ConvertedModel:
     apart: StreamedModel | None = None
 
     @classmethod
-    def nested(cls, own: StreamedModel, source: StreamedModel) -> "ConvertedModel":
-        return cls(own, own.experts, own.config, source if own.config.nested_top_bits else None)
+    def of(cls, own: StreamedModel, source: StreamedModel) -> "ConvertedModel":
+        """The model of a complete checkpoint `own`. source: its dense source, or `own` if it contains that."""
+        if own.config.qk_pairs or own.config.nested_top_bits:
+            return cls(own, own.experts, own.config, source)
+        return cls(own if own.config.nested_bits else source, own.experts, own.config)
 
     def measure(self, blocks: Tensor, variants: Iterable[Rules]) -> dict[Rules, Measurement]:
         """Run token blocks [B, S] through the variants and the reference; see `measure`."""

@@ -1,13 +1,13 @@
 """Grouped-query attention over the paged KV cache, or over whole sequences without a cache.
 
-Legend: T tokens, D hidden_size, H query heads, G key/value heads, C head_dim, B sequences, S positions.
+Legend: T tokens, D hidden_size, H query heads, G key/value heads, C head_dim, K qk_head_dim, B sequences, S positions.
 """
 
 import torch
 from torch import Tensor, nn
 
 from ladimo.model.attention.kv_cache import KVCache
-from ladimo.model.attention.paged import apply_rope, attend_prefill, attend_whole
+from ladimo.model.attention.paged import apply_rope, attend_prefill, attend_whole, store
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
@@ -16,16 +16,21 @@ from ladimo.model.precision import KEY_VALUE_BITS
 
 
 class Attention(BackendModule):
-    """The attention of one layer, with its four projections. `layer` is the number of the layer, from 0."""
+    """The attention of one layer, with its four projections. `layer` is the number of the layer, from 0.
+
+    Pruned queries and keys have fewer channels than values (`ModelConfig.qk_pairs`).
+    """
+
+    channels: Tensor | None  # [G, K]: of the unpruned heads, in the order of a pruned head
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.head_dim, self.qk_dim = config.head_dim, config.qk_head_dim
         heads, kv_heads, bias = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.qk_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.qk_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm: RMSNorm | None = None
@@ -33,6 +38,11 @@ class Attention(BackendModule):
         if config.qk_norm != "none":
             sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (heads, kv_heads)
             self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
+        channels = None
+        if config.qk_pairs:
+            pairs = torch.tensor(config.qk_pairs[layer], device="cpu")  # from config.json, so not on the meta device
+            channels = torch.cat((pairs, pairs + self.head_dim // 2), dim=1)
+        self.register_buffer("channels", channels, persistent=False)
 
     def forward(
         self,
@@ -47,24 +57,48 @@ class Attention(BackendModule):
         Writes keys and values into the cache. `bits`: where the projections are nested, how many bits [T] each token reads of
         them; of keys and values at least `KEY_VALUE_BITS`.
         """
-        careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
-        q = _normed(self.q_proj(hidden_states, *bits), self.q_norm)
-        k = _normed(self.k_proj(hidden_states, *careful), self.k_norm)
-        q, k = q.view(-1, self.num_heads, self.head_dim), k.view(-1, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden_states, *careful).view(-1, self.num_kv_heads, self.head_dim)
+        q, k, v = self.project(hidden_states, bits)
         if kv_cache is None:
-            out = attend_whole(apply_rope(q, *rope), apply_rope(k, *rope), v, inputs.num_sequences)
+            out = attend_whole(*self.rotate(q, k, rope), v, inputs.num_sequences)
         else:
             assert inputs.slot_mapping is not None
-            q = self.backend.rotate_and_store(
-                q, k, v, rope, kv_cache.k[self.layer], kv_cache.v[self.layer], inputs.slot_mapping
-            )
+            places = kv_cache.k[self.layer], kv_cache.v[self.layer], inputs.slot_mapping
+            if self.channels is None:
+                q = self.backend.rotate_and_store(q, k, v, rope, *places)
+            else:
+                q, k = self.rotate(q, k, rope)
+                store(k, v, *places)
             out = self._attend_paged(q, inputs, kv_cache)
         projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim), *bits)
         return projected
 
+    def project(self, hidden_states: Tensor, bits: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [T, D] -> queries [T, H, K], keys [T, G, K] and values [T, G, C], before rotation."""
+        careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
+        q = _normed(self.q_proj(hidden_states, *bits), self.q_norm)
+        k = _normed(self.k_proj(hidden_states, *careful), self.k_norm)
+        v = self.v_proj(hidden_states, *careful)
+        return (
+            q.view(-1, self.num_heads, self.qk_dim),
+            k.view(-1, self.num_kv_heads, self.qk_dim),
+            v.view(-1, self.num_kv_heads, self.head_dim),
+        )
+
+    def rotate(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotate queries [T, H, K] and keys [T, G, K]. In pruned heads, each pair keeps its own frequency.
+
+        Attention divides scores by sqrt(K), as the heads are so wide. The model was trained with sqrt(C). So pruned queries are
+        multiplied by sqrt(K / C).
+        """
+        if self.channels is None:
+            return apply_rope(q, *rope), apply_rope(k, *rope)
+        cos, sin = (part[:, 0, self.channels] for part in rope)  # [T, G, K]
+        group, scale = self.num_heads // self.num_kv_heads, (self.qk_dim / self.head_dim) ** 0.5
+        of_queries = [part.repeat_interleave(group, dim=1) * scale for part in (cos, sin)]
+        return apply_rope(q, *of_queries), apply_rope(k, cos, sin)
+
     def _attend_paged(self, q: Tensor, inputs: StepInputs, kv_cache: KVCache) -> Tensor:
-        """Attention of one step, q [T, H, C] -> [T, H, C]. Decode rows are one batch; prefill segments run one by one."""
+        """Attention of one step, q [T, H, K] -> [T, H, C]. Decode rows are one batch; prefill segments run one by one."""
         assert inputs.block_table is not None and inputs.context_lens is not None
         parts = []
         if inputs.num_decode:

@@ -1,5 +1,7 @@
 """Attention in torch, over whole sequences or over the paged cache: the reference for all back ends.
 
+Queries and keys have C channels here, or fewer where they are pruned. Values and outputs always have C.
+
 Legend: T tokens, H query heads, G key/value heads, C head_dim, R rotary_dim, B sequences, N blocks per sequence, S positions.
 """
 
@@ -34,9 +36,14 @@ def rotate_and_store(
 
     The caches are [num_blocks, block_size, G, C]. slot_mapping [T] says where to store: block * block_size + offset.
     """
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, apply_rope(k, *rope))
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    store(apply_rope(k, *rope), v, k_cache, v_cache, slot_mapping)
     return apply_rope(q, *rope)
+
+
+def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store rotated keys and values [T, G, C] in one layer's cache; see `rotate_and_store`."""
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
 def attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:

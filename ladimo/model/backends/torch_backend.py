@@ -158,8 +158,8 @@ class TorchBackend:
 
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
         """A KV cache of `num_blocks` blocks of `block_size` tokens, filled with zeros."""
-        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        return KVCache(self._zeros(shape), self._zeros(shape))
+        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads)
+        return KVCache(self._zeros((*shape, config.qk_head_dim)), self._zeros((*shape, config.head_dim)))
 
     def cache_bytes(self) -> int:
         """The bytes that the KV cache may use. Called after the weights are loaded."""

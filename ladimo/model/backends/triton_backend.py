@@ -53,6 +53,12 @@ def _apply_experts(
     return experts.apply_experts(hidden_states, topk_weights, topk_ids, gate_up_proj, down_proj)
 
 
+def _attend_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
+    """The kernel knows keys that are as wide as values. Pruned ones run in torch."""
+    attend = attention.attend_decode if k_cache.shape[-1] == v_cache.shape[-1] else TorchBackend.attend_decode
+    return attend(q, k_cache, v_cache, block_table, context_lens)
+
+
 class TritonBackend(TorchBackend):
     """Runs Triton kernels where no gradients are needed."""
 
@@ -62,7 +68,7 @@ class TritonBackend(TorchBackend):
     add_rms_norm = staticmethod(unless_trained(norm_activation.add_rms_norm, TorchBackend.add_rms_norm))
     silu_mul = staticmethod(unless_trained(norm_activation.silu_mul, TorchBackend.silu_mul))
     rotate_and_store = staticmethod(unless_trained(attention.rotate_and_store, TorchBackend.rotate_and_store))
-    attend_decode = staticmethod(unless_trained(attention.attend_decode, TorchBackend.attend_decode))
+    attend_decode = staticmethod(unless_trained(_attend_decode, TorchBackend.attend_decode))
     select_experts = staticmethod(unless_trained(routing.select_experts, TorchBackend.select_experts))
     apply_batch_budget = staticmethod(unless_trained(routing.apply_batch_budget, TorchBackend.apply_batch_budget))
     apply_experts = staticmethod(unless_trained(_apply_experts, TorchBackend.apply_experts))

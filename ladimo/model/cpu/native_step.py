@@ -142,6 +142,7 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         (config.norm_kind != "rms", "LayerNorm"),
         (config.parallel_block, "layers in which the FFN does not follow the attention"),
         (config.head_bias, "a bias of the output head"),
+        (bool(config.qk_pairs), "queries and keys that are pruned"),
     ):
         if present:
             raise Unsupported(f"it does not know {what}")

@@ -34,7 +34,9 @@ class Converted(Family):
         config = super(Converted, replace(self, **stated)).read_config(raw)
         if top is not None and None in config.layers:
             raise ValueError(f"nested_top_bits: is {top}, but layer {config.layers.index(None)} is dense, and read whole")
-        return replace(config, family=family, nested_bits=tuple(nested_bits), nested_top_bits=top)
+        return replace(
+            config, family=family, nested_bits=tuple(nested_bits), nested_top_bits=top, qk_pairs=read_qk_pairs(raw, config)
+        )
 
     def read_layers(self, raw: Mapping[str, Any], num_layers: int) -> tuple[MoeLayerConfig | None, ...]:
         entries = raw.get("moe_layers")
@@ -50,6 +52,32 @@ class Converted(Family):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"moe_layers[{index}]: {error}") from error
         return tuple(layers)
+
+
+def read_qk_pairs(raw: Mapping[str, Any], config: ModelConfig) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """`ModelConfig.qk_pairs`. Raises ValueError if they do not fit the heads."""
+    layers = raw.get("qk_pairs")
+    if layers in (None, []):
+        return ()
+    if config.qk_norm != "none" or config.rotary_dim != config.head_dim:
+        raise ValueError("qk_pairs: are given, but heads with norms or with channels that are not rotated cannot be pruned")
+    if raw.get("nested_bits"):
+        raise ValueError("qk_pairs: are given beside nested_bits, which is not supported")
+
+    def fits(heads: Any) -> bool:
+        return isinstance(heads, list) and len(heads) == config.num_key_value_heads and all(map(rises, heads))
+
+    def rises(pairs: Any) -> bool:
+        numbers = isinstance(pairs, list) and all(type(pair) is int and 0 <= pair < config.head_dim // 2 for pair in pairs)
+        return numbers and bool(pairs) and all(low < high for low, high in zip(pairs, pairs[1:], strict=False))
+
+    sound = isinstance(layers, list) and len(layers) == config.num_hidden_layers and all(map(fits, layers))
+    if not sound or len({len(pairs) for heads in layers for pairs in heads}) != 1:
+        raise ValueError(
+            f"qk_pairs must have, for each of {config.num_hidden_layers} layers and {config.num_key_value_heads} key heads, "
+            f"equally many rising numbers below {config.head_dim // 2}"
+        )
+    return tuple(tuple(tuple(pairs) for pairs in heads) for heads in layers)
 
 
 CONVERTED = Converted(MOE_TYPE, use_sliding_window=False, partial_rotary_factor=1.0)

@@ -4,8 +4,8 @@ A bidirectional GRU runs along the depth of the model. So it couples the layers.
 layer it gives an embedding of each expert. A head per layer turns an embedding into a logit for each neuron, and a router
 chooses the expert of a token. ToMoE (arXiv 2501.15316) has several experts per layer, DISP-LLM (arXiv 2410.11988) has one.
 
-Legend: L masked layers, N experts, W embedding width, U units of an FFN (neurons, or blocks of neurons), T tokens,
-D hidden_size.
+Legend: L masked layers, A gated attentions, N experts, W embedding width, U units of an FFN (neurons, or blocks of neurons),
+T tokens, D hidden_size.
 """
 
 import math
@@ -66,21 +66,28 @@ class MaskHead(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """neurons: of each masked layer. seed: of the weights before training."""
+    """neurons: of each masked layer. seed: of the weights before training. depth, layers: where attentions are gated, how
+    many layers there are, and the numbers of those whose FFN is masked. The GRU then runs along the attention and the FFN of
+    one layer after the other.
+    """
 
-    def __init__(self, hidden_size: int, neurons: Sequence[int], experts: int, seed: int) -> None:
+    def __init__(
+        self, hidden_size: int, neurons: Sequence[int], experts: int, seed: int, depth: int = 0, layers: Sequence[int] = ()
+    ) -> None:
         super().__init__()
+        parts = sorted([*((index, 0) for index in range(depth)), *((index, 1) for index in layers or range(len(neurons)))])
+        self._ffns, self._attentions = ([place for place, part in enumerate(parts) if part[1] == kind] for kind in (1, 0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.inputs = nn.Parameter(torch.randn(len(neurons), experts, INPUT))
+            self.inputs = nn.Parameter(torch.randn(len(parts), experts, INPUT))
             self.gru = nn.GRU(INPUT, HIDDEN, bidirectional=True)
             self.shift = nn.Linear(WIDTH, 1)
             self.heads = nn.ModuleList(MaskHead(hidden_size, count, experts) for count in neurons)
 
-    def embeddings(self) -> Tensor:
-        """[L, N, W]."""
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Of the masked FFNs [L, N, W], and of the gated attentions [A, W], as a mean over experts."""
         found: Tensor = self.gru(self.inputs)[0]
-        return found
+        return found[self._ffns], found[self._attentions].mean(dim=1)
 
     def shifts(self, embeddings: Tensor, distance: float) -> Tensor:
         """By how much the logits of each layer are lower at a budget than at the largest one, [L]. `distance`: about as much.

@@ -4,7 +4,8 @@
    (`hypernetwork`, `training`).
 2. The neurons of each FFN are sorted by which experts hold them, and cut into blocks (`blocks`). The last steps of the
    training keep or drop whole blocks.
-3. A block is an expert of the stored layer. With tomoe, a token chooses one of N rankings of the blocks; with disp, there is
+3. If the recipe asks for it, gates choose which channels of queries and keys are kept (`gates`), and the others are cut out.
+4. A block is an expert of the stored layer. With tomoe, a token chooses one of N rankings of the blocks; with disp, there is
    one ranking. A policy is the number of blocks that run in each layer. Policy `full` runs all of them, which is the dense
    model.
 
@@ -21,11 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ladimo.checkpoint import copy_tokenizer, moe_config_json, read_json, write_json, write_tensors
 from ladimo.convert.data.calibration import Calibration
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.evaluation.variants import Rules
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.masks.blocks import choose_widths, layer_from_blocks, masks, ranking
+from ladimo.convert.methods.masks.gates import find_pairs, kept_pairs, kept_rows, with_pairs
 from ladimo.convert.methods.masks.recipe import DispRecipe, MaskRecipe, TomoeRecipe, resolved
 from ladimo.convert.methods.masks.report import masks_view
 from ladimo.convert.methods.masks.start import find_start
@@ -38,7 +41,7 @@ from ladimo.convert.report.document import MethodView
 from ladimo.convert.report.record import Report
 from ladimo.convert.run import Run
 from ladimo.convert.streamed_model import StreamedModel
-from ladimo.model.config import ModelConfig, MoeLayerConfig
+from ladimo.model.config import ModelConfig, MoeLayerConfig, moe_layers_to_json
 from ladimo.policy import LayerRule, RoutingPolicy
 
 SNAPSHOT = "training.safetensors"  # the state of an unfinished training
@@ -61,7 +64,10 @@ class MaskMethod(Method):
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         """Raises ValueError if a budget cannot be reached."""
         recipe = resolved(recipe, recipe.section(self.kind), config, device)
-        budgets, fixed = recipe.section(self.kind).budgets, layer_cost(config, recipe, self.experts(recipe)).fixed
+        options = recipe.section(self.kind)
+        if options.qk < 1 and (config.qk_norm != "none" or config.rotary_dim != config.head_dim):
+            raise ValueError(f"{self.name}.qk: heads with norms, or that are rotated in part, cannot be pruned; leave it at 1")
+        budgets, fixed = options.budgets, layer_cost(config, recipe, self.experts(recipe), options.qk).fixed
         if budgets[-1] <= fixed:
             raise ValueError(f"{self.name}.budgets: is {budgets}, masks of these layers cannot go below {fixed:.3f}")
         return recipe
@@ -77,7 +83,11 @@ class MaskMethod(Method):
                 run.workspace.save_layer(index, layer, run.dense.stored_dtype)
                 run.workspace.finish_layer(index, layer.config, {"seconds": 0.0})
         layers = {index: run.workspace.layer_config(index) for index in run.candidates}
+        own: StreamedModel | None = None
         config = run.config(layers)
+        if options.qk < 1:
+            config = with_pairs(config, tensors["pairs"])
+            own = pruned_model(run, config, tensors["pairs"])
         budgets: list[dict[str, Any]] = []
         policies = {"full": widths_policy(config, {})}
         for place, target in enumerate(options.budgets):
@@ -107,12 +117,13 @@ class MaskMethod(Method):
             candidates=lambda model: budget_candidates(model, named, first(calibration.holdout, DAMAGE_TOKENS), run.recipe),
             report={"masks": {"budgets": budgets, "experts": self.experts(run.recipe), "curve": record["curve"]}},
             seconds=record["seconds"],
+            own=own,
         )
 
     def train(self, run: Run, calibration: Calibration) -> dict[str, Any]:
         """Train, and save what follows from it in the workspace. A training that was stopped goes on from its last snapshot."""
         started, options = time.monotonic(), run.recipe.section(self.kind)
-        cost = layer_cost(run.dense.config, run.recipe, self.experts(run.recipe))
+        cost = layer_cost(run.dense.config, run.recipe, self.experts(run.recipe), options.qk)
         training = MaskTraining(
             Network(trainable(run.dense)), run.candidates, self.experts(run.recipe), options, cost, run.recipe.seed
         )
@@ -128,6 +139,8 @@ class MaskMethod(Method):
             for index, mlp, inputs, _ in run.dense.ffn_data(blocks, run.candidates):
                 start = find_start(mlp, inputs, self.experts(run.recipe), run.generator(index))
                 training.begin(run.candidates.index(index), start)
+            if options.qk < 1:
+                training.begin_gates(find_pairs(run.dense, first(calibration.fit, DAMAGE_TOKENS)))
 
         def save(training: MaskTraining) -> None:
             seconds = torch.tensor(earlier + time.monotonic() - started)
@@ -148,6 +161,8 @@ class MaskMethod(Method):
         for place, target in enumerate(options.budgets):
             found = zip(run.candidates, training.logits(target), strict=True)
             tensors |= {f"{index}.logits.{place}": logits for index, logits in found}
+        if options.qk < 1:
+            tensors["pairs"] = training.pairs()
         run.workspace.save_tensors(MASKS, tensors)
         seconds = earlier + time.monotonic() - started
         return {"curve": [asdict(point) for point in training.curve], "seconds": seconds}
@@ -184,7 +199,7 @@ class MaskMethod(Method):
             f"{options.lr:g} ({'falling' if options.decay else 'constant'}), weight decay {options.weight_decay:g}. The loss "
             f"is {goal}, plus {options.size:g} x the log-distance from the budget. Sampled masks are {kind} and {factor}. The "
             f"last {options.settle:.0%} of the steps keep or drop whole blocks of neurons, as they are stored. Each neuron is "
-            f"stored once, and all blocks together are the dense model."
+            f"stored once, and all blocks together are the dense model. {attention_words(options)}"
         )
 
 
@@ -200,7 +215,7 @@ class Tomoe(MaskMethod):
         options = recipe.section(TomoeRecipe)
         budgets = ", ".join(f"{budget:.0%}" for budget in options.budgets)
         return (
-            f"ToMoE (arXiv 2501.15316), FFNs only; attention stays whole. {recipe.split.experts} overlapping masks per FFN are "
+            f"ToMoE (arXiv 2501.15316), without its masks over values. {recipe.split.experts} overlapping masks per FFN are "
             f"its experts, and a linear router chooses one per token (Gumbel, straight-through). Budgets: {budgets}. "
             f"{self.training_words(options)} Further penalties: {options.union:g} x the log-distance of the experts' union "
             f"from all neurons, {options.balance:g} x the imbalance of the router."
@@ -229,17 +244,46 @@ def trainable(dense: StreamedModel) -> StreamedModel:
     return StreamedModel(dense.directory, dense.device, "float32")
 
 
+def attention_words(options: MaskRecipe) -> str:
+    if options.qk == 1:
+        return "Attention stays whole."
+    return (
+        f"Queries and keys keep {options.qk:.0%} of their channels, chosen by trained gates in pairs that rotate together. The "
+        "others are cut out for every policy."
+    )
+
+
+def pruned_model(run: Run, config: ModelConfig, pairs: Tensor) -> StreamedModel:
+    """Write the checkpoint without policies into the workspace, if it is not there yet. Return it as a model. pairs: the kept
+    pairs of channels [L, G, K]."""
+    directory, source = run.workspace.directory / "pruned", run.dense
+
+    def write() -> dict[str, Any]:
+        directory.mkdir(exist_ok=True)
+        write_tensors(directory, ((name, kept_rows(config, pairs, name, tensor)) for name, tensor in run.tensors(config)))
+        copy_tokenizer(source.directory, directory)
+        raw = moe_config_json(read_json(source.directory / "config.json"), moe_layers_to_json(config.layers))
+        write_json(directory / "config.json", {**raw, "qk_pairs": pairs.tolist()})
+        return {}
+
+    run.workspace.stage("pruned", write)
+    return StreamedModel(directory, source.device)
+
+
 def first(blocks: Tensor, tokens: int) -> Tensor:
     """The first so many tokens of blocks [B, S], as whole blocks, at least one."""
     return blocks[: max(1, tokens // blocks.shape[1])]
 
 
-def layer_cost(config: ModelConfig, recipe: Recipe, experts: int) -> Cost:
-    """What the masked FFNs cost, with routers of `experts` experts."""
+def layer_cost(config: ModelConfig, recipe: Recipe, experts: int, qk: float = 1.0) -> Cost:
+    """What the masked FFNs cost, with routers of `experts` experts, where queries and keys keep the share `qk` of their
+    channels."""
+    some = torch.arange(kept_pairs(config, qk)).expand(config.num_hidden_layers, config.num_key_value_heads, -1)
+    attention = config.num_hidden_layers * with_pairs(config, some).pruned_parameters / config.dense_parameters
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     per_neuron = 3 * config.hidden_size / config.dense_parameters
     routers = config.hidden_size * experts * (experts > 1) / config.dense_parameters
-    return Cost(1 + len(candidates) * (routers - per_neuron * config.intermediate_size), per_neuron)
+    return Cost(1 - attention + len(candidates) * (routers - per_neuron * config.intermediate_size), per_neuron)
 
 
 def widths_policy(config: ModelConfig, widths: Mapping[int, int]) -> Rules:

@@ -34,6 +34,8 @@ class MaskRecipe:
     size: the weight of the penalty on the distance from the budget. union: of that on neurons that no expert holds; the
     published 1.5 leaves a tenth of them out after few steps. balance: of that on experts with more tokens than others.
     settle: the last share of the steps trains whole blocks instead of neurons, as the checkpoint stores them.
+    qk: the share of the channels of queries and keys that every attention keeps, the same channels in all policies. Below 1,
+    `full` is not the dense model any more.
     block: neurons per block; 0: a multiple of 16 that gives at most 128 blocks.
     """
 
@@ -55,6 +57,7 @@ class MaskRecipe:
     union: float = 5.0
     balance: float = 1.0
     settle: float = 0.6
+    qk: float = 1.0
     block: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +68,7 @@ class MaskRecipe:
         require(self.lr > 0, f"{self.name}.lr", "must be above 0", self.lr)
         for key in ("weight_decay", "distill", "size", "union", "balance", "block"):
             require(getattr(self, key) >= 0, f"{self.name}.{key}", "must be at least 0", getattr(self, key))
+        require(0 < self.qk <= 1, f"{self.name}.qk", "must be above 0 and at most 1", self.qk)
         for key in ("ramp", "settle"):
             require(0 <= getattr(self, key) <= 1, f"{self.name}.{key}", "must be between 0 and 1", getattr(self, key))
 

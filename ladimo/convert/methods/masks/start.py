@@ -33,19 +33,19 @@ class Start:
 def find_start(mlp: Ffn, inputs: Tensor, experts: int, generator: torch.Generator) -> Start:
     """inputs: the FFN's [T, D], on the host."""
     if experts == 1:
-        return Start(_places(neuron_statistics(mlp, inputs).importance)[None], None)
+        return Start(places(neuron_statistics(mlp, inputs).importance)[None], None)
     picked = inputs[torch.randperm(len(inputs), generator=generator)[:CLUSTER_TOKENS]].float()
     directions = F.normalize(picked, dim=1)
     members = F.one_hot(balanced_kmeans(directions, experts, generator), experts).float()
     centres = F.normalize(members.t() @ directions, dim=1)
     nearest = (inputs.float() @ centres.t()).argmax(dim=1)
     order = [
-        _places(neuron_statistics(mlp, own if len(own := inputs[nearest == expert]) else inputs).importance)
+        places(neuron_statistics(mlp, own if len(own := inputs[nearest == expert]) else inputs).importance)
         for expert in range(experts)
     ]
     return Start(torch.stack(order), centres)
 
 
-def _places(importance: Tensor) -> Tensor:
+def places(importance: Tensor) -> Tensor:
     """Numbers [U] -> their places in rising order, from 0 to 1."""
     return importance.cpu().argsort().argsort() / max(1, len(importance) - 1)

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.distill.layerwise import CURVE_POINTS
 from ladimo.convert.methods.masks.blocks import block_size, cut_blocks
+from ladimo.convert.methods.masks.gates import GatedAttention, PairGate, kept_pairs, sample_pairs
 from ladimo.convert.methods.masks.hypernetwork import KEEP_FROM, Hypernetwork, MaskHead, sample_choices, sample_masks
 from ladimo.convert.methods.masks.recipe import MaskRecipe
 from ladimo.convert.methods.masks.start import SPREAD, Start
 from ladimo.convert.progress import track
+from ladimo.model.attention.layer import Attention
 from ladimo.model.layers import GatedMLP
 
 SNAPSHOT_STEPS = 25
@@ -99,7 +101,10 @@ class MaskTraining:
         self.generator = torch.Generator(device).manual_seed(seed)
         mlps = [network.dense.mlp(index) for index in layers]
         sizes = [mlp.gate_proj.out_features for mlp in mlps]
-        self.hypernetwork = Hypernetwork(network.dense.config.hidden_size, sizes, experts, seed).to(device)
+        config = network.dense.config
+        self.gated = self._gated_attentions() if options.qk < 1 else []
+        self.hypernetwork = Hypernetwork(config.hidden_size, sizes, experts, seed, len(self.gated), layers).to(device)
+        self.gates = nn.ModuleList(PairGate(config, kept_pairs(config, options.qk)) for _ in self.gated).to(device)
         self.masked = [MaskedFfn(mlp, head, options, self.generator) for mlp, head in zip(mlps, self._heads, strict=True)]
         self.partitions: list[Tensor] = []
         self.step = 0
@@ -107,6 +112,10 @@ class MaskTraining:
         self._running: list[tuple[float, float, float]] = []
         self._order = torch.empty(0, dtype=torch.int64)
         self.optimizer = self._make_optimizer()
+
+    @property
+    def _pair_gates(self) -> list[PairGate]:
+        return list(self.gates)  # type: ignore[arg-type]
 
     @property
     def _heads(self) -> list[MaskHead]:
@@ -142,6 +151,11 @@ class MaskTraining:
             with torch.no_grad():
                 head.router.weight.copy_(start.router * ROUTER_SCALE)
 
+    def begin_gates(self, start: Sequence[Tensor]) -> None:
+        """Set the logits [G, P] of the gates before training."""
+        for gate, logits in zip(self._pair_gates, start, strict=True):
+            gate.start.copy_(logits)
+
     def settle(self) -> None:
         """Cut every layer's neurons into blocks, by their present masks. From now on blocks are kept or dropped as a whole."""
         logits = self.logits(self.options.budgets[len(self.options.budgets) // 2])
@@ -152,9 +166,15 @@ class MaskTraining:
     @torch.no_grad()
     def logits(self, target: float) -> list[Tensor]:
         """The logits [N, U] of every masked layer at a budget, on the host."""
-        embeddings = self.hypernetwork.embeddings()
+        embeddings, _ = self.hypernetwork.embeddings()
         shifts = self._shifts(embeddings, target)
         return [(head.logits(embeddings[place]) - shifts[place]).cpu() for place, head in enumerate(self._heads)]
+
+    @torch.no_grad()
+    def pairs(self) -> Tensor:
+        """The pairs that queries and keys keep in every layer, [layers, G, K], on the host. Only if they are gated."""
+        _, embeddings = self.hypernetwork.embeddings()
+        return torch.stack([gate.chosen(own) for gate, own in zip(self._pair_gates, embeddings, strict=True)]).cpu()
 
     def routers(self) -> list[Tensor | None]:
         """The routers [N, D] of the masked layers, on the host; None where there is one expert."""
@@ -163,6 +183,7 @@ class MaskTraining:
     def state(self) -> dict[str, Tensor]:
         """All that is needed to continue, as tensors by name."""
         tensors = {f"weights.{name}": weight for name, weight in self.hypernetwork.state_dict().items()}
+        tensors |= {f"gates.{name}": weight for name, weight in self.gates.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
         tensors |= {f"partition.{place}": partition for place, partition in enumerate(self.partitions)}
@@ -179,10 +200,10 @@ class MaskTraining:
         partitions = [tensors[name] for place in range(len(self.layers)) if (name := f"partition.{place}") in tensors]
         if partitions:
             self._cut(partitions)
-        prefix = "weights."
-        self.hypernetwork.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        )
+        for prefix, module in (("weights.", self.hypernetwork), ("gates.", self.gates)):
+            module.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            )
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -205,7 +226,13 @@ class MaskTraining:
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.hypernetwork.parameters(), lr=self.options.lr, weight_decay=self.options.weight_decay)
+        weights = [*self.hypernetwork.parameters(), *self.gates.parameters()]
+        return torch.optim.AdamW(weights, lr=self.options.lr, weight_decay=self.options.weight_decay)
+
+    def _gated_attentions(self) -> list[GatedAttention]:
+        """One per layer of the model."""
+        attentions = [layer.self_attn for layer in self.network.layers]
+        return [GatedAttention(attention) for attention in attentions if isinstance(attention, Attention)]
 
     def _shifts(self, embeddings: Tensor, target: float) -> Tensor:
         """Zero at the largest budget, so a training for one budget has none."""
@@ -220,8 +247,10 @@ class MaskTraining:
         blocks, self._order = fit[self._order[:sequences]], self._order[sequences:]
         target = options.budgets[self.step % len(options.budgets)]
         ramp = min(1.0, self.step / max(1.0, options.ramp * options.steps))
-        embeddings = self.hypernetwork.embeddings()
+        embeddings, of_attentions = self.hypernetwork.embeddings()
         shifts = self._shifts(embeddings, target)
+        for gate, own, attention in zip(self._pair_gates, of_attentions, self.gated, strict=True):
+            attention.mask = sample_pairs(gate.logits(own), gate.kept, self.generator)
         student: list[nn.Module | None] = [None] * self.network.dense.config.num_hidden_layers
         for place, (index, masked) in enumerate(zip(self.layers, self.masked, strict=True)):
             masked.begin(embeddings[place], shifts[place])
@@ -241,7 +270,7 @@ class MaskTraining:
         self._check(math.isfinite(self._running[-1][0]))
 
     def _loss(self, blocks: Tensor, student: Sequence[nn.Module | None]) -> Tensor:
-        found = self.network.run(blocks, student).log_probs
+        found = self.network.run(blocks, student, self.gated or None).log_probs
         if not self.options.distill:
             device = found.device
             scored = found.view(*blocks.shape, -1)[:, :-1].flatten(0, 1)
