@@ -17,6 +17,17 @@ static void rotate(float *x, const float *table, int64_t rotated, int64_t size, 
     for (int64_t i = rotated; i < size; i++) x[i] *= scale;
 }
 
+// The same for a pruned head, whose pairs have these numbers in an unpruned one.
+static void rotate_pairs(float *x, const float *table, const int32_t *pairs, int64_t rotated, int64_t size, float scale) {
+    const float *cosine = table, *sine = table + rotated;
+    int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], c = cosine[pairs[i]], s = sine[pairs[i]];
+        x[i] = (a * c - b * s) * scale;
+        x[i + half] = (b * c + a * s) * scale;
+    }
+}
+
 // The norm of the queries or keys of a token, in place.
 static void norm_heads(const Model *m, float *x, int64_t heads, const float *weight) {
     int64_t size = m->norms_each_head ? m->head_dim : heads * m->head_dim;
@@ -28,21 +39,30 @@ static void store_token(const void *job, int64_t t) {
     const State *s = job;
     const Model *m = s->model;
     const Step *step = s->step;
-    int64_t size = m->head_dim, groups = m->kv_heads, bs = step->block_size, slot = step->slots[t];
+    int64_t size = m->head_dim, width = m->qk_head_dim, groups = m->kv_heads, bs = step->block_size, slot = step->slots[t];
     const float *table = m->rope + step->positions[t] * 2 * m->rotary_dim;
-    float *q = s->qkv + t * (m->heads + 2 * groups) * size, *k = q + m->heads * size, *v = k + groups * size;
+    const int32_t *pairs = s->layer->pairs;
+    float scale = 1.0f / sqrtf((float)size);
+    float *q = s->qkv + t * qkv_width(m), *k = q + m->heads * width, *v = k + groups * width;
     if (s->layer->q_norm) {
         norm_heads(m, q, m->heads, s->layer->q_norm);
         norm_heads(m, k, groups, s->layer->k_norm);
     }
-    for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, m->rotary_dim, size, 1.0f / sqrtf((float)size));
-    for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, m->rotary_dim, size, 1.0f);
+    if (pairs) {
+        int64_t each = width / 2, group = m->heads / groups;
+        for (int64_t h = 0; h < m->heads; h++) rotate_pairs(q + h * width, table, pairs + h / group * each, m->rotary_dim, width, scale);
+        for (int64_t g = 0; g < groups; g++) rotate_pairs(k + g * width, table, pairs + g * each, m->rotary_dim, width, 1.0f);
+    } else {
+        for (int64_t h = 0; h < m->heads; h++) rotate(q + h * size, table, m->rotary_dim, size, scale);
+        for (int64_t g = 0; g < groups; g++) rotate(k + g * size, table, m->rotary_dim, size, 1.0f);
+    }
     int64_t block = slot / bs * m->num_layers + s->layer_index, offset = slot % bs;
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t c = 0; c < size; c++) {
-            write_one(step->k_cache, ((block * groups + g) * size + c) * bs + offset, k[g * size + c], m->bf16);
+    for (int64_t g = 0; g < groups; g++) {
+        for (int64_t c = 0; c < width; c++)
+            write_one(step->k_cache, ((block * groups + g) * width + c) * bs + offset, k[g * width + c], m->bf16);
+        for (int64_t c = 0; c < size; c++)
             write_one(step->v_cache, ((block * groups + g) * bs + offset) * size + c, v[g * size + c], m->bf16);
-        }
+    }
 }
 
 // Keys and values of one tile: pieces of `width` positions each. Of a piece, keys are [C, key_stride] and values [width, C'], where C'
@@ -55,7 +75,7 @@ typedef struct {
 // The queries of one key head that attend together, and their online softmax: for each a running maximum, sums by lane, and an
 // output [C'].
 typedef struct {
-    int64_t size, padded;  // C and C'
+    int64_t width, padded;  // of a query, and C'
     const float **q;
     float *most, *out;
     vf *total;
@@ -65,10 +85,10 @@ static inline vf read_vector(const void *data, int64_t i, int64_t bf16) {
     return bf16 ? widen(*(const vh *)((const uint16_t *)data + i)) : *(const vf *)((const float *)data + i);
 }
 
-// The place of a key head in the cache of this layer, in numbers: of the block with this position.
-static inline int64_t block_at(const State *s, const int64_t *table, int64_t g, int64_t position) {
+// The place of a key head in the cache of this layer, in numbers: of the block with this position. size: channels of a key or value.
+static inline int64_t block_at(const State *s, const int64_t *table, int64_t g, int64_t position, int64_t size) {
     int64_t bs = s->step->block_size, block = table[position / bs] * s->model->num_layers + s->layer_index;
-    return (block * s->model->kv_heads + g) * s->model->head_dim * bs;
+    return (block * s->model->kv_heads + g) * size * bs;
 }
 
 // Whether tiles can be read where they are in the cache: they have whole vectors, and blocks and tiles fit into each other.
@@ -79,18 +99,20 @@ static inline int in_place(const State *s) {
 
 // The tile with the positions from `first` to `last`, in the cache. The tile behind it is prefetched.
 static KeyTile find_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last) {
-    int64_t bs = s->step->block_size, size = s->model->head_dim, item = s->model->bf16 ? 2 : 4, width = least(bs, KEYS);
+    int64_t bs = s->step->block_size, size = s->model->head_dim, keys = s->model->qk_head_dim;
+    int64_t item = s->model->bf16 ? 2 : 4, width = least(bs, KEYS);
     KeyTile tile = {.pieces = ceil_div(least(KEYS, last - first + 1), width), .width = width, .key_stride = bs};
     for (int64_t i = 0; i < tile.pieces; i++) {
-        int64_t at = block_at(s, table, g, first + i * width), offset = first % bs;
-        tile.keys[i] = (const char *)s->step->k_cache + (at + offset) * item;
-        tile.values[i] = (const char *)s->step->v_cache + (at + offset * size) * item;
+        int64_t position = first + i * width, offset = first % bs;
+        tile.keys[i] = (const char *)s->step->k_cache + (block_at(s, table, g, position, keys) + offset) * item;
+        tile.values[i] = (const char *)s->step->v_cache + (block_at(s, table, g, position, size) + offset * size) * item;
     }
     for (int64_t next = first + KEYS; next < first + 2 * KEYS && next <= last; next += width) {
-        int64_t at = block_at(s, table, g, next), offset = next % bs;
-        const char *k = (const char *)s->step->k_cache + at * item, *v = (const char *)s->step->v_cache + (at + offset * size) * item;
+        int64_t offset = next % bs;
+        const char *k = (const char *)s->step->k_cache + block_at(s, table, g, next, keys) * item;
+        const char *v = (const char *)s->step->v_cache + (block_at(s, table, g, next, size) + offset * size) * item;
         if (bs <= KEYS)
-            for (int64_t i = 0; i < width * size * item; i += 64) __builtin_prefetch(k + i);
+            for (int64_t i = 0; i < width * keys * item; i += 64) __builtin_prefetch(k + i);
         for (int64_t i = 0; i < width * size * item; i += 64) __builtin_prefetch(v + i);
     }
     return tile;
@@ -102,9 +124,9 @@ static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_
     const void *k_cache = s->step->k_cache, *v_cache = s->step->v_cache;
     int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = s->step->block_size, count = least(KEYS, last - first + 1);
     for (int64_t j = 0, run; j < count; j += run) {
-        int64_t at = block_at(s, table, g, first + j), offset = (first + j) % bs;
+        int64_t at = block_at(s, table, g, first + j, m->qk_head_dim), offset = (first + j) % bs;
         run = least(bs - offset, count - j);
-        for (int64_t c = 0; c < size; c++) {
+        for (int64_t c = 0; c < m->qk_head_dim; c++) {
             int64_t from = at + c * bs + offset;
             float *to = keys + c * KEYS + j;
             if (bs % LANES == 0)
@@ -112,6 +134,7 @@ static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_
             else
                 for (int64_t i = 0; i < run; i++) to[i] = read_one(k_cache, from + i, m->bf16);
         }
+        at = block_at(s, table, g, first + j, size);
         for (int64_t i = 0; i < run; i++) {
             int64_t from = at + (offset + i) * size, c = 0;
             float *to = values + (j + i) * padded;
@@ -193,8 +216,8 @@ static inline __attribute__((always_inline)) void attend_tile(
             const void *from = (const char *)keys + at * (bf16 ? 2 : 4);
             float(*to)[KEYS] = (float(*)[KEYS])(weights[0] + piece * tile->width + at);
             step = tile->width % (PAIR * LANES) ? LANES : PAIR * LANES;
-            if (step == PAIR * LANES) score(n, PAIR, bf16, from, tile->key_stride, all->q + begin, all->size, to);
-            else score(n, 1, bf16, from, tile->key_stride, all->q + begin, all->size, to);
+            if (step == PAIR * LANES) score(n, PAIR, bf16, from, tile->key_stride, all->q + begin, all->width, to);
+            else score(n, 1, bf16, from, tile->key_stride, all->q + begin, all->width, to);
         }
     }
     for (int t = 0; t < n; t++) {
@@ -222,12 +245,12 @@ static const Attend ATTEND[2][TILE] = {LIST_ATTENDS(fp32), LIST_ATTENDS(bf16)};
 static void attend_item(const void *job, int64_t chunk) {
     const State *s = job;
     const Model *m = s->model;
-    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, group = m->heads / m->kv_heads;
+    int64_t size = m->head_dim, width = m->qk_head_dim, padded = ceil_div(size, LANES) * LANES, group = m->heads / m->kv_heads;
     const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
     int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
     int64_t last = position + length - 1, queries = length * group, bf16 = m->bf16;
     const int64_t *table = s->step->block_table + row * s->step->table_width;
-    float keys[size * KEYS] __attribute__((aligned(64))), values[KEYS * padded] __attribute__((aligned(64)));
+    float keys[width * KEYS] __attribute__((aligned(64))), values[KEYS * padded] __attribute__((aligned(64)));
     float out[queries * padded] __attribute__((aligned(64))), most[queries];
     vf total[queries];
     const float *q[queries];
@@ -235,9 +258,9 @@ static void attend_item(const void *job, int64_t chunk) {
     memset(total, 0, sizeof total);
     for (int64_t i = 0; i < queries; i++) {
         most[i] = -INFINITY;
-        q[i] = s->qkv + ((start + i / group) * (m->heads + 2 * m->kv_heads) + g * group + i % group) * size;
+        q[i] = s->qkv + (start + i / group) * qkv_width(m) + (g * group + i % group) * width;
     }
-    Queries all = {size, padded, q, most, out, total};
+    Queries all = {width, padded, q, most, out, total};
     // Many queries read a tile often, so that it pays to convert it once.
     int copied = !in_place(s) || (bf16 && queries > TILE);
     for (int64_t first = 0; first <= last; first += KEYS) {

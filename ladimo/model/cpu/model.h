@@ -45,6 +45,7 @@ typedef struct {
     const float *input_norm, *post_norm;
     const float *q_norm, *k_norm;  // NULL if queries and keys have no norms
     const float *qkv_bias, *o_bias, *selection_bias;
+    const int32_t *pairs;  // [G, qk_head_dim / 2] where queries and keys are pruned: their numbers in an unpruned head; else NULL
     const float *column_norms;  // [E, expert_size] of a nested layer, zeros for padding; else NULL
     Matrix qkv, o, gate_up, down, router, router_second;
     int64_t num_experts, expert_size, neurons;  // num_experts 0: a dense FFN. neurons: of an expert, without padding
@@ -52,7 +53,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, vocab, max_experts;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, qk_head_dim, rotary_dim, vocab, max_experts;
     int64_t norms_each_head;  // 1: each head of queries and keys is normed by itself; 0: all heads of a token together
     int64_t bf16;     // 1: KV cache and embedding are bf16; 0: fp32
     double eps;
@@ -63,13 +64,16 @@ typedef struct {
     const Layer *layers;
 } Model;
 
+// The queries, keys and values of a token, in numbers.
+static inline int64_t qkv_width(const Model *m) { return (m->heads + m->kv_heads) * m->qk_head_dim + m->kv_heads * m->head_dim; }
+
 // `PrefillSegment`.
 typedef struct {
     int64_t row, start, length, context;
 } Segment;
 
 // `StepInputs`, `RoutingTables` and `KVCache` as pointers. If logit_indices is NULL, all tokens have logits. The layout of the
-// cache is our own: keys are [num_blocks, L, G, C, block_size] and values are [num_blocks, L, G, block_size, C]. So one head
+// cache is our own: keys are [num_blocks, L, G, qk_head_dim, block_size] and values are [num_blocks, L, G, block_size, C]. So one head
 // reads one continuous piece of memory per block, and few tokens touch few pages, though these are large.
 typedef struct {
     int64_t num_tokens, num_decode, num_segments, num_logits, table_width, block_size, parallel, batch_budgets;

@@ -56,7 +56,7 @@ class _Matrix(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         [(name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")]
-        + [(name, c_void_p) for name in ("qkv_bias", "o_bias", "selection_bias", "column_norms")]
+        + [(name, c_void_p) for name in ("qkv_bias", "o_bias", "selection_bias", "pairs", "column_norms")]
         + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
         + [(name, c_int64) for name in ("num_experts", "expert_size", "neurons", "router_kind", "fixed_experts")]
         + [(name, c_int64) for name in ("sigmoid", "score_norm_top_k", "weight_one")]
@@ -73,6 +73,7 @@ class _Model(ctypes.Structure):
                 "heads",
                 "kv_heads",
                 "head_dim",
+                "qk_head_dim",
                 "rotary_dim",
                 "vocab",
                 "max_experts",
@@ -142,7 +143,6 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         (config.norm_kind != "rms", "LayerNorm"),
         (config.parallel_block, "layers in which the FFN does not follow the attention"),
         (config.head_bias, "a bias of the output head"),
-        (bool(config.qk_pairs), "queries and keys that are pruned"),
     ):
         if present:
             raise Unsupported(f"it does not know {what}")
@@ -222,6 +222,7 @@ class NativeStep:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
+            qk_head_dim=config.qk_head_dim,
             rotary_dim=config.rotary_dim,
             vocab=config.vocab_size,
             max_experts=config.max_num_experts if config.moe_layer_indices else 0,
@@ -309,11 +310,13 @@ class NativeStep:
         target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
         packed = pack(stack_rows([_weights(linear) for linear in projections]), format, self._packer)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
-        target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.head_dim)
+        target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.qk_head_dim)
         if attention.q_proj.bias is not None:
             target.qkv_bias = self._keep(torch.cat([linear.bias for linear in projections]).float())
         if attention.q_norm is not None and attention.k_norm is not None:
             target.q_norm, target.k_norm = (self._keep(norm.weight.float()) for norm in (attention.q_norm, attention.k_norm))
+        if attention.channels is not None:
+            target.pairs = self._keep(attention.channels[:, : config.qk_head_dim // 2].int())
         target.o = self._matrix(pack(_weights(attention.o_proj), format, self._packer))
         if attention.o_proj.bias is not None:
             target.o_bias = self._keep(attention.o_proj.bias.float())

@@ -12,7 +12,7 @@ typedef struct {
     int64_t layer_index;                                // behind the last layer: the rules' row of the output head
     int64_t activations;                                // the kind of the activations beside whole weights, see `activations_beside`
     int64_t hidden_bytes, attended_bytes, inner_bytes;  // bytes of one entry of `normed`, `projected` and `inner`, at any precision
-    float *x, *qkv;               // hidden states [D]; queries, keys and values [(H + 2 G) C]
+    float *x, *qkv;               // hidden states [D]; queries, keys and values [qkv_width]
     float *attended;              // output of attention [H C]
     uint8_t *normed, *projected;  // inputs of the next product: [D] and [H C], as activations
     uint8_t *inner;               // [pairs, F], as activations

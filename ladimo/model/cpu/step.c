@@ -40,10 +40,10 @@ static void run_layer(Engine *engine, State *s) {
     const Model *m = s->model;
     const Layer *l = s->layer;
     s->inner_bytes = activation_bytes(l->expert_size, s->activations);
-    int64_t tokens = s->step->num_tokens, qkv_width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    int64_t tokens = s->step->num_tokens;
     sort_rows(s, tokens, attention_precision);
     run(engine, input_norm_token, s, tokens);
-    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width, l->qkv_bias, 0});
+    product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width(m), l->qkv_bias, 0});
     run(engine, store_token, s, tokens);
     run(engine, attend_item, s, s->num_items * m->kv_heads);
     run(engine, project_token, s, tokens);
@@ -114,7 +114,7 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     }
     size_t rows = (size_t)s->step->num_logits > tokens ? (size_t)s->step->num_logits : tokens;
     s->x = carve(&at, tokens * m->hidden * sizeof(float));
-    s->qkv = carve(&at, tokens * (m->heads + 2 * m->kv_heads) * m->head_dim * sizeof(float));
+    s->qkv = carve(&at, tokens * qkv_width(m) * sizeof(float));
     s->normed = carve(&at, rows * s->hidden_bytes);
     s->attended = carve(&at, tokens * m->heads * m->head_dim * sizeof(float));
     s->projected = carve(&at, tokens * s->attended_bytes);

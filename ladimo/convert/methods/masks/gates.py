@@ -127,4 +127,5 @@ def find_pairs(dense: StreamedModel, blocks: Tensor) -> list[Tensor]:
 
 def _power(x: Tensor) -> Tensor:
     """Queries or keys [T, heads, C] -> [heads, P]."""
-    return x.float().unflatten(-1, (2, -1)).square().sum(dim=-2).mean(dim=0)
+    halves: Tensor = x.float().unflatten(-1, (2, -1))
+    return halves.square().sum(dim=-2).mean(dim=0)

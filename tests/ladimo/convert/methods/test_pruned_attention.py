@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ladimo.checkpoint import TensorReader, load_model, load_to_serve, read_config, read_json, read_policies, write_json
+from ladimo.checkpoint import TensorReader, load_model, read_config, read_json, read_policies, write_json
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.methods.masks.gates import GatedAttention, sample_pairs
@@ -19,14 +19,18 @@ from ladimo.convert.streamed_model import StreamedModel
 from ladimo.export import export
 from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.attention.layer import Attention
+from ladimo.model.cpu import build
+from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.inputs import StepInputs
 from ladimo.model.sharding import Shard
 from tests.factories import make_dense
 from tests.ladimo.convert.conftest import Made, make_text, small_recipe
+from tests.ladimo.native import Cached
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 CPU = torch.device("cpu")
 BUDGETS = [0.8, 0.6]
+needs_kernel = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +102,15 @@ def test_projections_and_cache_are_smaller(pruned: Made) -> None:
 
 
 @torch.no_grad()
-def test_serving_over_the_cache_gives_what_whole_sequences_give(pruned: Made) -> None:
-    model = load_to_serve(pruned.out, "cpu", "float32")
-    policies = read_policies(pruned.out, model.config)
-    tables = make_tables(model, [policies["full"], policies["fast"]])
+@pytest.mark.parametrize("block_size", [4, 32])  # tiles of large blocks are read where they are in the cache
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_kernel)])
+def test_serving_over_the_cache_gives_what_whole_sequences_give(compiled: bool, block_size: int, pruned: Made) -> None:
     reference = load_model(pruned.out, torch.float32, CPU)
-    steps = Stepper(reference, tables)
+    policies = [read_policies(pruned.out, reference.config)[name] for name in ("full", "fast")]
+    tables = make_tables(reference, policies)
+    steps = Stepper(reference, tables, block_size)
+    if compiled:
+        steps = Cached(reference, NativeStep(reference, "float32", num_threads=1), policies, block_size)
     rows = [Row(list(range(start, start + 20)), policy) for policy, start in ((1, 0), (2, 60))]
     found: list[list[Tensor]] = [[], []]
     for decode, counts in (([], (9, 7)), ([], (6, 12)), (rows, ()), (rows[:1], ())):
