@@ -1,7 +1,7 @@
 """Compares the conversion methods at equal budgets of active parameters, on the same model, tokens and evaluation.
 
     python -m loadtests.conversion_bench ladimo/demo/model --out bench.json [--text FILE --evaluate FILE] [--tokens 100000]
-        [--seeds 0,1,2] [--methods "ladimo;cmoe"] [--plot bench.svg]
+        [--seeds 0,1,2] [--methods "ladimo;cmoe"] [--budgets 0.7,0.5] [--plot bench.svg]
 
 Method nested is not compared, because its cost is weight bytes. Results are added to --out as they come. Results that are
 there already are not computed again, so a stopped run resumes. Without --text the text is Python's standard library, and the
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ladimo.checkpoint import choose_device, read_config, read_json, read_policies, write_json, write_text
 from ladimo.convert.data.calibration import Encoder, calibrate, evaluation_blocks
-from ladimo.convert.evaluation.measure import measure
 from ladimo.convert.evaluation.variants import Rules
 from ladimo.convert.methods.elastic.recipe import MAX_STEPS
 from ladimo.convert.pipeline import convert
+from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.recipe import Recipe
 from ladimo.convert.report.outside import comparison_chart
 from ladimo.convert.report_files import REPORT
@@ -47,39 +47,39 @@ Points = dict[float, Rules]  # the rules to measure for each budget
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its settings. recipe: recipe values by dotted key for a budget; the budget is None if one conversion serves
-    all budgets. points: the rules to measure on the finished checkpoint."""
+    """A method with its settings. recipe: recipe values by dotted key for falling budgets. points: the rules to measure on the
+    finished checkpoint for them. each_budget: a conversion has a single budget."""
 
-    recipe: Callable[[float | None, ModelConfig], dict[str, Any]]
-    points: Callable[[Path, ModelConfig, float | None], Points]
+    recipe: Callable[[Sequence[float], ModelConfig], dict[str, Any]]
+    points: Callable[[Path, ModelConfig, Sequence[float]], Points]
     each_budget: bool = False
 
 
 def variants(elastic_steps: int, mask_steps: int = MASK_STEPS) -> dict[str, Variant]:
-    def same(values: dict[str, Any]) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
-        return lambda budget, config: {**WHOLE, **values}
+    def same(values: dict[str, Any]) -> Callable[[Sequence[float], ModelConfig], dict[str, Any]]:
+        return lambda budgets, config: {**WHOLE, **values}
 
-    def static(budget: float | None, config: ModelConfig) -> dict[str, Any]:
-        assert budget is not None
+    def static(budgets: Sequence[float], config: ModelConfig) -> dict[str, Any]:
+        (budget,) = budgets
         return {**WHOLE, **TUNED, "method": "static", "target_active": budget}
 
-    def cmoe(budget: float | None, config: ModelConfig) -> dict[str, Any]:
-        assert budget is not None
+    def cmoe(budgets: Sequence[float], config: ModelConfig) -> dict[str, Any]:
+        (budget,) = budgets
         count = max(1, min(8, int(uniform_experts(config, 8, 2 * config.hidden_size, budget))))
         return {**WHOLE, **TUNED, "method": "cmoe", "split.top_k": count}
 
-    def elastic(**values: Any) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
-        return lambda budget, config: {
+    def elastic(**values: Any) -> Callable[[Sequence[float], ModelConfig], dict[str, Any]]:
+        return lambda budgets, config: {
             "method": "elastic",
-            "elastic.budgets": list(BUDGETS),
+            "elastic.budgets": list(budgets),
             "elastic.steps": elastic_steps,
             "policies.points": 0,
             **values,
         }
 
-    def masks(method: str, **values: Any) -> Callable[[float | None, ModelConfig], dict[str, Any]]:
-        def recipe(budget: float | None, config: ModelConfig) -> dict[str, Any]:
-            options = {"budgets": list(BUDGETS) if budget is None else [budget], "steps": mask_steps, **values}
+    def masks(method: str, **values: Any) -> Callable[[Sequence[float], ModelConfig], dict[str, Any]]:
+        def recipe(budgets: Sequence[float], config: ModelConfig) -> dict[str, Any]:
+            options = {"budgets": list(budgets), "steps": mask_steps, **values}
             return {**WHOLE, "method": method, **{f"{method}.{name}": value for name, value in options.items()}}
 
         return recipe
@@ -94,6 +94,7 @@ def variants(elastic_steps: int, mask_steps: int = MASK_STEPS) -> dict[str, Vari
         "disp, each budget": Variant(masks("disp"), by_policy, each_budget=True),
         "tomoe": Variant(masks("tomoe"), by_policy),
         "tomoe, each budget": Variant(masks("tomoe"), by_policy, each_budget=True),
+        "tomoe, 75% of queries and keys": Variant(masks("tomoe", qk=0.75), by_policy),
         "tomoe, literal": Variant(masks("tomoe", mask_once=False, token_noise=True), by_policy),
         "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
         "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
@@ -110,12 +111,12 @@ def uniform_experts(config: ModelConfig, num_experts: int, router_per_expert: in
     return num_experts * (budget - router - (1 - ffn)) / ffn
 
 
-def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+def by_depth(directory: Path, config: ModelConfig, budgets: Sequence[float]) -> Points:
     """Convert the least damaging layers first, as many as the budget needs, as method ladimo does. The others stay dense."""
     report = read_json(directory / REPORT)
     order = sorted(report["layers"], key=lambda layer: float(layer["converted_alone_perplexity"]))
     points: Points = {}
-    for target in BUDGETS:
+    for target in budgets:
         chosen: set[int] = set()
         for layer in order:
             if cost(config, _full(config, chosen)) <= target:
@@ -126,10 +127,10 @@ def by_depth(directory: Path, config: ModelConfig, budget: float | None) -> Poin
     return points
 
 
-def by_top_k(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+def by_top_k(directory: Path, config: ModelConfig, budgets: Sequence[float]) -> Points:
     """The same number of experts in every layer, and one more in the last layers, as far as the budget allows."""
     points: Points = {}
-    for target in BUDGETS if budget is None else (budget,):
+    for target in budgets:
         best: Rules | None = None
         for steps in range(config.num_hidden_layers * max(layer.num_experts for layer in config.layers if layer)):
             rules = _spread_top_k(config, steps)
@@ -141,12 +142,12 @@ def by_top_k(directory: Path, config: ModelConfig, budget: float | None) -> Poin
     return points
 
 
-def by_full(directory: Path, config: ModelConfig, budget: float | None) -> Points:
-    assert budget is not None
+def by_full(directory: Path, config: ModelConfig, budgets: Sequence[float]) -> Points:
+    (budget,) = budgets
     return {budget: _full(config, set(range(config.num_hidden_layers)))}
 
 
-def by_policy(directory: Path, config: ModelConfig, budget: float | None) -> Points:
+def by_policy(directory: Path, config: ModelConfig, budgets: Sequence[float]) -> Points:
     """The policy of each budget. If a budget has a fixed and a routed policy, the routed one, which comes last in the
     report."""
     policies = read_policies(directory, config)
@@ -183,31 +184,38 @@ def _spread_top_k(config: ModelConfig, steps: int) -> Rules | None:
 
 
 def run_variant(
-    variant: Variant, source: Path, text: Sequence[Path] | None, tokens: int, seed: int, blocks: Tensor, device: str
+    variant: Variant,
+    source: Path,
+    text: Sequence[Path] | None,
+    tokens: int,
+    seed: int,
+    blocks: Tensor,
+    device: str,
+    budgets: Sequence[float] = BUDGETS,
 ) -> Iterator[dict[str, Any]]:
     """Convert and measure. Yields one result for each budget that the method can reach."""
     dense = StreamedModel(source, choose_device(device))
-    reference: Rules = (None,) * dense.config.num_hidden_layers
-    for budget in BUDGETS if variant.each_budget else (None,):
-        recipe = Recipe().override({"tokens": tokens, "seed": seed, **variant.recipe(budget, dense.config)})
+    for wanted in [(budget,) for budget in budgets] if variant.each_budget else [tuple(budgets)]:
+        recipe = Recipe().override({"tokens": tokens, "seed": seed, **variant.recipe(wanted, dense.config)})
         with TemporaryDirectory() as temporary:
             out, started = Path(temporary) / "moe", time.monotonic()
             try:
                 convert(str(source), out, recipe, text, device)
             except ValueError as error:
-                yield {"budget": budget, "error": str(error)}
+                yield {"budget": wanted[0] if variant.each_budget else None, "error": str(error)}
                 continue
             seconds = time.monotonic() - started
             own = StreamedModel(out, dense.device)
-            points = variant.points(out, own.config, budget)
-            measured = measure(dense, own.experts, blocks, [reference, *points.values()], reference)
+            points = variant.points(out, own.config, wanted)
+            model = ConvertedModel.of(own, dense)
+            measured = model.measure(blocks, points.values())
             stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             for target, rules in points.items():
                 found = measured[rules]
                 yield {
                     "budget": target,
                     "active_parameters_ratio": cost(own.config, rules),
-                    "perplexity_ratio": found.perplexity / measured[reference].perplexity,
+                    "perplexity_ratio": found.perplexity / measured[model.reference].perplexity,
                     "kl": found.kl,
                     "next_token_agreement": found.next_token_agreement,
                     "conversion_seconds": seconds,
@@ -277,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", default="100000", help="numbers of calibration tokens, separated by ','")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
+    parser.add_argument(
+        "--budgets", default=",".join(map(str, BUDGETS)), help="falling, separated by ',' (default: %(default)s)"
+    )
     parser.add_argument("--elastic-steps", type=int, default=MAX_STEPS, help="end-to-end steps (default: %(default)s)")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS, help="steps of tomoe and disp (default: %(default)s)")
     parser.add_argument("--device", default="auto")
@@ -287,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [name.strip() for name in args.methods.split(";") if name.strip()]
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"unknown method {unknown[0]!r}; known: {'; '.join(names)}")
+    budgets = [float(share) for share in args.budgets.split(",")]
+    if unknown_budgets := [share for share in budgets if share not in BUDGETS]:
+        parser.error(f"--budgets: {unknown_budgets[0]} is none of {', '.join(map(str, BUDGETS))}")
     known = variants(args.elastic_steps, args.mask_steps)
     encoder = Encoder(args.model, read_config(args.model))
     if args.evaluate is None:
@@ -307,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in chosen:
                 if (name, tokens, seed) in done:
                     continue
-                found = run_variant(known[name], args.model, args.text, tokens, seed, blocks, args.device)
+                found = run_variant(known[name], args.model, args.text, tokens, seed, blocks, args.device, budgets)
                 made = [{"method": name, "tokens": tokens, "seed": seed, **result} for result in found]
                 for result in made:
                     print(json.dumps(result), flush=True)

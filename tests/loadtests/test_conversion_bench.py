@@ -45,18 +45,33 @@ def test_results_keep_their_budgets_and_a_second_run_adds_nothing(
     assert json.loads(out.read_text())["results"] == record["results"]
 
 
+def test_budgets_are_chosen_and_pruned_attention_is_measured_against_the_dense_model(dense: Path, tmp_path: Path) -> None:
+    text, out = make_text(tmp_path / "text.txt"), tmp_path / "bench.json"
+    names = "tomoe, each budget; tomoe, 75% of queries and keys"
+    command = [str(dense), "--out", str(out), "--text", str(text), "--evaluate", str(text), "--evaluate-tokens", "300"]
+    main([*command, "--tokens", "2000", "--seeds", "0", "--methods", names, "--mask-steps", "4", "--budgets", "0.8,0.7"])
+    results = json.loads(out.read_text())["results"]
+    assert [(result["method"], result["budget"]) for result in results] == [
+        (name, budget) for name in names.split("; ") for budget in (0.8, 0.7)
+    ]
+    assert all(result["budget"] - 0.05 < result["active_parameters_ratio"] <= result["budget"] for result in results)
+    assert results[-1]["stored_bytes"] < results[0]["stored_bytes"]
+    with pytest.raises(SystemExit):
+        main([*command, "--budgets", "0.75"])
+
+
 def test_the_last_layers_get_one_more_expert_as_the_budget_allows(dense: Path) -> None:
     config = read_config(dense)
     layer = MoeLayerConfig(8, 6, 12, expert_weight="one", router="glu")
     config = dataclasses.replace(config, layers=(layer,) * 3)
     assert isinstance(config, ModelConfig)
-    for budget, rules in by_top_k(dense, config, None).items():
+    for budget, rules in by_top_k(dense, config, BUDGETS).items():
         counts = [rule.top_k for rule in rules if rule is not None]
         assert counts == sorted(counts)
         assert counts[-1] - counts[0] <= 1
         fuller = tuple(rule and dataclasses.replace(rule, top_k=min(8, rule.top_k + 1)) for rule in rules)
         assert cost(config, rules) <= budget < cost(config, fuller)
-    assert set(by_top_k(dense, config, None)) <= set(BUDGETS)
+    assert set(by_top_k(dense, config, BUDGETS)) <= set(BUDGETS)
 
 
 def test_the_table_shows_median_spread_and_what_is_active() -> None:
