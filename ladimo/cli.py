@@ -195,6 +195,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
     command.add_argument("--policy", default="full", metavar="NAME", help="the policy that it runs under (default: full)")
     command.add_argument("--target", choices=list(targets()), default="dense", help="form to write (default: dense)")
+    command.add_argument(
+        "--head-bits",
+        type=positive_flag,
+        metavar="N",
+        help="of method nested: read so many bits of the output head, 4 or 8, for every word, whatever the policy says",
+    )
     command.set_defaults(run=run_export)
 
     command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json again")
@@ -303,7 +309,7 @@ def run_prune(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    export(options.model, options.out, options.target, options.policy)
+    export(options.model, options.out, options.target, options.policy, options.head_bits)
     print(f"{options.out}: written for {options.target}, under policy {options.policy}")
 
 

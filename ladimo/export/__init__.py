@@ -4,6 +4,8 @@ A target is an object with a name, a line of help and the methods of `Target`. A
 """
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from ladimo.export.mimo_v2 import MimoV2Target
 from ladimo.export.mixtral import MixtralTarget
 from ladimo.export.policy_view import PolicyView
 from ladimo.export.qwen2_moe import Qwen2MoeTarget
+from ladimo.policy import RoutingPolicy
 
 
 class Target(Protocol):
@@ -51,11 +54,12 @@ def targets() -> dict[str, Target]:
     return dict(_TARGETS)
 
 
-def export(model: str | Path, out: Path, target: str, policy: str) -> None:
+def export(model: str | Path, out: Path, target: str, policy: str, head_bits: int | None = None) -> None:
     """Write `model` as it runs under the named policy, and check that another program computes the same with the files.
 
-    The directory `out` appears when it is complete and checked, or not at all. Raises ValueError if `out` exists, a name is
-    unknown, the target cannot represent the model under this policy, or the check fails.
+    `head_bits`: how many bits of the output head are read, for every word, instead of what the policy says. The directory `out`
+    appears when it is complete and checked, or not at all. Raises ValueError if `out` exists, a name is unknown, the target
+    cannot represent the model under this policy, or the check fails.
     """
     if target not in _TARGETS:
         raise ValueError(f"target {target!r}: supported: {', '.join(_TARGETS)}")
@@ -66,7 +70,13 @@ def export(model: str | Path, out: Path, target: str, policy: str) -> None:
     policies = read_policies(directory, config)
     if policy not in policies:
         raise ValueError(f"policy {policy!r}: {model} has {', '.join(policies)}")
-    view = PolicyView(directory, config, policies[policy])
+    chosen = policies[policy]
+    if head_bits is not None:
+        chosen = replace(chosen, head_bits=head_bits, head_refine=None)
+        chosen.validate(config)
+    if chosen.refines:
+        raise ValueError(_refusal(chosen, policies))
+    view = PolicyView(directory, config, chosen)
     _check(view, target)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +87,17 @@ def export(model: str | Path, out: Path, target: str, policy: str) -> None:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refusal(policy: RoutingPolicy, policies: Mapping[str, RoutingPolicy]) -> str:
+    """Why a policy that refines cannot be exported, and what can."""
+    neurons = any(rule is not None and rule.refine is not None for rule in policy.layers)
+    what = "neurons" if neurons else "words of the output head"
+    others = ", ".join(name for name, other in policies.items() if not other.refines)
+    advice = f"export one that does not ({others})" if others else "export a policy that does not"
+    if not neurons:
+        advice = f"give the whole head one number of bits (--head-bits 8), or {advice}"
+    return f"policy {policy.name!r}: each token chooses which {what} it reads at more bits, which no target can hold; {advice}"
 
 
 def _check(view: PolicyView, target: str) -> None:

@@ -4,6 +4,9 @@ The file holds what another target writes for transformers, under llama.cpp's na
 architecture `llama`, GLM4-MoE becomes `glm4moe`. `llama` expects the rows of the query and key projections in the interleaved
 order of the original LLaMA code. transformers stores the two halves of each head one after the other. `_interleaved` changes
 the order.
+
+Matrices have the type of the stored weights. Where a policy reads 4 or 8 bits of nested weights, they become Q4_0 and Q8_0 with
+the same integers.
 """
 
 import importlib.util
@@ -11,21 +14,22 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ladimo.export.checking import Check
 from ladimo.export.dense import DenseTarget
+from ladimo.export.gguf_blocks import Q4_0, Q8_0, to_blocks
 from ladimo.export.gguf_tokenizer import add_tokenizer, find_splitting
 from ladimo.export.glm4_moe import Glm4MoeTarget
 from ladimo.export.hugging_face import HuggingFaceTarget
 from ladimo.export.mixtral import MixtralTarget
-from ladimo.export.policy_view import PolicyView
+from ladimo.export.policy_view import PolicyView, StepsView
 from ladimo.model.config import RopeConfig
 from ladimo.model.families import read_rope
 from ladimo.model.layers import rope_inverse_frequencies
@@ -58,6 +62,9 @@ ROUTER = "ffn_gate_inp"
 SAMPLE = (
     "The model's 12345 words: I'll  say\n\n\tdef f(x):\n    return x**2 #1\r\nna\u00efve caf\u00e9, \u4f60\u597d \U0001f600!!\n"
 )
+# By what share of itself a weight changes at most in a file.
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-10, Q4_0: 2.0**-10, Q8_0: 2.0**-10}
+SMALLEST_SCALE = 128 * 2.0**-25  # half of what fp16 can tell apart, times the largest integer
 FILE_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 logger = logging.getLogger(__name__)
@@ -96,27 +103,35 @@ class GgufTarget:
             raise ValueError("the package gguf is not installed (pip install 'ladimo[bench]')")
 
     def write(self, view: PolicyView, out: Path) -> None:
-        """Write model.gguf, with matrices in the type of the stored weights. Raises ValueError as `add_tokenizer` does."""
+        """Write model.gguf. Raises ValueError as `add_tokenizer` does."""
         if find_splitting(view.directory) is None:
             logger.warning("gguf: the tokenizer is not one that can be written for llama.cpp, so the file takes token ids")
         form = self._form(view)
         config = form.config(view)
-        write_gguf(out / "model.gguf", config, form.tensors(view, config), FILE_TYPES[view.dtype], view.directory)
+        tensors, steps = form.tensors(_exact(view, PolicyView), config), None
+        if view.source.nested_bits:
+            steps = form.tensors(_exact(view, StepsView), config)
+        write_gguf(out / "model.gguf", config, tensors, FILE_TYPES[view.dtype], view.directory, steps)
 
     def verify(self, check: Check, out: Path) -> None:
-        """Check the same tensors in transformers, and the file itself in llama.cpp if llama-cpp-python is installed."""
+        """Check the same tensors in transformers, the numbers in the file, and the file itself in llama.cpp if llama-cpp-python
+        is installed."""
         form = self._form(check.view)
         with TemporaryDirectory(dir=out) as copy:
             form.write(check.view, Path(copy))
             form.verify(check, Path(copy))
+        view = check.view
+        config = form.config(view)
+        tensors = form.tensors(_exact(view, PolicyView), config)
+        integers = _check_tensors(out / "model.gguf", config, tensors)
         if importlib.util.find_spec("llama_cpp") is None:
             logger.warning("llama-cpp-python is not installed, so the file itself was not run")
             return
         model = _load(out / "model.gguf", check.ids.shape[1])
         try:
             _check_tokens(model, check.view.directory)
-            # llama.cpp rounds activations to the type of the matrices.
-            check.compare(_logits(model, check.ids), "llama.cpp", check.view.dtype != torch.float32)
+            # llama.cpp rounds activations to the type of the matrices, and to 8 bits where these are integers.
+            check.compare(_logits(model, check.ids), "llama.cpp", view.dtype != torch.float32, integers)
         finally:
             model.close()
 
@@ -145,10 +160,12 @@ def write_gguf(
     tensors: Iterable[tuple[str, Tensor]],
     weights: str,
     tokenizer: Path | None = None,
+    steps: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write a model of a type in `ARCHITECTURES`. `config`: its config.json. `tensors`: its tensors with the names
     on disk. `weights`: the type of matrices in the file, which is F32, F16, BF16, Q8_0 or Q4_0. `tokenizer`: the directory of
-    its tokenizer; None for a file without one."""
+    its tokenizer; None for a file without one. `steps`: of weights that are rounded already, those of `to_blocks`, in the order
+    of `tensors`. Where their blocks fit, the matrix gets the type of these."""
     import gguf
 
     architecture = ARCHITECTURES[config["model_type"]]
@@ -180,16 +197,17 @@ def write_gguf(
         assert architecture.scaled_rope
         writer.add_tensor("rope_freqs.weight", _rope_factors(rope, head_dim).numpy())
     quantization = gguf.GGMLQuantizationType[weights]
-    for name, tensor in _stacked(tensors):
-        if name == "lm_head.weight" and config["tie_word_embeddings"]:
-            continue
-        matrix = tensor.float()
-        if architecture.interleaved and (".q_proj." in name or ".k_proj." in name):
-            matrix = _interleaved(matrix, head_dim)
-        ours = _gguf_name(name, architecture)
-        stored = quantization if matrix.ndim > 1 and ROUTER not in ours else gguf.GGMLQuantizationType.F32
-        data: np.ndarray[Any, Any] = gguf.quants.quantize(matrix.contiguous().numpy(), stored)
-        writer.add_tensor(ours, data, raw_dtype=stored)
+    if steps is not None:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    grids = repeat(None) if steps is None else (grid for _, grid in _arranged(config, steps))
+    for (name, tensor), grid in zip(_arranged(config, tensors), grids, strict=steps is not None):
+        is_matrix = tensor.ndim > 1 and ROUTER not in name
+        blocks = to_blocks(tensor, grid) if grid is not None and is_matrix else None
+        if blocks is None:
+            stored = quantization if is_matrix else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(name, blocks[0], raw_dtype=gguf.GGMLQuantizationType[blocks[1]])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,6 +226,41 @@ def _add_glm4_moe(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
     writer.add_expert_weights_norm(config["norm_topk_prob"])
     writer.add_nextn_predict_layers(0)
+
+
+def _exact(view: PolicyView, kind: type[PolicyView]) -> PolicyView:
+    """The same model in fp32, which holds all that any bits stand for."""
+    return kind(view.directory, view.source, view.policy, torch.float32)
+
+
+def _arranged(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as a file has them, in fp32, under llama.cpp's names."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    for name, tensor in _stacked(tensors):
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        matrix = tensor.float()
+        if architecture.interleaved and (".q_proj." in name or ".k_proj." in name):
+            matrix = _interleaved(matrix, head_dim)
+        yield _gguf_name(name, architecture), matrix.contiguous()
+
+
+def _check_tensors(file: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> bool:
+    """Compare the file's tensors with what it was to hold. Returns whether some are integers.
+
+    Raises ValueError if one differs by more than its type rounds.
+    """
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, tensor in _arranged(config, tensors):
+        kind = stored[name].tensor_type.name
+        found = torch.tensor(gguf.quants.dequantize(stored[name].data, stored[name].tensor_type))
+        allowed = ROUNDING.get(kind, 0.0) * tensor.abs() + SMALLEST_SCALE
+        if not bool(((found.view_as(tensor) - tensor).abs() <= allowed).all()):
+            raise ValueError(f"{file.name}: the tensor {name} does not hold the model's weights in type {kind}")
+    return any(tensor.tensor_type.name in (Q4_0, Q8_0) for tensor in stored.values())
 
 
 def _stacked(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from ladimo.checkpoint import TensorReader, copy_tokenizer, read_json, stored_dt
 from ladimo.export.layer_forms import FixedExperts, RoutedExperts, layer_form
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
-from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, matrix_named, read_matrix
+from ladimo.model.nested.layers import EMBEDDING, TIED_HEAD, Matrix, matrix_named, read_matrix, read_steps
 from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.model.router import SELECTION_BIAS
 from ladimo.model.transformer import MoeTransformer
@@ -30,24 +30,20 @@ Ffn = tuple[Tensor, Tensor, Tensor]  # gate [W, D], up [W, D], down [D, W]
 
 
 class PolicyView:
-    """The model as it runs under the policy. Weights have the dtype that they are stored in.
+    """The model as it runs under the policy, which does not refine.
 
-    Raises ValueError for a family with modules of its own, for a policy that refines, and for what `layer_form`
-    refuses.
+    Weights that are read at all bits have the dtype that they are stored in. Others are computed in `dtype`; None: the same.
+    Raises ValueError for a family with modules of its own, and for what `layer_form` refuses.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy) -> None:
+    def __init__(self, directory: Path, config: ModelConfig, policy: RoutingPolicy, dtype: torch.dtype | None = None) -> None:
+        assert not policy.refines, "what a token reads at more bits is no property of the weights"
         if find_family(config.family).has_own_modules:
             raise ValueError(f"{directory}: family {config.family} has modules that no target knows")
         if config.qk_pairs:
             raise ValueError(f"{directory}: has pruned queries and keys, which no target can hold")
-        if policy.refines:
-            raise ValueError(
-                f"policy {policy.name!r}: each token chooses which neurons and words it reads at more bits, which no target can"
-                " hold; export a policy without refine and head_refine"
-            )
         self.directory, self.source, self.policy = directory, config, policy
-        self.dtype = stored_dtype(directory)
+        self.dtype = dtype or stored_dtype(directory)
         self._reader = TensorReader(directory)
         self.forms = tuple(self._form(index) for index in range(config.num_hidden_layers))
 
@@ -110,7 +106,7 @@ class PolicyView:
                 yield name, self._get(name)
         if not self.head_is_tied:
             head = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(HEAD)
-            yield HEAD, read_matrix(self._reader, head, self.policy.head_bits, self.dtype)
+            yield HEAD, self._matrix(head, self.policy.head_bits)
 
     def ffn_width(self, layer: int) -> int:
         """The width W of `ffn`."""
@@ -164,13 +160,13 @@ class PolicyView:
         moe = self.source.layers[layer]
         assert moe is not None
         rows = torch.tensor(experts, dtype=torch.int64) - moe.fixed_experts
-        return self._reader.get(f"model.layers.{layer}.mlp.gate.weight")[rows]
+        return self._tensor(f"model.layers.{layer}.mlp.gate.weight")[rows]
 
     def shared_expert(self, layer: int) -> tuple[Ffn, Tensor]:
         """A shared expert with a gate of its own, and the gate [1, D]."""
         prefix = f"model.layers.{layer}.mlp.shared_expert"
         gate, up, down = (self._get(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
-        return (gate, up, down), self._reader.get(f"{prefix}_gate.weight")
+        return (gate, up, down), self._tensor(f"{prefix}_gate.weight")
 
     def selection_bias(self, layer: int) -> Tensor:
         """The router's bias [E] in fp32, which changes the order of all experts of a layer."""
@@ -193,15 +189,35 @@ class PolicyView:
         """A tensor at the bits that the policy reads. The embedding is read at all that there are."""
         if name == EMBEDDING:
             embedding = TIED_HEAD if self.source.tie_word_embeddings else matrix_named(EMBEDDING)
-            return read_matrix(self._reader, embedding, None, self.dtype)
+            return self._matrix(embedding, None)
         parts = name.split(".")
         rule = self.policy.layers[int(parts[2])] if parts[1:2] == ["layers"] else None
         if rule is None or not parts[-2 if parts[-1] == "weight" else -1].endswith("_proj"):
-            return self._reader.get(name)
+            return self._tensor(name)
         bits = rule.attention_bits if "self_attn" in parts else rule.bits
         if bits is not None and parts[-2] in ("k_proj", "v_proj"):
             bits = max(bits, KEY_VALUE_BITS)
-        return read_matrix(self._reader, matrix_named(name), bits, self.dtype)
+        return self._matrix(matrix_named(name), bits)
+
+    def _matrix(self, matrix: Matrix, bits: int | None) -> Tensor:
+        return read_matrix(self._reader, matrix, bits, self.dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor of one precision."""
+        return self._reader.get(name)
+
+
+class StepsView(PolicyView):
+    """The same model with numbers of which the weights are whole multiples, in their places (`read_steps`). They are zero where
+    weights are not rounded. Targets cut and join these tensors as they do with weights, so they tell how rounded weights can be
+    written as integers."""
+
+    def _matrix(self, matrix: Matrix, bits: int | None) -> Tensor:
+        read = self.source.bits_read(bits)
+        return self._tensor(matrix.weight) if read is None else read_steps(self._reader, matrix, read)
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.zeros(self._reader.shape(name))
 
 
 def padded(gate: Tensor, up: Tensor, down: Tensor, width: int) -> Ffn:

@@ -1,9 +1,7 @@
 """Models written for other programs say what our network says under the policy, or are refused by name."""
 
 import importlib.util
-import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ladimo.export.dense import DenseTarget
 from ladimo.export.policy_view import PolicyView
 from ladimo.model.inputs import StepInputs
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import PARTIAL_LONGROPE, VOCAB_SIZE, make_moe, make_nested
+from tests.factories import PARTIAL_LONGROPE, VOCAB_SIZE, make_moe
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
@@ -63,28 +61,6 @@ def test_dense_is_the_same_model(moe: Path, tmp_path: Path, policy: str, width: 
     assert (raw["model_type"], raw["intermediate_size"]) == ("llama", width)
     assert (ours(moe, policy) - theirs(tmp_path / "out")).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([104, 105])
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
-def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool) -> None:
-    """Also where the head is rounded and the embedding, which it was, is not."""
-    nested = make_nested(tmp_path / "nested", tie_word_embeddings=tied)
-    written = []
-    for policy in ("full", "balanced", "fast"):
-        export.export(nested, tmp_path / policy, "dense", policy)
-        written.append(theirs(tmp_path / policy))
-        assert (ours(nested, policy) - written[-1]).abs().max() < 1e-4
-    assert min((a - b).abs().max() for a, b in itertools.combinations(written, 2)) > 0.01
-
-
-def test_a_policy_that_refines_is_refused(tmp_path: Path) -> None:
-    """The same bits without refinement can be exported, but that would be another model."""
-    nested = make_nested(tmp_path / "nested")
-    policy = read_policies(nested, read_config(nested))["fast"]
-    write_policy(nested, replace(policy, name="refined", head_refine=2.0))
-    with pytest.raises(ValueError, match="policy 'refined': each token chooses .* which no target can hold"):
-        export.export(nested, tmp_path / "out", "dense", "refined")
-    assert not (tmp_path / "out").exists()
 
 
 def test_dense_is_as_narrow_as_the_widest_layer(tmp_path: Path) -> None:

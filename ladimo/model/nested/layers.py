@@ -14,7 +14,8 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.moe import Experts
 from ladimo.model.nested.plane_layout import DownWeights, NeuronRows, to_neuron_rows, to_words
 from ladimo.model.nested.refinement import column_norms
-from ladimo.model.nested.weights import NestedWeights, planes_from_nibbles, read_planes
+from ladimo.model.nested.weights import STEPS, NestedWeights, planes_from_nibbles, read_planes
+from ladimo.model.precision import GROUP, NESTED_BITS
 from ladimo.model.quantization import QuantizedWeights
 from ladimo.model.router import Router
 
@@ -195,6 +196,16 @@ def read_matrix(stored: Stored, matrix: Matrix, bits: int | None, dtype: torch.d
         return stored.get(matrix.weight)
     whole = stored.get(matrix.weight) if matrix.weight in stored else None
     return NestedWeights(whole, *_read(stored, matrix, torch.device("cpu"))).at(bits or torch.inf, dtype)
+
+
+def read_steps(stored: Stored, matrix: Matrix, bits: int) -> Tensor:
+    """How far the neighbouring values of each weight are apart at so many bits: fp32 [..., N, K]. It may be negative.
+
+    The weights of `read_matrix` are whole multiples of it."""
+    whole = matrix.weight in stored
+    cols = stored.get(matrix.weight).shape[-1] if whole else 2 * stored.get(matrix.high).shape[-1]
+    steps = stored.get(matrix.scales).float() / (1 if bits == min(NESTED_BITS) else STEPS)
+    return steps.repeat_interleave(GROUP, dim=-1)[..., :cols]
 
 
 def _read(stored: Stored, matrix: Matrix, device: torch.device) -> Planes:
