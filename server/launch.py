@@ -31,11 +31,12 @@ from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import bounded_http
 from server.api.services import Services
 from server.api.shadow import ShadowQuality
+from server.api.waiting import WaitingRequests
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig
 from server.engine.core import build_core
-from server.engine.messages import Replayed, StepStats
+from server.engine.messages import Rebound, Replayed, StepStats
 from server.errors import ServiceError
 from server.metrics import MAX_EXPERT_SERIES, Metrics
 from server.policies.controller import Control
@@ -211,8 +212,14 @@ def build_services(settings: ServerSettings) -> Services:
     def on_replayed(replayed: Replayed) -> None:
         shadow.record(replayed)
 
-    engine = AsyncEngine(partial(build_core, directory, _engine_config(settings)), on_step, on_replayed=on_replayed)
+    def on_rebound(reply: Rebound) -> None:
+        waiting.rebound(reply)
+
+    engine = AsyncEngine(
+        partial(build_core, directory, _engine_config(settings)), on_step, on_replayed=on_replayed, on_rebound=on_rebound
+    )
     shadow = ShadowQuality(engine, store, metrics, settings.shadow_share)
+    waiting = WaitingRequests(store, engine.rebind)
     admission = Admission(engine, settings.max_queue, on_reject, meter, settings.max_queue_tokens)
     tokenizer = Tokenizer(directory, settings.allow_special_tokens)
     return Services(
@@ -221,8 +228,9 @@ def build_services(settings: ServerSettings) -> Services:
         store=store,
         language=Language(tokenizer, _tool_dialect(settings, tokenizer), tokenizer.grammar_compiler(config.vocab_size)),
         metrics=metrics,
-        automatic_control=AutomaticControl(store, metrics, meter, admission, Control()),
+        automatic_control=AutomaticControl(store, metrics, meter, admission, waiting, Control()),
         shadow=shadow,
+        waiting=waiting,
         config=config,
         model_name=name,
         frontier_batch=settings.frontier_batch,

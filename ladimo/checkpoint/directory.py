@@ -45,6 +45,16 @@ def read_config(directory: Path) -> ModelConfig:
         raise ValueError(f"{directory / 'config.json'}: {error}") from error
 
 
+def read_eos_token_ids(directory: Path) -> frozenset[int]:
+    """The end-of-text token ids of generation_config.json, or of config.json where the first names none."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            value = read_json(directory / name).get("eos_token_id")
+            if value is not None:
+                return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files from one directory to another. Raises OSError."""
     for name in TOKENIZER_FILES:

@@ -16,11 +16,12 @@ from loadtests.load.workload import Planned
 from server.api.admission import Admission
 from server.api.automatic_control import AutomaticControl
 from server.api.requests.pressure import under_pressure
+from server.api.waiting import WaitingRequests
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.batch import Batch, tokens_by_policy
 from server.engine.config import EngineConfig, EngineLimits
 from server.engine.core import EngineCore
-from server.engine.messages import Submit
+from server.engine.messages import Rebind, Rebinding, Rebound, Submit
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
 from server.engine.request import GenerationRequest, SamplingParams
@@ -31,6 +32,7 @@ from server.metrics import Metrics
 from server.policies.controller import Control
 from server.policies.costs import StepCosts
 from server.policies.load_meter import LoadMeter
+from server.policies.route import Route
 from server.policies.store import PolicyStore
 from server.policies.targets import AUTO
 from server.policies.tiers import FIXED
@@ -139,6 +141,28 @@ class _Ready:
     state: EngineState = EngineState.READY
 
 
+@dataclass(eq=False, slots=True)
+class _Running:
+    """An admitted request."""
+
+    request_id: str
+    route: Route
+    outcome: Outcome
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return (self.request_id,)
+
+    def rebind(self, route: Route) -> None:
+        self.route = route
+
+    def tell(self, store: PolicyStore) -> None:
+        """The request has begun: write down its route."""
+        route, outcome = self.route, self.outcome
+        outcome.policy, outcome.accuracy, outcome.reason = route.policy.name, route.accuracy, route.reason
+        outcome.bytes_ratio = store.price(route.policy.name)
+
+
 class Machine:
     """Serves planned requests that leave the choice of the policy to the server. `store`: its own, with the default to use."""
 
@@ -149,21 +173,23 @@ class Machine:
         self._admission = Admission(engine, max_queue, lambda code: None, self.meter, clock=clock)
         metrics = Metrics(CollectorRegistry(), {}, store.config.active_parameters_ratio)
         self._interval = Control().interval_seconds
-        self._control = AutomaticControl(store, metrics, self.meter, self._admission, Control(), clock)
+        self._waiting = WaitingRequests(store, self._rebind)
+        self._control = AutomaticControl(store, metrics, self.meter, self._admission, self._waiting, Control(), clock)
 
     def run(self, planned: Sequence[Planned]) -> list[Outcome]:
         """The outcomes, in order. Times are in seconds since the start."""
         start, waiting = self._clock(), list(planned)
         outcomes = [Outcome(each.routing.name, each.at) for each in planned]
-        running: dict[str, Outcome] = {}
+        running: dict[str, _Running] = {}
         last: dict[str, float] = {}
         number, next_decision = 0, start
         while number < len(waiting) or self._core.has_work:
             now = self._clock()
             while number < len(waiting) and start + waiting[number].at <= now:
-                outcome, request_id = outcomes[number], f"r{number}"
-                if self._submit(request_id, waiting[number], outcome, now - start):
-                    running[request_id] = outcome
+                request_id = f"r{number}"
+                submitted = self._submit(request_id, waiting[number], outcomes[number], now - start)
+                if submitted is not None:
+                    running[request_id] = submitted
                 number += 1
             if now >= next_decision:
                 self._control.decide()
@@ -176,8 +202,11 @@ class Machine:
             now = self._clock()
             self.meter.observe(result.stats, now)
             for event in result.events:
-                outcome = running[event.request_id]
+                request = running[event.request_id]
+                outcome = request.outcome
                 if outcome.first is None:
+                    self._waiting.remove(request)
+                    request.tell(self._store)
                     outcome.first = now - start
                     self._admission.give_back(0, outcome.prompt_tokens)
                 else:
@@ -188,7 +217,12 @@ class Machine:
                     self._admission.give_back(1, 0)
         return outcomes
 
-    def _submit(self, request_id: str, request: Planned, outcome: Outcome, now: float) -> bool:
+    def _rebind(self, changes: Sequence[Rebinding]) -> None:
+        reply = self._core.handle(Rebind(tuple(changes)))
+        assert isinstance(reply, Rebound)
+        self._waiting.rebound(reply)
+
+    def _submit(self, request_id: str, request: Planned, outcome: Outcome, now: float) -> "_Running | None":
         outcome.sent = outcome.ended = now
         outcome.prompt_tokens = len(request.prompt)
         admission, places = self._admission, 0
@@ -200,9 +234,10 @@ class Machine:
         except QueueFull as error:
             admission.give_back(places, 0)
             outcome.status, outcome.code = 429, error.code
-            return False
-        outcome.status, outcome.policy, outcome.accuracy, outcome.reason = 200, route.policy.name, route.accuracy, route.reason
-        outcome.bytes_ratio = self._store.price(route.policy.name)
+            return None
+        outcome.status = 200
         sampling = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
         self._core.handle(Submit(GenerationRequest(request_id, tuple(request.prompt), sampling, route.policy)))
-        return True
+        running = _Running(request_id, route, outcome)
+        self._waiting.add(running)
+        return running

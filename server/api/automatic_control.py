@@ -9,6 +9,7 @@ from typing import Any
 
 from server.api.admission import Admission
 from server.api.policy_changes import show_policies
+from server.api.waiting import WaitingRequests
 from server.metrics import Metrics
 from server.policies.controller import Control, Controller, Decision
 from server.policies.load_meter import LoadMeter
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class AutomaticControl:
-    """While the default is automatic, moves the accuracy of the store. `changes`: the latest changes, oldest first."""
+    """While the default is automatic, moves the accuracy of the store, and that of the requests that wait. `changes`: the
+    latest changes, oldest first."""
 
     def __init__(
         self,
@@ -29,11 +31,12 @@ class AutomaticControl:
         metrics: Metrics,
         meter: LoadMeter,
         admission: Admission,
+        waiting: WaitingRequests,
         timing: Control,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._metrics, self._meter, self._admission = store, metrics, meter, admission
-        self._timing, self._clock = timing, clock
+        self._waiting, self._timing, self._clock = waiting, timing, clock
         self._objective: Objective | None = None
         self._controller = Controller(clock(), timing, store.price_at)
         self._last: Decision | None = None
@@ -61,8 +64,12 @@ class AutomaticControl:
         decision = self._last = self._controller.decide(objective, load, now)
         self._metrics.controller_decisions.labels(decision.direction).inc()
         self._metrics.show_signals(decision.signals)
-        if decision.direction == "hold":
-            return
+        if decision.direction != "hold":
+            self._change(decision, before)
+        self._waiting.follow()
+
+    def _change(self, decision: Decision, before: float) -> None:
+        """Apply a change from the accuracy `before`, and tell of it."""
         self._store.auto_accuracy = decision.accuracy
         self.changes.append(decision)
         self._metrics.controller_changes.labels(decision.direction, decision.cause).inc()

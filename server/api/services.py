@@ -17,6 +17,7 @@ from server.api.automatic_control import AutomaticControl
 from server.api.policy_changes import PolicyChanges, Share
 from server.api.requests.terms import FairQueueing, RequestRules
 from server.api.shadow import ShadowQuality
+from server.api.waiting import WaitingRequests
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.policies.store import PolicyStore
@@ -40,6 +41,7 @@ class Services:
     `comment_seconds`: a stream sends a comment after so many seconds without an event.
     `scrape_seconds`: how long /metrics waits for the engine's counters.
     `shadow`: compares policies on finished answers.
+    `waiting`: the requests that take each new accuracy while they wait.
     `automatic_control`: sets the accuracy while the default is automatic.
     `share_policies`: makes a change of the policies on several servers; None if this server is alone.
     `admin_lock`: allows one admin action at a time, because each builds on the state that the last one left.
@@ -52,6 +54,7 @@ class Services:
     metrics: Metrics
     automatic_control: AutomaticControl
     shadow: ShadowQuality
+    waiting: WaitingRequests
     config: ModelConfig
     model_name: str
     frontier_batch: int = 1
@@ -106,7 +109,7 @@ RequestRulesDep = Annotated[
     _part(lambda s: RequestRules(s.store, s.model_name, s.request_timeout, s.strict_fields, s.fair_queueing)),
 ]
 GenerationPartsDep = Annotated[
-    GenerationParts, _part(lambda s: GenerationParts(s.engine, s.language.tokenizer, s.metrics, s.config, s.shadow))
+    GenerationParts, _part(lambda s: GenerationParts(s.engine, s.language.tokenizer, s.metrics, s.config, s.shadow, s.waiting))
 ]
 AnswerPartsDep = Annotated[AnswerParts, _part(lambda s: AnswerParts(s.metrics, s.telemetry, s.comment_seconds))]
 PolicyChangesDep = Annotated[PolicyChanges, _part(lambda services: services.policy_changes)]

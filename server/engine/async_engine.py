@@ -26,6 +26,9 @@ from server.engine.messages import (
     EngineDead,
     ExpertSnapshot,
     ReadExperts,
+    Rebind,
+    Rebinding,
+    Rebound,
     Replay,
     Replayed,
     Report,
@@ -55,7 +58,8 @@ class EngineState(StrEnum):
 class AsyncEngine:
     """The engine for one event loop. Only `heartbeat` and its age may be read from elsewhere.
 
-    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step, `on_replayed` after every replay.
+    `build_core` runs on the engine thread. `on_step` runs on the event loop after every step, `on_replayed` after every replay,
+    `on_rebound` for every reply to `rebind`.
     `heartbeat` is when the engine loop last turned, in seconds of `clock`. `quiet_seconds`: the engine must have been idle so
     long before it begins with replays.
     """
@@ -66,12 +70,13 @@ class AsyncEngine:
         on_step: Callable[[StepStats], None],
         clock: Callable[[], float] = time.monotonic,
         on_replayed: Callable[[Replayed], None] = lambda _: None,
+        on_rebound: Callable[[Rebound], None] = lambda _: None,
         quiet_seconds: float = QUIET_SECONDS,
     ) -> None:
         self.state = EngineState.LOADING
         self._clock = clock
         self.heartbeat = clock()
-        self._build_core, self._on_step, self._on_replayed = build_core, on_step, on_replayed
+        self._build_core, self._on_step, self._on_replayed, self._on_rebound = build_core, on_step, on_replayed, on_rebound
         self._quiet_seconds = quiet_seconds
         self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
@@ -151,6 +156,11 @@ class AsyncEngine:
         assert isinstance(reply, ExpertSnapshot)
         return reply
 
+    def rebind(self, changes: Sequence[Rebinding]) -> None:
+        """Give requests that have not begun other policies. `on_rebound` learns which changes were made, before any event of
+        these requests."""
+        self._mailbox.put(Rebind(tuple(changes)))
+
     def replay(self, answer: Replay) -> None:
         """Compare policies on a finished answer when there is nothing else to do. `on_replayed` gets the result."""
         self._mailbox.put(answer)
@@ -201,6 +211,8 @@ class AsyncEngine:
                     self._on_step(stats)
                 case TokenEvent():
                     self._put(report)
+                case Rebound():
+                    self._on_rebound(report)
                 case Replayed():
                     self._on_replayed(report)
                 case Activated(call_id) | ExpertSnapshot(call_id):

@@ -3,12 +3,12 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ladimo.checkpoint import load_to_serve, read_json
+from ladimo.checkpoint import load_to_serve, read_eos_token_ids
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, PolicyRun, samples, tokens_by_policy
 from server.engine.config import EngineConfig, EngineLimits
@@ -20,6 +20,9 @@ from server.engine.messages import (
     Command,
     PolicyTableFull,
     ReadExperts,
+    Rebind,
+    Rebinding,
+    Rebound,
     Replay,
     Replayed,
     Report,
@@ -118,13 +121,13 @@ class EngineCore:
         match command:
             case Submit(request):
                 self._submit(request)
-                return None
+            case Rebind(changes):
+                return self._rebind(changes)
             case Abort(request_id, reason):
                 sequence = self._row_queue.remove(request_id) or self._scheduler.remove(request_id)
                 if sequence is not None:
                     self._retire(sequence, reason, self._clock())
                     self._give_rows()
-                return None
             case Activate(call_id, policies):
                 try:
                     self._table.set_resident(policies)
@@ -138,9 +141,9 @@ class EngineCore:
             case Replay():
                 if self._replayer is not None:
                     self._replayer.add(command)
-                return None
             case Stop():
                 raise AssertionError("the loop handles Stop")
+        return None
 
     def step(self) -> StepResult:
         """Run one step: schedule, compute, update. Returns its events and statistics.
@@ -269,6 +272,17 @@ class EngineCore:
         )
         self._give_rows()
 
+    def _rebind(self, changes: Iterable[Rebinding]) -> Rebound:
+        both = (*self._row_queue, *self._scheduler.waiting)
+        fresh = {sequence.request.request_id: sequence for sequence in both if sequence.scheduled is None}
+        changed = []
+        for change in changes:
+            sequences = [fresh[each] for each in change.request_ids if each in fresh]
+            whole = len(sequences) == len(change.request_ids)
+            changed.append(whole and self._row_queue.rebind(sequences, change.policy))
+        self._give_rows()
+        return Rebound(tuple(changed))
+
     def _give_rows(self) -> None:
         """Give rows of the policy table to waiting sequences, and hand these to the scheduler.
 
@@ -340,7 +354,7 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
         model, config = lead(directory, config)
     else:
         model = load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len)
-    return assemble_core(model, config, eos_token_ids(directory))
+    return assemble_core(model, config, read_eos_token_ids(directory))
 
 
 def assemble_core(
@@ -384,13 +398,3 @@ def assemble_core(
         graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, capturer)
     runner = ModelRunner(model, kv_cache, table.tables, eos_token_ids, graphs)
     return EngineCore(runner, scheduler, table, limits, eos_token_ids, replayer=replayer)
-
-
-def eos_token_ids(directory: Path) -> frozenset[int]:
-    """The end-of-text token ids of generation_config.json, or of config.json where the first names none."""
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).exists():
-            value = read_json(directory / name).get("eos_token_id")
-            if value is not None:
-                return frozenset(value if isinstance(value, list) else [value])
-    return frozenset()

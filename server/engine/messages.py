@@ -36,6 +36,25 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebinding:
+    """Another policy for sequences that belong together."""
+
+    request_ids: tuple[str, ...]
+    policy: RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Rebind:
+    """Give requests that have not begun to run other policies. The reply is `Rebound`, before any event of these requests.
+
+    Sequences that belong together change together. If one of them has begun, or has not come yet, or if the policy gets no row
+    of the table now, all of them keep their policy.
+    """
+
+    changes: tuple[Rebinding, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Activate:
     """Make exactly these policies resident. The reply is `Activated`.
 
@@ -71,7 +90,7 @@ class Stop:
     """End the engine loop after the current step."""
 
 
-Command = Submit | Abort | Activate | ReadExperts | Replay | Stop
+Command = Submit | Abort | Rebind | Activate | ReadExperts | Replay | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +163,13 @@ class Activated:
 
     call_id: int
     error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rebound:
+    """The reply to `Rebind`: whether each of its changes was made, in its order."""
+
+    changed: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,4 +250,4 @@ class Replayed:
     kl: float
 
 
-Report = StepResult | TokenEvent | Activated | ExpertSnapshot | Replayed
+Report = StepResult | TokenEvent | Rebound | Activated | ExpertSnapshot | Replayed

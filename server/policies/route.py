@@ -16,11 +16,12 @@ class RoutePhase:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The routing of one request: the policy version that it keeps, its accuracy, and the reason for the choice.
+    """The routing of one request: its policy version, its accuracy, and the reason for the choice.
 
     `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
     "model", "tier", "canary", "auto", "queue", "deadline" or "default".
     `floor`: the lowest accuracy to which it may be lowered; None if it may not.
+    `follows`: the choice was left to automatic control alone. While the request waits, it takes each new accuracy.
     `phases`: all phases, if the request has several. `policy` and `accuracy` are then those of the first.
     """
 
@@ -29,6 +30,7 @@ class Route:
     reason: str
     requested: str  # what the request asked for: a policy name, "accuracy", "phases", "auto" or "default"
     floor: float | None = None
+    follows: bool = False
     phases: tuple[RoutePhase, ...] = ()
 
     @property
@@ -42,3 +44,10 @@ class Route:
         accuracies = [phase.accuracy for phase in self.phases] or [self.accuracy]
         known = [accuracy for accuracy in accuracies if accuracy is not None]
         return max(known) if len(known) == len(accuracies) else None
+
+
+@dataclass(slots=True)
+class Binding:
+    """The route of one request. It may change until the request begins to run; all who tell of it read it here."""
+
+    route: Route

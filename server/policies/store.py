@@ -206,10 +206,17 @@ class PolicyStore:
         floor = None if self.objective is None else self.objective.min_accuracy
         return replace(self.resolve(Ask(canary.target, "canary", "canary", floor)), requested=requested)
 
-    def lowered(self, route: Route, accuracy: float, reason: str) -> Route:
-        """The route at a lower accuracy, which its floor must allow."""
+    def moved(self, route: Route, accuracy: float, reason: str) -> Route:
+        """The route at another accuracy, which its floor must allow."""
         assert route.floor is not None and route.floor <= accuracy
         return replace(self._at(accuracy, reason, route.requested), floor=route.floor)
+
+    def followed(self, route: Route) -> Route:
+        """A route that follows automatic control, at the accuracy of now. If automatic control is off, the route itself."""
+        if self.objective is None:
+            return route
+        assert route.follows and route.floor is not None
+        return replace(self.moved(route, max(self.auto_accuracy, route.floor), AUTO), follows=True)
 
     # Next states
 
@@ -323,9 +330,9 @@ class PolicyStore:
                 route = self._at(accuracy, "default", requested)
             case Automatic(objective):
                 route = self._at(max(self.auto_accuracy, objective.min_accuracy), AUTO, requested)
-                route = replace(route, floor=max(objective.min_accuracy, min_accuracy or 0.0))
+                route = replace(route, floor=max(objective.min_accuracy, min_accuracy or 0.0), follows=True)
         if min_accuracy is not None and route.accuracy is not None and route.accuracy < min_accuracy:
-            return replace(self._at(min_accuracy, route.reason, requested), floor=route.floor)
+            return replace(self._at(min_accuracy, route.reason, requested), floor=route.floor, follows=route.follows)
         return route
 
     def _at(self, accuracy: float, reason: str, requested: str) -> Route:

@@ -28,11 +28,12 @@ from server.api.http.http_protocol import HEADER_SECONDS, SEND_SECONDS, bounded_
 from server.api.requests.terms import FairQueueing
 from server.api.services import SCRAPE_SECONDS, Services
 from server.api.shadow import ShadowQuality
+from server.api.waiting import WaitingRequests
 from server.app import Access, create_app
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.batch import Batch, samples
 from server.engine.core import EngineCore
-from server.engine.messages import StepStats
+from server.engine.messages import Rebound, StepStats
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.request import GenerationRequest
 from server.metrics import Metrics
@@ -238,7 +239,11 @@ async def make_server(
     def on_reject(code: str) -> None:
         metrics.admission_rejections.labels(code).inc()
 
-    engine = AsyncEngine(lambda: parts.build(built), on_step, parts.clock)
+    def on_rebound(reply: Rebound) -> None:
+        waiting.rebound(reply)
+
+    engine = AsyncEngine(lambda: parts.build(built), on_step, parts.clock, on_rebound=on_rebound)
+    waiting = WaitingRequests(store, engine.rebind)
     admission = Admission(engine, parts.max_queue, on_reject, meter, parts.max_queue_tokens, parts.clock)
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     services = Services(
@@ -247,7 +252,8 @@ async def make_server(
         store=store,
         language=Language(tokenizer, parts.tool_dialect, tokenizer.grammar_compiler(CONFIG.vocab_size)),
         metrics=metrics,
-        automatic_control=AutomaticControl(store, metrics, meter, admission, parts.control, parts.clock),
+        automatic_control=AutomaticControl(store, metrics, meter, admission, waiting, parts.control, parts.clock),
+        waiting=waiting,
         shadow=ShadowQuality(engine, store, metrics, share=0.0),
         config=CONFIG,
         model_name=MODEL,

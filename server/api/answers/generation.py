@@ -20,12 +20,13 @@ from server.api.answers.routing_trace import without_answer
 from server.api.fields.completions import GenerationFields
 from server.api.requests.sampling import check_ids, check_length, choice_seed, make_sampling
 from server.api.shadow import ShadowQuality
+from server.api.waiting import WaitingRequests
 from server.engine.async_engine import AsyncEngine
 from server.engine.messages import RoutingTrace, TokenEvent
 from server.engine.request import FinishReason, GenerationRequest, LaterPhases, Trace
 from server.errors import BadRequest, DeadlineExceeded
 from server.metrics import Metrics
-from server.policies.route import Route
+from server.policies.route import Binding, Route
 from server.policies.targets import PREFILL
 from server.text.answer_text import TOOL_CALLS, AnswerText, CallDelta
 from server.text.detokenizer import Detokenizer, TokenDecoder
@@ -46,24 +47,31 @@ class GenerationParts:
     metrics: Metrics
     config: ModelConfig
     shadow: ShadowQuality
+    waiting: WaitingRequests
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The conditions under which a request runs.
 
-    `permit`: holds the request's places. `deadline`: the event loop's time at which an unfinished answer is given up; None:
-    never. `flow`: requests of different flows take turns while they wait. `service_tier`: the tier that is used. `priority`:
-    lower runs earlier. `received`: the time of arrival in nanoseconds of Unix time.
+    `permit`: holds the request's places. `binding`: its route, which may change while it waits. `deadline`: the event loop's
+    time at which an unfinished answer is given up; None: never. `flow`: requests of different flows take turns while they wait.
+    `service_tier`: the tier that is used. `priority`: lower runs earlier. `received`: the time of arrival in nanoseconds of
+    Unix time.
     """
 
     permit: Permit
-    route: Route
+    binding: Binding
     deadline: float | None
     flow: str
     service_tier: str
     priority: int
     received: int = field(default_factory=time.time_ns)
+
+    @property
+    def route(self) -> Route:
+        """The route of now."""
+        return self.binding.route
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +200,26 @@ class Generation:
     """The choices of one HTTP request, `n` for each prompt. `deltas` may be called once."""
 
     def __init__(self, completion_id: str, terms: Terms, choices: Sequence[Choice], n: int, parts: GenerationParts) -> None:
-        self.completion_id, self.route, self.choices, self.n = completion_id, terms.route, choices, n
+        self.completion_id, self.choices, self.n = completion_id, choices, n
         self.service_tier = terms.service_tier
         self.received = terms.received
-        self._permit, self._deadline = terms.permit, terms.deadline
-        self._metrics, self._config, self._shadow = parts.metrics, parts.config, parts.shadow
+        self._permit, self._deadline, self._binding = terms.permit, terms.deadline, terms.binding
+        self._metrics, self._config, self._shadow, self._waiting = parts.metrics, parts.config, parts.shadow, parts.waiting
+
+    @property
+    def route(self) -> Route:
+        """The route that the request runs under, or that it has while it waits."""
+        return self._binding.route
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(choice.request.request_id for choice in self.choices)
+
+    def rebind(self, route: Route) -> None:
+        """The engine has given the waiting request another policy."""
+        self._binding.route = route
+        for choice in self.choices:
+            choice.request = replace(choice.request, policy=route.policy)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, in the order in which they come. Closing the generator early aborts running choices. The
@@ -204,38 +227,49 @@ class Generation:
 
         Raises the errors of admission and of the engine, and DeadlineExceeded.
         """
-        metrics, permit, policy = self._metrics, self._permit, self.route.policy.name
+        metrics, permit = self._metrics, self._permit
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         permit.wait(sum(len(choice.request.prompt_ids) for choice in self.choices), self._deadline)
-        metrics.policy_requests.labels(self.route.requested, policy, self.route.reason).inc()
+        self._waiting.add(self)
         tasks = [asyncio.create_task(_follow(choice, queue)) for choice in self.choices]
         alarm = self._set_alarm(queue)
         running = len(tasks)  # choices whose end has not been counted
+        bound = False  # whether the policy is settled, and the request counted under it
         try:
             while running:
                 item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
+                if not bound:
+                    bound = self._settle()
                 choice = self.choices[item.index]
                 choice.completion_tokens += choice.answer
                 if item.first:
                     permit.started(len(choice.request.prompt_ids))
                 if item.finish_reason is not None:
                     running -= 1
-                    metrics.request_success.labels(item.finish_reason, policy).inc()
+                    metrics.request_success.labels(item.finish_reason, self.route.policy.name).inc()
                     self._shadow.finished(choice.request, choice.output_ids)
                 yield item
         except (GeneratorExit, asyncio.CancelledError):
             logger.info("aborted: the client left", extra={"completion_id": self.completion_id})
-            metrics.request_success.labels(FinishReason.ABORT.value, policy).inc(running)
+            metrics.request_success.labels(FinishReason.ABORT.value, self.route.policy.name).inc(running)
             raise
         finally:
+            if not bound:
+                self._settle()
             if alarm is not None:
                 alarm.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # their errors came through the queue
             permit.close()
+
+    def _settle(self) -> bool:
+        """The request has begun, or has ended in the queue. Its policy does not change any more."""
+        self._waiting.remove(self)
+        self._metrics.policy_requests.labels(self.route.requested, self.route.policy.name, self.route.reason).inc()
+        return True
 
     def _set_alarm(self, queue: "asyncio.Queue[Delta | Exception]") -> asyncio.TimerHandle | None:
         if self._deadline is None:

@@ -2,17 +2,17 @@
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ladimo.model.config import ModelConfig
-from ladimo.policy import RoutingPolicy
 from server.api.fields.completions import RoutingTraceField
 from server.engine.messages import RoutingTrace
 from server.engine.request import TokenExperts
+from server.policies.route import Binding
 
 
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
@@ -29,34 +29,35 @@ def without_answer(trace: RoutingTrace) -> RoutingTrace:
     return RoutingTrace((), None if trace.prompt is None else trace.prompt + trace.tokens, trace.recomputed)
 
 
-@dataclass(frozen=True, slots=True)
 class TraceWriter:
-    """Writes the traces of one request. `layers`: the numbers of the expert layers. `places`: the most experts that a token may
-    run in a layer. `dtype`: the dtype of packed arrays; None: lists are written."""
+    """Writes the traces of one request, as packed arrays or as lists. Its policies are read when the first trace is written,
+    because they may change while the request waits."""
 
-    layers: Sequence[int]
-    places: int
-    dtype: np.dtype[Any] | None
+    def __init__(self, asked: RoutingTraceField | None, binding: Binding, config: ModelConfig) -> None:
+        self._packed = asked is not None and asked.format == "base64"
+        self._binding, self._config = binding, config
 
-    @classmethod
-    def of(cls, asked: RoutingTraceField | None, policies: Sequence[RoutingPolicy], config: ModelConfig) -> "TraceWriter":
-        """`policies`: those of the request's phases."""
-        places = most = 0
-        for rule, layer in (
-            (rule, layer) for policy in policies for rule, layer in zip(policy.layers, config.layers, strict=True)
-        ):
-            if rule is not None and layer is not None:
-                allowed = layer.num_experts if rule.experts is None else len(rule.experts)
-                places, most = max(places, min(rule.top_k, allowed)), max(most, layer.num_experts)
-        packed = asked is not None and asked.format == "base64"
-        # The largest number of the dtype is padding, so no expert may have it.
-        dtype = np.dtype(np.uint8 if most <= np.iinfo(np.uint8).max else "<u2") if packed else None
-        return cls(config.moe_layer_indices, places, dtype)
+    @cached_property
+    def _places(self) -> int:
+        """The most experts that a token may run in a layer, under the policy of any phase."""
+        pairs = (
+            (rule, layer)
+            for policy in self._binding.route.policies
+            for rule, layer in zip(policy.layers, self._config.layers, strict=True)
+            if rule is not None and layer is not None
+        )
+        allowed = (min(rule.top_k, layer.num_experts if rule.experts is None else len(rule.experts)) for rule, layer in pairs)
+        return max(allowed, default=0)
+
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        """Of packed arrays. Its largest number is padding, so no expert may have it."""
+        return np.dtype(np.uint8 if self._config.max_num_experts <= np.iinfo(np.uint8).max else "<u2")
 
     def write(self, trace: RoutingTrace, first: bool, last: bool) -> dict[str, Any]:
         """A choice's `routing_trace`, or the part in one chunk. `first`, `last`: whether this is the choice's first or last
         chunk, which have the fields that are sent once."""
-        wire: dict[str, Any] = {"layers": self.layers} if first else {}
+        wire: dict[str, Any] = {"layers": self._config.moe_layer_indices} if first else {}
         if trace.prompt is not None:
             wire["prompt"] = self._tokens(trace.prompt)
         wire["tokens"] = self._tokens(trace.tokens)
@@ -65,14 +66,14 @@ class TraceWriter:
         return wire
 
     def _tokens(self, tokens: Sequence[TokenExperts]) -> object:
-        if self.dtype is None:
+        if not self._packed:
             return tokens
         ran = list(chain.from_iterable(tokens))  # by token and layer
         counts = np.fromiter(map(len, ran), np.int64, len(ran))
-        packed = np.full((len(ran), self.places), np.iinfo(self.dtype).max, self.dtype)
-        packed[np.arange(self.places) < counts[:, None]] = list(chain.from_iterable(ran))
+        packed = np.full((len(ran), self._places), np.iinfo(self._dtype).max, self._dtype)
+        packed[np.arange(self._places) < counts[:, None]] = list(chain.from_iterable(ran))
         return {
-            "dtype": "uint8" if self.dtype.itemsize == 1 else "uint16",
-            "shape": [len(tokens), len(self.layers), self.places],
+            "dtype": "uint8" if self._dtype.itemsize == 1 else "uint16",
+            "shape": [len(tokens), len(self._config.moe_layer_indices), self._places],
             "data": b64encode(packed.tobytes()).decode(),
         }

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import logs
 from server.api.http.failures import error_response, to_service_error
 from server.errors import Forbidden, HeadersTooLarge, ServiceError, Unauthorized
+from server.policies.route import Binding
 
 access_log = logging.getLogger("server.access")
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class HeadAsGet:
 class RequestContext:
     """Gives every request an id, every reply its headers and a log line, and every unhandled exception an answer.
 
-    The header X-Routing-Policy names the request's policy. If the request has none, it names the default policy.
+    The header X-Routing-Policy names the request's policy as of then. If the request has none, it names the default policy.
     """
 
     def __init__(self, app: ASGIApp, default_policy: Callable[[], str], on_failure: Callable[[ServiceError], None]) -> None:
@@ -85,7 +86,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                headers["X-Routing-Policy"] = state.get("routing_policy") or self._default_policy()
+                binding: Binding | None = state.get("binding")
+                headers["X-Routing-Policy"] = self._default_policy() if binding is None else binding.route.policy.name
             await send(message)
 
         try:

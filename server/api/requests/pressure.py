@@ -38,7 +38,7 @@ def meet_deadline(
         return route
     in_time = next((each for each in store.accuracies if each < route.accuracy and late(store.price_at(each)) <= 0), None)
     if route.floor is not None and route.floor < route.accuracy:
-        return store.lowered(route, max(in_time or 0.0, route.floor), "deadline")
+        return store.moved(route, max(in_time or 0.0, route.floor), "deadline")
     if route.floor is None and in_time is not None:
         message = f"the answer would come too late; at accuracy {in_time:g} or less it would be in time"
         admission.refuse(QueueFull(message, retry_after=retry_after(too_late), accuracy=in_time))
@@ -56,7 +56,7 @@ def under_pressure(route: Route, tier: Tier, store: PolicyStore, admission: Admi
     if store.objective is None or queue is None or queue.share <= PRESSED_SHARE:
         return route
     if route.floor is not None and route.accuracy is not None and route.floor < route.accuracy:
-        return store.lowered(route, route.floor, "queue")
+        return store.moved(route, route.floor, "queue")
     level = store.resolve().accuracy
     assert level is not None
     accuracy = route.highest_accuracy

@@ -13,6 +13,7 @@ from server.api.http.deadline import request_deadline
 from server.api.requests.pressure import meet_deadline, under_pressure
 from server.api.requests.routing_choice import routing_choice
 from server.errors import UnsupportedParameter
+from server.policies.route import Binding
 from server.policies.store import PolicyStore
 from server.policies.targets import AUTO
 from server.policies.tiers import DEFAULT
@@ -45,10 +46,10 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     route = canary or rules.store.resolve(choice or tier.ask, controlled=tier.controlled)
     route = meet_deadline(route, deadline, body.token_limit, rules.store, permit.admission)
     route = under_pressure(route, tier, rules.store, permit.admission)
-    request.state.routing_policy = route.policy.name
+    request.state.binding = binding = Binding(route)
     return Terms(
         permit,
-        route,
+        binding,
         deadline,
         _flow(body, request, rules.fair_queueing),
         service_tier=DEFAULT if body.service_tier == AUTO else body.service_tier,

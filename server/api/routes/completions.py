@@ -35,7 +35,7 @@ async def completions(
         raise UnsupportedParameter("best_of: not supported by this server; leave it out or send n's value", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise BadRequest("max_tokens: 0 asks for nothing unless echo is true", param="max_tokens")
-    traces = TraceWriter.of(body.routing_trace, terms.route.policies, parts.config)
+    traces = TraceWriter(body.routing_trace, terms.binding, parts.config)
     model, tokenizer = body.model or rules.model_name, language.tokenizer
     dialect = TextDialect(model, terms.service_tier, body.stream_options, tokenizer, traces)
 
@@ -63,7 +63,7 @@ async def chat_completions(
     answer_parts: AnswerPartsDep,
 ) -> Response:
     terms = make_terms(body, 1, request, permit, rules)
-    traces = TraceWriter.of(body.routing_trace, terms.route.policies, parts.config)
+    traces = TraceWriter(body.routing_trace, terms.binding, parts.config)
     model, options = body.model or rules.model_name, body.stream_options
     dialect = ChatDialect(model, terms.service_tier, options, language.tokenizer, traces, tools=bool(body.tools))
     generation = chat_generation(body, dialect.id, terms, language, parts)

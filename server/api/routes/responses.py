@@ -32,7 +32,7 @@ async def responses(
     chat = body.chat
     try:
         terms = make_terms(chat, 1, request, permit, rules)
-        traces = TraceWriter.of(chat.routing_trace, terms.route.policies, parts.config)
+        traces = TraceWriter(chat.routing_trace, terms.binding, parts.config)
         dialect = ResponsesDialect(body, body.model or rules.model_name, terms.service_tier, language.tokenizer, traces)
         generation = await until_disconnect(request, chat_generation(chat, dialect.id, terms, language, parts))
     except BadRequest as error:

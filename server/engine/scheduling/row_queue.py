@@ -1,6 +1,9 @@
 """Requests that wait for rows of the policy table, because other policies hold too many of them."""
 
 from bisect import insort
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
+from dataclasses import replace
 from operator import attrgetter
 
 from ladimo.policy import RoutingPolicy
@@ -26,6 +29,9 @@ class RowQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._waiting)
+
     def add(self, sequence: Sequence) -> None:
         """Add a sequence. `take` must be called afterwards."""
         insort(self._waiting, sequence, key=attrgetter("rank"))
@@ -41,6 +47,28 @@ class RowQueue:
     def reopen(self) -> None:
         """Forget the closed rows. Called when the resident policies have changed; `take` then chooses again."""
         self._closed_for = None
+
+    def rebind(self, sequences: Sequences[Sequence], policy: RoutingPolicy) -> bool:
+        """Give sequences without phases that have not begun another policy. They wait here, or have rows already. `take` must
+        be called afterwards.
+
+        False, and nothing changed, if a sequence that has rows cannot have one of this policy now.
+        """
+        holders = [sequence for sequence in sequences if sequence.rows]
+        if holders and self._waiting and not self._may_join((policy,)):
+            return False
+        taken = [rows for _ in holders if (rows := self._table.acquire((policy,))) is not None]
+        if len(taken) < len(holders):  # all of them want the same row, so none has got it
+            return False
+        for sequence, rows in zip(holders, taken, strict=True):
+            self._table.release(sequence.rows)
+            sequence.rows = rows
+        for sequence in sequences:
+            assert sequence.request.later is None
+            sequence.request = replace(sequence.request, policy=policy)
+            sequence.block_keys.clear()  # they depend on the policy
+        self.reopen()  # the first waiting sequence may lack another row now
+        return True
 
     def take(self) -> list[Sequence]:
         """Give rows to the sequences that can have one, in order of rank. Returns these sequences.

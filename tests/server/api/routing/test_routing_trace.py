@@ -17,6 +17,7 @@ from ladimo.policy import LayerRule, RoutingPolicy
 from server.api.answers.routing_trace import TraceWriter
 from server.api.fields.completions import RoutingTraceField
 from server.engine.messages import RoutingTrace
+from server.policies.route import Binding, Route
 from tests.server.fakes import FAKE_CONFIG
 from tests.server.real import serving_model
 from tests.server.serving import TOP_K, events, serving
@@ -123,7 +124,8 @@ def test_the_padding_is_never_an_expert(num_experts: int, dtype: str, padding: i
     layers = tuple(layer and replace(layer, num_experts=num_experts) for layer in FAKE_CONFIG.layers)
     rule = LayerRule(3, mass=0.9)
     asked = RoutingTraceField.model_validate({"format": "base64"})
-    writer = TraceWriter.of(asked, [RoutingPolicy("p", "", (rule, None, rule))], replace(FAKE_CONFIG, layers=layers))
+    binding = Binding(Route(RoutingPolicy("p", "", (rule, None, rule)), None, "body", "p"))
+    writer = TraceWriter(asked, binding, replace(FAKE_CONFIG, layers=layers))
     trace = RoutingTrace((((num_experts - 1, 0), (7,)), ((1, 2, 3), (4, 5))))
     wire = writer.write(trace, first=True, last=True)["tokens"]
     assert (wire["dtype"], wire["shape"]) == (dtype, [2, 2, 3])
