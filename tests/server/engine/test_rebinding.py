@@ -27,7 +27,7 @@ def rebind(core: EngineCore, *changes: tuple[str, str]) -> tuple[bool, ...]:
 
 def served(core: EngineCore) -> dict[str, str]:
     """The policies under which the requests ended, by name."""
-    found = {}
+    found: dict[str, str] = {}
     while core.has_work:
         found |= {stats.request_id: stats.policy for stats in core.step().stats.finished}
     return found
@@ -73,7 +73,7 @@ def test_blocks_of_the_policy_before_are_not_shared() -> None:
     core.step()
     core._scheduler._cached_prefix(core._scheduler.waiting[0])  # as if it had not found enough blocks
     assert rebind(core, ("waiting", "fast")) == (True,)
-    cached = {}
+    cached: dict[str, int] = {}
     while core.has_work:
         cached |= {stats.request_id: stats.cached_tokens for stats in core.step().stats.finished}
     assert cached == {"running": 0, "waiting": 0}
