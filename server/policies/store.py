@@ -211,13 +211,6 @@ class PolicyStore:
         assert route.floor is not None and route.floor <= accuracy
         return replace(self._at(accuracy, reason, route.requested), floor=route.floor)
 
-    def followed(self, route: Route) -> Route:
-        """A route that follows automatic control, at the accuracy of now. If automatic control is off, the route itself."""
-        if self.objective is None:
-            return route
-        assert route.follows and route.floor is not None
-        return replace(self.moved(route, max(self.auto_accuracy, route.floor), AUTO), follows=True)
-
     # Next states
 
     def put(self, name: str, raw: Mapping[str, object]) -> State:
