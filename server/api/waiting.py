@@ -48,7 +48,7 @@ class WaitingRequests:
         self._waiting.pop(request, None)
 
     def follow(self) -> None:
-        """Ask the engine to give all of them the accuracy of now. Does nothing while a reply is due, or automatic control off."""
+        """Ask the engine to give all of them the accuracy of now. Nothing happens while a reply is due or control is off."""
         if self._asked or self._store.objective is None:
             return
         routes = ((request, self._of_now(request.route)) for request in self._waiting)
