@@ -2,9 +2,13 @@
 
 The model is a LlamaForCausalLM in which converted layers have our `ExpertLayer`. It runs under policy `full`, unless
 `from_pretrained` gets the name of a policy or `set_policy` is called. Generation, caches and saving are those of transformers.
+
+A nested checkpoint is loaded with its planes if the policy reads bits, or if it has nothing else. Such a model is not saved
+again. Otherwise it is a model with whole weights, like any other.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +23,13 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils import cached_file
 
+from ladimo.checkpoint import TensorReader
 from ladimo.model.config import MOE_TYPE, ModelConfig, MoeLayerConfig
 from ladimo.model.families import find_family, read_model_config
 from ladimo.model.layers import GeluMLP
 from ladimo.model.moe import ExpertLayer, Experts
+from ladimo.model.nested.layers import NestedHead, nest_layers, nest_tied
+from ladimo.model.precision import KEY_VALUE_BITS
 from ladimo.model.router import SELECTION_BIAS, LinearRouter, Router
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -31,9 +38,9 @@ class LadimoLlamaConfig(LlamaConfig):  # type: ignore[misc]
     """LLaMA's configuration with more fields.
 
     `moe_layers` has one entry per layer, None for a layer with a dense FFN. `attention_output_bias`: whether the output
-    projection of the attention has a bias; None means the same as `attention_bias`. `nested_bits`: None once a model is made,
-    because transformers holds the whole weights only. `family` is the type of the dense model; the others are those of
-    `ModelConfig`.
+    projection of the attention has a bias; None means the same as `attention_bias`. `nested_bits` and `nested_top_bits`: None
+    once a model is made, so that what is saved claims no planes. `family` is the type of the dense model; the others are those
+    of `ModelConfig`.
     """
 
     model_type = MOE_TYPE
@@ -117,22 +124,22 @@ class LadimoLlamaModel(LlamaModel):  # type: ignore[misc]
 
 class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     config_class = LadimoLlamaConfig
-    # transformers holds the whole weights of a nested checkpoint, and nothing of its planes.
-    _keys_to_ignore_on_load_unexpected = (r"[._](rounding|scales)$",)
+    lm_head: nn.Module  # a `_Head` if the model has planes
+    # transformers reads the whole weights of a nested checkpoint, and nothing of its planes.
+    _keys_to_ignore_on_load_unexpected = (r"[._](rounding|scales|high|low)$",)
 
     def __init__(self, config: LadimoLlamaConfig) -> None:
-        if config.nested_top_bits is not None:
-            raise ValueError(
-                f"the checkpoint has its weights at {config.nested_top_bits} bits only, which transformers cannot read; write "
-                "them in a form that it knows: ladimo export MODEL OUT --target dense"
-            )
         if config.qk_pairs:
             raise ValueError("the checkpoint has pruned queries and keys, which transformers' LLaMA cannot compute")
-        config.nested_bits = None
+        stored = read_model_config(config.to_dict())
+        if stored.nested_top_bits is not None:  # `_nest` brings what transformers misses
+            self._keys_to_ignore_on_load_missing = [r"_proj(\.weight)?$", r"^lm_head\.weight$", r"embed_tokens\.weight$"]
+        config.nested_bits = config.nested_top_bits = None
         super().__init__(config)
         self.model = LadimoLlamaModel(config)
         if config.head_bias:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self._stored_config = stored
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -155,19 +162,92 @@ class LadimoLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         no such policy.
         """
         loaded = super().from_pretrained(name, *arguments, **options)
-        if policy is not None:
-            model = loaded[0] if options.get("output_loading_info") else loaded
-            chosen = _read_policy(name, policy)
-            chosen.validate(read_model_config(model.config.to_dict()))
-            model.set_policy(chosen.layers)
+        model = loaded[0] if options.get("output_loading_info") else loaded
+        stored = model._stored_config
+        chosen = None if policy is None else _read_policy(name, policy)
+        if chosen is not None:
+            chosen.validate(stored)
+        if stored.nested_top_bits is not None or (chosen is not None and _reads_bits(chosen)):
+            model._nest(Path(cached_file(name, "config.json")).parent)
+        if chosen is not None:
+            model.set_policy(chosen.layers, chosen.head_bits, chosen.head_refine)
         return loaded
 
-    def set_policy(self, rules: Sequence[LayerRule | None]) -> None:
-        """Run under these rules, one per layer, None for a dense layer. Raises ValueError if they do not fit the model."""
-        RoutingPolicy("policy", "", tuple(rules)).validate(read_model_config(self.config.to_dict()))
+    def set_policy(
+        self, rules: Sequence[LayerRule | None], head_bits: int | None = None, head_refine: float | None = None
+    ) -> None:
+        """Run under these rules, one per layer, None for a dense layer, and read so many bits of the output head.
+
+        Raises ValueError if they do not fit the model, and for bits if it was loaded with whole weights only."""
+        policy = RoutingPolicy("policy", "", tuple(rules), head_bits, head_refine)
+        policy.validate(self._stored_config)
+        head = self.lm_head if isinstance(self.lm_head, _Head) else None
+        if head is None and _reads_bits(policy):
+            raise ValueError(
+                "the model was loaded with whole weights only; for policies of bits: from_pretrained(MODEL, policy=NAME)"
+            )
         for layer, rule in zip(self.model.layers, rules, strict=True):
             if rule is not None:
                 layer.mlp.rule = rule
+            for name in ("q", "k", "v", "o") if head is not None else ():
+                bits = None if rule is None else rule.attention_bits
+                if bits is not None and name in "kv":
+                    bits = max(bits, KEY_VALUE_BITS)
+                getattr(layer.self_attn, f"{name}_proj").bits = bits
+        if head is not None:
+            head.bits, head.refine = head_bits, head_refine
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """As in transformers. Raises ValueError for a model with planes."""
+        if isinstance(self.lm_head, _Head):
+            raise ValueError("a model that reads bits is not saved again; copy its checkpoint, or load it under policy full")
+        return super().save_pretrained(*arguments, **options)
+
+    def _nest(self, directory: Path) -> None:
+        """Put the planes of the checkpoint into the model. Raises ValueError for a broken checkpoint."""
+        reader, dtype, device = TensorReader(directory), self.dtype, self.device
+        if self._stored_config.tie_word_embeddings:
+            self.model.embed_tokens, self.lm_head = nest_tied(self.model.embed_tokens, reader, dtype, device)
+        nest_layers(self, reader, dtype, device)
+        assert isinstance(self.lm_head, NestedHead)
+        self.lm_head = _Head(self.lm_head)
+        for layer in self.model.layers:
+            for name in ("q", "k", "v", "o"):
+                projection = getattr(layer.self_attn, f"{name}_proj")
+                projection.bits = None
+                projection.register_forward_pre_hook(_with_bits)
+            _hook_heads(layer.self_attn, self._stored_config)
+
+
+class _Head(nn.Module):
+    """A nested output head that transformers can call: hidden states [..., D] -> logits [..., V]."""
+
+    def __init__(self, head: NestedHead) -> None:
+        super().__init__()
+        self.head = head
+        self.bits: float | None = None
+        self.refine: float | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        flat = hidden_states.flatten(0, -2)
+        bits, refine = (flat.new_full((len(flat),), _or_infinite(one), dtype=torch.float32) for one in (self.bits, self.refine))
+        logits: Tensor = self.head.refined(flat, bits, refine)[0].unflatten(0, hidden_states.shape[:-1])
+        return logits
+
+
+def _reads_bits(policy: RoutingPolicy) -> bool:
+    """Whether the policy reads some weights at fewer bits than all."""
+    rules = [rule for rule in policy.layers if rule is not None]
+    return policy.head_bits is not None or any(rule.bits is not None or rule.attention_bits is not None for rule in rules)
+
+
+def _with_bits(projection: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of a nested projection, and how many bits all tokens read of it."""
+    return *inputs, inputs[0].new_full((1,), _or_infinite(projection.bits), dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def _or_infinite(number: float | None) -> float:
+    return math.inf if number is None else number
 
 
 class _ParallelLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -202,11 +282,19 @@ def _prepare_heads(attention: LlamaAttention, config: ModelConfig) -> None:
     if config.qk_norm == "none" and config.rotary_dim == config.head_dim:
         return
     for name in ("q", "k"):
-        projection, norm = getattr(attention, f"{name}_proj"), None
         if config.qk_norm != "none":
-            norm = LlamaRMSNorm(config.head_dim if config.qk_norm == "head" else projection.out_features, config.rms_norm_eps)
-            setattr(attention, f"{name}_norm", norm)
-        projection.register_forward_hook(partial(_prepare_output, norm, config.head_dim, config.rotary_dim))
+            size = config.head_dim if config.qk_norm == "head" else getattr(attention, f"{name}_proj").out_features
+            setattr(attention, f"{name}_norm", LlamaRMSNorm(size, config.rms_norm_eps))
+    _hook_heads(attention, config)
+
+
+def _hook_heads(attention: LlamaAttention, config: ModelConfig) -> None:
+    """Make the projections of queries and keys end with `_prepare_output`."""
+    if config.qk_norm == "none" and config.rotary_dim == config.head_dim:
+        return
+    for name in ("q", "k"):
+        hook = partial(_prepare_output, getattr(attention, f"{name}_norm", None), config.head_dim, config.rotary_dim)
+        getattr(attention, f"{name}_proj").register_forward_hook(hook)
 
 
 def _prepare_output(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.checkpoint import load_model, read_config, read_policies, write_policy
 from ladimo.hf import LadimoLlamaConfig, LadimoLlamaForCausalLM
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
@@ -213,23 +214,66 @@ def test_training_mode_reaches_experts_and_router(moe_dir: Path) -> None:
 
 
 def test_a_nested_checkpoint_is_read_whole(tmp_path: Path) -> None:
-    """Policies of bits are refused and not run whole in silence. What is saved again claims no planes."""
+    """Under `full` it is a model like any other. What is saved again claims no planes."""
     nested = make_nested(tmp_path / "nested", tie_word_embeddings=True)
     model, info = AutoModelForCausalLM.from_pretrained(nested, output_loading_info=True, policy="full")
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    for policy in ("quality", "fast"):
-        with pytest.raises(ValueError, match="bits"):
-            AutoModelForCausalLM.from_pretrained(nested, policy=policy)
+    rules = read_policies(nested, read_config(nested))["fast"].layers
+    with pytest.raises(ValueError, match=r"loaded with whole weights only; .* from_pretrained\(MODEL, policy=NAME\)"):
+        model.set_policy(rules)
     model.save_pretrained(tmp_path / "again")
     assert not read_config(tmp_path / "again").nested_bits
 
 
-def test_planes_alone_are_refused(tmp_path: Path) -> None:
-    """transformers would fill the missing weights with random numbers."""
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("top_bits", "fields"),
+    [
+        (16, {"tie_word_embeddings": True}),
+        (16, {"model_type": "qwen3", "head_dim": 16}),
+        (8, {"tie_word_embeddings": True}),
+        (8, {"model_type": "qwen2", "dense_layers": ()}),
+    ],
+    ids=["tied", "norms of heads", "planes, tied", "planes"],
+)
+def test_policies_of_bits_run_as_in_our_network(top_bits: int, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Also those that refine. Planes need no whole weights, and nothing is reported missing."""
+    nested = make_nested(tmp_path / "nested", top_bits=top_bits, **fields)
+    policies = read_policies(nested, read_config(nested))
+    refined = replace(policies["fast"], name="refined", head_refine=2.0)
+    if top_bits == 16:
+        refined = replace(refined, layers=tuple(rule and replace(rule, refine=1.5) for rule in refined.layers))
+    write_policy(nested, refined)
+    model, info = AutoModelForCausalLM.from_pretrained(nested, dtype=torch.float32, output_loading_info=True, policy="balanced")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    own = load_model(nested, torch.float32, torch.device("cpu"))
+    seen = []
+    for policy in (*policies.values(), refined):
+        model.set_policy(policy.layers, policy.head_bits, policy.head_refine)
+        tables = make_tables(own, [policy])
+        expected = own(StepInputs.whole_sequences(IDS), None, tables).logits
+        seen.append(model(IDS).logits.flatten(0, 1))
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen[0], seen[-1], atol=1e-2)
+    again = AutoModelForCausalLM.from_pretrained(nested, dtype=torch.float32, policy="refined")
+    torch.testing.assert_close(again(IDS).logits.flatten(0, 1), seen[-1])
+    with pytest.raises(ValueError, match="is not saved again"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@torch.no_grad()
+def test_planes_alone_run_under_full(tmp_path: Path) -> None:
+    """Which reads 8 bits. Generation uses transformers' cache."""
     planes = make_nested(tmp_path / "planes", top_bits=8)
-    with pytest.raises(ValueError, match="weights at 8 bits only, .* ladimo export MODEL OUT --target dense"):
-        AutoModelForCausalLM.from_pretrained(planes)
+    model = AutoModelForCausalLM.from_pretrained(planes, dtype=torch.float32)
+    own = load_model(planes, torch.float32, torch.device("cpu"))
+    tables = make_tables(own, [read_policies(planes, own.config)["full"]])
+    expected = own(StepInputs.whole_sequences(IDS), None, tables).logits
+    torch.testing.assert_close(model(IDS).logits.flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+    tokens = model.generate(IDS[:1], max_new_tokens=8, do_sample=False)[0]
+    assert len(tokens) > IDS.shape[1]
 
 
 def test_tokenizer_comes_along(moe_dir: Path) -> None:
