@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.convert.evaluation.variants import Rules, logits, run_variants
+from ladimo.convert.evaluation.variants import Rules, logits, refined_rows, run_variants
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
@@ -21,13 +21,15 @@ MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can
 class Measurement:
     """experts_per_token: mean per layer, None where dense. distinct_experts: mean number of different experts that a batch of
     32 tokens drawn at random runs, per layer. refined_rows: mean number of rows of weights that a token refines
-    (`StepOutput.refined_rows`). next_token_agreement: share of tokens whose most likely next token is the reference's. kl: mean
-    KL divergence from the reference's next-token distribution, in nats. Both are None without a reference."""
+    (`StepOutput.refined_rows`). distinct_refined_rows: how many different ones a batch of 32 such tokens refines.
+    next_token_agreement: share of tokens whose most likely next token is the reference's. kl: mean KL divergence from the
+    reference's next-token distribution, in nats. Both are None without a reference."""
 
     perplexity: float
     experts_per_token: tuple[float | None, ...]
     distinct_experts: tuple[float | None, ...]
     refined_rows: float
+    distinct_refined_rows: float
     next_token_agreement: float | None
     kl: float | None
 
@@ -61,6 +63,8 @@ def measure(
             experts_per_token=tuple(None if layer is None else layer.per_token for layer in ran[variant]),
             distinct_experts=tuple(None if layer is None else layer.distinct for layer in ran[variant]),
             refined_rows=3 * sum(layer.refined for layer in ran[variant] if layer is not None) + scores[variant][3],
+            distinct_refined_rows=3 * sum(layer.distinct_refined for layer in ran[variant] if layer is not None)
+            + scores[variant][4],
             next_token_agreement=scores[variant][1],
             kl=scores[variant][2],
         )
@@ -79,10 +83,18 @@ def figures(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig
         "active_parameters_ratio": config.active_parameters_ratio(measurement.experts_per_token),
         **({} if read is None else {"bytes_ratio": read}),
         **token_costs(config, measurement.experts_per_token, read),
+        "batch_bytes_ratio": batch_bytes_ratio(policy, measurement, config),
         "experts_per_token": list(measurement.experts_per_token),
         "next_token_agreement": measurement.next_token_agreement,
         "kl": measurement.kl,
     }
+
+
+def batch_bytes_ratio(policy: RoutingPolicy, measurement: Measurement, config: ModelConfig) -> float:
+    """The weight bytes that a decode step of 32 tokens reads, divided by those of the dense model, output head included. What
+    several tokens want is read once."""
+    read = policy.bytes_ratio(config, measurement.distinct_experts, measurement.distinct_refined_rows)
+    return config.operations_ratio(measurement.distinct_experts) if read is None else read
 
 
 def num_scored(blocks: Tensor) -> int:
@@ -92,17 +104,18 @@ def num_scored(blocks: Tensor) -> int:
 
 def _score(
     models: Mapping[Rules, StreamedModel], blocks: Tensor, states: dict[Rules, Tensor], reference: Rules | None
-) -> dict[Rules, tuple[float, float | None, float | None, float]]:
+) -> dict[Rules, tuple[float, float | None, float | None, float, float]]:
     """Per variant, of its model: mean negative log-likelihood in nats, agreement with the reference, KL from it, refined words
-    per token."""
-    sums = {variant: torch.zeros(4, dtype=torch.float64) for variant in states}
+    per token, and different ones per batch of 32 tokens."""
+    sums = {variant: torch.zeros(5, dtype=torch.float64) for variant in states}
     device = next(iter(models.values())).device
 
     def log_probs(variant: Rules, row: slice) -> Tensor:
         model = models[variant]
         hidden_states = states[variant][row, :-1].flatten(0, 1).to(model.device)
         scores, words = logits(model, variant, hidden_states)
-        sums[variant][3] += words
+        if words is not None:
+            sums[variant][3:] += len(words) * refined_rows(words)
         return scores.float().log_softmax(dim=-1)
 
     for index in track(range(len(blocks)), "sequences scored"):  # one at a time, because logits take much memory
@@ -119,6 +132,6 @@ def _score(
     if not all(loss < MAX_LOSS for loss, *_ in means.values()):  # also false for NaN
         raise ValueError(f"{next(iter(models.values())).directory}: the model's loss is not finite; are its weights sound?")
     return {
-        variant: (loss, None, None, words) if reference is None else (loss, agreement, max(kl, 0.0), words)
-        for variant, (loss, agreement, kl, words) in means.items()
+        variant: (loss, *((None, None) if reference is None else (agreement, max(kl, 0.0))), words, distinct)
+        for variant, (loss, agreement, kl, words, distinct) in means.items()
     }

@@ -17,6 +17,7 @@ from ladimo.convert.streamed_model import ExpertSource, StreamedModel
 from ladimo.model.config import ModelConfig
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested.layers import NestedHead
+from ladimo.model.nested.refinement import refine_words
 from ladimo.model.transformer import DecoderLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 
@@ -28,12 +29,13 @@ DISTINCT_BATCH = 32  # the tokens of a batch in which different experts are coun
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What ran in one expert layer, means: experts per token, different experts per batch of 32 tokens, and refined neurons per
-    token."""
+    """What ran in one expert layer, means: experts per token, different experts per batch of 32 tokens, and the same of refined
+    neurons."""
 
     per_token: float
     distinct: float
     refined: float
+    distinct_refined: float
 
 
 def run_variants(
@@ -79,19 +81,19 @@ def policy_of(name: str, description: str, rules: Rules, config: ModelConfig) ->
     return RoutingPolicy(name, description, rules[:-1], head.bits, head.refine)
 
 
-def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> tuple[Tensor, int]:
-    """Final norm and output head of a variant: [R, D] -> [R, V], and how many words of all R together were refined."""
+def logits(model: StreamedModel, variant: Rules, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Final norm and output head of a variant: [R, D] -> [R, V], and whether each word was refined, bool [R, V]; None if the
+    variant refines none."""
     rule = variant[-1] if model.config.nested_bits else None
     if rule is None or rule.bits is None:
-        return model.ends.logits(hidden_states), 0
+        return model.ends.logits(hidden_states), None
     head = model.ends.lm_head
     assert isinstance(head, NestedHead)
     bits = hidden_states.new_full((len(hidden_states),), rule.bits)
     normed = model.ends.model.norm(hidden_states)
     if rule.refine is None:
-        return head(normed, bits), 0
-    refined, words = head.refined(normed, bits, torch.full_like(bits, rule.refine))
-    return refined, int(words.sum())
+        return head(normed, bits), None
+    return refine_words(normed, head(normed, bits), head.nested, torch.full_like(bits, rule.refine), head.bias)
 
 
 def _advance(
@@ -104,7 +106,7 @@ def _advance(
     """Run the hidden states [B, S, D] of every batch through one layer, once per branch. Return the states and what ran."""
     states = {branch: [torch.empty_like(batch) for batch in batches] for branch in branches}
     ids: dict[Rules, list[Tensor]] = {branch: [] for branch in branches}
-    neurons = dict.fromkeys(branches, 0)
+    neurons = {branch: torch.zeros(2, dtype=torch.float64) for branch in branches}  # refined by all tokens, distinct ones
     for number, hidden_states in enumerate(batches):
         for bits, same in _by_attention_bits(branches):
             for rows, attended, ffn_inputs in model.attend(layer, hidden_states, bits):
@@ -115,7 +117,8 @@ def _advance(
                     else:
                         assert expert_layer is not None
                         out, topk_ids, refined = run_rule(expert_layer, ffn_inputs, rule)
-                        neurons[branch] += refined
+                        if refined is not None:
+                            neurons[branch] += len(refined) * refined_rows(refined)
                         ids[branch].append(topk_ids.to("cpu", torch.int16))
                     states[branch][number][rows] = (attended + out).view(hidden_states[rows].shape).cpu()
     ran: dict[Rules, Ran | None] = {}
@@ -126,7 +129,7 @@ def _advance(
             every = torch.cat(ids[branch]).long()
             needed = (every >= 0).sum(dim=1)
             distinct = distinct_experts(every, needed, expert_layer.config.num_experts)
-            ran[branch] = Ran(needed.float().mean().item(), distinct, neurons[branch] / len(every))
+            ran[branch] = Ran(needed.float().mean().item(), distinct, *(neurons[branch] / len(every)).tolist())
     return states, ran
 
 
@@ -140,10 +143,22 @@ def _by_attention_bits(branches: Sequence[Rules]) -> Iterator[tuple[int | None, 
 def distinct_experts(ids: Tensor, needed: Tensor, num_experts: int) -> float:
     """The mean number of different experts in a batch of DISTINCT_BATCH random tokens. Token t runs the first needed[t] experts
     of ids[t]. ids: [T, K], needed: [T]. If there are fewer tokens, they are one batch."""
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-    order = order[: max(1, len(ids) // DISTINCT_BATCH) * DISTINCT_BATCH]
     hit = torch.zeros(len(ids), num_experts + 1)
     places = torch.where(torch.arange(ids.shape[1]) < needed[:, None], ids, num_experts)
     hit.scatter_(1, places, 1.0)
-    batches = hit[order, :num_experts].split(DISTINCT_BATCH)
-    return float(sum(batch.amax(dim=0).sum().item() for batch in batches) / len(batches))
+    batches = random_batches(len(ids))
+    return float(sum(hit[batch, :num_experts].amax(dim=0).sum().item() for batch in batches) / len(batches))
+
+
+def refined_rows(refined: Tensor) -> Tensor:
+    """From whether each row is refined by each token, bool [T, N]: the mean number of rows per token, and of different rows per
+    batch of DISTINCT_BATCH random tokens, [2] fp64 on the host. If there are fewer tokens, they are one batch."""
+    batches = random_batches(len(refined))
+    distinct = sum(int(refined[batch.to(refined.device)].any(dim=0).sum()) for batch in batches) / len(batches)
+    return torch.tensor([int(refined.sum()) / len(refined), distinct], dtype=torch.float64)
+
+
+def random_batches(count: int) -> tuple[Tensor, ...]:
+    """The numbers of `count` tokens in random batches of DISTINCT_BATCH. Tokens that are left over are in no batch."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[: max(1, count // DISTINCT_BATCH) * DISTINCT_BATCH].split(DISTINCT_BATCH)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
 from ladimo.model.moe import ExpertLayer, Experts
-from ladimo.model.nested.refinement import apply_refined
+from ladimo.model.nested.refinement import refine_neurons
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.routing import select_experts
 from ladimo.policy import LayerRule, RoutingPolicy
@@ -24,18 +24,18 @@ def route(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, 
     return router_logits, topk_weights[:, : rule.top_k], topk_ids[:, : rule.top_k]
 
 
-def run_rule(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor, int]:
-    """The layer under a rule: inputs [T, D] -> outputs [T, D], topk_ids [T, K], and how many neurons all tokens together
-    refine."""
+def run_rule(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The layer under a rule: inputs [T, D] -> outputs [T, D], topk_ids [T, K], and whether each neuron is refined, bool
+    [T, E F]; None if the rule refines none."""
     _, topk_weights, topk_ids = route(layer, inputs, rule)
     if rule.refine is None:
-        return run_experts(layer, inputs, topk_weights, topk_ids, rule.bits), topk_ids, 0
+        return run_experts(layer, inputs, topk_weights, topk_ids, rule.bits), topk_ids, None
     gate_up: Tensor | NestedWeights = layer.experts.gate_up_proj
     down: Tensor | NestedWeights = layer.experts.down_proj
     assert isinstance(gate_up, NestedWeights) and isinstance(down, NestedWeights)
     floors, norms = torch.full((len(inputs),), rule.refine, device=inputs.device), layer.experts.get_buffer("norms")
-    out, neurons = apply_refined(inputs, topk_weights, topk_ids, gate_up, down, norms, floors)
-    return out, topk_ids, int(neurons.sum())
+    out, refined = refine_neurons(inputs, topk_weights, topk_ids, gate_up, down, norms, floors)
+    return out, topk_ids, refined.flatten(1)
 
 
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:

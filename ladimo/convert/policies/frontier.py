@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ladimo.convert.evaluation.measure import Measurement, figures
+from ladimo.convert.evaluation.measure import Measurement, batch_bytes_ratio, figures
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, policy_of, variant_of
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.choose import NAMED
@@ -122,12 +122,6 @@ def _cheapest_within(
     return None if low < 0 else guard.path[low]
 
 
-def _distinct_rows(measurement: Measurement, config: ModelConfig) -> float:
-    """An upper limit of the different rows of weights that a batch of 32 tokens refines."""
-    every = 3 * config.intermediate_size * config.num_hidden_layers + config.vocab_size
-    return min(every, DISTINCT_BATCH * measurement.refined_rows)
-
-
 def _frontier(
     policies: Mapping[Rules, RoutingPolicy],
     measured: Mapping[Rules, Measurement],
@@ -151,13 +145,7 @@ def _frontier(
     }
     if batch == 1:
         return pareto(points.values())
-    reads = {
-        point.policy: policies[rules].bytes_ratio(
-            config, measured[rules].distinct_experts, _distinct_rows(measured[rules], config)
-        )
-        or config.active_parameters_ratio(measured[rules].distinct_experts)
-        for rules, point in points.items()
-    }
+    reads = {point.policy: batch_bytes_ratio(policies[rules], measured[rules], config) for rules, point in points.items()}
     kept: list[FrontierPoint] = []
     for point in sorted(points.values(), key=lambda point: (reads[point.policy], point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:

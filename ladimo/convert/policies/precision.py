@@ -40,7 +40,7 @@ def precision_damages(
                         out, _, neurons = run_rule(mlp, ffn_inputs, rule)
                         error = attended + out - whole
                         damages[index][rule] += 0.5 * float(chunk.products(error).sum()) / scored
-                        refined[index][rule] += neurons / blocks.numel()
+                        refined[index][rule] += 0 if neurons is None else int(neurons.sum()) / blocks.numel()
 
         return visit
 

@@ -83,6 +83,7 @@ def policies_section(report: Report) -> Section:
         batches[point.policy].append(str(point.batch))
     rows = [
         [entry.policy, percent(entry.cost), f"{entry.perplexity:.3f}", *figures_of(entry)[1:]]
+        + [*(optional_percent(cost) for cost in (entry.prefill_operations_ratio, entry.batch_bytes_ratio))]
         + [", ".join(batches[entry.policy]) or "no", entry.description]
         for entry in report.policies
     ]
@@ -93,11 +94,22 @@ def policies_section(report: Report) -> Section:
         "perplexity / dense",
         "same next token",
         "KL (nats)",
+        "prefill operations",
+        "bytes of a batch of 32",
         "frontier of batch",
         "rules",
     ]
-    text = f"The dense model's perplexity on the same text is {report.source.perplexity:.3f}."
+    text = (
+        f"The dense model's perplexity on the same text is {report.source.perplexity:.3f}. Prefill operations are the "
+        "multiply-adds of a token of a prompt. What several tokens of a batch read counts once. Both are relative to the dense "
+        "model, with the output head."
+    )
     return Section("Policies", [text], [Table(header, rows)])
+
+
+def optional_percent(share: float | None) -> str:
+    """Reports that were measured by an earlier version lack some shares."""
+    return "" if share is None else percent(share)
 
 
 def point_of(entry: Policy, label: str = "") -> Point:

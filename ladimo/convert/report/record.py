@@ -66,6 +66,8 @@ class Policy:
     rules: list[Rule | None]
     rule_names: list[str]
     bytes_ratio: float | None = None
+    prefill_operations_ratio: float | None = None
+    batch_bytes_ratio: float | None = None
 
     @property
     def cost(self) -> float:

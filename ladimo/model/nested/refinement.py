@@ -34,10 +34,24 @@ def apply_refined(
     norms: Tensor,
     refine: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Like `refine_neurons`, but returns the refined neurons as counts [T, G] int64."""
+    out, refined = refine_neurons(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
+    return out, count_refined(refined.flatten(1))
+
+
+def refine_neurons(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: NestedWeights,
+    down: NestedWeights,
+    norms: Tensor,
+    refine: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Run the chosen experts at 4 bits, and the neurons that matter to a token at 8. The reference; a graph can capture it.
 
     hidden_states [T, D], topk_weights and topk_ids [T, K], gate_up [E, 2F, D], down [E, D, F], norms [E, F], refine [T].
-    Returns the output [T, D] and the refined neurons [T, G] int64.
+    Returns the output [T, D] and whether each neuron is refined, bool [T, E, F].
     """
     dtype, num_experts = hidden_states.dtype, gate_up.shape[0]
     chosen = topk_weights.new_zeros(len(topk_ids), num_experts)
@@ -56,16 +70,24 @@ def apply_refined(
     inner = torch.where(refined, at8, at4) * weights.unsqueeze(-1)
     rest = down.at(8, dtype) - down.at(4, dtype)
     out = torch.einsum("tef,edf->td", inner, down.at(4, dtype)) + torch.einsum("tef,edf->td", inner * refined, rest)
-    return out, count_refined(refined.flatten(1))
+    return out, refined
 
 
 def refine_logits(
     normed: Tensor, logits: Tensor, head: NestedWeights, refine: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read the likely words again. normed [T, D], logits [T, V] at 4 bits, refine [T], bias [V]. Returns logits [T, V] and the
-    refined words [T, G] int64."""
+    """Like `refine_words`, but returns the refined words as counts [T, G] int64."""
+    out, refined = refine_words(normed, logits, head, refine, bias)
+    return out, count_refined(refined)
+
+
+def refine_words(
+    normed: Tensor, logits: Tensor, head: NestedWeights, refine: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the likely words again. normed [T, D], logits [T, V] at 4 bits, refine [T], bias [V]. Returns logits [T, V] and
+    whether each word is refined, bool [T, V]."""
     refined = logits >= (logits.amax(dim=-1).float() - refine).unsqueeze(-1)
-    return torch.where(refined, F.linear(normed, head.at(8, normed.dtype), bias), logits), count_refined(refined)
+    return torch.where(refined, F.linear(normed, head.at(8, normed.dtype), bias), logits), refined
 
 
 def count_refined(refined: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladimo.convert.evaluation.variants import Rules, distinct_experts
+from ladimo.convert.evaluation.variants import Rules, distinct_experts, refined_rows
 from ladimo.convert.policies.choose import (
     Option,
     best_rules,
@@ -145,6 +145,16 @@ def test_damage_is_interpolated_between_what_was_measured() -> None:
     assert interpolate(errors, damages, 0.05) == pytest.approx(0.005)
     assert interpolate(errors, damages, 0.8) == pytest.approx(0.32)
     assert interpolate([0.2], [0.02], 0.1) == pytest.approx(0.01)
+
+
+def test_refined_rows_are_counted_per_token_and_per_batch() -> None:
+    """Tokens that refine the same rows read them once; tokens that refine different ones read all of them."""
+    same = torch.zeros(64, 10, dtype=torch.bool)
+    same[:, :3] = True
+    assert refined_rows(same).tolist() == [3.0, 3.0]
+    own = torch.eye(64, dtype=torch.bool)
+    assert refined_rows(own).tolist() == [1.0, 32.0]
+    assert refined_rows(own[:5]).tolist() == [1.0, 5.0]
 
 
 def test_distinct_experts_are_counted_per_batch() -> None:

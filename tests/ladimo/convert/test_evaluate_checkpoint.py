@@ -24,6 +24,7 @@ KEYS = [
     "active_parameters_ratio",
     "decode_bytes_ratio",
     "prefill_operations_ratio",
+    "batch_bytes_ratio",
     "experts_per_token",
     "next_token_agreement",
     "kl",
@@ -46,7 +47,7 @@ def test_dense_perplexity_is_transformers_loss(made: Made) -> None:
     assert entry["policy"] == "full"
     assert entry["perplexity"] == result["dense"]["perplexity"]
     assert (entry["perplexity_ratio"], entry["active_parameters_ratio"], entry["next_token_agreement"]) == (1, 1, 1)
-    assert (entry["decode_bytes_ratio"], entry["prefill_operations_ratio"]) == (1, 1)
+    assert (entry["decode_bytes_ratio"], entry["prefill_operations_ratio"], entry["batch_bytes_ratio"]) == (1, 1, 1)
     assert entry["kl"] == pytest.approx(0, abs=1e-9)
     assert entry["experts_per_token"] == [None, None, None]
 
@@ -77,6 +78,7 @@ def test_every_policy_agrees_with_transformers(made: Made) -> None:
             assert entry["active_parameters_ratio"] == config.active_parameters_ratio(tuple(entry["experts_per_token"]))
             # Weights have one precision, so bytes and operations are the same share. The output head counts, too.
             assert entry["decode_bytes_ratio"] == entry["prefill_operations_ratio"]
+            assert entry["batch_bytes_ratio"] >= entry["decode_bytes_ratio"] - 1e-9  # tokens choose different experts
             skipped = (1 - entry["active_parameters_ratio"]) * config.dense_parameters
             assert 1 - entry["prefill_operations_ratio"] == pytest.approx(
                 skipped / (config.dense_parameters + config.head_parameters)

@@ -195,6 +195,25 @@ def test_policies_refine_what_a_token_needs(nested: Made) -> None:
         assert unrefined is not None and points[name].cost > unrefined
 
 
+def test_a_batch_reads_what_its_tokens_refine_together(nested: Made) -> None:
+    """Measured: more than one token, less than if all tokens refined different rows, or every row."""
+    config, policies = read_config(nested.out), read_policies(nested.out, read_config(nested.out))
+    experts = (1.0,) * config.num_hidden_layers
+    kinds = set()
+    for entry in read_json(nested.out / "report.json")["policies"]:
+        policy = policies[entry["policy"]]
+        alone, every = (policy.bytes_ratio(config, experts, rows) for rows in (0.0, policy.most_refined_rows(config)))
+        kinds.add(policy.refines)
+        assert alone is not None and every is not None
+        if not policy.refines:
+            assert entry["batch_bytes_ratio"] == entry["decode_bytes_ratio"] == alone
+            continue
+        apart = alone + 32 * (entry["decode_bytes_ratio"] - alone)
+        assert entry["decode_bytes_ratio"] < entry["batch_bytes_ratio"] <= every
+        assert entry["batch_bytes_ratio"] < apart
+    assert kinds == {False, True}
+
+
 def test_named_policies_route_if_the_recipe_says_so(nested: Made) -> None:
     """`balanced` and `fast` then refine neurons, `quality` does not, and the cheapest policy still exists."""
     config, changes = read_config(nested.out), read_json(nested.out / "report.json")["changes"]
