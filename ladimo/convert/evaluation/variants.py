@@ -161,4 +161,5 @@ def refined_rows(refined: Tensor) -> Tensor:
 def random_batches(count: int) -> tuple[Tensor, ...]:
     """The numbers of `count` tokens in random batches of DISTINCT_BATCH. Tokens that are left over are in no batch."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return order[: max(1, count // DISTINCT_BATCH) * DISTINCT_BATCH].split(DISTINCT_BATCH)
+    batches: tuple[Tensor, ...] = order[: max(1, count // DISTINCT_BATCH) * DISTINCT_BATCH].split(DISTINCT_BATCH)
+    return batches
