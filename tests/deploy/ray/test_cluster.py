@@ -71,10 +71,16 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def kill(replica: str) -> None:
+def kill(deployment: str, name: str = "") -> None:
+    """Kill the processes of a deployment whose names end with `name`."""
     import ray
 
-    ray.kill(ray.get_actor(f"SERVE_REPLICA::{APPLICATION}#Replica#{replica}", namespace="serve"))
+    prefix = f"SERVE_REPLICA::{APPLICATION}#{deployment}#"
+    actors = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    found = [actor for actor in actors if actor.startswith(prefix) and actor.endswith(name)]
+    assert found
+    for actor in found:
+        ray.kill(ray.get_actor(actor, namespace="serve"))
 
 
 def test_tokens_are_those_of_one_server(http: httpx.Client, moe_dir: Path) -> None:
@@ -121,15 +127,15 @@ def test_requests_with_a_common_prefix_go_to_the_replica_that_has_it(http: httpx
 
 
 def test_a_client_that_leaves_ends_its_request(http: httpx.Client) -> None:
+    def aborted() -> float:
+        values = sample_values(http.get("/metrics").content)
+        return sum(value for name, value in values.items() if "request_success_total" in name and 'reason="abort"' in name)
+
+    before = aborted()
     body = {"prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 8}
     with http.stream("POST", "/v1/completions", json=body) as reply:
         next(reply.iter_text())
-
-    def idle() -> bool:
-        values = sample_values(http.get("/metrics").content)
-        return not any(value for name, value in values.items() if name.startswith("ladimo_requests_running"))
-
-    until(idle)
+    until(lambda: aborted() == before + 8)
 
 
 def test_a_killed_replica_costs_no_request_and_its_successor_has_the_view(http: httpx.Client) -> None:
@@ -150,7 +156,7 @@ def test_a_killed_replica_costs_no_request_and_its_successor_has_the_view(http: 
         until(lambda: outcomes["whole"] > 4 and outcomes["stream"] > 4)
         before = replicas(http)
         victim, survivor = sorted(before)
-        kill(victim)
+        kill("Replica", victim)
         version = max(before.values())
         change(http, "PUT", "policies/mine", {**http.get("/v1/routing/policies/fast").json(), "name": "mine"})
         change(http, "PUT", "default", {"policy": "mine"})
@@ -172,6 +178,21 @@ def test_a_killed_replica_costs_no_request_and_its_successor_has_the_view(http: 
             thread.join()
     print(outcomes)
     assert set(outcomes) <= {"whole", "stream", "stream cut"} and outcomes["stream cut"] <= 4
+
+
+def test_the_replicas_bring_the_view_back_to_a_new_holder(http: httpx.Client) -> None:
+    change(http, "PUT", "policies/kept", {**http.get("/v1/routing/policies/fast").json(), "name": "kept"})
+    version = max(replicas(http).values())
+    kill("ViewHolder")
+    complete(http, "in the meantime")
+
+    def changed() -> bool:
+        reply = http.put("/admin/routing/default", json={"policy": "kept"}, headers=ADMIN)
+        return reply.status_code == 200
+
+    until(changed)
+    assert list(replicas(http).values()) == [version + 1] * 2
+    assert complete(http, "now").json()["routing"]["policy"] == "kept"
 
 
 def outcome(reply: httpx.Response, stream: bool) -> str:
