@@ -104,13 +104,10 @@ static void select_experts(
         for (int64_t rank = 0; rank < least(ranks, top_k); rank++) weights[rank] /= kept_total > 1e-20f ? kept_total : 1e-20f;
 }
 
-static void post_norm_token(const void *job, int64_t t) {
-    const State *s = job;
+// Choose the experts of a token from the FFN's input [D].
+static void route_token(const State *s, int64_t t, const float *normed) {
     const Model *m = s->model;
     const Layer *l = s->layer;
-    float normed[m->hidden];
-    normalise(s->x + t * m->hidden, l->post_norm, m->hidden, m->eps, normed);
-    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(experts_precision(s, t), s->activations));
     if (!m->max_experts) return;
     int64_t *ids = ids_of(s, t);
     if (!l->num_experts) {
@@ -120,6 +117,16 @@ static void post_norm_token(const void *job, int64_t t) {
     float own[l->num_experts], *logits = s->step->batch_budgets ? s->router_logits + t * m->max_experts : own;
     router_logits(s, normed, logits);
     select_experts(s, rule_of(s, t), mask_of(s, t), logits, ids, s->weights + t * m->max_experts);
+}
+
+static void post_norm_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    const Layer *l = s->layer;
+    float normed[m->hidden];
+    norm_states(s->x + t * m->hidden, l->post_norm, l->post_norm_bias, m->hidden, m->eps, normed);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(experts_precision(s, t), s->activations));
+    route_token(s, t, normed);
 }
 
 static inline int has_budget(const State *s, int64_t t) { return t < s->step->num_decode && rule_of(s, t)[RULE_BATCH_EXPERTS] < INFINITY; }
@@ -223,6 +230,25 @@ static void gate_up_block(
     }
 }
 
+// The same for experts without a gate. bias: that of the up rows [expert_size].
+static void up_block(const State *s, const Matrix *matrix, const float *bias, const int64_t *pairs, int64_t block, int64_t begin) {
+    int64_t width = panels_of(matrix, block) * ROWS, first = block * PANELS * ROWS, size = s->layer->expert_size;
+    float sums[TILE * PANELS * ROWS];
+    const void *x[TILE];
+    FOR_TILES(pairs, begin, begin + TOKEN_BLOCK) {
+        for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[at + i] * s->hidden_bytes;
+        multiply(matrix, precision, block, n, x, sums);
+        for (int64_t i = 0; i < n; i++) {
+            float *product = sums + i * width;
+            uint8_t *inner = s->inner + (at + i) * s->inner_bytes;
+            for (int64_t c = 0; c < width; c++) product[c] += bias[first + c];
+            for (int64_t v = 0; v < width / LANES; v++) ((vf *)product)[v] = gelu(((vf *)product)[v]);
+            for (int64_t c = 0; c < width; c += GROUP)
+                write_inner(inner, product + c, first + c, least(GROUP, width - c), size, activations_at(precision, s->activations));
+        }
+    }
+}
+
 static void gate_up_chunk(const void *job, int64_t chunk) {
     const State *s = job;
     int64_t e = 0;
@@ -231,8 +257,9 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     Matrix matrix = expert_matrix(&s->layer->gate_up, e);
     const int64_t *pairs = pairs_of(s, e);
     const float *norms = s->layer->column_norms ? s->layer->column_norms + e * s->layer->expert_size : NULL;
-    int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK);
-    gate_up_block(s, &matrix, norms, pairs, chunk / token_blocks, pairs[0] + chunk % token_blocks * TOKEN_BLOCK);
+    int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK), begin = pairs[0] + chunk % token_blocks * TOKEN_BLOCK;
+    if (s->layer->up_bias) up_block(s, &matrix, s->layer->up_bias + e * s->layer->expert_size, pairs, chunk / token_blocks, begin);
+    else gate_up_block(s, &matrix, norms, pairs, chunk / token_blocks, begin);
 }
 
 // Of the pairs begin .. end - 1, which are sorted by token: the first one of `token` or a later token.

@@ -40,11 +40,13 @@ typedef struct {
 } Matrix;
 
 // One layer. gate_up and down hold the matrices of all E experts, one after another; a dense FFN is one expert. In gate_up, each
-// block has two panels of gate rows and two of up rows.
+// block has two panels of gate rows and two of up rows, or four of up rows if there is no gate.
 typedef struct {
-    const float *input_norm, *post_norm;
+    const float *input_norm, *post_norm;             // post_norm is NULL in a parallel block: the FFN reads what the attention reads
+    const float *input_norm_bias, *post_norm_bias;  // of LayerNorm; NULL for RMSNorm
     const float *q_norm, *k_norm;  // NULL if queries and keys have no norms
     const float *qkv_bias, *o_bias, *selection_bias;
+    const float *up_bias;  // [E, expert_size] of FFNs without a gate, whose activation is GELU; NULL for others
     const int32_t *pairs;  // [G, qk_head_dim / 2] where queries and keys are pruned: their numbers in an unpruned head; else NULL
     const float *column_norms;  // [E, expert_size] of a nested layer, zeros for padding; else NULL
     Matrix qkv, o, gate_up, down, router, router_second;
@@ -59,7 +61,8 @@ typedef struct {
     double eps;
     const void *embedding;  // [V, D] in bf16 or fp32; NULL if rows are read from `packed_embedding`
     const float *rope;      // [positions, 2, rotary_dim]
-    const float *norm;
+    const float *norm, *norm_bias;  // like those of a layer
+    const float *head_bias;         // [V] or NULL
     Matrix packed_embedding, head;
     const Layer *layers;
 } Model;

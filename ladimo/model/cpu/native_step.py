@@ -4,7 +4,7 @@ Legend: T tokens, R tokens whose logits are wanted, V vocabulary, L layers, E ex
 """
 
 import ctypes
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,15 @@ from ladimo.model.cpu.packing import (
     pack,
     pack_down,
     pack_gate_up,
+    pack_up,
     stack_rows,
 )
 from ladimo.model.cpu.pool import Pool
+from ladimo.model.cpu.structures import CLayer, CMatrix, CModel, CStep
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.layers import GatedMLP
-from ladimo.model.moe import ExpertLayer
+from ladimo.model.layers import GatedMLP, GeluMLP, LayerNorm, Norm
+from ladimo.model.moe import ExpertLayer, Experts
 from ladimo.model.nested.layers import NestedEmbedding, NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
@@ -45,82 +47,6 @@ ROUTER_LINEAR, ROUTER_MLP, ROUTER_TABLE, ROUTER_GLU, ROUTER_NONE = range(5)
 NO_ROW = 2**62  # behind the last row of any matrix
 # With fewer multiply-adds than this in a step, waking the other threads would cost more time than it saves.
 WAKE_THREADS_FROM = 10**6
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("data", "high", "low", "scales", "single")] + [
-        (name, c_int64) for name in ("rows", "panels", "cols", "kind", "careful_row", "single_bytes")
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        [(name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")]
-        + [(name, c_void_p) for name in ("qkv_bias", "o_bias", "selection_bias", "pairs", "column_norms")]
-        + [(name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "router", "router_second")]
-        + [(name, c_int64) for name in ("num_experts", "expert_size", "neurons", "router_kind", "fixed_experts")]
-        + [(name, c_int64) for name in ("sigmoid", "score_norm_top_k", "weight_one")]
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, c_int64)
-            for name in (
-                "num_layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "qk_head_dim",
-                "rotary_dim",
-                "vocab",
-                "max_experts",
-                "norms_each_head",
-                "bf16",
-            )
-        ),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("embedding", "rope", "norm")),
-        ("packed_embedding", _Matrix),
-        ("head", _Matrix),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [
-        (name, c_int64)
-        for name in (
-            "num_tokens",
-            "num_decode",
-            "num_segments",
-            "num_logits",
-            "table_width",
-            "block_size",
-            "parallel",
-            "batch_budgets",
-        )
-    ] + [
-        (name, c_void_p)
-        for name in (
-            "input_ids",
-            "positions",
-            "policy_ids",
-            "slots",
-            "block_table",
-            "logit_indices",
-            "segments",
-            "rows",
-            "allowed",
-            "k_cache",
-            "v_cache",
-            "logits",
-            "expert_ids",
-            "refined",
-        )
-    ]
 
 
 class Unsupported(Exception):
@@ -138,14 +64,8 @@ def check_supported(config: ModelConfig, dtype: torch.dtype, quantize: str | Non
         raise Unsupported(f"there is no compiled kernel: {origin()}")
     if find_family(config.family).has_own_modules:
         raise Unsupported(f"family {config.family} has modules that it does not know")
-    for present, what in (
-        (config.ffn_kind != "swiglu", "FFNs without a gate"),
-        (config.norm_kind != "rms", "LayerNorm"),
-        (config.parallel_block, "layers in which the FFN does not follow the attention"),
-        (config.head_bias, "a bias of the output head"),
-    ):
-        if present:
-            raise Unsupported(f"it does not know {what}")
+    if config.ffn_kind == "gelu" and not config.parallel_block:
+        raise Unsupported("it knows FFNs without a gate only where they read what the attention reads")
     if any(layer is not None and layer.shared_expert_intermediate_size for layer in config.layers):
         raise Unsupported("it does not know shared experts")
     if config.nested_bits and quantize is not None:
@@ -196,7 +116,7 @@ class NativeStep:
         self._arena = Arena()  # the memory that the C structures point to
         self._packer = Packer(self.pool, self._arena)
         self._router_format = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        layers = (_Layer * config.num_hidden_layers)()
+        layers = (CLayer * config.num_hidden_layers)()
         for target, layer in zip(layers, model.model.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             self._fill_layer(target, layer, format)
@@ -207,7 +127,7 @@ class NativeStep:
         packed_head = self._matrix(pack(head, format, self._packer, single=True))
         self._layers = layers
         self._embedding: Tensor | None = None
-        packed_embedding = _Matrix()
+        packed_embedding = CMatrix()
         nested = isinstance(embedding, NestedEmbedding)
         if config.tie_word_embeddings and (nested or format in FLOATS):
             packed_embedding = packed_head
@@ -216,7 +136,7 @@ class NativeStep:
         else:
             self._embedding = embedding.weight.detach().to(self.dtype).contiguous()
         self._rope = model.rotary.table.float().contiguous()
-        self._model = _Model(
+        self._model = CModel(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -232,6 +152,10 @@ class NativeStep:
             embedding=None if self._embedding is None else self._embedding.data_ptr(),
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
+            norm_bias=self._norm_bias(model.model.norm),
+            head_bias=self._keep(model.lm_head.bias.float())
+            if config.head_bias and isinstance(model.lm_head, nn.Linear)
+            else None,
             packed_embedding=packed_embedding,
             head=packed_head,
             layers=layers,
@@ -242,7 +166,7 @@ class NativeStep:
         if release and self._embedding is None:
             _release(embedding)
         self._run = code.ladimo_step
-        self._run.argtypes = [c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
+        self._run.argtypes = [c_void_p, ctypes.POINTER(CModel), ctypes.POINTER(CStep)]
 
     @property
     def weight_bytes(self) -> int:
@@ -277,7 +201,7 @@ class NativeStep:
                 inputs.block_table,
             )
         ]
-        step = _Step(
+        step = CStep(
             num_tokens,
             inputs.num_decode,
             len(inputs.prefill),
@@ -301,13 +225,15 @@ class NativeStep:
             raise MemoryError(f"no memory for a step of {num_tokens} tokens")
         return StepOutput(logits, expert_ids, refined)
 
-    def _fill_layer(self, target: _Layer, layer: DecoderLayer, format: str) -> None:
+    def _fill_layer(self, target: CLayer, layer: DecoderLayer, format: str) -> None:
         attention, config = layer.self_attn, self.config
         assert isinstance(attention, Attention)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         target.input_norm = self._keep(layer.input_layernorm.weight.float())
-        assert layer.post_attention_layernorm is not None
-        target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
+        target.input_norm_bias = self._norm_bias(layer.input_layernorm)
+        if layer.post_attention_layernorm is not None:
+            target.post_norm = self._keep(layer.post_attention_layernorm.weight.float())
+            target.post_norm_bias = self._norm_bias(layer.post_attention_layernorm)
         packed = pack(stack_rows([_weights(linear) for linear in projections]), format, self._packer)
         # Keys and values are never read at fewer than KEY_VALUE_BITS.
         target.qkv = self._matrix(packed, careful_row=config.num_attention_heads * config.qk_head_dim)
@@ -318,16 +244,25 @@ class NativeStep:
         if attention.channels is not None:
             target.pairs = self._keep(attention.channels[:, : config.qk_head_dim // 2].int())
         target.o = self._matrix(pack(_weights(attention.o_proj), format, self._packer))
-        if attention.o_proj.bias is not None:
-            target.o_bias = self._keep(attention.o_proj.bias.float())
+        # In a parallel block, the biases of both outputs are added together.
+        biases = [attention.o_proj.bias, getattr(layer.mlp, "output_bias", None)]
+        if isinstance(layer.mlp, GeluMLP):
+            biases.append(layer.mlp.down_proj.bias)
+        if present := [bias.float() for bias in biases if bias is not None]:
+            target.o_bias = self._keep(torch.stack(present).sum(dim=0))
         if isinstance(layer.mlp, GatedMLP):
             # A dense FFN is always read whole, because a rule of a dense layer has no bits.
             gate_up = tuple(linear.weight[None] for linear in (layer.mlp.gate_proj, layer.mlp.up_proj))
             self._fill_experts(target, gate_up, layer.mlp.down_proj.weight[None], format)
             return
+        if isinstance(layer.mlp, GeluMLP):
+            up, down = layer.mlp.up_proj, layer.mlp.down_proj
+            self._fill_experts(target, up.weight[None], down.weight[None], format, up.bias[None])
+            return
         assert isinstance(layer.mlp, ExpertLayer)
-        moe = layer.mlp.config
-        self._fill_experts(target, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, format)
+        moe, experts = layer.mlp.config, layer.mlp.experts
+        up_bias = experts.up_bias if isinstance(experts, Experts) else None
+        self._fill_experts(target, experts.gate_up_proj, experts.down_proj, format, up_bias)
         self._fill_router(target, layer.mlp.gate)
         target.num_experts, target.neurons = moe.num_experts, moe.moe_intermediate_size
         if self.config.nested_bits:
@@ -337,12 +272,21 @@ class NativeStep:
         target.score_norm_top_k = moe.score_norm_top_k or 0
         target.weight_one = moe.expert_weight == "one"
 
-    def _fill_experts(self, target: _Layer, gate_up: Source, down: Source, format: str) -> None:
-        target.gate_up = self._matrix(pack_gate_up(gate_up, format, self._packer))
+    def _fill_experts(self, target: CLayer, gate_up: Source, down: Source, format: str, up_bias: Tensor | None = None) -> None:
+        """up_bias: [E, F] of experts without a gate, whose gate_up are up rows only."""
         target.down = self._matrix(pack_down(down, format, self._packer))
         target.expert_size = target.down.cols
+        if up_bias is None:
+            target.gate_up = self._matrix(pack_gate_up(gate_up, format, self._packer))
+            return
+        assert isinstance(gate_up, Tensor)
+        target.gate_up = self._matrix(pack_up(gate_up, format, self._packer))
+        target.up_bias = self._keep(F.pad(up_bias.float(), (0, target.expert_size - up_bias.shape[1])))
 
-    def _fill_router(self, target: _Layer, router: Router) -> None:
+    def _norm_bias(self, norm: Norm) -> int | None:
+        return self._keep(norm.bias.float()) if isinstance(norm, LayerNorm) else None
+
+    def _fill_router(self, target: CLayer, router: Router) -> None:
         target.router_kind = ROUTER_NONE
         if isinstance(router, LinearRouter):
             target.router_kind, target.fixed_experts = ROUTER_LINEAR, router.fixed_experts
@@ -361,9 +305,9 @@ class NativeStep:
         if router.e_score_correction_bias is not None:
             target.selection_bias = self._keep(router.e_score_correction_bias.float())
 
-    def _matrix(self, packed: Packed, careful_row: int = NO_ROW) -> _Matrix:
+    def _matrix(self, packed: Packed, careful_row: int = NO_ROW) -> CMatrix:
         parts = (packed.data, packed.high, packed.low, packed.scales, packed.single)
-        return _Matrix(
+        return CMatrix(
             *(None if part is None else self._keep(part) for part in parts),
             packed.rows,
             packed.panels,

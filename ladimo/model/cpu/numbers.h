@@ -6,6 +6,9 @@
 
 static inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
 
+// GELU by its approximation with tanh: x (1 + tanh(u)) / 2 = x sigmoid(2 u), where 2 u = 1.5957691 (x + 0.044715 x^3).
+static inline vf gelu(vf x) { return x / (1.0f + exp_lanes(x * (x * x * 0.044715f + 1.0f) * -1.5957691216057308f)); }
+
 static inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 
 static inline vh narrow(vf x) {  // rounds to the nearest, ties to even

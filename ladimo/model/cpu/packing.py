@@ -100,6 +100,14 @@ def pack_gate_up(gate_up: Source, format: str, packer: Packer) -> Packed:
     return replace(packed, single=_single_rows(halves))
 
 
+def pack_up(up: Tensor, format: str, packer: Packer) -> Packed:
+    """Pack [E, F, D] of experts without a gate, with rows of zeros up to `padded_size`."""
+    whole = _full(up)
+    assert whole is not None
+    size = padded_size(up.shape[1], format, nested=False)
+    return _pack(whole._replace(addresses=_fill_rows(whole.addresses, size)), up.shape[2], format, None, packer)
+
+
 def pack_down(down: Source, format: str, packer: Packer) -> Packed:
     """Pack [E, D, F], with columns of zeros for the neurons that `pack_gate_up` adds. Neurons can be read alone as there."""
     whole, planes = _full(down), _planes(down)

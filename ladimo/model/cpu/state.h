@@ -80,6 +80,20 @@ static void normalise(const float *x, const float *weight, int64_t size, double 
     for (i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
 }
 
+// LayerNorm of x [size], with weight and bias [size]; RMSNorm if there is no bias.
+static void norm_states(const float *x, const float *weight, const float *bias, int64_t size, double eps, float *out) {
+    if (!bias) {
+        normalise(x, weight, size, eps, out);
+        return;
+    }
+    double total = 0, squares = 0;
+    for (int64_t i = 0; i < size; i++) total += x[i];
+    float mean = (float)(total / size);
+    for (int64_t i = 0; i < size; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf((float)(squares / size + eps));
+    for (int64_t i = 0; i < size; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
 static inline int64_t *pairs_of(const State *s, int64_t e) { return s->first_pair + e * PRECISIONS; }
 static inline int64_t count_pairs(const State *s, int64_t e) { return pairs_of(s, e)[PRECISIONS] - pairs_of(s, e)[0]; }
 

@@ -24,9 +24,11 @@
 static void input_norm_token(const void *job, int64_t t) {
     const State *s = job;
     const Model *m = s->model;
+    const Layer *l = s->layer;
     float normed[m->hidden];
-    normalise(s->x + t * m->hidden, s->layer->input_norm, m->hidden, m->eps, normed);
+    norm_states(s->x + t * m->hidden, l->input_norm, l->input_norm_bias, m->hidden, m->eps, normed);
     write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, activations_at(attention_precision(s, t), s->activations));
+    if (!l->post_norm) route_token(s, t, normed);
 }
 
 // Whether a token refines in this layer, or in the output head.
@@ -48,7 +50,7 @@ static void run_layer(Engine *engine, State *s) {
     run(engine, attend_item, s, s->num_items * m->kv_heads);
     run(engine, project_token, s, tokens);
     product(engine, (Product){&l->o, s->projected, s->attended_bytes, s->order, s->first_row, s->x, m->hidden, l->o_bias, 1});
-    run(engine, post_norm_token, s, tokens);
+    if (l->post_norm) run(engine, post_norm_token, s, tokens);
     if (s->step->batch_budgets && l->num_experts) share_experts(s);
     int64_t chunks = group_tokens(s);
     if (!chunks) return;
@@ -72,7 +74,7 @@ static void final_norm_row(const void *job, int64_t r) {
     const Model *m = s->model;
     const float *x = s->x + token_of(s, r) * m->hidden;
     float normed[m->hidden];
-    normalise(x, m->norm, m->hidden, m->eps, normed);
+    norm_states(x, m->norm, m->norm_bias, m->hidden, m->eps, normed);
     write_activations(s->normed + r * s->hidden_bytes, normed, m->hidden, activations_at(head_precision(s, r), s->activations));
 }
 
@@ -159,7 +161,7 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
         run(engine, final_norm_row, &state, step->num_logits);
         product(
             engine,
-            (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, NULL, 0}
+            (Product){&model->head, state.normed, state.hidden_bytes, state.order, state.first_row, step->logits, model->vocab, model->head_bias, 0}
         );
         if (step->refined && any_refines(&state)) run(engine, refine_words, &state, step->num_logits);
     }

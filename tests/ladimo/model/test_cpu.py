@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "six_experts": {"num_experts": 6},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 10},
+    "phi2": {"model_type": "phi", "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "phi4_mini": {"model_type": "phi3", "rope_parameters": PARTIAL_LONGROPE},
     "output_bias": {"attention_bias": True},
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},

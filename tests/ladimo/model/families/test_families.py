@@ -23,6 +23,7 @@ from ladimo.checkpoint import (
 from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.hf import LadimoLlamaForCausalLM
+from ladimo.model.cpu.build import library
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from server.engine.async_engine import AsyncEngine
@@ -31,7 +32,7 @@ from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import EOS_ID, EXACT, HALF_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.convert.conftest import make_text, small_recipe
-from tests.ladimo.stepping import make_tables
+from tests.ladimo.stepping import Row, Stepper, make_tables
 
 CPU = torch.device("cpu")
 IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -172,12 +173,21 @@ async def test_a_shorter_context_has_the_frequencies_of_short_texts(tmp_path: Pa
         assert await written_by_the_engine(dense, prompt, max_model_len=context) == expected
 
 
-def test_phi2_runs_in_torch(tmp_path: Path) -> None:
-    """The compiled step does not know its layers."""
+@pytest.mark.skipif(library() is None, reason="there is no compiled CPU kernel here")
+@torch.no_grad()
+def test_phi2_runs_in_the_compiled_step_in_integers_too(tmp_path: Path) -> None:
+    """Its FFN has 96 neurons: a block of 64 and half of one."""
     dense = make_dense(tmp_path / "dense", **FAMILIES["phi2"])
-    assert load_to_serve(dense, "cpu").backend.name == "torch"
-    with pytest.raises(ValueError, match="quantize int8: it does not know FFNs without a gate"):
-        load_to_serve(dense, "cpu", quantize="int8")
+    model = load_model(dense, torch.float32, CPU)
+    steps = Stepper(model, make_tables(model, list(read_policies(dense, model.config).values())))
+    inputs = steps.inputs(prefill=[(Row(IDS[0].tolist()), IDS.shape[1])])
+    expected = model(inputs, steps.kv_cache, steps.tables).logits
+    for quantize, likeness in ((None, 0.99999), ("int8", 0.999), ("int4", 0.97)):
+        served = load_to_serve(dense, "cpu", "float32", quantize)
+        assert served.backend.name == "native"
+        cache = served.backend.allocate_cache(model.config, steps.num_blocks, steps.block_size)
+        logits = served.step(inputs, cache, steps.tables).logits
+        assert torch.nn.functional.cosine_similarity(logits, expected).min() > likeness
 
 
 @torch.no_grad()
