@@ -16,7 +16,7 @@ from ladimo.convert.ffn.clustering import as_partition, balanced_kmeans
 from ladimo.convert.ffn.split import contiguous_partition, split_ffn
 from ladimo.convert.methods.masks.hypernetwork import KEEP_FROM
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 
 MAX_BLOCKS, PANEL = 128, 16  # a block is made of whole panels of 16 rows, which the compiled CPU step multiplies together
@@ -51,12 +51,13 @@ def ranking(logits: Tensor) -> Tensor:
     return logits.argsort(dim=1, descending=True, stable=True)
 
 
-def layer_from_blocks(mlp: GatedMLP, partition: Tensor, order: Tensor, router: Tensor | None) -> ExpertLayer:
+def layer_from_blocks(mlp: Ffn, partition: Tensor, order: Tensor, router: Tensor | None) -> ExpertLayer:
     """The expert layer. partition [B, F], order [N, B] (see `ranking`), router [N, D]; None for one expert, whose order the
     stored blocks then have."""
     count, size = partition.shape
     if router is None:
-        return split_ffn(mlp, partition[order[0]], MoeLayerConfig(count, count, size, expert_weight="one", router="none"), {})
+        fixed = MoeLayerConfig(count, count, size, expert_weight="one", router="none", ffn_kind=mlp.kind)
+        return split_ffn(mlp, partition[order[0]], fixed, {})
     config = MoeLayerConfig(
         count,
         count,
@@ -65,6 +66,7 @@ def layer_from_blocks(mlp: GatedMLP, partition: Tensor, order: Tensor, router: T
         expert_weight="one",
         router="table",
         router_hidden_size=len(order),
+        ffn_kind=mlp.kind,
     )
     ranks = torch.empty(order.shape).scatter_(1, order, torch.arange(count, dtype=torch.float32).expand(order.shape))
     return split_ffn(mlp, partition, config, {"fc1.weight": router, "fc2.weight": -STEP * ranks.t()})

@@ -56,6 +56,7 @@ class MaskMethod(Method):
     """What both methods share. `kind`: the dataclass of the method's table."""
 
     kind: ClassVar[type[MaskRecipe]]
+    ffn_kinds = ("swiglu", "gelu")
 
     def experts(self, recipe: Recipe) -> int:
         """The number of masks of a layer."""
@@ -79,7 +80,7 @@ class MaskMethod(Method):
         for index in run.candidates:
             if run.workspace.layer_record(index) is None:
                 partition, order = tensors[f"{index}.partition"], ranking(tensors[f"{index}.logits.0"])
-                layer = layer_from_blocks(run.dense.mlp(index), partition, order, tensors.get(f"{index}.router"))
+                layer = layer_from_blocks(run.dense.ffn(index), partition, order, tensors.get(f"{index}.router"))
                 run.workspace.save_layer(index, layer, run.dense.stored_dtype)
                 run.workspace.finish_layer(index, layer.config, {"seconds": 0.0})
         layers = {index: run.workspace.layer_config(index) for index in run.candidates}
@@ -281,7 +282,8 @@ def layer_cost(config: ModelConfig, recipe: Recipe, experts: int, qk: float = 1.
     some = torch.arange(kept_pairs(config, qk)).expand(config.num_hidden_layers, config.num_key_value_heads, -1)
     attention = config.num_hidden_layers * with_pairs(config, some).pruned_parameters / config.dense_parameters
     candidates = recipe.candidate_layers(config.num_hidden_layers)
-    per_neuron = 3 * config.hidden_size / config.dense_parameters
+    of_neuron = 3 * config.hidden_size if config.ffn_kind == "swiglu" else 2 * config.hidden_size + 1
+    per_neuron = of_neuron / config.dense_parameters
     routers = config.hidden_size * experts * (experts > 1) / config.dense_parameters
     return Cost(1 - attention + len(candidates) * (routers - per_neuron * config.intermediate_size), per_neuron)
 

@@ -20,7 +20,7 @@ from ladimo.convert.methods.masks.recipe import MaskRecipe
 from ladimo.convert.methods.masks.start import SPREAD, Start
 from ladimo.convert.progress import track
 from ladimo.model.attention.layer import Attention
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GeluMLP
 
 SNAPSHOT_STEPS = 25
 ROUTER_SCALE = 4.0
@@ -41,7 +41,7 @@ class MaskPoint:
 class MaskedFfn(nn.Module):
     """A frozen FFN with sampled masks. `begin` must be called before each pass."""
 
-    def __init__(self, mlp: GatedMLP, head: MaskHead, options: MaskRecipe, generator: torch.Generator) -> None:
+    def __init__(self, mlp: Ffn, head: MaskHead, options: MaskRecipe, generator: torch.Generator) -> None:
         super().__init__()
         self.mlp, self.head, self.options, self.generator = mlp, head, options, generator
         self.embeddings: Tensor = torch.empty(0)
@@ -69,8 +69,12 @@ class MaskedFfn(nn.Module):
         return run_masked(self.mlp, x, mask.to(x.dtype), self.options.mask_once)
 
 
-def run_masked(mlp: GatedMLP, x: Tensor, mask: Tensor, once: bool = True) -> Tensor:
-    """An FFN with some neurons: x [T, D], mask [T, neurons] -> [T, D]. once: see `MaskRecipe.mask_once`."""
+def run_masked(mlp: Ffn, x: Tensor, mask: Tensor, once: bool = True) -> Tensor:
+    """An FFN with some neurons: x [T, D], mask [T, neurons] -> [T, D]. once: see `MaskRecipe.mask_once`. Without a gate there
+    is nothing else that the mask could multiply."""
+    if isinstance(mlp, GeluMLP):
+        some: Tensor = mlp.down_proj(F.gelu(mlp.up_proj(x), approximate="tanh") * mask)
+        return some
     gate, up = F.silu(mlp.gate_proj(x)), mlp.up_proj(x)
     out: Tensor = mlp.down_proj(gate * up * mask if once else (gate * mask) * (up * mask))
     return out
@@ -99,8 +103,8 @@ class MaskTraining:
         device = network.dense.device
         self.network, self.layers, self.options, self.cost = network, layers, options, cost
         self.generator = torch.Generator(device).manual_seed(seed)
-        mlps = [network.dense.mlp(index) for index in layers]
-        sizes = [mlp.gate_proj.out_features for mlp in mlps]
+        mlps = [network.dense.ffn(index) for index in layers]
+        sizes = [mlp.up_proj.out_features for mlp in mlps]
         config = network.dense.config
         self.gated = self._gated_attentions() if options.qk < 1 else []
         self.hypernetwork = Hypernetwork(config.hidden_size, sizes, experts, seed, len(self.gated), layers).to(device)

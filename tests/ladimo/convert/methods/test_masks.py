@@ -25,7 +25,7 @@ from ladimo.convert.pipeline import convert
 from ladimo.convert.reprofile import reprofile
 from ladimo.model.cpu import build
 from ladimo.model.inputs import StepInputs
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn, GatedMLP, GeluMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.ladimo.convert.conftest import Made, killed, make_text, small_recipe
@@ -50,9 +50,9 @@ def pruned(request: pytest.FixtureRequest, source: Path, text: Path, tmp_path_fa
     return Made(source, text, out, recipe(request.param))
 
 
-def random_mlp(hidden_size: int = 12, neurons: int = 40) -> GatedMLP:
+def random_mlp(hidden_size: int = 12, neurons: int = 40, kind: type[Ffn] = GatedMLP) -> Ffn:
     torch.manual_seed(0)
-    mlp = GatedMLP(hidden_size, neurons).requires_grad_(False)
+    mlp = kind(hidden_size, neurons).requires_grad_(False)
     for weight in mlp.parameters():
         weight.normal_(std=0.3)
     return mlp
@@ -65,11 +65,12 @@ def run(layer: ExpertLayer, x: Tensor, width: int) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("kind", [GatedMLP, GeluMLP])
 @pytest.mark.parametrize("experts", [1, 4])
 @torch.no_grad()
-def test_the_stored_layer_is_the_masked_ffn_token_by_token(experts: int) -> None:
+def test_the_stored_layer_is_the_masked_ffn_token_by_token(experts: int, kind: type[Ffn]) -> None:
     """For every width: the neurons outside the mask of the token's expert add nothing, and all others are unchanged."""
-    mlp, generator = random_mlp(), torch.Generator().manual_seed(1)
+    mlp, generator = random_mlp(kind=kind), torch.Generator().manual_seed(1)
     x, router = torch.randn(50, 12), torch.randn(experts, 12)
     logits = torch.randn(experts, 40)
     partition = cut_blocks(logits, 3, generator)  # 40 neurons do not fill 14 blocks of 3
