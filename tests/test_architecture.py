@@ -87,7 +87,7 @@ TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
         (),
     ),
     ("ladimo.auto", ("transformers", "ladimo.model.config", "ladimo.hf"), ()),
-    ("ladimo.hf", ("torch", "transformers", "ladimo.model", "ladimo.policy"), ()),
+    ("ladimo.hf", ("torch", "transformers", "ladimo.model", "ladimo.policy", "ladimo.checkpoint.TensorReader"), ()),
     ("ladimo.convert", None, ("ladimo.cli",)),
     ("ladimo.export", None, ("ladimo.convert", "ladimo.cli")),
     ("ladimo.demo", None, ("ladimo.convert", "ladimo.export", "ladimo.cli")),
