@@ -26,6 +26,7 @@ ADDRESS = "http://127.0.0.1:8000"
 UNTESTED = [
     "make serve",
     "kubectl create",
+    "serve run deploy.ray.app:build",  # needs a cluster with Ray Serve
     "make observe",
     "docker build",
     "make serve",
