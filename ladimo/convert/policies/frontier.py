@@ -130,7 +130,7 @@ def _frontier(
     batch: int,
 ) -> tuple[FrontierPoint, ...]:
     """The policies that no cheaper policy beats at this batch size. Equal rules under two names are one point, under the first
-    name."""
+    name. Policies that refine neurons are for single requests only."""
     points = {
         rules: FrontierPoint(
             batch=batch,
@@ -145,9 +145,12 @@ def _frontier(
     }
     if batch == 1:
         return pareto(points.values())
-    reads = {point.policy: batch_bytes_ratio(policies[rules], measured[rules], config) for rules, point in points.items()}
+    # A batch that refines neurons reads fewer bytes but takes more time: the rows of single neurons lie far from each other.
+    layers = config.num_hidden_layers
+    whole = [rules for rules in points if not any(rule and rule.refine is not None for rule in rules[:layers])]
+    reads = {points[rules].policy: batch_bytes_ratio(policies[rules], measured[rules], config) for rules in whole}
     kept: list[FrontierPoint] = []
-    for point in sorted(points.values(), key=lambda point: (reads[point.policy], point.perplexity)):
+    for point in sorted((points[rules] for rules in whole), key=lambda point: (reads[point.policy], point.perplexity)):
         if not kept or point.perplexity < kept[-1].perplexity:
             kept.append(point)
     return pareto(kept)  # also by cost, because an accuracy chooses by it

@@ -2,10 +2,10 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from ladimo.checkpoint import TensorReader, load_model, read_config, read_frontier, read_json, read_policies, write_json
 from ladimo.convert.data.calibration import Encoder, evaluation_blocks
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
-from ladimo.convert.evaluation.measure import measure
+from ladimo.convert.evaluation.measure import Measurement, measure
+from ladimo.convert.evaluation.variants import Rules, policy_of
 from ladimo.convert.methods.nested import bit_candidates
 from ladimo.convert.pipeline import convert
+from ladimo.convert.policies.candidates import ConvertedModel
+from ladimo.convert.policies.frontier import measure_frontier
 from ladimo.convert.reprofile import reprofile
 from ladimo.convert.rounding.moments import LayerMoments, head_moments, layer_moments
 from ladimo.convert.streamed_model import StreamedModel
@@ -212,6 +215,35 @@ def test_a_batch_reads_what_its_tokens_refine_together(nested: Made) -> None:
         assert entry["decode_bytes_ratio"] < entry["batch_bytes_ratio"] <= every
         assert entry["batch_bytes_ratio"] < apart
     assert kinds == {False, True}
+
+
+def test_policies_that_refine_neurons_are_for_single_requests(nested: Made) -> None:
+    """In batches they save bytes but no time. Even if no policy is as accurate at their cost, the frontier for batches has none
+    of them."""
+    config, changes = read_config(nested.out), read_json(nested.out / "report.json")["changes"]
+    candidates = bit_candidates(config, changes, nested.recipe)
+
+    class Known:
+        """A model whose policies are the more accurate the more they read."""
+
+        def __init__(self) -> None:
+            self.config, self.reference = config, candidates.rules["full"]
+
+        def measure(self, blocks: torch.Tensor, variants: Iterable[Rules]) -> dict[Rules, Measurement]:
+            experts, rows = (1.0,) * config.num_hidden_layers, 10.0
+            found = {}
+            for rules in variants:
+                refined = rows if any(rule and rule.refine is not None for rule in rules) else 0.0
+                read = policy_of("rules", "", rules, config).bytes_ratio(config, experts, refined)
+                assert read is not None
+                found[rules] = Measurement(10 - read, experts, experts, refined, refined, 1.0, 0.0)
+            return found
+
+    model = cast(ConvertedModel, Known())
+    frontier = measure_frontier(model, candidates, torch.zeros(1, 2, dtype=torch.int64)).frontier
+    neurons = {name for name, rules in candidates.rules.items() if any(rule and rule.refine is not None for rule in rules[:-1])}
+    assert neurons and neurons < {point.policy for point in frontier.for_batch(1).points}
+    assert {point.policy for point in frontier.for_batch(32).points} == set(candidates.rules) - neurons
 
 
 def test_named_policies_route_if_the_recipe_says_so(nested: Made) -> None:
