@@ -53,7 +53,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, contex
     reader = TensorReader(directory)
     with torch.device("meta"):
         model = MoeTransformer(config)
-    _load(model, reader, config, dtype, device)
+    load_into(model, reader, config, dtype, device)
     model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
@@ -83,7 +83,7 @@ def load_layer(reader: TensorReader, config: ModelConfig, layer: int, dtype: tor
     """Load a single layer, for work that has one layer in memory at a time. Raises ValueError for a broken checkpoint."""
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
-    _load(module, reader, config, dtype, device, f"model.layers.{layer}.")
+    load_into(module, reader, config, dtype, device, f"model.layers.{layer}.")
     on_device(device, dtype).prepare(module)
     return module.eval()
 
@@ -95,13 +95,13 @@ def load_without_layers(
     with torch.device("meta"):
         model = MoeTransformer(config)
     model.model.layers = nn.ModuleList()
-    _load(model, reader, config, dtype, device)
+    load_into(model, reader, config, dtype, device)
     model.rotary.materialise(device, context)
     on_device(device, dtype).prepare(model)
     return model.eval()
 
 
-def _load(
+def load_into(
     module: nn.Module, reader: TensorReader, config: ModelConfig, dtype: torch.dtype, device: torch.device, prefix: str = ""
 ) -> None:
     """Read the weights of a module on the meta device, at all precisions that the checkpoint keeps. `prefix` and a name in the

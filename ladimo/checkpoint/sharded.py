@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from ladimo.checkpoint.directory import read_config
+from ladimo.checkpoint.loading import load_into
 from ladimo.checkpoint.tensors import TensorReader
 from ladimo.model.backends.choose import on_device
+from ladimo.model.nested.refinement import Part
 from ladimo.model.sharding import Shard, add_up
 from ladimo.model.transformer import MoeTransformer
 
@@ -39,10 +41,13 @@ def load_shard(
 
     Raises ValueError for a broken checkpoint, and for a model that cannot be divided.
     """
+    config = shard.config(read_config(directory))
     with torch.device("meta"):
-        model = MoeTransformer(shard.config(read_config(directory)))
-    ShardReader(directory, shard).load(model, "", dtype, device)
+        model = MoeTransformer(config)
+    load_into(model, ShardReader(directory, shard), config, dtype, device)
     model.rotary.materialise(device, context)
-    on_device(device, dtype).prepare(model)
+    backend = on_device(device, dtype)
+    backend.part = Part(shard.rank, shard.size, reduce)
+    backend.prepare(model)
     add_up(model, reduce)
     return model.eval()

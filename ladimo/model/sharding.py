@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
+from ladimo.model.nested.layers import PARTS
+from ladimo.model.precision import GROUP
 from ladimo.model.transformer import MoeTransformer
 
-# The dimension along which a parameter is divided, by its name.
+# The dimension along which a parameter, or a tensor that nested weights have beside it, is divided, by its name.
+_BESIDE = f"({'|'.join(PARTS)})"
 _DIVIDED = (
-    (re.compile(r"\.self_attn\.[qkv]_proj\.(weight|bias)$"), 0),
-    (re.compile(r"\.self_attn\.o_proj\.weight$"), 1),
-    (re.compile(r"\.mlp\.(shared_expert\.)?(gate|up)_proj\.(weight|bias)$"), 0),
-    (re.compile(r"\.mlp\.(shared_expert\.)?down_proj\.weight$"), 1),
-    (re.compile(r"\.mlp\.experts\.down_proj$"), 2),
+    (re.compile(rf"\.self_attn\.[qkv]_proj\.(weight|bias|{_BESIDE})$"), 0),
+    (re.compile(rf"\.self_attn\.o_proj\.(weight|{_BESIDE})$"), 1),
+    (re.compile(rf"\.mlp\.(shared_expert\.)?(gate|up)_proj\.(weight|bias|{_BESIDE})$"), 0),
+    (re.compile(rf"\.mlp\.(shared_expert\.)?down_proj\.(weight|{_BESIDE})$"), 1),
+    (re.compile(rf"\.mlp\.experts\.down_(proj|{_BESIDE})$"), 2),
 )
-_GATE_UP = re.compile(r"\.mlp\.experts\.gate_up_proj$")
+_GATE_UP = re.compile(rf"\.mlp\.experts\.gate_up_(proj|{_BESIDE})$")
 _OUTPUT_BIAS = re.compile(r"\.(self_attn\.o_proj|mlp\.down_proj)\.bias$")
 
 
@@ -36,8 +39,6 @@ class Shard:
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The configuration of the part. Raises ValueError for a model that cannot be divided into so many parts."""
-        if config.nested_bits:
-            raise ValueError(self._refusal("checkpoints of method nested are not supported"))
         if config.qk_pairs:
             raise ValueError(self._refusal("models with pruned queries and keys are not supported"))
         if config.qk_norm == "all":
@@ -56,13 +57,16 @@ class Shard:
             for layer in config.layers
         ]
         dense = config.intermediate_size
-        return replace(
+        part = replace(
             config,
             layers=tuple(layers),
             num_attention_heads=self._share("num_attention_heads", config.num_attention_heads),
             num_key_value_heads=self._share("num_key_value_heads", config.num_key_value_heads),
             intermediate_size=self._share("intermediate_size", dense) if None in config.layers else dense,
         )
+        if config.nested_bits:
+            self._check_groups(part)
+        return part
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """The part's share of the parameter `name`, in memory of its own; the tensor itself if every part has it."""
@@ -75,6 +79,19 @@ class Shard:
             if pattern.search(name):
                 return tensor.tensor_split(self.size, dim=dimension)[self.rank].clone().contiguous()
         return tensor
+
+    def _check_groups(self, part: ModelConfig) -> None:
+        """Raises ValueError if a part's columns of a nested matrix are not whole groups, which share a scale."""
+        widths = {"o_proj": part.num_attention_heads * part.head_dim}
+        for layer in part.layers:
+            widths["down_proj"] = part.intermediate_size if layer is None else layer.moe_intermediate_size
+            for name, width in widths.items():
+                if width % GROUP:
+                    raise ValueError(
+                        self._refusal(
+                            f"a part has {width} columns of {name}, which nested weights can only divide into groups of {GROUP}"
+                        )
+                    )
 
     def _share(self, name: str, number: int) -> int:
         if number % self.size:

@@ -74,6 +74,7 @@ class TorchBackend:
         num_threads: int = 1,
     ) -> None:
         self.device, self.dtype, self.quantize, self.num_threads = device, dtype, quantize, num_threads
+        self.part = refinement.WHOLE  # of the neurons that this process has
         self._multiply_adds = 0  # of the model per token, approximately
 
     @property
@@ -115,15 +116,15 @@ class TorchBackend:
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)
         out = by_precision(bits, run, tokens)
         if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
-            again, counts = self.apply_refined(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
+            arguments = hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine
+            again, counts = self.apply_refined(*arguments, self.part)
             refining = (refine < torch.inf).unsqueeze(-1)
             return torch.where(refining, again, out), counts * refining
         refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64)
         tokens = (refine < torch.inf).nonzero().flatten()
         if len(tokens):
-            out[tokens], refined[tokens] = self.apply_refined(
-                hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], gate_up, down, norms, refine[tokens]
-            )
+            chosen = hidden_states[tokens], topk_weights[tokens], topk_ids[tokens]
+            out[tokens], refined[tokens] = self.apply_refined(*chosen, gate_up, down, norms, refine[tokens], self.part)
         return out, refined
 
     def nested_logits(

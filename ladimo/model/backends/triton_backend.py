@@ -15,6 +15,7 @@ from ladimo.model.kernels.nested import head as nested_head
 from ladimo.model.kernels.nested import linear as nested_linear
 from ladimo.model.nested.layers import NestedExperts, NestedLinear
 from ladimo.model.nested.plane_layout import DownWeights
+from ladimo.model.nested.refinement import WHOLE
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.quantization import Weights
 
@@ -96,7 +97,8 @@ class TritonBackend(TorchBackend):
         bits: Tensor,
         refine: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if _wants_gradients((hidden_states, topk_weights)):
+        # The kernels know the mean score of this process's neurons only.
+        if self.part is not WHOLE or _wants_gradients((hidden_states, topk_weights)):
             return super().apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
         assert isinstance(down, DownWeights)  # by `prepare`
         return nested_experts.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)

@@ -11,12 +11,27 @@ So the experts of a nested layer are the low planes of single neurons. Counters 
 Legend: T tokens, D hidden_size, E experts, F moe_intermediate_size, V vocabulary, G = REFINED_GROUPS.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.precision import REFINED_GROUPS
+
+
+class Part(NamedTuple):
+    """Which neurons of every expert a process has: part `rank` of `size` equal ones. `add_up` replaces a tensor by the sum over
+    all parts, in place."""
+
+    rank: int
+    size: int
+    add_up: Callable[[Tensor], None]
+
+
+WHOLE = Part(0, 1, lambda _: None)
 
 
 def column_norms(down: Tensor) -> Tensor:
@@ -33,10 +48,15 @@ def apply_refined(
     down: NestedWeights,
     norms: Tensor,
     refine: Tensor,
+    part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Like `refine_neurons`, but returns the refined neurons as counts [T, G] int64."""
-    out, refined = refine_neurons(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine)
-    return out, count_refined(refined.flatten(1))
+    """Like `refine_neurons`, but returns the refined neurons as counts [T, G] int64, those of all parts."""
+    out, refined = refine_neurons(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine, part)
+    everywhere = refined.new_zeros(*refined.shape[:2], part.size, refined.shape[2])
+    everywhere[:, :, part.rank] = refined
+    counts = count_refined(everywhere.flatten(1))
+    part.add_up(counts)
+    return out, counts
 
 
 def refine_neurons(
@@ -47,11 +67,13 @@ def refine_neurons(
     down: NestedWeights,
     norms: Tensor,
     refine: Tensor,
+    part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Run the chosen experts at 4 bits, and the neurons that matter to a token at 8. The reference; a graph can capture it.
 
     hidden_states [T, D], topk_weights and topk_ids [T, K], gate_up [E, 2F, D], down [E, D, F], norms [E, F], refine [T].
-    Returns the output [T, D] and whether each neuron is refined, bool [T, E, F].
+    Returns the output [T, D] and whether each neuron is refined, bool [T, E, F]. With a part of the neurons, both are those of
+    the part, and the mean score is that of all parts.
     """
     dtype, num_experts = hidden_states.dtype, gate_up.shape[0]
     chosen = topk_weights.new_zeros(len(topk_ids), num_experts)
@@ -64,8 +86,10 @@ def refine_neurons(
 
     at4, at8 = hidden(4), hidden(8)
     scores = at4.float().abs() * norms * runs.unsqueeze(-1)
-    count = (runs.sum(dim=-1) * at4.shape[-1]).clamp(min=1)
-    least = refine * scores.sum(dim=(1, 2)) / count
+    count = (runs.sum(dim=-1) * at4.shape[-1] * part.size).clamp(min=1)
+    total = scores.sum(dim=(1, 2))
+    part.add_up(total)
+    least = refine * total / count
     refined = (scores >= least[:, None, None]) & runs.unsqueeze(-1)
     inner = torch.where(refined, at8, at4) * weights.unsqueeze(-1)
     rest = down.at(8, dtype) - down.at(4, dtype)

@@ -177,8 +177,8 @@ def by_precision(bits: Tensor, tokens: Callable[[Tensor, float], Tensor], x: Ten
         wanted = wanted.view(-1, *[1] * (whole.ndim - 1))
         return torch.where(wanted == 4, at4, torch.where(wanted == 8, at8, whole))
     present = wanted.unique().tolist()
-    if len(present) == 1:
-        return tokens(x, present[0])
+    if len(present) <= 1:
+        return tokens(x, present[0] if present else 4.0)
     parts = [(rows, tokens(x[rows], value)) for value in present for rows in [(wanted == value).nonzero().flatten()]]
     out = parts[0][1].new_empty(len(x), *parts[0][1].shape[1:])
     for rows, part in parts:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ladimo.checkpoint import load_model, read_config, read_policies
+from ladimo.checkpoint import load_model, read_config, read_policies, write_policy
 from ladimo.checkpoint.sharded import load_shard
 from ladimo.model.inputs import StepInputs, StepOutput
 from ladimo.model.sharding import Shard
@@ -62,11 +63,16 @@ def run(model: MoeTransformer, directory: Path) -> StepOutput:
         return model.forward(inputs, None, tables)
 
 
+def size_of(model: MoeTransformer) -> int:
+    """The numbers in weights and planes."""
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def run_parts(directory: Path, size: int) -> list[StepOutput]:
     reduce = make_reduce(size)
     parts = [load_shard(directory, torch.float32, CPU, Shard(rank, size), reduce) for rank in range(size)]
-    whole = sum(weight.numel() for weight in load_model(directory, torch.float32, CPU).parameters())
-    assert all(sum(weight.numel() for weight in part.parameters()) < whole for part in parts)
+    whole = size_of(load_model(directory, torch.float32, CPU))
+    assert all(size_of(part) < whole for part in parts)
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(lambda part: run(part, directory), parts))
 
@@ -114,6 +120,34 @@ def test_models_that_cannot_be_divided_are_refused_by_name(
         load_shard(directory, torch.float32, CPU, Shard(0, size), lambda tensor: None)
 
 
-def test_nested_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoints of method nested are not supported"):
-        Shard(0, 2).config(read_config(make_nested(tmp_path / "model")))
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+@pytest.mark.parametrize("top_bits", [16, 8], ids=["whole weights", "planes alone"])
+def test_two_parts_of_a_nested_model_are_the_whole(top_bits: int, tied: bool, tmp_path: Path) -> None:
+    """Under every policy. What a token refines depends on the mean of all neurons, and all of them are counted."""
+    fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": tied}
+    directory = make_nested(tmp_path / "model", top_bits=top_bits, num_experts=2, **fields)
+    policies = read_policies(directory, read_config(directory))
+    if top_bits == 16:
+        rules = tuple(rule and replace(rule, refine=1.5) for rule in policies["fast"].layers)
+        write_policy(directory, replace(policies["fast"], name="a", layers=rules, head_refine=2.0))
+    else:
+        write_policy(directory, replace(policies["fast"], name="a", head_refine=2.0))
+    whole = run(load_model(directory, torch.float32, CPU), directory)
+    assert whole.refined is not None
+    assert whole.refined[-1].any() and whole.refined[0].any() == (top_bits == 16)
+    for part in run_parts(directory, 2):
+        torch.testing.assert_close(part.logits, whole.logits, rtol=1e-4, atol=1e-4)
+        assert part.refined is not None
+        assert torch.equal(part.refined, whole.refined)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({}, "tensor_parallel_size 2: a part has 16 columns of o_proj, .* groups of 32"),
+        ({"hidden_size": 64}, "a part has 12 columns of down_proj"),
+    ],
+)
+def test_groups_of_columns_are_not_divided(config: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Shard(0, 2).config(read_config(make_nested(tmp_path / "model", **config)))

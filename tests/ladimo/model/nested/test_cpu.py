@@ -15,7 +15,7 @@ from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep, Unsupported
 from ladimo.model.inputs import StepInputs
 from ladimo.model.nested.layers import NestedExperts, NestedHead, NestedLinear
-from ladimo.model.nested.refinement import count_refined
+from ladimo.model.nested.refinement import WHOLE, Part, count_refined
 from ladimo.model.precision import NESTED_BITS
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
@@ -94,7 +94,14 @@ class RoundedBackend(TorchBackend):
 
     @staticmethod
     def apply_refined(
-        hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up: Any, down: Any, norms: Tensor, refine: Tensor
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gate_up: Any,
+        down: Any,
+        norms: Tensor,
+        refine: Tensor,
+        part: Part = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         """The low plane of down is multiplied with activations that are not rounded."""
         dtype, inputs, out = hidden_states.dtype, round_groups(hidden_states), torch.zeros_like(hidden_states)
