@@ -26,8 +26,15 @@ WIDTHS: dict[str, tuple[str, ...]] = {
 class Cached(Stepper):
     """A stepper of a native step: its cache has the step's dtype."""
 
-    def __init__(self, model: MoeTransformer, step: NativeStep, policies: Sequence[RoutingPolicy], block_size: int = 4) -> None:
-        super().__init__(model, make_tables(model, policies), block_size, num_blocks=256)
+    def __init__(
+        self,
+        model: MoeTransformer,
+        step: NativeStep,
+        policies: Sequence[RoutingPolicy],
+        block_size: int = 4,
+        num_blocks: int = 256,
+    ) -> None:
+        super().__init__(model, make_tables(model, policies), block_size, num_blocks)
         self.native = step
         self.kv_cache = KVCache(self.kv_cache.k.to(step.dtype), self.kv_cache.v.to(step.dtype))
 

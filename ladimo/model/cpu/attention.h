@@ -242,41 +242,124 @@ DEFINE_ATTENDS(bf16, 1)
 #define LIST_ATTENDS(type) {attend_##type##_1, attend_##type##_2, attend_##type##_3, attend_##type##_4, attend_##type##_5, attend_##type##_6}
 static const Attend ATTEND[2][TILE] = {LIST_ATTENDS(fp32), LIST_ATTENDS(bf16)};
 
-static void attend_item(const void *job, int64_t chunk) {
-    const State *s = job;
+// Results of `count` queries, placed in memory of this many floats.
+static int64_t result_floats(int64_t count, int64_t padded) { return count * padded + count * LANES + ceil_div(count, LANES) * LANES; }
+static Queries place_results(const Model *m, float *memory, int64_t count, const float **q) {
+    int64_t padded = ceil_div(m->head_dim, LANES) * LANES;
+    float *total = memory + count * padded;
+    return (Queries){.size = m->qk_head_dim, .padded = padded, .q = q, .most = total + count * LANES, .out = memory, .total = (vf *)total};
+}
+
+// The attention of a group of tokens to part `part` of their context, for key head g.
+static void attend_part(const State *s, const int64_t *item, int64_t g, int64_t part, const Queries *all) {
     const Model *m = s->model;
-    int64_t size = m->head_dim, width = m->qk_head_dim, padded = ceil_div(size, LANES) * LANES, group = m->heads / m->kv_heads;
-    const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
-    int64_t g = chunk % m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
+    int64_t width = all->size, group = m->heads / m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
     int64_t last = position + length - 1, queries = length * group, bf16 = m->bf16;
     const int64_t *table = s->step->block_table + row * s->step->table_width;
-    float keys[width * KEYS] __attribute__((aligned(64))), values[KEYS * padded] __attribute__((aligned(64)));
-    float out[queries * padded] __attribute__((aligned(64))), most[queries];
-    vf total[queries];
-    const float *q[queries];
-    memset(out, 0, sizeof out);
-    memset(total, 0, sizeof total);
+    float keys[width * KEYS] __attribute__((aligned(64))), values[KEYS * all->padded] __attribute__((aligned(64)));
+    memset(all->out, 0, queries * all->padded * sizeof(float));
+    memset(all->total, 0, queries * sizeof(vf));
     for (int64_t i = 0; i < queries; i++) {
-        most[i] = -INFINITY;
-        q[i] = s->qkv + (start + i / group) * qkv_width(m) + (g * group + i % group) * width;
+        all->most[i] = -INFINITY;
+        all->q[i] = s->qkv + (start + i / group) * qkv_width(m) + (g * group + i % group) * width;
     }
-    Queries all = {width, padded, q, most, out, total};
     // Many queries read a tile often, so that it pays to convert it once.
     int copied = !in_place(s) || (bf16 && queries > TILE);
-    for (int64_t first = 0; first <= last; first += KEYS) {
+    for (int64_t first = part * PART; first < (part + 1) * PART && first <= last; first += KEYS) {
         KeyTile tile = copied ? copy_tile(s, table, g, first, last, keys, values) : find_tile(s, table, g, first, last);
         for (int64_t i = (first > position ? first - position : 0) * group, n; i < queries; i += n) {
             int64_t counts[TILE];
             n = least(TILE, queries - i);
             for (int64_t j = 0; j < n; j++) counts[j] = least(KEYS, position + (i + j) / group - first + 1);
-            ATTEND[bf16 && !copied][n - 1](&tile, &all, i, counts);
+            ATTEND[bf16 && !copied][n - 1](&tile, all, i, counts);
         }
     }
-    for (int64_t i = 0; i < queries; i++) {
-        float inverse = 1.0f / sum_lanes(total[i]);
-        int64_t at = ((start + i / group) * m->heads + g * group + i % group) * size;
-        for (int64_t c = 0; c < size; c++) s->attended[at + c] = out[i * padded + c] * inverse;
+}
+
+// Add the results of the next part to those of query `i`. A part that the query does not see changes nothing. Not inlined, for the
+// same reason as `weigh`.
+static __attribute__((noinline)) void merge(const Queries *all, const Queries *part, int64_t i) {
+    float most = all->most[i] > part->most[i] ? all->most[i] : part->most[i];
+    vf kept = splat(expf(all->most[i] - most)), added = splat(expf(part->most[i] - most));
+    const vf *from = (const vf *)(part->out + i * all->padded);
+    vf *to = (vf *)(all->out + i * all->padded);
+    for (int64_t v = 0; v < all->padded / LANES; v++) to[v] = to[v] * kept + from[v] * added;
+    all->total[i] = all->total[i] * kept + part->total[i] * added;
+    all->most[i] = most;
+}
+
+static void write_attended(const State *s, const int64_t *item, int64_t g, const Queries *all) {
+    const Model *m = s->model;
+    int64_t group = m->heads / m->kv_heads;
+    for (int64_t i = 0; i < item[2] * group; i++) {
+        float inverse = 1.0f / sum_lanes(all->total[i]);
+        int64_t at = ((item[1] + i / group) * m->heads + g * group + i % group) * m->head_dim;
+        for (int64_t c = 0; c < m->head_dim; c++) s->attended[at + c] = all->out[i * all->padded + c] * inverse;
     }
+}
+
+static inline int64_t num_parts(const int64_t *item) { return ceil_div(item[3] + item[2], PART); }
+
+// All parts of a context, one after another.
+static void attend_item(const void *job, int64_t chunk) {
+    const State *s = job;
+    const Model *m = s->model;
+    const int64_t *item = s->query_items + chunk / m->kv_heads * 4;
+    int64_t g = chunk % m->kv_heads, queries = item[2] * (m->heads / m->kv_heads), padded = ceil_div(m->head_dim, LANES) * LANES;
+    int64_t floats = result_floats(queries, padded);
+    float memory[floats] __attribute__((aligned(64))), more[floats] __attribute__((aligned(64)));
+    const float *q[queries];
+    Queries all = place_results(m, memory, queries, q), part = place_results(m, more, queries, q);
+    attend_part(s, item, g, 0, &all);
+    for (int64_t p = 1; p < num_parts(item); p++) {
+        attend_part(s, item, g, p, &part);
+        for (int64_t i = 0; i < queries; i++) merge(&all, &part, i);
+    }
+    write_attended(s, item, g, &all);
+}
+
+// Room for the results of one part of a decoding token's context.
+static int64_t part_floats(const Model *m) {
+    return result_floats(m->heads / m->kv_heads, ceil_div(m->head_dim, LANES) * LANES);
+}
+
+// The results of one part of a decoding token's context, in the step's buffer.
+static Queries results_of(const State *s, int64_t item_and_head, int64_t part, const float **q) {
+    const Model *m = s->model;
+    int64_t group = m->heads / m->kv_heads, floats = part_floats(m);
+    return place_results(m, s->part_results + (item_and_head * s->most_parts + part) * floats, group, q);
+}
+
+// The same in two phases, if there are few tokens and long contexts: the parts, divided among all threads, and their sum.
+static void attend_one_part(const void *job, int64_t chunk) {
+    const State *s = job;
+    int64_t heads = s->model->kv_heads, part = chunk / (s->num_items * heads), item_and_head = chunk % (s->num_items * heads);
+    const int64_t *item = s->query_items + item_and_head / heads * 4;
+    if (part >= num_parts(item)) return;
+    const float *q[s->model->heads / heads];
+    Queries results = results_of(s, item_and_head, part, q);
+    attend_part(s, item, item_and_head % heads, part, &results);
+}
+static void merge_parts(const void *job, int64_t item_and_head) {
+    const State *s = job;
+    int64_t heads = s->model->kv_heads, group = s->model->heads / heads;
+    const int64_t *item = s->query_items + item_and_head / heads * 4;
+    Queries all = results_of(s, item_and_head, 0, NULL);
+    for (int64_t p = 1; p < num_parts(item); p++) {
+        Queries part = results_of(s, item_and_head, p, NULL);
+        for (int64_t i = 0; i < group; i++) merge(&all, &part, i);
+    }
+    write_attended(s, item, item_and_head % heads, &all);
+}
+
+static void attend(Engine *engine, const State *s) {
+    int64_t chunks = s->num_items * s->model->kv_heads;
+    if (s->most_parts == 1) {
+        run(engine, attend_item, s, chunks);
+        return;
+    }
+    run(engine, attend_one_part, s, chunks * s->most_parts);
+    run(engine, merge_parts, s, chunks);
 }
 
 static void project_token(const void *job, int64_t t) {

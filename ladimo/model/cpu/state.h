@@ -30,6 +30,8 @@ typedef struct {
     float *floors;                // [T]: the least score of a refined neuron
     int64_t *query_items;         // {row, start, length, position} of tokens that attend together, see `query_items`
     int64_t num_items;
+    int64_t most_parts;           // the parts of the longest context if they are divided among threads, see `divided_parts`; else 1
+    float *part_results;          // [items, G, most_parts]: results of attention to each part
 } State;
 
 static inline const float *rule_of(const State *s, int64_t t) {

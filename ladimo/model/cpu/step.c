@@ -1,9 +1,9 @@
 // One forward step of the whole network on CPU cores. It is C17 with GNU vector extensions and needs libc, libm and pthreads only.
 //
 // The numbers of a token are computed in an order that depends only on the token's own sequence: dot products column by column,
-// attention by tiles of 32 positions, experts in the order of their numbers. So a token has the same bits alone, in a batch of any
-// size, in any chunk of a prompt, and with any number of threads. The only exception are policies with a batch budget of experts:
-// under these the choice of experts depends on the other tokens.
+// attention by tiles of 32 positions and parts of 256, experts in the order of their numbers. So a token has the same bits alone, in
+// a batch of any size, in any chunk of a prompt, and with any number of threads. The only exception are policies with a batch budget
+// of experts: under these the choice of experts depends on the other tokens.
 //
 // Weights are packed in panels of 16 rows (packing.py). Each row of a panel has its own lane in a vector, so the sum of a row never
 // crosses lanes. A block is up to four panels, which are interleaved, so that a block is one continuous stream of memory. Vectors
@@ -47,7 +47,7 @@ static void run_layer(Engine *engine, State *s) {
     run(engine, input_norm_token, s, tokens);
     product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width(m), l->qkv_bias, 0});
     run(engine, store_token, s, tokens);
-    run(engine, attend_item, s, s->num_items * m->kv_heads);
+    attend(engine, s);
     run(engine, project_token, s, tokens);
     product(engine, (Product){&l->o, s->projected, s->attended_bytes, s->order, s->first_row, s->x, m->hidden, l->o_bias, 1});
     if (l->post_norm) run(engine, post_norm_token, s, tokens);
@@ -94,6 +94,14 @@ static int64_t query_items(const Model *model, const Step *step, int64_t *items)
     return count;
 }
 
+// How many parts of a context are divided among threads. 1: none are, because there are enough tokens to divide, or one thread.
+static int64_t divided_parts(const Engine *engine, const Model *model, const Step *step) {
+    int64_t threads = step->parallel ? engine->num_helpers + 1 : 1, longest = 0;
+    if (threads == 1 || step->num_segments || step->num_decode * model->kv_heads > 4 * threads) return 1;
+    for (int64_t t = 0; t < step->num_decode; t++) longest = greatest(longest, step->positions[t] + 1);
+    return greatest(1, ceil_div(longest, PART));
+}
+
 // Take `size` bytes at `*at`, and move `*at` behind them.
 static void *carve(uint8_t **at, size_t size) {
     void *begin = *at;
@@ -129,6 +137,8 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     s->first_pair = carve(&at, (experts * PRECISIONS + 1) * sizeof(int64_t));
     s->first_chunk = carve(&at, (experts + 1) * sizeof(int64_t));
     s->query_items = carve(&at, s->num_items * 4 * sizeof(int64_t));
+    size_t results = s->num_items * m->kv_heads * s->most_parts * part_floats(m);
+    s->part_results = carve(&at, s->most_parts > 1 ? results * sizeof(float) : 0);
     if (!s->step->refined) neurons = 0;  // only nested weights can be refined
     s->gate_up = carve(&at, 2 * neurons * sizeof(float));
     s->score_sums = carve(&at, neurons / GROUP * sizeof(float));
@@ -144,6 +154,7 @@ int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     state.hidden_bytes = activation_bytes(model->hidden, state.activations);
     state.attended_bytes = activation_bytes(model->heads * model->head_dim, state.activations);
     state.num_items = query_items(model, step, NULL);
+    state.most_parts = divided_parts(engine, model, step);
     uint8_t *memory = scratch(engine, (size_t)lay_out(&state, NULL));
     if (!memory) return -1;
     lay_out(&state, memory);

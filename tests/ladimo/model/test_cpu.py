@@ -142,6 +142,32 @@ def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -
             assert torch.equal(logits[0], whole[place])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("width")
+def test_parts_of_a_long_context(tmp_path: Path, dtype: str) -> None:
+    """Their attention is computed by one thread or divided among several, and in chunks of a prompt, with equal bits. It is
+    torch's."""
+    model, policies = load(make_moe(tmp_path, max_position_embeddings=1024), getattr(torch, dtype))
+    tokens = [one for prompt in prompts(20) for one in prompt][:400]
+
+    def decoded(steps: Stepper, chunks: tuple[int, ...], others: int = 0) -> Tensor:
+        """The logits of 4 tokens from position sum(chunks) on."""
+        rows = [Row(tokens[: 400 - index], blocks=[]) for index in range(1 + others)]
+        for count in chunks:
+            steps.step(prefill=[(row, count) for row in rows])
+        return torch.cat([steps.step(decode=rows)[0] for _ in range(4)])
+
+    one = Cached(model, NativeStep(model, dtype, 1), policies, 64, num_blocks=512)
+    several = Cached(model, NativeStep(model, dtype, 3, wake_threads_from=0), policies, 64, num_blocks=512)
+    for length in (255, 300):
+        expected = decoded(one, (length,))
+        assert torch.equal(decoded(several, (200, length - 200)), expected)
+        assert torch.equal(decoded(several, (length,), others=6), expected)
+    if dtype == "float32":
+        reference = Stepper(model, make_tables(model, policies), 64, num_blocks=512)
+        torch.testing.assert_close(expected, decoded(reference, (300,)), rtol=0, atol=2e-5)
+
+
 @pytest.mark.usefixtures("width")
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
     model, policies = load(make_moe(tmp_path), torch.bfloat16)
