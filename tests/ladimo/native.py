@@ -23,6 +23,10 @@ WIDTHS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Plain code in the place of matrix units, which few processors have.
+EMULATED_UNITS = ("-O0", "-DEMULATE_MATRIX_UNITS")
+
+
 class Cached(Stepper):
     """A stepper of a native step: its cache has the step's dtype."""
 

@@ -107,6 +107,11 @@ _V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
 VARIANTS = {
     "x86_64": (
         Variant(
+            "x86-64-v4-amx",
+            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+            _V4 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
+        ),
+        Variant(
             "x86-64-v4-bf16",
             ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
             _V4 | {"avx512_vnni", "avx512_bf16"},
@@ -146,9 +151,10 @@ def load_somewhere(code: Code, shipped: Path, directories: Sequence[Path]) -> tu
     found = shipped_variant(shipped, code=code)
     if found is not None:
         variant, path = found
-        return _load(path), f"compiled for {variant.name}, {path}"
+        library = _load(path)
+        return library, f"compiled for {variant.name}{_units(library)}, {path}"
     library, path = _compile_somewhere(directories, code)
-    return library, f"compiled for this processor, {path}"
+    return library, f"compiled for this processor{_units(library)}, {path}"
 
 
 def shipped_variant(directory: Path, features: frozenset[str] | None = None, code: Code = STEP) -> tuple[Variant, Path] | None:
@@ -240,6 +246,12 @@ def _load(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:  # for example, the file system forbids execution
         raise PlaceError(f"{path}: cannot be loaded ({error})") from error
+
+
+def _units(library: ctypes.CDLL) -> str:
+    """Whether products run on matrix units, for `origin`. Code of tests may have no such function."""
+    find = getattr(library, "ladimo_matrix_unit", None)
+    return " and its matrix units" if find is not None and find() else ""
 
 
 def _remove_leftovers(directory: Path) -> None:

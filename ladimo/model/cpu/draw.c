@@ -41,8 +41,6 @@ typedef struct {
 } Memory;
 #define ARRAYS 6
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Pad x from `count` to the end of its last block with `value`.
 static inline void fill_up(float *x, float value, int64_t count) {
     for (int64_t i = count; i < ceil_div(count, BLOCK) * BLOCK; i++) x[i] = value;

@@ -211,9 +211,9 @@ static void gate_up_block(
     const State *s, const Matrix *matrix, const float *norms, const int64_t *pairs, int64_t block, int64_t begin
 ) {
     int64_t half = panels_of(matrix, block) / 2, size = s->layer->expert_size;
-    float sums[TILE * PANELS * ROWS];
-    const void *x[TILE];
-    FOR_TILES(pairs, begin, begin + TOKEN_BLOCK) {
+    float sums[MOST_TOKENS * PANELS * ROWS];
+    const void *x[MOST_TOKENS];
+    FOR_TILES(matrix, pairs, begin, begin + TOKEN_BLOCK) {
         for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[at + i] * s->hidden_bytes;
         multiply(matrix, precision, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
@@ -280,8 +280,8 @@ static void down_chunk(const void *job, int64_t chunk) {
     const Model *m = s->model;
     int64_t experts = s->layer->num_experts ? s->layer->num_experts : 1, token_blocks = ceil_div(s->step->num_tokens, TOKEN_BLOCK);
     int64_t block = chunk / token_blocks, token = chunk % token_blocks * TOKEN_BLOCK, row = block * PANELS * ROWS;
-    float sums[TILE * PANELS * ROWS];
-    const void *x[TILE];
+    float sums[MOST_TOKENS * PANELS * ROWS];
+    const void *x[MOST_TOKENS];
     for (int64_t e = 0; e < experts; e++) {
         const int64_t *pairs = pairs_of(s, e);
         if (!count_pairs(s, e)) continue;
@@ -291,7 +291,7 @@ static void down_chunk(const void *job, int64_t chunk) {
             int64_t at = find_token(s, pairs[precision], pairs[precision + 1], token);
             int64_t end = find_token(s, at, pairs[precision + 1], token + TOKEN_BLOCK);
             for (int64_t n; at < end; at += n) {
-                n = least(TILE, end - at);
+                n = tokens_together(&matrix, precision, end - at);
                 for (int64_t i = 0; i < n; i++) x[i] = s->inner + (at + i) * s->inner_bytes;
                 multiply(&matrix, precision, block, n, x, sums);
                 for (int64_t i = 0; i < n; i++) {

@@ -15,6 +15,11 @@
 #define REGISTERS (sizeof(void *) == 8 ? 16 : 8)
 #endif
 
+// Whether code for matrix units is compiled, see matrix_units.h.
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX2__) && defined(__linux__)) || defined(EMULATE_MATRIX_UNITS)
+#define HAS_MATRIX_UNITS
+#endif
+
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -23,6 +28,8 @@ typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define UNROLL _Pragma("GCC unroll 8")
 

@@ -41,7 +41,7 @@ static inline void write_one(void *data, int64_t i, float x, int64_t bf16) {
 // The kind of the activations that are multiplied with weights of this kind. INT8 stands for `Rounded`. If the processor has no
 // instruction for products of bf16, it is cheaper and more exact to keep the activations in fp32.
 static inline int64_t activations_beside(int64_t weights) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(HAS_MATRIX_UNITS)
     if (weights == BFLOAT16) return BFLOAT16;
 #endif
     return weights == FLOAT32 || weights == BFLOAT16 ? FLOAT32 : INT8;

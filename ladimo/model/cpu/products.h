@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "matrix_units.h"
 
 // w: the block's weights, or its high plane. low: its low plane, or NULL.
 #define TILE_ARGUMENTS const uint8_t *w, const uint8_t *low, const uint8_t *scales, int64_t cols, const void *const *x, float *out
@@ -50,6 +50,36 @@ static inline __attribute__((always_inline)) void tile_fp32(const int r, const i
 }
 
 // Two columns at a time: a lane of 32 bits has two weights of a row, the first one in the lower half.
+#ifdef HAS_MATRIX_UNITS
+// Registers for the sums of even and of odd columns, the weights of both and two activations.
+#define PAIR_SUMS(v) IN_REGISTERS(v, n == 1 ? 2 * (v) + 4 : 2 * (v) * n + 2 * (v) + 2)
+
+// In the order of a matrix unit.
+static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
+    (void)low, (void)scales;
+    const int vectors = r * VECTORS, pass = LARGEST(PAIR_SUMS);
+    FOR_STRETCHES(16) for (int first = 0; first < vectors; first += pass) {
+        LOAD_SUMS;
+        const vu *at = (const vu *)w + begin / 2 * vectors + first;
+        const vu *next = (const vu *)w + end / 2 * vectors + first * (end - begin) / 2;
+        for (int64_t k = begin / 2; k < end / 2;) {
+            vf even[TILE][MOST] = {0}, odd[TILE][MOST] = {0};
+            for (int64_t last = least(k + UNIT_COLUMNS / 2, end / 2); k < last; k++, at += vectors) {
+                FETCH_AHEAD(next, k - begin / 2);
+                vf lower[MOST], upper[MOST];
+                FOR_VECTORS lower[v] = (vf)(at[v] << 16), upper[v] = (vf)(at[v] & 0xffff0000u);
+                FOR_TOKENS {
+                    vu pair = ((const uint32_t *)x[t])[k] - (vu){0};
+                    vf first_value = (vf)(pair << 16), second_value = (vf)(pair & 0xffff0000u);
+                    FOR_VECTORS even[t][v] += lower[v] * first_value, odd[t][v] += upper[v] * second_value;
+                }
+            }
+            FOR_TOKENS FOR_VECTORS sum[t][v] += even[t][v] + odd[t][v];
+        }
+        FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
+    }
+}
+#else
 static inline __attribute__((always_inline)) void tile_bf16(const int r, const int n, TILE_ARGUMENTS) {
     (void)low, (void)scales;
     const int vectors = r * VECTORS, pass = LARGEST(FLOAT_SUMS);
@@ -80,6 +110,7 @@ static inline __attribute__((always_inline)) void tile_bf16(const int r, const i
         FOR_TOKENS FOR_VECTORS ((vf *)out)[t * vectors + first + v] = sum[t][v];
     }
 }
+#endif
 
 // The largest activation in 8 bits. Weights of both planes reach 15 * NESTED_STEPS + 15 = 135. So two products fit into 16 bits.
 #define MOST_ROUNDED 121.0f
@@ -268,7 +299,6 @@ static const Tile TILES[6][PANELS][TILE] = {
     LIST_KIND(fp32), LIST_KIND(bf16), LIST_KIND(int8), LIST_KIND(int4), LIST_KIND(high), LIST_KIND(both),
 };
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_blocks(const Matrix *m) { return ceil_div(m->panels, PANELS); }
 static inline int64_t panels_of(const Matrix *m, int64_t block) { return least(PANELS, m->panels - block * PANELS); }
 // The bytes of a panel of this kind; of BOTH_PLANES, those in each plane.
@@ -308,13 +338,72 @@ static void read_row(const Matrix *m, int64_t row, float *out) {
     }
 }
 
-// Multiply block number `block` with n tokens (at most TILE), and read all its rows at this precision. Writes
+#ifdef HAS_MATRIX_UNITS
+#define MOST_TOKENS UNIT_TOKENS
+static int unit_works;
+
+// Whether the unit computes the bits of `tile_bf16`. For a child process, which may crash.
+static int same_bits(void) {
+    enum { COLS = 592, TOKENS = 23, WIDTH = PANELS * ROWS };
+    static uint16_t w[WIDTH * COLS], x[TOKENS][COLS];
+    static float ours[TOKENS * WIDTH], theirs[UNIT_TOKENS * WIDTH];
+    const void *rows[TOKENS];
+    uint32_t state = 1;
+    for (int64_t i = 0; i < WIDTH * COLS; i++) w[i] = narrow_one((float)(int32_t)(state = state * 1664525u + 1013904223u) * 0x1p-31f);
+    for (int64_t t = 0; t < TOKENS; t++) {
+        for (int64_t i = 0; i < COLS; i++) x[t][i] = narrow_one((float)(int32_t)(state = state * 1664525u + 1013904223u) * 0x1p-30f);
+        rows[t] = x[t];
+    }
+    for (int64_t panels = 1; panels <= PANELS; panels++) {
+        for (int64_t t = 0; t < TOKENS; t++)
+            TILES[BFLOAT16][panels - 1][0]((const uint8_t *)w, NULL, NULL, COLS, rows + t, ours + t * panels * ROWS);
+        for (int64_t n = 1; n <= TOKENS; n++) {
+            multiply_on_unit((const uint8_t *)w, panels, COLS, n, rows, theirs);
+            if (memcmp(ours, theirs, n * panels * ROWS * sizeof(float))) return 0;
+        }
+    }
+    return 1;
+}
+
+static void find_unit(void) {
+    if (!may_use_unit()) return;
+#ifdef EMULATE_MATRIX_UNITS
+    unit_works = same_bits();
+#else
+    // A child without a signal at its end, so that nobody else waits for it.
+    int status = -1;
+    long child = syscall(SYS_clone, 0, NULL, NULL, NULL, NULL);
+    if (child == 0) syscall(SYS_exit_group, same_bits() ? 0 : 1);
+    unit_works = child > 0 && waitpid((pid_t)child, &status, __WALL) == child && status == 0;
+#endif
+}
+#else
+#define MOST_TOKENS TILE
+#endif
+
+// How many of `left` tokens are multiplied with a block together.
+static inline int64_t tokens_together(const Matrix *m, int64_t precision, int64_t left) {
+#ifdef HAS_MATRIX_UNITS
+    if (unit_works && precision == WHOLE && m->kind == BFLOAT16 && left >= UNIT_LEAST) return least(UNIT_TOKENS, left);
+#else
+    (void)m, (void)precision;
+#endif
+    return least(TILE, left);
+}
+
+// Multiply block number `block` with n tokens (see `tokens_together`), and read all its rows at this precision. Writes
 // out[n][16 * panels of the block].
 static inline void multiply_at(const Matrix *m, int64_t precision, int64_t block, int64_t n, const void *const *x, float *out) {
     int64_t kind = precision == WHOLE ? m->kind : precision == BITS8 ? BOTH_PLANES : HIGH_PLANE;
     int64_t begin = block * PANELS * panel_bytes(m, kind);
     const uint8_t *data = precision == WHOLE ? m->data : m->high, *low = precision == BITS8 ? m->low + begin : NULL;
     const uint8_t *scales = m->scales ? m->scales + block * PANELS * panel_scale_bytes(m) : NULL;
+#ifdef HAS_MATRIX_UNITS
+    if (n > TILE) {
+        multiply_on_unit(data + begin, panels_of(m, block), m->cols, n, x, out);
+        return;
+    }
+#endif
     TILES[kind][panels_of(m, block) - 1][n - 1](data + begin, low, scales, m->cols, x, out);
 }
 
@@ -332,12 +421,13 @@ static inline void multiply(const Matrix *m, int64_t precision, int64_t block, i
     for (int64_t i = 0; i < n; i++) memcpy(out + i * width, others + i * width, careful * sizeof(float));
 }
 
-// For each tile of the rows begin .. end - 1: the rows at .. at + n - 1, at most TILE, which all read at `precision`. The rows are
-// sorted by precision; those at precision p begin at first[p]. So a block's plane is read from memory once, for all tiles.
-#define FOR_TILES(first, begin, end)                                                                                              \
-    for (int64_t precision = 0; precision < PRECISIONS; precision++)                                                              \
-        for (int64_t at = greatest(begin, (first)[precision]), last = least(end, (first)[precision + 1]), n = least(TILE, last - at); \
-             at < last; at += n, n = least(TILE, last - at))
+// For each tile of the rows begin .. end - 1: the rows at .. at + n - 1 (`tokens_together`), which all read m at `precision`. The
+// rows are sorted by precision; those at precision p begin at first[p]. So a block's plane is read from memory once, for all tiles.
+#define FOR_TILES(m, first, begin, end)                                                                                    \
+    for (int64_t precision = 0; precision < PRECISIONS; precision++)                                                      \
+        for (int64_t at = greatest(begin, (first)[precision]), last = least(end, (first)[precision + 1]),                 \
+                     n = tokens_together(m, precision, last - at);                                                        \
+             at < last; at += n, n = tokens_together(m, precision, last - at))
 
 // A product: target[t] = m x[t] (+ bias). With `add`, it is added to the target. `order` are the tokens, sorted by the precision
 // at which they read m; those at precision p begin at first_row[p].
@@ -355,9 +445,9 @@ typedef struct {
 
 static void product_block(const Product *j, int64_t block, int64_t begin) {
     int64_t row = block * PANELS * ROWS, width = panels_of(j->m, block) * ROWS, rows = least(width, j->m->rows - row);
-    float sums[TILE * PANELS * ROWS];
-    const void *x[TILE];
-    FOR_TILES(j->first_row, begin, begin + TOKEN_BLOCK) {
+    float sums[MOST_TOKENS * PANELS * ROWS];
+    const void *x[MOST_TOKENS];
+    FOR_TILES(j->m, j->first_row, begin, begin + TOKEN_BLOCK) {
         for (int64_t i = 0; i < n; i++) x[i] = j->x + j->order[at + i] * j->x_stride;
         multiply(j->m, precision, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {

@@ -13,6 +13,8 @@
 // precision, so that each plane of a block is read from memory once, and only if a token wants it. Beside the planes, activations
 // are rounded to 8 bits, as they are beside integer weights.
 //
+// Where the processor has matrix units, products of bf16 weights with many tokens run on them (matrix_units.h).
+//
 // The compiler's command line must define RULE_NUMBERS, the number of numbers in a rule, and the column of each (RULE_TOP_K, ...),
 // and NESTED_STEPS. See rule.py, nested.py and build.py.
 //
@@ -147,9 +149,21 @@ static uint8_t *lay_out(State *s, uint8_t *at) {
     return at;
 }
 
+// Whether products with many tokens run on matrix units. Finds it out the first time.
+int ladimo_matrix_unit(void) {
+#ifdef HAS_MATRIX_UNITS
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, find_unit);
+    return unit_works;
+#else
+    return 0;
+#endif
+}
+
 // Run one step. Returns 0, or -1 if there is no memory for its buffers.
 int ladimo_step(Engine *engine, const Model *model, const Step *step) {
     State state = {.model = model, .step = step};
+    ladimo_matrix_unit();
     state.activations = activations_beside(model->head.kind);
     state.hidden_bytes = activation_bytes(model->hidden, state.activations);
     state.attended_bytes = activation_bytes(model->heads * model->head_dim, state.activations);
