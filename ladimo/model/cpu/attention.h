@@ -247,13 +247,13 @@ static int64_t result_floats(int64_t count, int64_t padded) { return count * pad
 static Queries place_results(const Model *m, float *memory, int64_t count, const float **q) {
     int64_t padded = ceil_div(m->head_dim, LANES) * LANES;
     float *total = memory + count * padded;
-    return (Queries){.size = m->qk_head_dim, .padded = padded, .q = q, .most = total + count * LANES, .out = memory, .total = (vf *)total};
+    return (Queries){.width = m->qk_head_dim, .padded = padded, .q = q, .most = total + count * LANES, .out = memory, .total = (vf *)total};
 }
 
 // The attention of a group of tokens to part `part` of their context, for key head g.
 static void attend_part(const State *s, const int64_t *item, int64_t g, int64_t part, const Queries *all) {
     const Model *m = s->model;
-    int64_t width = all->size, group = m->heads / m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
+    int64_t width = all->width, group = m->heads / m->kv_heads, row = item[0], start = item[1], length = item[2], position = item[3];
     int64_t last = position + length - 1, queries = length * group, bf16 = m->bf16;
     const int64_t *table = s->step->block_table + row * s->step->table_width;
     float keys[width * KEYS] __attribute__((aligned(64))), values[KEYS * all->padded] __attribute__((aligned(64)));

@@ -233,9 +233,9 @@ static void gate_up_block(
 // The same for experts without a gate. bias: that of the up rows [expert_size].
 static void up_block(const State *s, const Matrix *matrix, const float *bias, const int64_t *pairs, int64_t block, int64_t begin) {
     int64_t width = panels_of(matrix, block) * ROWS, first = block * PANELS * ROWS, size = s->layer->expert_size;
-    float sums[TILE * PANELS * ROWS];
-    const void *x[TILE];
-    FOR_TILES(pairs, begin, begin + TOKEN_BLOCK) {
+    float sums[MOST_TOKENS * PANELS * ROWS];
+    const void *x[MOST_TOKENS];
+    FOR_TILES(matrix, pairs, begin, begin + TOKEN_BLOCK) {
         for (int64_t i = 0; i < n; i++) x[i] = s->normed + s->pair_token[at + i] * s->hidden_bytes;
         multiply(matrix, precision, block, n, x, sums);
         for (int64_t i = 0; i < n; i++) {
