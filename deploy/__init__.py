@@ -1,2 +1,2 @@
-"""What stands around a running server: its metrics page, Prometheus rules, Grafana dashboards and Helm chart, and the
-documentation site. Not part of the distribution."""
+"""What stands around a running server: metrics page, Prometheus rules, Grafana dashboards, Helm chart, deployment on Ray,
+and the documentation site. Not part of the distribution."""
