@@ -137,3 +137,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     for kernel in compiled:
         assert kernel["shared"] <= 227 * 1024, kernel  # what a block may have on compute capability 9.0
         assert kernel["spilled"] == 0, kernel
+
+
+def test_keys_that_are_narrower_than_values_are_read_in_torch() -> None:
+    """Pruned queries and keys: the kernel has one number of channels for all."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in ((2, 4, 6), (8, 4, 2, 6), (8, 4, 2, 8)))
+    tables, lengths = torch.tensor([[1, 2], [5, 3]]), torch.tensor([6, 3])
+    found = TritonBackend.attend_decode(q, k, v, tables, lengths)
+    assert found.shape == (2, 4, 8)
+    torch.testing.assert_close(found, TorchBackend.attend_decode(q, k, v, tables, lengths))
