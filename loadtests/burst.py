@@ -1,18 +1,27 @@
 """A burst of twice the capacity: the same requests under a fixed policy and under automatic control.
 
-    python -m loadtests.burst MODEL --goodput ttft:2000 tpot:20 --html burst.html
+    python -m loadtests.burst MODEL --html burst.html
 
-The command starts a server and finds its capacity under the fixed policy: the most requests per second at which 90% of them
-meet the objectives. For this, 1, 2, 3 ... clients ask again and again. Then requests arrive at half of the capacity, for a
+What the flags leave open is found first, on a server of its own:
+
+- The objective of the time per token is what two clients at a time get under the fixed policy, times `--headroom` (1.15). One
+  client alone would give an objective that half of the capacity misses already, because requests overlap then, too.
+- There are as many places in the batch as clients at a time that still meet it under the cheapest policy.
+- As many requests may wait as the cheapest policy completes within the objective of the first token.
+
+Then the command starts the server and finds its capacity under the fixed policy: the most requests per second at which 90% of
+them meet the objectives. For this, 1, 2, 3 ... clients ask again and again. Then requests arrive at half of the capacity, for a
 minute at twice the capacity, and at half of it again. This is played with the fixed policy, and then under automatic control
 with the objectives as its targets. Both get the same requests at the same times.
 """
 
 import argparse
 import asyncio
+import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +40,9 @@ from loadtests.load_test import MAX_TEXT, make_parser, measure
 
 FIXED, CONTROLLED = "fixed policy", "automatic control"
 ENOUGH = 0.9  # of the requests inside the objectives
+OVERLAPPING = 2  # clients at a time from which the objective of the time per token follows
+MOST_PLACES = 16  # that are tried
+TTFT_MS = 2000.0  # unless it is given
 SHOWN = ("requests", "completed", "errors", "good_share", "p50_ttft_ms", "p90_ttft_ms", "p90_tpot_ms", "mean_accuracy")
 
 
@@ -39,27 +51,56 @@ async def find_capacity(http: httpx.AsyncClient, args: argparse.Namespace) -> tu
 
     Raises ValueError if one client alone misses the objectives.
     """
-    text = args.text.read_text(encoding="utf-8")[:MAX_TEXT]
-    tokens = (await http.post("/tokenize", json={"prompt": text})).raise_for_status().json()["tokens"]
-    context = args.prompt_tokens.high + args.output_tokens.high + 1
-
-    async def figures(clients: int) -> dict[str, Any]:
-        arrivals = [Arrival(0.0)] * max(args.capacity_requests, 4 * clients)
-        lengths = args.prompt_tokens, args.output_tokens
-        planned = plan(arrivals, tokens, *lengths, [parse_routing("default")], 0.0, context, args.seed + clients)
-        return {"clients": clients, **summary(await Client(http).run_closed(planned, clients), args.goodput)}
-
-    await figures(2)  # warm-up
+    await _closed_loop(http, args, 2)  # warm-up
     tried: list[dict[str, Any]] = []
     for clients in range(1, args.max_num_seqs + args.max_queue + 1):
-        tried.append(await figures(clients))
-        print(f"{clients} clients: {_short(tried[-1])}", file=sys.stderr)
+        tried.append(await _closed_loop(http, args, clients))
         if tried[-1]["good_share"] < ENOUGH:
             break
     fast_enough = [each["request_throughput"] for each in tried if each["good_share"] >= ENOUGH]
     if not fast_enough:
         raise ValueError("--goodput: one client alone misses the objectives under the fixed policy")
     return max(fast_enough), tried
+
+
+async def _closed_loop(http: httpx.AsyncClient, args: argparse.Namespace, clients: int) -> dict[str, Any]:
+    """The figures of so many clients that ask again and again."""
+    text = args.text.read_text(encoding="utf-8")[:MAX_TEXT]
+    tokens = (await http.post("/tokenize", json={"prompt": text})).raise_for_status().json()["tokens"]
+    context = args.prompt_tokens.high + args.output_tokens.high + 1
+    arrivals, lengths = [Arrival(0.0)] * max(args.capacity_requests, 4 * clients), (args.prompt_tokens, args.output_tokens)
+    planned = plan(arrivals, tokens, *lengths, [parse_routing("default")], 0.0, context, args.seed + clients)
+    figures = {"clients": clients, **summary(await Client(http).run_closed(planned, clients), args.goodput)}
+    print(f"{clients} clients: {_short(figures)}", file=sys.stderr)
+    return figures
+
+
+async def calibrate(http: httpx.AsyncClient, args: argparse.Namespace, most: int = MOST_PLACES) -> list[dict[str, Any]]:
+    """Find the objective of the time per token, the places and the length of the queue, where `args` has None. Returns the
+    figures from which they were chosen.
+
+    `most`: places that are tried; the server must have so many. Raises ValueError if the cheapest policy misses the objectives
+    with one client.
+    """
+    found: list[dict[str, Any]] = []
+    await _set_default(http, {"accuracy": args.accuracy})
+    await _closed_loop(http, args, OVERLAPPING)  # warm-up
+    if args.goodput.tpot is None:
+        found.append({"accuracy": args.accuracy, **await _closed_loop(http, args, OVERLAPPING)})
+        args.goodput = replace(args.goodput, tpot=round(args.headroom * found[-1]["p90_tpot_ms"], 1))
+    await _set_default(http, {"accuracy": args.min_accuracy})
+    cheapest: list[dict[str, Any]] = []
+    for clients in [args.max_num_seqs] if args.max_num_seqs else range(1, most + 1):
+        figures = await _closed_loop(http, args, clients)
+        if args.max_num_seqs is None and figures["good_share"] < ENOUGH:
+            break
+        cheapest.append({"accuracy": args.min_accuracy, **figures})
+    if not cheapest:
+        raise ValueError("--goodput: one client alone misses the objectives under the cheapest policy")
+    args.max_num_seqs = args.max_num_seqs or cheapest[-1]["clients"]
+    if args.max_queue is None:
+        args.max_queue = max(math.ceil(cheapest[-1]["request_throughput"] * args.goodput.ttft / 1000), 1)
+    return found + cheapest
 
 
 def recovery_seconds(knob: Sequence[dict[str, Any]], end: float) -> float | None:
@@ -72,10 +113,23 @@ def recovery_seconds(knob: Sequence[dict[str, Any]], end: float) -> float | None
 
 async def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """The record of both runs, on a server that is started for them."""
+    calibration: list[dict[str, Any]] = []
+    if None in (args.goodput.tpot, args.max_num_seqs, args.max_queue):
+        async with running(_server(args, MOST_PLACES, MOST_PLACES)) as url, _client(url) as http:
+            calibration = await calibrate(http, args)
+    chosen = {"objectives": asdict(args.goodput), "max_num_seqs": args.max_num_seqs, "max_queue": args.max_queue}
+    print(f"chosen: {chosen}", file=sys.stderr)
+    async with running(_server(args, args.max_num_seqs, args.max_queue)) as url:
+        return {**await play(url, args, command), "calibration": calibration, **chosen}
+
+
+def _server(args: argparse.Namespace, places: int, queue: int) -> Server:
     serve = [sys.executable, "-m", "server", str(args.model), "--port={port}", "--insecure-admin", "--log-level=ERROR"]
-    serve += [f"--max-num-seqs={args.max_num_seqs}", f"--max-queue={args.max_queue}", *args.flag]
-    async with running(Server("server", shlex.join(serve))) as url:
-        return await play(url, args, command)
+    return Server("server", shlex.join([*serve, f"--max-num-seqs={places}", f"--max-queue={queue}", *args.flag]))
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=None, trust_env=False)
 
 
 async def play(url: str, args: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -83,7 +137,7 @@ async def play(url: str, args: argparse.Namespace, command: str) -> dict[str, An
     objectives: Objectives = args.goodput
     fixed = {"accuracy": args.accuracy}
     auto = {"itl_ms": objectives.tpot, "ttft_ms": objectives.ttft, "min_accuracy": args.min_accuracy}
-    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as http:
+    async with _client(url) as http:
         await _set_default(http, fixed)
         capacity, tried = await find_capacity(http, args)
         records = []
@@ -120,7 +174,9 @@ def _short(figures: dict[str, Any]) -> str:
 def burst_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a converted checkpoint with a frontier")
-    parser.add_argument("--goodput", nargs="+", default=["ttft:2000"], metavar="ttft:MS", help="objectives: ttft:MS tpot:MS")
+    parser.add_argument(
+        "--goodput", nargs="+", default=[], metavar="ttft:MS", help="objectives: ttft:MS (2000) tpot:MS (found by two clients)"
+    )
     parser.add_argument("--burst", type=float, default=2.0, help="times the capacity, in the burst")
     parser.add_argument("--calm", type=float, default=0.5, help="times the capacity, before and after it")
     parser.add_argument("--before", type=float, default=20.0, help="seconds before the burst")
@@ -130,8 +186,9 @@ def burst_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-tokens", type=parse_lengths, default=Lengths(64, 64), metavar="LOW-HIGH")
     parser.add_argument("--accuracy", type=float, default=1.0, help="of the fixed policy")
     parser.add_argument("--min-accuracy", type=float, default=0.0, help="the floor of automatic control")
-    parser.add_argument("--max-num-seqs", type=int, default=8)
-    parser.add_argument("--max-queue", type=int, default=32)
+    parser.add_argument("--headroom", type=float, default=1.15, help="times what two clients get, for the objective tpot")
+    parser.add_argument("--max-num-seqs", type=int, help="places in the batch (found by the objectives)")
+    parser.add_argument("--max-queue", type=int, help="requests that may wait (found by the objectives)")
     parser.add_argument("--capacity-requests", type=int, default=12, help="at least so many for each number of clients")
     parser.add_argument("--text", type=Path, default=make_parser().get_default("text"), help="what prompts are cut from")
     parser.add_argument("--flag", action="append", default=[], help="a flag of the server, such as --flag=--quantize=int8")
@@ -147,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.goodput = parse_objectives(args.goodput)
-        if args.goodput.e2el is not None or args.goodput == Objectives():
-            raise ValueError("--goodput: automatic control needs ttft, tpot or both, and knows no other targets")
+        if args.goodput.e2el is not None:
+            raise ValueError("--goodput: automatic control has the targets ttft and tpot only")
+        args.goodput = replace(args.goodput, ttft=args.goodput.ttft or TTFT_MS)
         record = asyncio.run(run(args, command_line("burst", argv)))
     except (ValueError, OSError, httpx.HTTPError) as error:
         parser.error(str(error))

@@ -21,7 +21,7 @@ from server.policies.targets import Objective
 
 # One decrease multiplies the accuracy by target / load, within these bounds.
 GENTLEST_FACTOR, STRONGEST_FACTOR = 0.8, 0.5
-INCREASE_STEP = 0.1
+INCREASE_STEP = 0.2
 # A decrease goes further if the forecast says that requests would still arrive faster than they can be served, or that those
 # which wait would not be served within so many seconds. It looks at accuracies that are so far apart.
 DRAIN_SECONDS = 5.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from server.engine.messages import StepStats
 from server.policies.costs import Demand, StepCosts
 
-LATENCY_SECONDS = 15.0
+LATENCY_SECONDS = 8.0  # so old are the latencies that are measured; older ones belong to an earlier load
 MAX_SAMPLES = 4096
 ARRIVAL_SECONDS = 10.0
 RUSH_SECONDS = 3.0  # a rush of requests shows within this time

@@ -98,7 +98,7 @@ def test_room_in_all_signals_raises_step_by_step() -> None:
 
 def test_after_a_decrease_nothing_rises_for_the_dwell_time() -> None:
     made = controller()
-    assert made.decide(BOTH, Load(wait_seconds=0.6), 9.0).direction == "down"
+    assert made.decide(BOTH, Load(wait_seconds=1.0), 9.0).direction == "down"
     assert made.decide(BOTH, IDLE, 9.0 + TIMING.dwell_seconds - 0.01).direction == "hold"
     assert made.decide(BOTH, IDLE, 9.0 + TIMING.dwell_seconds).direction == "up"
 
@@ -198,6 +198,7 @@ def test_the_same_arguments_give_the_same_decisions(objective: Objective, loads:
 # Step responses in simulated time
 
 PROMPT_FIRST = Objective(itl_ms=40.0, ttft_ms=1000.0)
+BACK_SECONDS = 8  # after a burst
 
 
 @pytest.mark.parametrize("poisson", [False, True])
@@ -211,7 +212,7 @@ def test_a_burst_lowers_the_accuracy_and_its_end_brings_it_back_within_seconds(p
     in_time = [first for arrived, _, first in plant.served if arrived >= 30 and first <= 1.0]
     assert len(in_time) > 0.9 * sum(arrived >= 30 for arrived, _, _ in plant.served)
     assert plant.rejected == 0
-    plant.run(25, 0.5 * plant.capacity, poisson)
+    plant.run(BACK_SECONDS, 0.5 * plant.capacity, poisson)
     assert plant.controller.accuracy == 1
 
 
