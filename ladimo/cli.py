@@ -201,6 +201,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of method nested: read so many bits of the output head, 4 or 8, for every word, whatever the policy says",
     )
+    command.add_argument(
+        "--float32",
+        action="store_true",
+        help="write weights in fp32: exact where a policy reads fewer bits, too",
+    )
     command.set_defaults(run=run_export)
 
     command = commands.add_parser("report", parents=[common], help="render report.md and report.html from report.json again")
@@ -309,7 +314,7 @@ def run_prune(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    export(options.model, options.out, options.target, options.policy, options.head_bits)
+    export(options.model, options.out, options.target, options.policy, options.head_bits, options.float32)
     print(f"{options.out}: written for {options.target}, under policy {options.policy}")
 
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from ladimo.checkpoint import read_config, read_policies, resolve_directory
 from ladimo.export.checking import Check
 from ladimo.export.dense import DenseTarget
@@ -54,12 +56,13 @@ def targets() -> dict[str, Target]:
     return dict(_TARGETS)
 
 
-def export(model: str | Path, out: Path, target: str, policy: str, head_bits: int | None = None) -> None:
+def export(model: str | Path, out: Path, target: str, policy: str, head_bits: int | None = None, float32: bool = False) -> None:
     """Write `model` as it runs under the named policy, and check that another program computes the same with the files.
 
-    `head_bits`: how many bits of the output head are read, for every word, instead of what the policy says. The directory `out`
-    appears when it is complete and checked, or not at all. Raises ValueError if `out` exists, a name is unknown, the target
-    cannot represent the model under this policy, or the check fails.
+    `head_bits`: how many bits of the output head are read, for every word, instead of what the policy says. `float32`: write all
+    weights in fp32, so that those that a policy reads at fewer bits are not rounded. The directory `out` appears when it is
+    complete and checked, or not at all. Raises ValueError if `out` exists, a name is unknown, the target cannot represent the
+    model under this policy, or the check fails.
     """
     if target not in _TARGETS:
         raise ValueError(f"target {target!r}: supported: {', '.join(_TARGETS)}")
@@ -76,7 +79,7 @@ def export(model: str | Path, out: Path, target: str, policy: str, head_bits: in
         chosen.validate(config)
     if chosen.refines:
         raise ValueError(_refusal(chosen, policies))
-    view = PolicyView(directory, config, chosen)
+    view = PolicyView(directory, config, chosen, torch.float32 if float32 else None)
     _check(view, target)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -32,7 +32,7 @@ Ffn = tuple[Tensor, Tensor, Tensor]  # gate [W, D], up [W, D], down [D, W]
 class PolicyView:
     """The model as it runs under the policy, which does not refine.
 
-    Weights that are read at all bits have the dtype that they are stored in. Others are computed in `dtype`; None: the same.
+    All tensors have `dtype`. None: weights that are read at all bits are as they are stored. Others are rounded to that dtype.
     Raises ValueError for a family with modules of its own, and for what `layer_form` refuses.
     """
 
@@ -43,7 +43,7 @@ class PolicyView:
         if config.qk_pairs:
             raise ValueError(f"{directory}: has pruned queries and keys, which no target can hold")
         self.directory, self.source, self.policy = directory, config, policy
-        self.dtype = dtype or stored_dtype(directory)
+        self.dtype, self._wanted = dtype or stored_dtype(directory), dtype
         self._reader = TensorReader(directory)
         self.forms = tuple(self._form(index) for index in range(config.num_hidden_layers))
 
@@ -95,6 +95,7 @@ class PolicyView:
             "rms_norm_eps": source.rms_norm_eps,
             "rope_parameters": source.rope.to_dict(),
             "tie_word_embeddings": self.head_is_tied,
+            **({} if self._wanted is None else {"dtype": str(self._wanted).removeprefix("torch.")}),
         }
 
     def common_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -138,14 +139,14 @@ class PolicyView:
         form, prefix = self.forms[layer], f"model.layers.{layer}.mlp."
         if form is None:
             up, up_bias, down, bias = (
-                self._reader.get(f"{prefix}{name}_proj.{kind}") for name in ("up", "down") for kind in ("weight", "bias")
+                self._tensor(f"{prefix}{name}_proj.{kind}") for name in ("up", "down") for kind in ("weight", "bias")
             )
         else:
             assert isinstance(form, FixedExperts)
             chosen, scales = torch.tensor(form.experts), torch.tensor(form.weights, dtype=self.dtype)[:, None, None]
-            parts = (self._reader.get(f"{prefix}experts.{name}")[chosen] for name in ("gate_up_proj", "up_bias", "down_proj"))
+            parts = (self._tensor(f"{prefix}experts.{name}")[chosen] for name in ("gate_up_proj", "up_bias", "down_proj"))
             up, up_bias, down = next(parts).flatten(0, 1), next(parts).flatten(), next(parts)
-            down, bias = (down * scales).transpose(0, 1).flatten(1), self._reader.get(f"{prefix}output_bias")
+            down, bias = (down * scales).transpose(0, 1).flatten(1), self._tensor(f"{prefix}output_bias")
         idle = width - len(up)
         return F.pad(up, (0, 0, 0, idle)), F.pad(up_bias, (0, idle)), F.pad(down, (0, idle)), bias
 
@@ -200,11 +201,14 @@ class PolicyView:
         return self._matrix(matrix_named(name), bits)
 
     def _matrix(self, matrix: Matrix, bits: int | None) -> Tensor:
-        return read_matrix(self._reader, matrix, bits, self.dtype)
+        return self._cast(read_matrix(self._reader, matrix, bits, self.dtype))
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of one precision."""
-        return self._reader.get(name)
+        return self._cast(self._reader.get(name))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor if self._wanted is None else tensor.to(self._wanted)
 
 
 class StepsView(PolicyView):

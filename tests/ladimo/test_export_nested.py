@@ -38,6 +38,17 @@ def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool, top_
     assert (written[0] - written[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("top_bits", [16, 8])
+def test_bf16_weights_are_exact_in_fp32(tmp_path: Path, top_bits: int) -> None:
+    """What is read at 4 bits does not fit into bf16, the stored type."""
+    nested = make_nested(tmp_path / "nested", top_bits=top_bits, dtype=torch.bfloat16)
+    export.export(nested, tmp_path / "rounded", "dense", "fast")
+    export.export(nested, tmp_path / "exact", "dense", "fast", float32=True)
+    expected = ours(nested, "fast")
+    assert (expected - theirs(tmp_path / "exact")).abs().max() < 1e-4
+    assert (expected - theirs(tmp_path / "rounded")).abs().max() > 1e-3
+
+
 @pytest.fixture
 def refining(tmp_path: Path) -> Path:
     """A checkpoint whose policies "words" and "neurons" refine."""
