@@ -59,8 +59,8 @@ def targets() -> dict[str, Target]:
 def export(model: str | Path, out: Path, target: str, policy: str, head_bits: int | None = None, float32: bool = False) -> None:
     """Write `model` as it runs under the named policy, and check that another program computes the same with the files.
 
-    `head_bits`: how many bits of the output head are read, for every word, instead of what the policy says. `float32`: write all
-    weights in fp32, so that those that a policy reads at fewer bits are not rounded. The directory `out` appears when it is
+    `head_bits`: how many bits of the output head are read, for every word, instead of what the policy says. `float32`: write
+    all weights in fp32, so that those that a policy reads at fewer bits are not rounded. The directory `out` appears when it is
     complete and checked, or not at all. Raises ValueError if `out` exists, a name is unknown, the target cannot represent the
     model under this policy, or the check fails.
     """
