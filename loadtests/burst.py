@@ -5,9 +5,9 @@
 What the flags leave open is found first, on a server of its own:
 
 - The objective of the time per token is what two clients at a time get under the fixed policy, times `--headroom` (1.15). One
-  client alone would give an objective that half of the capacity misses already, because requests overlap then, too.
-- There are as many places in the batch as clients at a time that still meet it under the cheapest policy.
-- As many requests may wait as the cheapest policy completes within the objective of the first token.
+  client alone would give too strict an objective: at half of the capacity requests already overlap, and would miss it.
+- The places in the batch: the most clients at a time that still meet it under the cheapest policy.
+- The length of the queue: what the cheapest policy completes within the objective of the first token.
 
 Then the command starts the server and finds its capacity under the fixed policy: the most requests per second at which 90% of
 them meet the objectives. For this, 1, 2, 3 ... clients ask again and again. Then requests arrive at half of the capacity, for a

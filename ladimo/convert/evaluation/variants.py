@@ -29,8 +29,10 @@ DISTINCT_BATCH = 32  # the tokens of a batch in which different experts are coun
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What ran in one expert layer, means: experts per token, different experts per batch of 32 tokens, and the same of refined
-    neurons."""
+    """What ran in one expert layer, as means.
+
+    per_token: experts of a token. distinct: different experts of a batch of 32 tokens. refined, distinct_refined: the same of
+    refined neurons."""
 
     per_token: float
     distinct: float

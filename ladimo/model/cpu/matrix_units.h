@@ -51,8 +51,11 @@ static int may_use_unit(void) { return 1; }
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#define UNIT_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
-#define UNIT_STORE(tile, to, stride) _tile_stored(tile, to, stride)
+// Inline assembly, because the intrinsics of gcc 12 do not tell the compiler that memory is read.
+#define UNIT_LOAD(tile, from, stride) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"((const void *)(from)), "r"((int64_t)(stride)) : "memory")
+#define UNIT_STORE(tile, to, stride) \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"((void *)(to)), "r"((int64_t)(stride)) : "memory")
 #define UNIT_PRODUCT(out, a, b) _tile_dpbf16ps(out, a, b)
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -119,8 +122,10 @@ static void block_products(
 }
 
 // Multiply a block of bf16 weights with n tokens, at most UNIT_TOKENS. Writes out[n][16 * panels], and rubbish behind it up to a
-// multiple of 16 tokens.
-static void multiply_on_unit(const uint8_t *w, int64_t panels, int64_t cols, int64_t n, const void *const *x, float *out) {
+// multiple of 16 tokens. Not inlined, so that the code that is used is the code that was tried.
+static __attribute__((noinline)) void multiply_on_unit(
+    const uint8_t *w, int64_t panels, int64_t cols, int64_t n, const void *const *x, float *out
+) {
     int64_t token_tiles = ceil_div(n, 16), in_place = n % 16 == 0, x_stride = n > 1 ? (const char *)x[1] - (const char *)x[0] : 0;
     for (int64_t i = 2; i < n && in_place; i++) in_place = (const char *)x[i] - (const char *)x[i - 1] == x_stride;
     uint16_t gathered[UNIT_TOKENS * UNIT_STRETCH] __attribute__((aligned(64)));
