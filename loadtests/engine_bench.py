@@ -37,8 +37,9 @@ from loadtests.common.engine_process import PACKAGES, start_engine
 from loadtests.common.limits import decode_bytes, matrix_rate, read_bandwidth
 from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
 from loadtests.common.runs import mean, random_prompts, serve
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core
+from server.engine.core import EngineCore
 
 REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"

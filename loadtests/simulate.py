@@ -25,8 +25,9 @@ from loadtests.load.figures import parse_objectives, show, summary
 from loadtests.load.machine import NO_OVERHEAD, Machine, Overhead, RealClock, VirtualClock, simulated_core
 from loadtests.load.workload import Lengths, Planned, parse_lengths, parse_routing, plan
 from loadtests.load_test import add_schedule, schedule
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, build_core
+from server.engine.core import EngineCore
 from server.engine.messages import Submit
 from server.engine.request import GenerationRequest, SamplingParams
 from server.policies.costs import StepCosts

@@ -34,8 +34,8 @@ from server.api.shadow import ShadowQuality
 from server.api.waiting import WaitingRequests
 from server.app import Access, create_app, drain
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.messages import Rebound, Replayed, StepStats
 from server.errors import ServiceError
 from server.metrics import MAX_EXPERT_SERIES, Metrics

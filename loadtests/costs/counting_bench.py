@@ -22,8 +22,8 @@ from ladimo.checkpoint import read_config, read_policies
 from ladimo.model.inputs import RoutingTables
 from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.common.runs import random_prompts, serve
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 
 
 class Clock:

@@ -22,8 +22,8 @@ from ladimo.model.config import ModelConfig
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.common.runs import interleaved, random_prompts, serve, spread
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import assemble_core
 
 
 def mixtures(policies: Sequence[RoutingPolicy], batch: int) -> dict[str, list[RoutingPolicy]]:

@@ -30,8 +30,8 @@ from ladimo.model.cpu.pool import Pool
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.common.runs import random_prompts, serve
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from server.engine.sampling.logit_adjuster import LogitAdjuster

@@ -13,8 +13,9 @@ from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import conditions
 from loadtests.common.models import partitioned_config, random_model, top_k_policy
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core
+from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import Rerun
 
 

@@ -5,14 +5,10 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
-from ladimo.checkpoint import load_to_serve, read_eos_token_ids
-from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, PolicyRun, samples, tokens_by_policy
-from server.engine.config import EngineConfig, EngineLimits
-from server.engine.graphs.cuda_graphs import CudaGraphs, DecodeGraphs, GraphCapturer, bucket_sizes
+from server.engine.config import EngineLimits
 from server.engine.messages import (
     Abort,
     Activate,
@@ -34,12 +30,10 @@ from server.engine.messages import (
     Submit,
     TokenEvent,
 )
-from server.engine.model_runner import BatchOutput, ModelRunner, affordable_blocks, still_there
+from server.engine.model_runner import BatchOutput, still_there
 from server.engine.policy_table import PolicyTable
-from server.engine.replay import MAX_TOKENS as REPLAY_TOKENS
 from server.engine.replay import Replayer
 from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
-from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.row_queue import RowQueue
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.tally import Tally
@@ -341,60 +335,3 @@ class EngineCore:
         )
         self._finished.append(stats)
         return stats
-
-
-def build_core(directory: Path, config: EngineConfig) -> EngineCore:
-    """Load the model from `directory` and allocate all memory of the engine.
-
-    Raises ValueError for a model that cannot be read, and for options that do not fit the model or the machine.
-    """
-    if config.tensor_parallel_size > 1:
-        from server.engine.tensor_parallel import lead  # what it imports is needed nowhere else
-
-        model, config = lead(directory, config)
-    else:
-        model = load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len)
-    return assemble_core(model, config, read_eos_token_ids(directory))
-
-
-def assemble_core(
-    model: MoeTransformer,
-    config: EngineConfig,
-    eos_token_ids: frozenset[int] = frozenset(),
-    capturer: GraphCapturer | None = None,
-    buckets: tuple[int, ...] | None = None,
-) -> EngineCore:
-    """Build the engine for a loaded model. Raises ValueError for a context length or cache size that does not fit.
-
-    `capturer` captures the decode steps as graphs of `buckets` rows. None: CUDA graphs on a CUDA device, no graphs elsewhere.
-    """
-    context = model.config.max_position_embeddings
-    if config.max_model_len is not None and not 2 <= config.max_model_len <= context:
-        raise ValueError(f"max_model_len must be in 2..{context}, got {config.max_model_len}")
-    max_model_len = config.max_model_len or context
-    num_blocks = config.kv_cache_blocks or affordable_blocks(model, config.block_size, max_model_len, config.max_num_seqs)
-    blocks = BlockManager(max(num_blocks, 2), config.block_size)
-    if blocks.blocks_for(max_model_len) >= num_blocks:
-        raise ValueError(
-            f"the KV cache of {num_blocks} blocks of {config.block_size} tokens cannot hold one sequence of {max_model_len}; "
-            "lower max_model_len or give the cache more blocks"
-        )
-    backend = model.backend
-    backend.make_current()  # sets the device of the calling thread, the engine thread
-    kv_cache = backend.allocate_cache(model.config, num_blocks, config.block_size)
-    table = PolicyTable(model.config, config.max_policies + 1, backend.device, config.batch_budgets)
-    replay_tokens = min(REPLAY_TOKENS, max_model_len) if config.shadow_share else 0
-    replayer = Replayer(model, table, replay_tokens, config.block_size) if replay_tokens else None
-    sizes = (max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies)
-    limits = EngineLimits(*sizes, replay_tokens)
-    scheduler = Scheduler(
-        blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
-    )
-    if capturer is None and backend.captures_graphs and config.cuda_graphs:
-        capturer = CudaGraphs(backend.device)
-    graphs = None
-    if capturer is not None:
-        buckets = buckets or bucket_sizes(config.max_num_seqs)
-        graphs = DecodeGraphs(model, kv_cache, table.tables, blocks.blocks_for(max_model_len), buckets, capturer)
-    runner = ModelRunner(model, kv_cache, table.tables, eos_token_ids, graphs)
-    return EngineCore(runner, scheduler, table, limits, eos_token_ids, replayer=replayer)

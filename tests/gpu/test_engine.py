@@ -17,8 +17,9 @@ from ladimo.checkpoint import load_model, load_to_serve, read_config, read_polic
 from ladimo.model.transformer import MoeTransformer
 from loadtests.common.models import partitioned_config, random_model, top_k_policy
 from server.engine.batch import Batch
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core
+from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import bucket_sizes
 from server.engine.messages import Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import ModelRunner

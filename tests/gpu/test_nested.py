@@ -14,8 +14,8 @@ from ladimo.model.nested.refinement import column_norms
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.policy import LayerRule, RoutingPolicy
 from loadtests.common.models import random_planes
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import assemble_core
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import make_nested
 from tests.server.engine.graphs import Driver, assert_idle, random_prompts

@@ -8,8 +8,9 @@ import torch
 from ladimo.checkpoint import read_config
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core
+from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import GraphCapturer, Rerun
 from server.engine.messages import Command, Report, StepStats, Submit, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams

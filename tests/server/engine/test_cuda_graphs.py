@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ladimo.checkpoint import load_model
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
+from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core
+from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import DecodeGraphs, Rerun, bucket_sizes
 from server.engine.messages import Abort, Activate, ExpertSnapshot, ReadExperts
 from server.engine.model_runner import BatchOutput, ModelRunner

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from ladimo.checkpoint import read_config, read_policies
 from ladimo.policy import RoutingPolicy
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.messages import StepStats, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.server.engine.graphs import eight_policies, random_prompts

@@ -13,8 +13,9 @@ from ladimo.checkpoint import load_model, read_config, read_policies
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
+from server.engine.build import assemble_core, build_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core, build_core
+from server.engine.core import EngineCore
 from server.engine.messages import Abort, Submit
 from server.engine.policy_table import PolicyTable
 from server.engine.request import GenerationRequest, LaterPhases, SamplingParams

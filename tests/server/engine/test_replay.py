@@ -12,8 +12,9 @@ from ladimo.checkpoint import load_model
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import assemble_core, build_core
 from server.engine.config import EngineConfig
-from server.engine.core import EngineCore, assemble_core, build_core
+from server.engine.core import EngineCore
 from server.engine.messages import ReadExperts, Replay, Replayed
 from server.engine.policy_table import PolicyTable
 from server.engine.replay import MAX_PENDING, STEP_TOKENS, Replayer

@@ -16,8 +16,8 @@ from ladimo.checkpoint import load_model, read_config, read_policies
 from ladimo.model.sharding import Shard
 from server.engine import tensor_parallel
 from server.engine.async_engine import AsyncEngine, EngineState
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.messages import EngineDead, Replay, Replayed
 from tests.factories import make_nested
 from tests.ladimo.stepping import Stepper, make_tables

@@ -27,8 +27,8 @@ from ladimo.model.cpu.build import library
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import EOS_ID, EXACT, HALF_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
 from tests.ladimo.convert.conftest import make_text, small_recipe

@@ -17,8 +17,8 @@ from ladimo.convert.pipeline import convert
 from ladimo.model import families
 from ladimo.model.inputs import StepInputs
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import VOCAB_SIZE, make_dense
 from tests.ladimo.convert.conftest import make_text, small_recipe

@@ -17,8 +17,8 @@ from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.engine.async_engine import AsyncEngine
+from server.engine.build import build_core
 from server.engine.config import EngineConfig
-from server.engine.core import build_core
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import VOCAB_SIZE, make_dense
 from tests.ladimo.stepping import make_tables
