@@ -2,6 +2,7 @@
 
     python -m loadtests.soak MODEL                    # ten minutes
     python -m loadtests.soak MODEL --seconds 3600
+    python -m loadtests.soak MODEL --seconds 3600 --rest 2     # clients rest, so the load is light
 
 The command starts a server and sends it everything at once: streams and whole answers, every endpoint and kind of routing,
 phases, tools, structured output, deadlines, wrong requests, and clients that leave at any moment. Meanwhile an operator swaps
@@ -46,12 +47,14 @@ ERROR_LEVELS = ("error", "critical")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`memory_mib`: how much the server's memory may grow. `pause`: the operator's, in seconds."""
+    """`memory_mib`: how much the server's memory may grow. `pause`: the operator's mean seconds between two actions. `rest`:
+    a client's mean seconds between two visits."""
 
     seconds: float
     clients: int
     longest: int = 48
     pause: float = 1.0
+    rest: float = 0.0
     memory_mib: float = 24.0
     seed: int = 0
 
@@ -69,6 +72,8 @@ async def soak(http: httpx.AsyncClient, plan: Plan) -> tuple[Ledger, list[Check]
         visitor = Visitor(http, Asks(chance, text, model, plan.longest), ledger, chance)
         while time.monotonic() < started + plan.seconds:
             await visitor.visit()
+            if plan.rest:
+                await asyncio.sleep(chance.expovariate(1 / plan.rest))
 
     memory: list[tuple[float, float]] = []
     over = asyncio.Event()
@@ -149,7 +154,7 @@ async def _idle(http: httpx.AsyncClient) -> None:
 async def measure(args: argparse.Namespace, log: Path) -> tuple[Ledger, list[Check], float]:
     context = min(MAX_MODEL_LEN, read_config(args.model).max_position_embeddings)
     command = [sys.executable, "-m", "server", str(args.model), "--port={port}", f"--max-model-len={context}", *FLAGS]
-    plan = Plan(args.seconds, args.clients, memory_mib=args.memory_mib, seed=args.seed)
+    plan = Plan(args.seconds, args.clients, rest=args.rest, memory_mib=args.memory_mib, seed=args.seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with (
         running(Server("server", shlex.join([*command, *args.flag])), log=log) as url,
@@ -167,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a converted checkpoint with a frontier")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long clients ask")
     parser.add_argument("--clients", type=int, default=16, help="clients at a time")
+    parser.add_argument("--rest", type=float, default=0.0, help="a client's mean seconds between two visits")
     parser.add_argument(
         "--memory-mib", type=float, default=24.0, help="how much the server's memory may grow after the warm-up"
     )

@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_mixed_traffic_leaves_nothing_behind_and_every_count_is_exact(model: Path) -> None:
-    plan = Plan(seconds=3.0, clients=8, longest=24, pause=0.1, memory_mib=1000)
+    plan = Plan(seconds=3.0, clients=8, longest=24, pause=0.1, rest=0.01, memory_mib=1000)
     async with (
         serving_model(model, *FLAGS, access=Access(open_admin=True)) as url,
         httpx.AsyncClient(base_url=url, timeout=60) as http,
