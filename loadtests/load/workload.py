@@ -63,13 +63,16 @@ def plan(
 ) -> list[Planned]:
     """The requests of the test. Prompts are parts of `text`, from random places, so they rarely share a prefix.
 
-    Lengths of a trace are cut to the context. Raises ValueError if the text is too short.
+    Lengths of a trace are cut to the context. Raises ValueError if other lengths do not fit it, or if the text is too
+    short.
     """
+    longest = prompt_tokens.high + output_tokens.high + 1
+    if longest > context and not all(arrival.prompt_tokens and arrival.output_tokens for arrival in arrivals):
+        raise ValueError(f"prompts and answers have up to {longest - 1} tokens, but the context has room for {context - 1}")
     draw = random.Random(seed + 1)
     planned = []
     for number, arrival in enumerate(arrivals):
-        answer = arrival.output_tokens or output_tokens.draw(draw)
-        answer = min(answer, context // 2)
+        answer = min(arrival.output_tokens, context // 2) if arrival.output_tokens else output_tokens.draw(draw)
         length = max(min(arrival.prompt_tokens or prompt_tokens.draw(draw), context - answer - 1), 1)
         if length > len(text):
             raise ValueError(f"the text has {len(text)} tokens, but a prompt needs {length}")

@@ -73,6 +73,14 @@ def test_a_plan_follows_from_the_seed_and_fits_the_context() -> None:
         plan(due, TEXT[:5], Lengths(9, 9), Lengths(1, 1), routings, 0.0, 64, seed=3)
 
 
+def test_answers_are_never_cut_unless_a_trace_gives_their_length() -> None:
+    routings = [parse_routing("full")]
+    (made,) = plan([Arrival(0.0)], TEXT, Lengths(4, 4), Lengths(50, 50), routings, 0.0, 64, seed=3)
+    assert (len(made.prompt), made.output_tokens) == (4, 50)
+    with pytest.raises(ValueError, match="up to 64 tokens, but the context has room for 63"):
+        plan([Arrival(0.0)], TEXT, Lengths(4, 14), Lengths(50, 50), routings, 0.0, 64, seed=3)
+
+
 def outcome(due: float, ttft: float, gap: float, tokens: int = 11, **fields: object) -> Outcome:
     made = Outcome("default", due, due, due + ttft, due + ttft + gap * (tokens - 1), [gap] * (tokens - 1), 20, tokens, 200)
     for name, value in fields.items():
