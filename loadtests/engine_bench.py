@@ -6,7 +6,8 @@
 Rounds are interleaved: each round measures every row once. The figure of a row is the median of its rounds. Its ratio is the
 median of its ratios per round to transformers' `generate` and to llama.cpp. Decode is measured from the first token on. Prefill
 is the time from one prompt of --prefill tokens to its first token. With --shape the weights are random, and the experts
-partition the FFN. An engine that cannot run here is left out, and the reason is printed.
+partition the FFN. An engine that cannot run here is left out, and the reason is printed. So is one that takes longer than
+--peer-seconds in all, to load, to compile and to measure; rounds that it has completed stay.
 
 Two columns compare with the machine. `bandwidth`: the bytes that a decode step must read, as a share of what torch reads
 of a large tensor. `products`: the operations of a dense model's matrix products, as a share of torch's rate for a large product
@@ -15,10 +16,11 @@ in bf16 or fp32, whichever is faster. Integer products can be faster than that.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from loadtests.common.engine_process import PACKAGES, start_engine
 from loadtests.common.limits import decode_bytes, matrix_rate, read_bandwidth
 from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
 from loadtests.common.runs import mean, random_prompts, serve
+from loadtests.common.time_limit import TimeLimit
 from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore
@@ -45,6 +48,7 @@ REFERENCE = "transformers generate, dense"
 LLAMA_CPP = "llama.cpp, dense"
 BUDGET = "half, the same for all"
 PEERS = ("generate", "static", "continuous", "llama.cpp", *PACKAGES)
+RowKey = tuple[str, int, str]  # measure, batch, name
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ def random_subjects(shape: str, dtype: torch.dtype, device: torch.device) -> Sub
 @dataclass(frozen=True)
 class Rival:
     """Another engine. Functions measure the seconds of a decode, and of a prefill if that is possible. `version`: package and
-    release of an engine that has an environment of its own."""
+    release of an engine that has an environment of its own. `limit`: its time, which includes its start."""
 
     decode: peers.Peer
     prefill: Callable[[list[list[int]]], float] | None = None
     version: str | None = None
+    limit: TimeLimit = field(default_factory=lambda: TimeLimit(math.inf))
 
 
 def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) -> tuple[dict[str, Rival], dict[str, str]]:
@@ -107,7 +112,7 @@ def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) 
     made: dict[str, Rival] = {}
     missing: dict[str, str] = {}
 
-    def llama_cpp() -> Rival:
+    def llama_cpp(limit: TimeLimit) -> Rival:
         dtype = "F32" if dense_peer.dtype == torch.float32 else "BF16"
         weights = {None: dtype, "int8": "Q8_0", "int4": "Q4_0"}[args.quantize]
         context = max(args.prompt + args.tokens, args.prefill + 2)
@@ -116,15 +121,15 @@ def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) 
         peer = peers.llama_cpp(dense_peer, weights, torch.get_num_threads(), max(batch_sizes(args)), context)
         return Rival(peer.decode, peer.prefill)
 
-    def engine(name: str) -> Rival:
+    def engine(name: str, limit: TimeLimit) -> Rival:
         options = {"sequences": max(batch_sizes(args)), "context": max(args.prompt + args.tokens, args.prefill + 2)}
-        process = start_engine(name, args.environments, dense_peer, args.quantize, options)
+        process = start_engine(name, args.environments, dense_peer, args.quantize, options, limit)
         return Rival(process.decode, process.prefill, process.version)
 
-    makers: dict[str, tuple[str, Callable[[], Rival]]] = {
-        "generate": (REFERENCE, lambda: Rival(peers.generate(dense_peer), partial(peers.forward_seconds, dense_peer))),
-        "static": ("transformers static cache, dense", lambda: Rival(peers.static_cache(dense_peer))),
-        "continuous": ("transformers continuous batching, dense", lambda: Rival(peers.continuous_batching(dense_peer))),
+    makers: dict[str, tuple[str, Callable[[TimeLimit], Rival]]] = {
+        "generate": (REFERENCE, lambda _: Rival(peers.generate(dense_peer), partial(peers.forward_seconds, dense_peer))),
+        "static": ("transformers static cache, dense", lambda _: Rival(peers.static_cache(dense_peer))),
+        "continuous": ("transformers continuous batching, dense", lambda _: Rival(peers.continuous_batching(dense_peer))),
         "llama.cpp": (LLAMA_CPP, llama_cpp),
         "openvino": ("OpenVINO GenAI, dense", partial(engine, "openvino")),
         "vllm": ("vLLM for CPUs, dense", partial(engine, "vllm")),
@@ -132,8 +137,10 @@ def make_peers(names: Sequence[str], dense_peer: Any, args: argparse.Namespace) 
     }
     for name in names:
         row, make = makers[name]
+        limit = TimeLimit(args.peer_seconds)
         try:
-            made[row] = make()
+            with limit.counted():
+                made[row] = replace(make(limit), limit=limit)
         except peers.Unavailable as reason:
             missing[row] = str(reason)
     return made, missing
@@ -148,12 +155,12 @@ def engine_prefill(core: EngineCore, policy: RoutingPolicy, prompts: list[list[i
     return Sample(serve(core, [policy], prompts, 2).prefill_seconds)
 
 
-def peer_decode(peer: peers.Peer, prompts: list[list[int]], tokens: int) -> Sample:
-    return Sample(peer(prompts, tokens))
-
-
-def peer_prefill(prefill: Callable[[list[list[int]]], float], prompts: list[list[int]]) -> Sample:
-    return Sample(prefill(prompts))
+def peer_sample(limit: TimeLimit, measure: Callable[[], float]) -> Sample:
+    """Raises Unavailable if the engine has no time left, or if its process does not answer in time."""
+    if not limit.left:
+        raise peers.Unavailable(str(limit))
+    with limit.counted():
+        return Sample(measure())
 
 
 def batch_sizes(args: argparse.Namespace) -> list[int]:
@@ -162,8 +169,8 @@ def batch_sizes(args: argparse.Namespace) -> list[int]:
 
 def make_rows(
     subjects: Subjects, others: dict[str, Rival], batches: Sequence[int], args: argparse.Namespace
-) -> dict[tuple[str, int, str], Callable[[], Sample]]:
-    """The functions that measure each row, by (measure, batch, name)."""
+) -> dict[RowKey, Callable[[], Sample]]:
+    """The functions that measure each row."""
     sizes = EngineConfig(
         device=args.device,
         max_num_seqs=max(batches),
@@ -177,17 +184,17 @@ def make_rows(
         engines[BUDGET] = (assemble_core(subjects.moe, replace(sizes, batch_budgets=True)), subjects.policies[BUDGET])
     vocab_size = subjects.moe.config.vocab_size
 
-    rows: dict[tuple[str, int, str], Callable[[], Sample]] = {}
+    rows: dict[RowKey, Callable[[], Sample]] = {}
     for batch in batches:
         prompts = random_prompts(batch, args.prompt, vocab_size)
         for name, peer in others.items():
-            rows["decode", batch, name] = partial(peer_decode, peer.decode, prompts, args.tokens)
+            rows["decode", batch, name] = partial(peer_sample, peer.limit, partial(peer.decode, prompts, args.tokens))
         for name, (each, policy) in engines.items():
             rows["decode", batch, name] = partial(engine_decode, each, policy, prompts, args.tokens)
     prompt = random_prompts(1, args.prefill, vocab_size)
     for name, peer in others.items():
         if peer.prefill is not None:
-            rows["prefill", 1, name] = partial(peer_prefill, peer.prefill, prompt)
+            rows["prefill", 1, name] = partial(peer_sample, peer.limit, partial(peer.prefill, prompt))
     for name, (each, policy) in engines.items():
         rows["prefill", 1, name] = partial(engine_prefill, each, policy, prompt)
     return rows
@@ -208,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=65, help="generated tokens")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill measurement")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer-seconds", type=float, default=300, help="what each other engine may take in all")
     parser.add_argument("--matrix", type=int, default=1024, help="size of the product whose rate counts as the machine's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -234,21 +242,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bandwidth = read_bandwidth(device)
     products = max(matrix_rate(device, kind, args.matrix) for kind in {dtype, torch.float32})
     rows = make_rows(subjects, others, batches, args)
-    for key, run in list(rows.items()):
-        torch.set_num_threads(threads)  # the engine changes this number
-        try:
-            run()  # warm-up
-        except Exception as error:  # an error of another library must not lose the other rows
-            if key[2] not in others:
-                raise
-            missing[f"{key[2]}, {key[0]} {key[1]}"] = f"{type(error).__name__}: {error}"
-            del rows[key]
+
+    def run_round() -> dict[RowKey, Sample]:
+        taken = {}
+        for key, run in list(rows.items()):
+            torch.set_num_threads(threads)  # the engine changes this number
+            try:
+                taken[key] = run()
+            except Exception as error:  # an error of another library must not lose the other rows
+                if key[2] not in others:
+                    raise
+                reason = str(error) if isinstance(error, peers.Unavailable) else f"{type(error).__name__}: {error}"
+                missing[f"{key[2]}, {key[0]} {key[1]}"] = reason
+                del rows[key]
+        return taken
+
+    run_round()  # warm-up
     load, started = OtherLoad(), time.perf_counter()
-    samples: dict[tuple[str, int, str], list[Sample]] = {key: [] for key in rows}
+    samples: dict[RowKey, list[Sample]] = {}
     for _ in range(args.rounds):
-        for key, run in rows.items():
-            torch.set_num_threads(threads)
-            samples[key].append(run())
+        for key, sample in run_round().items():
+            samples.setdefault(key, []).append(sample)
     other = load.cores(time.perf_counter() - started)
     # Integer weights have their scales beside them.
     weight_size = None if args.quantize is None else bytes_per_weight({"int8": 8, "int4": 4}[args.quantize])
@@ -265,10 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tokens_per_second": statistics.median(speeds),
             "lowest": speeds[0],
             "highest": speeds[-1],
+            "rounds": len(taken),
         }
-        for field, peer in (("ratio_to_transformers", REFERENCE), ("ratio_to_llama_cpp", LLAMA_CPP)):
+        for ratio, peer in (("ratio_to_transformers", REFERENCE), ("ratio_to_llama_cpp", LLAMA_CPP)):
             if (reference := samples.get((measure, batch, peer))) is not None:
-                row[field] = statistics.median(b.seconds / a.seconds for a, b in zip(taken, reference, strict=True))
+                both = zip(taken, reference, strict=False)  # an engine that was stopped has fewer rounds
+                row[ratio] = statistics.median(b.seconds / a.seconds for a, b in both)
         if measure == "decode":
             distinct = taken[-1].distinct or (None,) * config.num_hidden_layers
             need = decode_bytes(config, distinct, batch, args.prompt + args.tokens / 2, dtype.itemsize, weight_size)

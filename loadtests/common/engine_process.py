@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from loadtests.common.peers import Unavailable
+from loadtests.common.time_limit import TimeLimit
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 # What an environment needs, by the name of the engine, which is also the name of the environment's directory.
@@ -27,11 +29,13 @@ INTEGERS: dict[str, tuple[str, ...]] = {"openvino": ("int8", "int4"), "vllm": ()
 class EngineProcess:
     """An engine that completes prompts greedily. `version`: its package and release. It ends with this object."""
 
-    def __init__(self, command: Sequence[str], model: Any, options: dict[str, Any]) -> None:
-        """`model`: transformers' dense model, whose weights the engine gets. `options`: see engine_worker.
+    def __init__(self, command: Sequence[str], model: Any, options: dict[str, Any], limit: TimeLimit) -> None:
+        """`model`: transformers' dense model, whose weights the engine gets. `options`: see engine_worker. `limit`: when it
+        is reached, the process is ended. Its owner counts the time.
 
         Raises Unavailable if the engine does not start.
         """
+        self._limit = limit
         self._directory = TemporaryDirectory()
         self._said = Path(self._directory.name) / "said.log"
         weights = Path(self._directory.name) / "model"
@@ -76,7 +80,12 @@ class EngineProcess:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        watch = threading.Timer(self._limit.left, self._process.kill)
+        watch.start()
         line = self._process.stdout.readline()
+        watch.cancel()
+        if not line and not self._limit.left:
+            raise Unavailable(str(self._limit))
         if not line:
             said = self._said.read_text(errors="replace").strip().rpartition("\n")[2]  # of an exception: what it says
             raise Unavailable(f"its process ended: {said}")
@@ -84,8 +93,10 @@ class EngineProcess:
         return answer
 
 
-def start_engine(name: str, environments: Path, model: Any, quantize: str | None, options: dict[str, Any]) -> EngineProcess:
-    """The engine of this name from its environment, which is the directory `environments/name`.
+def start_engine(
+    name: str, environments: Path, model: Any, quantize: str | None, options: dict[str, Any], limit: TimeLimit
+) -> EngineProcess:
+    """The engine of this name from its environment, which is the directory `environments/name`. See EngineProcess.
 
     Raises Unavailable if there is none, and for integer weights that the engine does not make from these weights itself.
     """
@@ -99,7 +110,7 @@ def start_engine(name: str, environments: Path, model: Any, quantize: str | None
         raise Unavailable(f"{name} does not make {quantize} weights from a dense model")
     dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
     asked = {**options, "dtype": dtype, "quantize": quantize, "threads": threads}
-    return EngineProcess([str(python), str(WORKER), name], model, asked)
+    return EngineProcess([str(python), str(WORKER), name], model, asked, limit)
 
 
 def numbered_tokens(vocab_size: int) -> PreTrainedTokenizerFast:

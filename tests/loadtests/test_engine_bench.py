@@ -13,7 +13,8 @@ from loadtests.common import peers
 from loadtests.common.engine_process import EngineProcess
 from loadtests.common.models import SHAPES
 from loadtests.common.runs import random_prompts
-from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main
+from loadtests.common.time_limit import TimeLimit
+from loadtests.engine_bench import BUDGET, LLAMA_CPP, REFERENCE, main, peer_sample
 from loadtests.engine_plot import main as draw
 
 SIZES = ["--device", "cpu", "--prompt", "8", "--tokens", "5", "--prefill", "20", "--rounds", "1", "--batch", "1,3"]
@@ -71,13 +72,51 @@ for line in sys.stdin:
 
 def test_an_engine_s_process_is_timed_by_its_own_clock() -> None:
     model = peers.dense_llama({**SHAPES["tiny"], "num_hidden_layers": 1}, torch.float32, torch.device("cpu"))
-    engine = EngineProcess([sys.executable, "-c", ENGINE], model, {})
+    engine = EngineProcess([sys.executable, "-c", ENGINE], model, {}, TimeLimit(600))
     assert engine.version == "none 1.0"
     assert engine.prefill([[1, 2]]) == 2
     assert engine.decode([[1, 2], [3]], 5) == 8  # the first token is not counted
     with pytest.raises(peers.Unavailable, match=r"gave \[5\] tokens instead of 6"):
         engine.decode([[1]], 6)
     engine.close()
+
+
+def test_a_limit_counts_only_an_engine_s_own_time() -> None:
+    now = 0.0
+    limit = TimeLimit(10, lambda: now)
+    now = 100.0
+    assert limit.left == 10
+    with limit.counted():
+        now += 4
+        assert limit.left == 6
+    now += 50
+    assert limit.left == 6
+    with limit.counted():
+        now += 7
+    assert limit.left == 0
+    with pytest.raises(peers.Unavailable, match="did not end within 10 s"):
+        peer_sample(limit, lambda: 1.0)
+
+
+def test_an_engine_that_is_too_slow_is_ended() -> None:
+    model = peers.dense_llama({**SHAPES["tiny"], "num_hidden_layers": 1}, torch.float32, torch.device("cpu"))
+    limit = TimeLimit(0.05)
+    with limit.counted(), pytest.raises(peers.Unavailable, match="did not end within 0.05 s"):
+        EngineProcess([sys.executable, "-c", "import time; time.sleep(600)"], model, {}, limit)
+
+
+def test_a_rival_that_is_too_slow_does_not_lose_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rounds until then stay."""
+    left = iter([1.0] * 4 + [0.0] * 100)  # decode 1, decode 3 and prefill as warm-up, then one decode
+    monkeypatch.setattr(TimeLimit, "left", property(lambda self: next(left)))
+    record = record_of(capsys, "--shape", "tiny", "--peers", "generate", "--rounds", "2", "--peer-seconds", "7")
+    rounds = {(row["measure"], row["batch"]): row["rounds"] for row in record["results"] if row["policy"] == REFERENCE}
+    assert rounds == {("decode", 1): 1}
+    assert all(row["rounds"] == 2 for row in record["results"] if row["policy"] != REFERENCE)
+    late = {f"{REFERENCE}, {row}" for row in ("decode 1", "decode 3", "prefill 1")}
+    assert record["left_out"] == dict.fromkeys(late, "did not end within 7 s")
 
 
 @pytest.mark.parametrize("shape", ["tiny", "125m"])
