@@ -33,11 +33,12 @@ from ladimo.model.backends.choose import choose_backend
 from ladimo.model.precision import bytes_per_weight
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
+from ladimo.prefill.random_weights import random_model
 from loadtests.common import peers
 from loadtests.common.conditions import OtherLoad, conditions
 from loadtests.common.engine_process import PACKAGES, start_engine
 from loadtests.common.limits import decode_bytes, matrix_rate, read_bandwidth
-from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, random_model, top_k_policy
+from loadtests.common.models import SHAPES, dense_config, partitioned_config, prepare_to_serve, top_k_policy
 from loadtests.common.runs import mean, random_prompts, serve
 from loadtests.common.time_limit import TimeLimit
 from server.engine.build import assemble_core

@@ -10,7 +10,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,10 +22,12 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 import ladimo
-from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory
+from ladimo.checkpoint import read_config, read_frontier, read_policies, resolve_directory, stored_dtype
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu.build import abandon
 from ladimo.model.quantization import find_format
+from ladimo.policy import PREFILL, Frontier, RoutingPolicy
+from ladimo.prefill import FormCosts, prefill_frontier
 from server.api.admission import Admission
 from server.api.automatic_control import AutomaticControl
 from server.api.http.http_protocol import bounded_http
@@ -188,15 +190,16 @@ def build_services(settings: ServerSettings) -> Services:
         find_format(settings.quantize)
     directory = resolve_directory(settings.model)
     config = read_config(directory)
-    frontier = read_frontier(directory)
+    policies, form_costs = read_policies(directory, config), _form_costs(directory, config, settings)
     store = PolicyStore(
         config,
-        read_policies(directory, config),
-        None if frontier is None else frontier.for_batch(settings.frontier_batch),
+        policies,
+        _frontier(directory, config, policies, settings, form_costs),
         settings.default_target,
         settings.policies_dir,
         settings.batch_budgets,
         settings.service_tiers,
+        form_costs,
     )
     name = settings.served_model_name or given_name(settings.model)
     meter = LoadMeter(store.price)
@@ -240,6 +243,28 @@ def build_services(settings: ServerSettings) -> Services:
         fair_queueing=settings.fair_queueing,
         stall_timeout=settings.stall_timeout,
     )
+
+
+def _form_costs(directory: Path, config: ModelConfig, settings: ServerSettings) -> FormCosts | None:
+    """What prompts cost at each number of bits on this machine, if an accuracy chooses by that."""
+    if settings.frontier_batch != PREFILL or not config.nested_bits:
+        return None
+    from ladimo.prefill.measure import measure_form_costs  # other servers have no use for it
+
+    return measure_form_costs(config, stored_dtype(directory), settings.device, settings.dtype)
+
+
+def _frontier(
+    directory: Path,
+    config: ModelConfig,
+    policies: Mapping[str, RoutingPolicy],
+    settings: ServerSettings,
+    form_costs: FormCosts | None,
+) -> Frontier | None:
+    frontier = read_frontier(directory)
+    if frontier is None or settings.frontier_batch != PREFILL:
+        return None if frontier is None else frontier.for_batch(settings.frontier_batch)
+    return prefill_frontier(frontier, policies, config, form_costs)
 
 
 def given_name(model: str) -> str:

@@ -204,7 +204,11 @@ class ServerSettings(BaseSettings):
         description="Share of the finished answers that are computed again under accuracy 1 while the server is idle. This "
         "measures how far the policies agree with it.",
     )
-    frontier_batch: int = Field(1, ge=1, description="Batch size of the frontier from which an accuracy chooses.")
+    frontier_batch: Annotated[int, Field(ge=1)] | Literal["prefill"] = Field(
+        1,
+        description="Batch size of the frontier from which an accuracy chooses. prefill: the frontier for prompts, by their "
+        "time on this processor.",
+    )
     policies_dir: Path | None = Field(
         None, description="Directory for the policies and defaults set over /admin. In memory only if not given."
     )
@@ -293,10 +297,13 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *rest = error.errors()
         name = ".".join(str(part) for part in first["loc"][:1])
+        # A setting of several kinds has an error for each of them.
+        others = [each for each in rest if len(each["loc"]) > 1 and each["loc"][:1] == first["loc"][:1]]
         flag = f"--{name.replace('_', '-')} (or LADIMO_{name.upper()}): " if name else ""
-        raise ValueError(flag + first["msg"].removeprefix("Value error, ")) from error
+        said = "; or: ".join(each["msg"].removeprefix("Value error, ") for each in (first, *others))
+        raise ValueError(flag + said) from error
     except SettingsError as error:
         raise ValueError(str(error)) from error
 

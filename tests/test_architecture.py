@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAKING_HALF = ("ladimo.convert", "ladimo.export", "ladimo.cli", "ladimo.__main__", "ladimo.demo")
-SHARED_HALF = ("ladimo.model", "ladimo.policy", "ladimo.checkpoint", "ladimo.auto", "ladimo.hf")
+SHARED_HALF = ("ladimo.model", "ladimo.policy", "ladimo.prefill", "ladimo.checkpoint", "ladimo.auto", "ladimo.hf")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ TABLE: list[tuple[str, tuple[str, ...] | None, tuple[str, ...]]] = [
     ("ladimo", None, ("server", *WEB)),
     ("ladimo.model", ("torch", "triton", "ladimo.model"), ()),
     ("ladimo.policy", ("ladimo.model.config", "ladimo.model.precision", "ladimo.model.rule", "ladimo.policy"), ()),
+    ("ladimo.prefill", ("torch", "ladimo.model", "ladimo.policy", "ladimo.prefill"), ()),
     (
         "ladimo.checkpoint",
         ("torch", "safetensors", "huggingface_hub", "ladimo.model", "ladimo.policy", "ladimo.checkpoint"),

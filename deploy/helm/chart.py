@@ -50,7 +50,8 @@ def settings_schema() -> dict[str, Any]:
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
     """A field's schema without its title and default. An option that may be absent is never null in the values."""
-    (given,) = [each for each in schema.get("anyOf", [{}]) if each.get("type") != "null"]
+    kinds = [each for each in schema.get("anyOf", [{}]) if each.get("type") != "null"]
+    given = kinds[0] if len(kinds) == 1 else {"oneOf": kinds}
     return {key: value for key, value in {**schema, **given}.items() if key not in ("anyOf", "title", "default")}
 
 

@@ -27,7 +27,7 @@ from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.policies.frontier import MeasuredPolicies, measure_frontier
 from ladimo.convert.provenance import PROVENANCE, conversion_arguments, device_name, provenance
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.report_files import policy_entries, write_report
+from ladimo.convert.report_files import policy_entries, prefill_costs, write_report
 from ladimo.convert.run import Run
 from ladimo.convert.source import check_source
 from ladimo.convert.streamed_model import StreamedModel
@@ -153,6 +153,8 @@ def publish(run: Run, out: Path, arguments: dict[str, Any], converted: Converted
 def report(run: Run, model: str, arguments: dict[str, Any], converted: Converted, points: MeasuredPolicies) -> dict[str, Any]:
     """The content of report.json."""
     calibration, method = run.workspace.record("calibration"), get_method(run.recipe.method)
+    costs = None if converted.own is None else prefill_costs(converted.own)
+    config = run.config(converted.layers) if converted.own is None else converted.own.config
     return {
         "format": 1,
         "model": model,
@@ -167,11 +169,12 @@ def report(run: Run, model: str, arguments: dict[str, Any], converted: Converted
             "device": device_name(run.dense.device),
             "dtype": str(run.dense.dtype).removeprefix("torch."),
             "training_seconds": sum(entry["seconds"] for entry in converted.entries) + converted.seconds,
+            "prefill_costs": None if costs is None else costs.to_dict(),
         },
         "num_hidden_layers": run.dense.config.num_hidden_layers,
         "layers": converted.entries,
         **converted.report,
-        **policy_entries(points),
+        **policy_entries(points, config, costs),
     }
 
 

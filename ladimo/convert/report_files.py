@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ladimo.checkpoint import read_json, write_json, write_text
+from ladimo.checkpoint import read_json, stored_dtype, write_json, write_text
 from ladimo.convert.methods.registry import get_method
 from ladimo.convert.policies.frontier import MeasuredPolicies, rule_name
 from ladimo.convert.report.contents import document
@@ -12,6 +12,11 @@ from ladimo.convert.report.document import Document
 from ladimo.convert.report.markdown import to_markdown
 from ladimo.convert.report.page import to_page
 from ladimo.convert.report.record import Report
+from ladimo.convert.streamed_model import StreamedModel
+from ladimo.model.config import ModelConfig
+from ladimo.policy import RoutingPolicy
+from ladimo.prefill import FormCosts, prefill_time_ratio
+from ladimo.prefill.measure import measure_form_costs
 
 REPORT = "report.json"
 PROFILE = Path("routing/profile.json")  # what `ladimo profile` found for a model that was not converted
@@ -26,12 +31,26 @@ def measured_policies(directory: Path) -> list[dict[str, Any]]:
     return []
 
 
-def policy_entries(points: MeasuredPolicies) -> dict[str, Any]:
+def prefill_costs(model: StreamedModel) -> FormCosts | None:
+    """What prompts cost on this machine at each number of bits; None for a model of one form."""
+    if not model.config.nested_bits:
+        return None
+    return measure_form_costs(model.config, stored_dtype(model.directory), str(model.device))
+
+
+def policy_entries(points: MeasuredPolicies, config: ModelConfig, costs: FormCosts | None) -> dict[str, Any]:
     """The keys "policies" and "frontier" of report.json. A policy's entry is that of `ladimo evaluate --json`, with its
-    description and rules."""
+    description and rules, and the time of prompts by `costs`."""
+
+    def time_ratio(policy: RoutingPolicy, entry: Mapping[str, Any]) -> float:
+        experts = entry["experts_per_token"]
+        refined = policy.refined_rows(config, experts, entry.get("bytes_ratio"))
+        return prefill_time_ratio(policy, config, experts, refined, costs)
+
     return {
         "policies": [
-            {**entry, "description": policy.description, "rules": [rule and rule.to_dict() for rule in policy.layers]}
+            {**entry, "prefill_time_ratio": time_ratio(policy, entry)}
+            | {"description": policy.description, "rules": [rule and rule.to_dict() for rule in policy.layers]}
             | {"rule_names": [rule_name(rule) for rule in policy.layers]}
             for entry, policy in zip(points.figures, points.policies, strict=True)
         ],

@@ -25,7 +25,7 @@ from ladimo.convert.policies.candidates import ConvertedModel
 from ladimo.convert.policies.frontier import measure_frontier
 from ladimo.convert.provenance import PROVENANCE, device_name, file_hash, find_dense_source
 from ladimo.convert.recipe import Recipe
-from ladimo.convert.report_files import REPORT, policy_entries, write_report
+from ladimo.convert.report_files import REPORT, policy_entries, prefill_costs, write_report
 from ladimo.convert.stock.profile import profile_stock
 from ladimo.convert.streamed_model import StreamedModel
 
@@ -70,7 +70,9 @@ def reprofile(name: str, text: Path, dense: Path | None = None, device: str = "a
         "device": device_name(own.device),
     }
     stale = {entry["policy"] for entry in report["policies"]} - {policy.name for policy in points.policies}
-    report |= policy_entries(points)
+    costs = prefill_costs(own)
+    report["conditions"]["prefill_costs"] = None if costs is None else costs.to_dict()
+    report |= policy_entries(points, own.config, costs)
     # In this order, a reader only finds complete files, and the frontier never names a missing policy.
     for policy in points.policies:
         write_policy(directory, policy)

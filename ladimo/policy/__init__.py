@@ -4,12 +4,13 @@ A policy has a `LayerRule` for each expert layer and None for each dense layer. 
 kernels read. So kernels never need to know which policy they run.
 """
 
-from ladimo.policy.frontier import Frontier, FrontierPoint, pareto, token_costs
+from ladimo.policy.frontier import PREFILL, Frontier, FrontierPoint, pareto, token_costs
 from ladimo.policy.layer_rule import RULE_FIELDS, LayerRule
 from ladimo.policy.routing_policy import NAME_PATTERN, RoutingPolicy, unmeasured_policies
 
 __all__ = [
     "NAME_PATTERN",
+    "PREFILL",
     "RULE_FIELDS",
     "Frontier",
     "FrontierPoint",

@@ -7,28 +7,36 @@ from typing import Any
 from ladimo.model.config import ModelConfig
 from ladimo.policy.values import is_number
 
+OPTIONAL = ("bytes_ratio", "prefill_time_ratio")  # fields of a point; not written if they are None
+PREFILL = "prefill"  # in the place of a batch size: the points that were chosen for prompts
+
 
 @dataclass(frozen=True)
 class FrontierPoint:
     """A measured point of the frontier: a policy, its cost and its accuracy.
 
-    batch: the batch size for whose cost the point was chosen. active_parameters_ratio: active parameters per token divided by
-    those of the dense model. perplexity_ratio: perplexity divided by that of the dense model on the same text.
+    batch: the batch size for whose cost the point was chosen, or PREFILL. active_parameters_ratio: active parameters per token
+    divided by those of the dense model. perplexity_ratio: perplexity divided by that of the dense model on the same text.
     experts_per_token: the measured mean per layer, None for a dense layer. bytes_ratio: weight bytes that a decode step of one
     token reads, divided by those of the dense model at 16 bits, output head included; None where all policies read all bits.
+    prefill_time_ratio: the time of a prompt, divided by that of the dense model, where points were chosen for that.
     """
 
-    batch: int
+    batch: int | str
     policy: str
     active_parameters_ratio: float
     perplexity: float
     perplexity_ratio: float
     experts_per_token: tuple[float | None, ...]
     bytes_ratio: float | None = None
+    prefill_time_ratio: float | None = None
 
     @property
     def cost(self) -> float:
-        """The cost by which an accuracy chooses: weight bytes if the policies differ in bits, otherwise active parameters."""
+        """The cost by which an accuracy chooses: the time of prompts if the point was chosen by it. Otherwise weight bytes if
+        the policies differ in bits, and else active parameters."""
+        if self.prefill_time_ratio is not None:
+            return self.prefill_time_ratio
         return self.active_parameters_ratio if self.bytes_ratio is None else self.bytes_ratio
 
     def token_costs(self, config: ModelConfig) -> dict[str, float]:
@@ -39,16 +47,21 @@ class FrontierPoint:
         """The point as JSON."""
         written = {name: getattr(self, name) for name in self.__dataclass_fields__}
         written["experts_per_token"] = list(self.experts_per_token)
-        if self.bytes_ratio is None:
-            del written["bytes_ratio"]
+        for name in OPTIONAL:
+            if written[name] is None:
+                del written[name]
         return written
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Measured points, cheapest first. Perplexity falls as the cost rises. A request's `accuracy` chooses among the points."""
+    """Measured points, cheapest first. Perplexity falls as the cost rises. A request's `accuracy` chooses among the points.
+
+    beaten: measured points that others beat. They are not stored.
+    """
 
     points: tuple[FrontierPoint, ...]
+    beaten: tuple[FrontierPoint, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: object) -> "Frontier":
@@ -63,13 +76,22 @@ class Frontier:
         """The frontier as JSON. `from_dict` reads it back."""
         return {"points": [point.to_dict() for point in self.points]}
 
-    def for_batch(self, batch: int) -> "Frontier":
+    def for_batch(self, batch: int | str) -> "Frontier":
         """The points that were chosen for this batch size. Raises ValueError if there are none."""
         points = tuple(point for point in self.points if point.batch == batch)
         if not points:
-            known = sorted({point.batch for point in self.points})
+            known = sorted({point.batch for point in self.points}, key=str)
             raise ValueError(f"the frontier has no points for batch {batch}; it has {known}")
         return Frontier(points)
+
+    def find(self, policy: str) -> FrontierPoint | None:
+        """The measured point of this policy, even if others beat it; None if there is none."""
+        return next((point for point in (*self.points, *self.beaten) if point.policy == policy), None)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the points were chosen by the time of prompts."""
+        return any(point.batch == PREFILL for point in self.points)
 
     @property
     def lowest(self) -> float:
@@ -129,19 +151,21 @@ def pareto(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
 def _point(raw: object, path: str) -> FrontierPoint:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: must be an object")
-    raw = {"bytes_ratio": None, **raw}
+    raw = dict.fromkeys(OPTIONAL) | dict(raw)
     wrong = sorted(str(key) for key in set(raw) ^ set(FrontierPoint.__dataclass_fields__))
     if wrong:
         raise ValueError(f"{path}.{wrong[0]}: missing or unknown field")
-    if isinstance(raw["batch"], bool) or not isinstance(raw["batch"], int) or raw["batch"] < 1:
-        raise ValueError(f"{path}.batch: must be an integer of at least 1")
+    batch = raw["batch"]
+    if batch != PREFILL and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"{path}.batch: must be an integer of at least 1, or {PREFILL!r}")
     if not isinstance(raw["policy"], str):
         raise ValueError(f"{path}.policy: must be a string")
     for name in ("active_parameters_ratio", "perplexity", "perplexity_ratio"):
         if not (is_number(raw[name]) and raw[name] > 0):
             raise ValueError(f"{path}.{name}: must be a number above 0")
-    if raw["bytes_ratio"] is not None and not (is_number(raw["bytes_ratio"]) and raw["bytes_ratio"] > 0):
-        raise ValueError(f"{path}.bytes_ratio: must be null or a number above 0")
+    for name in OPTIONAL:
+        if raw[name] is not None and not (is_number(raw[name]) and raw[name] > 0):
+            raise ValueError(f"{path}.{name}: must be null or a number above 0")
     experts = raw["experts_per_token"]
     if not isinstance(experts, list) or not all(x is None or (is_number(x) and x >= 0) for x in experts):
         raise ValueError(f"{path}.experts_per_token: must be a list of null or numbers of at least 0")

@@ -137,8 +137,6 @@ class RoutingPolicy:
         are refined (`StepOutput.refined_rows`). None for a model of one precision."""
         if not config.nested_bits:
             return None
-        layer_parameters = config.attention_parameters + config.ffn_parameters
-        whole = WHOLE_BYTES * (config.num_hidden_layers * layer_parameters + config.head_parameters)
         read = bytes_per_weight(config.bits_read(self.head_bits)) * config.head_parameters
         for rule, layer, experts in zip(self.layers, config.layers, experts_per_token, strict=True):
             asked = (None, None) if rule is None else (rule.attention_bits, rule.bits)
@@ -153,7 +151,24 @@ class RoutingPolicy:
             read += bytes_per_weight(attention_bits) * queries + bytes_per_weight(careful) * config.key_value_parameters
             read += bytes_per_weight(bits) * ffn
         # A refined row is read from the low plane, and its scales are read once more.
-        return (read + refined_rows * config.hidden_size * bytes_per_weight(NESTED_BITS[0])) / whole
+        return (read + refined_rows * _refined_row_bytes(config)) / _whole_bytes(config)
+
+    def refined_rows(self, config: ModelConfig, experts_per_token: Sequence[float | None], bytes_ratio: float | None) -> float:
+        """How many rows were refined where `bytes_ratio` is this."""
+        unrefined = self.bytes_ratio(config, experts_per_token, 0.0)
+        if unrefined is None or bytes_ratio is None:
+            return 0.0
+        return max(bytes_ratio - unrefined, 0.0) * _whole_bytes(config) / _refined_row_bytes(config)
+
+
+def _whole_bytes(config: ModelConfig) -> float:
+    """Of all weights that a token reads in the dense model at 16 bits."""
+    layer = config.attention_parameters + config.ffn_parameters
+    return WHOLE_BYTES * (config.num_hidden_layers * layer + config.head_parameters)
+
+
+def _refined_row_bytes(config: ModelConfig) -> float:
+    return config.hidden_size * bytes_per_weight(NESTED_BITS[0])
 
 
 def unmeasured_policies(config: ModelConfig) -> dict[str, RoutingPolicy]:

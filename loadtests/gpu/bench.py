@@ -11,8 +11,9 @@ import torch
 from ladimo.model.config import ModelConfig
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
+from ladimo.prefill.random_weights import random_model
 from loadtests.common.conditions import conditions
-from loadtests.common.models import partitioned_config, random_model, top_k_policy
+from loadtests.common.models import partitioned_config, top_k_policy
 from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore

@@ -8,8 +8,9 @@ from typing import Any
 from ladimo.model.config import ModelConfig
 from ladimo.model.quantization.layers import quantize_model
 from ladimo.policy import LayerRule, RoutingPolicy
+from ladimo.prefill.random_weights import random_model
 from loadtests.common.limits import copy_bandwidth, decode_bytes
-from loadtests.common.models import dense_config, random_model, random_nested_model
+from loadtests.common.models import dense_config, random_nested_model
 from loadtests.common.runs import interleaved, mean, random_prompts, serve, spread
 from loadtests.gpu.bench import Bench
 

@@ -11,7 +11,7 @@ from ladimo.model.nested.plane_layout import DownWeights, to_neuron_rows, to_wor
 from ladimo.model.nested.refinement import column_norms
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.precision import NESTED_BITS, bytes_per_weight
-from loadtests.common.models import random_planes
+from ladimo.prefill.random_weights import random_planes
 
 # Bits and REFINE by what a token wants.
 KINDS = {"4 bits": (4.0, torch.inf), "8 bits": (8.0, torch.inf), "whole": (torch.inf, torch.inf), "refined": (4.0, 1.5)}

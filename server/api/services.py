@@ -32,7 +32,7 @@ class Services:
     """All parts of the server. It is built once, before the application. A route gets only the parts that it uses.
 
     `created`: Unix seconds of the server's start.
-    `frontier_batch`: the batch size of the frontier from which an accuracy chooses.
+    `frontier_batch`: the batch size of the frontier from which an accuracy chooses, or "prefill".
     `request_timeout`: seconds that a request may take; None: no limit.
     `strict_fields`: unknown fields are errors.
     `telemetry`: None if requests are not traced.
@@ -57,7 +57,7 @@ class Services:
     waiting: WaitingRequests
     config: ModelConfig
     model_name: str
-    frontier_batch: int = 1
+    frontier_batch: int | str = 1
     request_timeout: float | None = None
     strict_fields: bool = False
     telemetry: Tracing | None = None
@@ -91,7 +91,7 @@ MetricsDep = Annotated[Metrics, _part(lambda services: services.metrics)]
 ConfigDep = Annotated[ModelConfig, _part(lambda services: services.config)]
 ModelNameDep = Annotated[str, _part(lambda services: services.model_name)]
 CreatedDep = Annotated[int, _part(lambda services: services.created)]
-FrontierBatchDep = Annotated[int, _part(lambda services: services.frontier_batch)]
+FrontierBatchDep = Annotated[int | str, _part(lambda services: services.frontier_batch)]
 StallTimeoutDep = Annotated[float, _part(lambda services: services.stall_timeout)]
 ScrapeSecondsDep = Annotated[float, _part(lambda services: services.scrape_seconds)]
 

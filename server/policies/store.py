@@ -18,6 +18,7 @@ from typing import Any
 from ladimo.checkpoint import read_json, write_json
 from ladimo.model.config import ModelConfig
 from ladimo.policy import Frontier, RoutingPolicy
+from ladimo.prefill import FormCosts, highest_cost
 from server.errors import (
     BadRequest,
     Conflict,
@@ -61,7 +62,7 @@ class PolicyStore:
     `checkpoint`: the policies of the model, by name. `frontier`: the measured points for one batch size; None for a dense
     model. `default`: None takes the default from the directory, or else `full`. `directory`: where the state is stored; None
     keeps it in memory. `batch_budgets`: whether policies with `batch_experts` are accepted. `tiers`: the operator's service
-    tiers; None takes `default_tiers`.
+    tiers; None takes `default_tiers`. `form_costs`: those of a frontier for prompts of nested weights.
 
     Raises ValueError naming the wrong file, policy or tier, and UnknownPolicy or NoFrontier if `default` cannot be served.
     """
@@ -75,8 +76,9 @@ class PolicyStore:
         directory: Path | None = None,
         batch_budgets: bool = False,
         tiers: Mapping[str, Tier] | None = None,
+        form_costs: FormCosts | None = None,
     ) -> None:
-        self.config, self.frontier, self._batch_budgets = config, frontier, batch_budgets
+        self.config, self.frontier, self._batch_budgets, self.form_costs = config, frontier, batch_budgets, form_costs
         self.checkpoint = MappingProxyType(dict(checkpoint))
         for name, policy in checkpoint.items():
             try:
@@ -126,12 +128,10 @@ class PolicyStore:
         if policy is None:
             return 1.0
         if self.frontier is not None and self.checkpoint.get(name) == policy:
-            for point in self.frontier.points:
-                if point.policy == name:
-                    return point.cost
-        experts = tuple(None if rule is None else float(rule.top_k) for rule in policy.layers)
-        read = policy.bytes_ratio(self.config, experts, policy.most_refined_rows(self.config))
-        return self.config.active_parameters_ratio(experts) if read is None else read
+            point = self.frontier.find(name)
+            if point is not None:
+                return point.cost
+        return highest_cost(policy, self.config, self.form_costs, self.frontier is not None and self.frontier.is_prefill)
 
     def price_at(self, accuracy: float) -> float:
         """The cost of the policy that this accuracy chooses; 1 without a frontier."""

@@ -4,9 +4,11 @@ import { administer, byId, fixed, get, percent } from "./api.js";
 const SVG = "http://www.w3.org/2000/svg";
 let routing = null;
 
-// The cost of a policy: weight bytes if policies read fewer bits, otherwise active parameters.
-const cost = figures => figures?.bytes_ratio ?? figures?.active_parameters_ratio;
-const costName = points => points.some(point => point.bytes_ratio != null) ? "weight bytes" : "active parameters";
+// The cost of a policy: the time of prompts on the frontier for prompts. Else weight bytes if policies read fewer bits, otherwise
+// active parameters.
+const cost = figures => figures?.prefill_time_ratio ?? figures?.bytes_ratio ?? figures?.active_parameters_ratio;
+const costName = points => points.some(point => point.prefill_time_ratio != null) ? "prompts' time"
+  : points.some(point => point.bytes_ratio != null) ? "weight bytes" : "active parameters";
 
 // The point of the frontier for an accuracy: the most accurate of the points that are cheap enough.
 function choose(points, accuracy) {
@@ -151,7 +153,9 @@ export function drawFrontier() {
   add("text", { x: 0, y: 10 }, "perplexity over the dense source's");
   byId("frontier-note").textContent =
     `Accuracy ${Number(byId("accuracy").value).toFixed(2)} serves ${chosen.policy}: ${percent(cost(chosen))} of the ` +
-    `${costName(points)}, perplexity ratio ${fixed(chosen.perplexity_ratio, 3)}. Measured for batch ${routing.frontier_batch}.`;
+    `${costName(points)}, perplexity ratio ${fixed(chosen.perplexity_ratio, 3)}. ` +
+    (routing.prefill_costs ? `Prompts were timed on ${routing.prefill_costs.processor}.`
+      : routing.frontier_batch === "prefill" ? "Measured for prompts." : `Measured for batch ${routing.frontier_batch}.`);
   svg.setAttribute("aria-label", `Frontier of ${points.length} points. ${byId("frontier-note").textContent}`);
 }
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, load_to_serve, read_config, read_policies
 from ladimo.model.transformer import MoeTransformer
-from loadtests.common.models import partitioned_config, random_model, top_k_policy
+from ladimo.prefill.random_weights import random_model
+from loadtests.common.models import partitioned_config, top_k_policy
 from server.engine.batch import Batch
 from server.engine.build import assemble_core
 from server.engine.config import EngineConfig

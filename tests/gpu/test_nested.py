@@ -13,7 +13,7 @@ from ladimo.model.nested.plane_layout import DownWeights, to_neuron_rows, to_wor
 from ladimo.model.nested.refinement import column_norms
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.policy import LayerRule, RoutingPolicy
-from loadtests.common.models import random_planes
+from ladimo.prefill.random_weights import random_planes
 from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.request import GenerationRequest, SamplingParams

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests.costs import counting_bench, mixed_bench, sampling_bench, scrape_bench, stall_bench
+from loadtests.costs import counting_bench, mixed_bench, prefill_bench, sampling_bench, scrape_bench, stall_bench
 from tests.factories import make_nested
 from tests.server.real import serving_model
 
@@ -31,6 +31,24 @@ def test_mixed_bench(tmp_path: Path, moe_dir: Path, capsys: pytest.CaptureFixtur
         assert all(row["tokens_per_second"] > 0 for row in rows.values())
         assert rows[4, "all full"]["ratio"] == 1
         assert rows[4, "all fast"]["cost"] < rows[4, "equal parts of all"]["cost"] < rows[4, "all full"]["cost"]
+
+
+def test_prefill_bench(tmp_path: Path, dense_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a checkpoint with whole weights, of one without, and of one whose policies read all bits."""
+    flags = ["--prompt", "20", "--rounds", "2", "--device", "cpu"]
+    nested, planes = (make_nested(tmp_path / str(bits), num_experts=1, top_bits=bits) for bits in (16, 8))
+    prefill_bench.main([str(nested), *flags, "--policies", "fast"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    full, fast = record["results"]
+    assert (full["policy"], full["predicted_time_ratio"], full["time_ratio"]) == ("full", [1, 1], 1)
+    assert fast["policy"] == "fast" and fast["time_ratio"] > 0 and len(fast["predicted_time_ratio"]) == 2
+    prefill_bench.main([str(planes), *flags, "--dense", str(dense_dir)])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["policy"] for row in record["results"]} == {prefill_bench.DENSE, "full", "quality", "balanced", "fast"}
+    assert record["form_costs"][0]["processor"]
+    with pytest.raises(SystemExit):
+        prefill_bench.main([str(planes), *flags])
+    assert "give --dense" in capsys.readouterr().err
 
 
 def test_sampling_bench(moe_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,10 @@ def policies_section(report: Report) -> Section:
         batches[point.policy].append(str(point.batch))
     rows = [
         [entry.policy, percent(entry.cost), f"{entry.perplexity:.3f}", *figures_of(entry)[1:]]
-        + [*(optional_percent(cost) for cost in (entry.prefill_operations_ratio, entry.batch_bytes_ratio))]
+        + [
+            optional_percent(cost)
+            for cost in (entry.prefill_operations_ratio, entry.prefill_time_ratio, entry.batch_bytes_ratio)
+        ]
         + [", ".join(batches[entry.policy]) or "no", entry.description]
         for entry in report.policies
     ]
@@ -96,6 +99,7 @@ def policies_section(report: Report) -> Section:
         "same next token",
         "KL (nats)",
         "prefill operations",
+        "prefill time",
         "bytes of a batch of 32",
         "frontier of batch",
         "rules",
@@ -105,6 +109,13 @@ def policies_section(report: Report) -> Section:
         "multiply-adds of a token of a prompt. What several tokens of a batch read counts once. Both are relative to the dense "
         "model, with the output head."
     )
+    costs = report.conditions.prefill_costs
+    if costs is not None:
+        text += (
+            f" Prefill time was computed from the time of a multiply-add in a prompt's step on {costs.processor}: "
+            f"{costs.bits8:.2f} of that with {costs.dtype} weights at 8 bits, {costs.bits4:.2f} at 4 bits, and "
+            f"{costs.refined:.2f} more with a refined row. A server finds its own with --frontier-batch prefill."
+        )
     return Section("Policies", [text], [Table(header, rows)])
 
 

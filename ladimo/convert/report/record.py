@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ladimo.convert.typed import build
+from ladimo.prefill import FormCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Conditions:
     dtype: str
     training_seconds: float
     profiled: Profiled | None = None
+    prefill_costs: FormCosts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Policy:
     bytes_ratio: float | None = None
     prefill_operations_ratio: float | None = None
     batch_bytes_ratio: float | None = None
+    prefill_time_ratio: float | None = None
 
     @property
     def cost(self) -> float:

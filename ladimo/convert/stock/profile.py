@@ -60,7 +60,7 @@ def profile_stock(directory: Path, text: Path, device: torch.device, recipe: Rec
         "device": device_name(device),
         "source": {"perplexity": points.dense_perplexity},
         "layers": layers,
-        **policy_entries(points),
+        **policy_entries(points, config, None),
     }
     former = read_json(directory / PROFILE)["policies"] if (directory / PROFILE).exists() else []
     stale = {entry["policy"] for entry in former} - {policy.name for policy in points.policies}

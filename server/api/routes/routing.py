@@ -33,6 +33,9 @@ async def routing(
     `automatic_control`: its last decision and its latest changes; null while it is off. `signals` are what it looks at, each
     over its target.
 
+    `prefill_costs`: with the frontier for prompts, what a multiply-add of a prompt takes at each number of bits, and on which
+    processor this was measured; otherwise null.
+
     `shadow`: what replays of finished answers say about the policies; null while nothing is replayed.
     """
     frontier = store.frontier
@@ -45,6 +48,7 @@ async def routing(
         "policies": [_describe(policy, store) for policy in store.policies().values()],
         "frontier": None if frontier is None else [_point(point, store) for point in frontier.points],
         "frontier_batch": frontier_batch,
+        "prefill_costs": None if store.form_costs is None else store.form_costs.to_dict(),
         "automatic_control": automatic.status(),
         "canary": _canary_state(store, shadow)["canary"],
         "shadow": shadow.status(),
@@ -216,13 +220,13 @@ def _point(point: FrontierPoint, store: PolicyStore) -> dict[str, Any]:
 
 def _describe(policy: RoutingPolicy, store: PolicyStore) -> dict[str, Any]:
     """A policy's content, its version, source and figures."""
-    own = store.frontier is not None and store.checkpoint.get(policy.name) == policy
-    points = store.frontier.points if own and store.frontier is not None else ()
+    own = store.checkpoint.get(policy.name) == policy
+    point = store.frontier.find(policy.name) if own and store.frontier is not None else None
     return policy.to_dict() | {
         "version": policy.version,
         "source": "stored" if policy.name in store.state.stored else "checkpoint",
         "accuracy": store.position(policy),
-        "figures": next((_figures(point, store) for point in points if point.policy == policy.name), None),
+        "figures": None if point is None else _figures(point, store),
     }
 
 

@@ -168,7 +168,7 @@ def test_unknown_flags_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert helped.value.code == 0
     text = capsys.readouterr().out
     assert "usage: ladimo-server MODEL [flags]" in text
-    assert "--frontier-batch N" in text
+    assert "--frontier-batch N|prefill" in text
     assert "--api-key KEY" in text
     assert "None)" not in text
     assert max(map(len, text.splitlines())) <= 112

@@ -87,6 +87,8 @@ def test_policies_are_cheaper_in_bytes_and_keep_their_promise(nested: Made) -> N
     for entry in entries.values():  # fewer bits save bytes, but every weight is still multiplied
         assert entry["decode_bytes_ratio"] == entry["bytes_ratio"]
         assert entry["prefill_operations_ratio"] == pytest.approx(1)
+        assert entry["prefill_time_ratio"] > 0
+    assert entries["full"]["prefill_time_ratio"] == pytest.approx(1)
     assert costs[1] == pytest.approx(0.53, abs=0.01)
     assert 0.28 < costs[3] < 0.33
     assert frontier is not None
@@ -105,6 +107,8 @@ def test_policies_are_cheaper_in_bytes_and_keep_their_promise(nested: Made) -> N
 def test_the_report_speaks_of_bytes(nested: Made) -> None:
     said = (nested.out / "report.md").read_text()
     assert "of the dense model's weight bytes" in said
+    processor = read_json(nested.out / "report.json")["conditions"]["prefill_costs"]["processor"]
+    assert f"in a prompt's step on {processor}" in said
     assert "active parameters" not in said.split("## Policies")[0]
 
 
