@@ -57,8 +57,9 @@ def prefill_time_ratio(
     attention = config.attention_parameters - config.pruned_parameters
     time = config.norm_parameters + cost(policy.head_bits) * head
     for rule, layer, experts in zip(policy.layers, config.layers, experts_per_token, strict=True):
-        runs = layer is not None and experts is not None
-        ffn = layer.active_parameters(config.hidden_size, experts) if runs else config.ffn_parameters  # type: ignore[union-attr, arg-type]
+        ffn = (
+            config.ffn_parameters if layer is None or experts is None else layer.active_parameters(config.hidden_size, experts)
+        )
         attention_bits, bits = (None, None) if rule is None else (rule.attention_bits, rule.bits)
         time += cost(attention_bits) * attention + cost(bits) * ffn
     # Words are refined for the last token only, neurons for all.
