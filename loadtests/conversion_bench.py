@@ -1,22 +1,25 @@
 """Compares the conversion methods at equal budgets of active parameters, on the same model, tokens and evaluation.
 
     python -m loadtests.conversion_bench ladimo/demo/model --out bench.json [--text FILE --evaluate FILE] [--tokens 100000]
-        [--seeds 0,1,2] [--methods "ladimo;cmoe"] [--budgets 0.7,0.5] [--plot bench.svg]
+        [--seeds 0,1,2] [--methods "ladimo;cmoe"] [--budgets 0.7,0.5] [--window 512] [--keep DIR] [--plot bench.svg]
 
-Method nested is not compared, because its cost is weight bytes. Results are added to --out as they come. Results that are
-there already are not computed again, so a stopped run resumes. Without --text the text is Python's standard library, and the
-evaluation uses its held-out modules. Some methods have the same number of experts in all layers. For these, the last layers
-get one more expert as far as the budget allows. So all methods come close to the budget. The table shows the share of
-parameters that is really active.
+Method nested is not compared, because its cost is weight bytes. Results are added to --out after each conversion. Results that
+are there already are not computed again, so a stopped run resumes. With --keep it also resumes within a conversion; the seconds
+are then those of its last run. Without --text the text is Python's standard library, and the evaluation uses its held-out
+modules. Some methods have the same number of experts in all layers. For these, the last layers get one more expert as far as
+the budget allows. So all methods come close to the budget. The table shows the share of parameters that is really active.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,18 +58,21 @@ class Variant:
     each_budget: bool = False
 
 
-def variants(elastic_steps: int, mask_steps: int = MASK_STEPS) -> dict[str, Variant]:
+def variants(elastic_steps: int, mask_steps: int = MASK_STEPS, layer_steps: int | None = None) -> dict[str, Variant]:
+    """layer_steps: the steps per layer of methods that train layer by layer; None: each variant's own number."""
+    some_steps = {} if layer_steps is None else {"train.steps": layer_steps}
+
     def same(values: dict[str, Any]) -> Callable[[Sequence[float], ModelConfig], dict[str, Any]]:
-        return lambda budgets, config: {**WHOLE, **values}
+        return lambda budgets, config: {**WHOLE, **some_steps, **values}
 
     def static(budgets: Sequence[float], config: ModelConfig) -> dict[str, Any]:
         (budget,) = budgets
-        return {**WHOLE, **TUNED, "method": "static", "target_active": budget}
+        return {**WHOLE, **TUNED, **some_steps, "method": "static", "target_active": budget}
 
     def cmoe(budgets: Sequence[float], config: ModelConfig) -> dict[str, Any]:
         (budget,) = budgets
         count = max(1, min(8, int(uniform_experts(config, 8, 2 * config.hidden_size, budget))))
-        return {**WHOLE, **TUNED, "method": "cmoe", "split.top_k": count}
+        return {**WHOLE, **TUNED, **some_steps, "method": "cmoe", "split.top_k": count}
 
     def elastic(**values: Any) -> Callable[[Sequence[float], ModelConfig], dict[str, Any]]:
         return lambda budgets, config: {
@@ -86,7 +92,7 @@ def variants(elastic_steps: int, mask_steps: int = MASK_STEPS) -> dict[str, Vari
 
     return {
         "ladimo": Variant(same({"method": "ladimo"}), by_depth),
-        "moefication": Variant(same({"method": "moefication", "train.steps": 400}), by_top_k),
+        "moefication": Variant(same({"method": "moefication", "train.steps": 400, **some_steps}), by_top_k),
         "cmoe": Variant(same({"method": "cmoe", "split.top_k": 6, "train.steps": 0}), by_top_k),
         "cmoe, tuned": Variant(cmoe, by_top_k, each_budget=True),
         "static": Variant(static, by_full, each_budget=True),
@@ -192,19 +198,22 @@ def run_variant(
     blocks: Tensor,
     device: str,
     budgets: Sequence[float] = BUDGETS,
+    keep: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Convert and measure. Yields one result for each budget that the method can reach."""
+    """Convert and measure. Yields one result for each budget that the method can reach. keep: the directory for the converted
+    checkpoints; None: they are deleted."""
     dense = StreamedModel(source, choose_device(device))
     for wanted in [(budget,) for budget in budgets] if variant.each_budget else [tuple(budgets)]:
         recipe = Recipe().override({"tokens": tokens, "seed": seed, **variant.recipe(wanted, dense.config)})
-        with TemporaryDirectory() as temporary:
-            out, started = Path(temporary) / "moe", time.monotonic()
+        with TemporaryDirectory() if keep is None else nullcontext(keep) as directory:
+            out = Path(directory) / "-".join(map(str, wanted))
+            started, cpu_started = time.monotonic(), time.process_time()
             try:
                 convert(str(source), out, recipe, text, device)
             except ValueError as error:
                 yield {"budget": wanted[0] if variant.each_budget else None, "error": str(error)}
                 continue
-            seconds = time.monotonic() - started
+            seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
             own = StreamedModel(out, dense.device)
             points = variant.points(out, own.config, wanted)
             model = ConvertedModel.of(own, dense)
@@ -219,8 +228,21 @@ def run_variant(
                     "kl": found.kl,
                     "next_token_agreement": found.next_token_agreement,
                     "conversion_seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
                     "stored_bytes": stored,
                 }
+
+
+def with_window(source: Path, window: int, directory: Path) -> Path:
+    """The model in `directory`, with `window` positions, so that texts are cut into blocks of so many tokens. Its other files
+    are links."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        link = directory / file.name
+        if file.name != "config.json" and not link.exists():
+            link.symlink_to(file.resolve())
+    write_json(directory / "config.json", {**read_json(source / "config.json"), "max_position_embeddings": window})
+    return directory
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
@@ -290,6 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--elastic-steps", type=int, default=MAX_STEPS, help="end-to-end steps (default: %(default)s)")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS, help="steps of tomoe and disp (default: %(default)s)")
+    parser.add_argument("--layer-steps", type=int, help="steps per layer of methods that train layer by layer")
+    parser.add_argument("--window", type=int, help="tokens per block of text, BOS included (default: the model's)")
+    parser.add_argument("--keep", type=Path, help="directory for the converted checkpoints, which are deleted otherwise")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", type=Path, help="SVG of perplexity ratio against active parameters")
     args = parser.parse_args(arguments)
@@ -301,8 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budgets = [float(share) for share in args.budgets.split(",")]
     if unknown_budgets := [share for share in budgets if share not in BUDGETS]:
         parser.error(f"--budgets: {unknown_budgets[0]} is none of {', '.join(map(str, BUDGETS))}")
-    known = variants(args.elastic_steps, args.mask_steps)
-    encoder = Encoder(args.model, read_config(args.model))
+    with TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as directory:
+        compare(args, chosen, budgets, Path(directory))
+
+
+def compare(args: argparse.Namespace, chosen: Sequence[str], budgets: Sequence[float], directory: Path) -> None:
+    """Convert by the chosen methods and print the table. directory: for the model with another window, and with --keep for
+    checkpoints."""
+    known = variants(args.elastic_steps, args.mask_steps, args.layer_steps)
+    source = args.model if args.window is None else with_window(args.model, args.window, directory / args.model.name)
+    encoder = Encoder(source, read_config(source))
     if args.evaluate is None:
         blocks = calibrate(encoder, 5 * args.evaluate_tokens, 0, None).evaluation
     else:
@@ -312,21 +345,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": args.model.name,
         "elastic_steps": args.elastic_steps,
         "mask_steps": args.mask_steps,
+        "layer_steps": args.layer_steps,
         "evaluation_tokens": blocks[:, 1:].numel(),
         "protocol": encoder.protocol,
     }
-    done = {(result["method"], result["tokens"], result["seed"]) for result in record["results"]}
-    for tokens in (int(count) for count in args.tokens.split(",")):
-        for seed in (int(seed) for seed in args.seeds.split(",")):
-            for name in chosen:
-                if (name, tokens, seed) in done:
-                    continue
-                found = run_variant(known[name], args.model, args.text, tokens, seed, blocks, args.device, budgets)
-                made = [{"method": name, "tokens": tokens, "seed": seed, **result} for result in found]
-                for result in made:
-                    print(json.dumps(result), flush=True)
-                record["results"] += made
-                write_json(args.out, {**record, **conditions(), "comparison": comparison(record["results"])})
+    for tokens, seed, name in product(map(int, args.tokens.split(",")), map(int, args.seeds.split(",")), chosen):
+        case = {"method": name, "tokens": tokens, "seed": seed}
+        done = {result["budget"] for result in record["results"] if case.items() <= result.items()}
+        left = [budget for budget in budgets if budget not in done] if known[name].each_budget else budgets if not done else []
+        if not left:
+            continue
+        keep = args.keep and args.keep / f"{re.sub('[^a-z0-9]+', '-', name)}-{tokens}-{seed}"
+        for result in run_variant(known[name], source, args.text, tokens, seed, blocks, args.device, left, keep):
+            print(json.dumps(case | result), flush=True)
+            record["results"].append(case | result)
+            write_json(args.out, {**record, **conditions(), "comparison": comparison(record["results"])})
     print(table(record["results"]))
     if args.plot:
         write_text(args.plot, comparison_chart(f"{args.model.name}: perplexity", comparison(record["results"])))
