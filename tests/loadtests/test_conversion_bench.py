@@ -46,11 +46,20 @@ def test_results_keep_their_budgets_and_a_second_run_adds_nothing(
 
 
 def test_budgets_are_chosen_and_pruned_attention_is_measured_against_the_dense_model(dense: Path, tmp_path: Path) -> None:
+    """A later run adds budgets to methods that convert for each of them, with blocks of 24 tokens."""
     text, out = make_text(tmp_path / "text.txt"), tmp_path / "bench.json"
     names = "tomoe, each budget; tomoe, 75% of queries and keys"
     command = [str(dense), "--out", str(out), "--text", str(text), "--evaluate", str(text), "--evaluate-tokens", "300"]
-    main([*command, "--tokens", "2000", "--seeds", "0", "--methods", names, "--mask-steps", "4", "--budgets", "0.8,0.7"])
-    results = json.loads(out.read_text())["results"]
+    command += ["--tokens", "2000", "--seeds", "0", "--mask-steps", "4", "--window", "24", "--keep", str(tmp_path / "kept")]
+    main([*command, "--methods", "tomoe, each budget", "--budgets", "0.8"])
+    main([*command, "--methods", names, "--budgets", "0.8,0.7"])
+    record = json.loads(out.read_text())
+    assert "windows of 23 tokens" in record["protocol"]
+    kept = {str(file.parent.relative_to(tmp_path / "kept")) for file in tmp_path.glob("kept/tomoe*/*/report.json")}
+    assert kept == {f"tomoe-{name}" for name in ("each-budget-2000-0/0.8", "each-budget-2000-0/0.7")} | {
+        "tomoe-75-of-queries-and-keys-2000-0/0.8-0.7"
+    }
+    results = record["results"]
     assert [(result["method"], result["budget"]) for result in results] == [
         (name, budget) for name in names.split("; ") for budget in (0.8, 0.7)
     ]

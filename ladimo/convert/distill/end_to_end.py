@@ -19,7 +19,7 @@ from ladimo.convert.ffn.expert_layer import full_rule, route, run_experts
 from ladimo.convert.progress import track
 from ladimo.convert.streamed_model import StreamedModel
 from ladimo.model.inputs import StepInputs
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.transformer import DecoderLayer
 
@@ -27,7 +27,7 @@ WARMUP = 0.1
 FULL_RATE_KL = 1.0  # nats; a student with at least this KL from the dense model starts at the full learning rate
 RATE_POWER = 0.3  # another student starts at the full rate times (its KL / FULL_RATE_KL) ** RATE_POWER
 
-Student = Sequence[GatedMLP | ExpertLayer | None]  # one FFN per layer; None: the dense one
+Student = Sequence[Ffn | ExpertLayer | None]  # one FFN per layer; None: the dense one
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def distill_end_to_end(
     sequences = max(1, options.batch_tokens // fit.shape[1])
     trained = [[mlp for mlp in student if mlp is not None] for student in students]
     before = [[{name: w.clone() for name, w in mlp.state_dict().items()} for mlp in mlps] for mlps in trained]
-    optimizers = [Muon([w for mlp in mlps for w in mlp.requires_grad_().parameters()], options.lr) for mlps in trained]
+    optimizers = [Muon([weight for mlp in mlps for weight in _matrices(mlp)], options.lr) for mlps in trained]
     initial = network.holdout_kls(students, holdout)
     # Muon's steps do not get smaller with the gradient. So a student that is close to the dense model needs a smaller rate.
     rates = [options.lr * min(1.0, (value / FULL_RATE_KL) ** RATE_POWER) for value in initial]
@@ -159,6 +159,12 @@ def hidden_error(found: Pass, target: Pass) -> Tensor:
     pairs = zip(found.hidden_states, target.hidden_states, variances, strict=True)
     errors = [(own - wanted).square().sum() / variance for own, wanted, variance in pairs]
     return torch.stack(errors).mean()
+
+
+def _matrices(mlp: nn.Module) -> list[nn.Parameter]:
+    """The weights to train. Biases stay as they are, because Muon's steps are matrices."""
+    mlp.requires_grad_(False)
+    return [weight.requires_grad_() for name, weight in mlp.named_parameters() if not name.endswith("bias")]
 
 
 def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Orders an FFN's neurons by importance, and repairs the FFN for each number of neurons that are kept.
 
-The FFN is linear in its hidden channels h = silu(gate x) * up x: y = W h with W = down_proj. So everything follows from one
-matrix, their second moments P = E[h h^T]. If only the channels K are kept, with new columns V, the error is E|W h - V h_K|^2.
-The best columns are V = W P[:, K] P[K, K]^-1. The optimal brain surgeon removes the channel whose loss after this repair is
-least: |W_c|^2 / (P^-1)_cc (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv 2302.04089).
+The FFN is linear in its hidden channels h (`hidden_channels`): y = W h with W = down_proj. If the output has a bias, it
+stays. So everything follows from one matrix, the second moments P = E[h h^T]. If only the channels K are kept, with new columns
+V, the error is E|W h - V h_K|^2. The best columns are V = W P[:, K] P[K, K]^-1. The optimal brain surgeon removes the channel
+whose loss after this repair is least: |W_c|^2 / (P^-1)_cc (Hassibi and Stork, 1993; for whole structures ZipLM, arXiv
+2302.04089).
 
 Legend: T tokens, D hidden_size, N neurons, K kept neurons, E experts.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from ladimo.convert.ffn.hidden_channels import hidden_channels, second_moments
 from ladimo.convert.ffn.layer_data import LayerData, target_variance
 from ladimo.convert.progress import track
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import Ffn
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # in units of each channel's own power
 ROUNDS = 256  # the number of rounds in which neurons are removed; after each, the inverse is updated
@@ -37,7 +38,7 @@ class NeuronOrdering:
 
 
 @torch.no_grad()
-def order_neurons(mlp: GatedMLP, data: LayerData, num_experts: int, ridge: float = 0.0) -> NeuronOrdering:
+def order_neurons(mlp: Ffn, data: LayerData, num_experts: int, ridge: float = 0.0) -> NeuronOrdering:
     """The order, and repairs for n = 1 .. num_experts - 1 experts of equal width, of which the last is padded. ridge: how
     strongly repairs are pulled to the original columns, in units of each channel's own power. 0 means the one of RIDGES with
     the least error on the holdout with half of the experts."""
@@ -111,7 +112,7 @@ def _damped(power: Tensor, ridge: float) -> Tensor:
     return power + (ridge * diagonal + tiny).diag()
 
 
-def _oracle_errors(mlp: GatedMLP, inputs: Tensor, order: Tensor, num_experts: int) -> dict[int, float]:
+def _oracle_errors(mlp: Ffn, inputs: Tensor, order: Tensor, num_experts: int) -> dict[int, float]:
     """The mean squared error if each token runs only its n experts with the largest outputs, for n = 1 .. E - 1."""
     down = mlp.down_proj.weight.float()
     totals = torch.zeros(num_experts - 1, dtype=torch.float64)

@@ -13,14 +13,14 @@ from ladimo.convert.kept import Kept
 from ladimo.convert.methods.elastic.recipe import ElasticRecipe
 from ladimo.convert.methods.elastic.substitutes import (
     Weights,
+    fixed_layer,
     routed_counts,
     routed_substitute,
     solved_substitute,
     with_substitutes,
 )
 from ladimo.convert.run import Run
-from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import Ffn, GatedMLP
+from ladimo.model.layers import Ffn
 from ladimo.model.moe import ExpertLayer
 
 KEPT_BYTES = 2**30  # the most bytes of solved layers that stay in memory
@@ -45,7 +45,6 @@ def contested_budgets(run: Run) -> tuple[int, ...]:
 def solve_layer(run: Run, index: int, mlp: Ffn, data: LayerData) -> None:
     """Solve one layer, and save its neuron order and its repairs in the workspace. If a budget may route, save its routed
     substitutes, too."""
-    assert isinstance(mlp, GatedMLP)
     started, experts, elastic = time.monotonic(), run.recipe.split.experts, run.recipe.section(ElasticRecipe)
     ordering = order_neurons(mlp, data, experts, elastic.ridge)
     repairs = {f"repair.{count}": repaired for count, repaired in ordering.repairs.items()}
@@ -61,7 +60,7 @@ def solve_layer(run: Run, index: int, mlp: Ffn, data: LayerData) -> None:
         },
         "seconds": time.monotonic() - started,
     }
-    partition = MoeLayerConfig(experts, experts, -(-mlp.gate_proj.out_features // experts), expert_weight="one", router="none")
+    partition = fixed_layer(experts, -(-mlp.up_proj.out_features // experts), mlp)
     run.workspace.finish_layer(index, partition, record)
     half = ordering.errors.get(experts // 2, 0.0)
     logger.info("layer %d: holdout error %.3f of the FFN's variance at half width, %.0f s", index, half, record["seconds"])
@@ -71,7 +70,7 @@ def solve_layer(run: Run, index: int, mlp: Ffn, data: LayerData) -> None:
 class SolvedLayer:
     """A dense FFN with the order [N] of its neurons. repairs[n]: the columns [D, K] of down_proj for the first n experts."""
 
-    mlp: GatedMLP
+    mlp: Ffn
     num_experts: int
     order: Tensor
     repairs: dict[int, Tensor]
@@ -102,7 +101,7 @@ class SolvedLayers:
         tensors = self._run.workspace.load_tensors(_solved_name(index))
         order = tensors.pop("order")
         repairs = {int(name.removeprefix("repair.")): repaired for name, repaired in tensors.items()}
-        return SolvedLayer(self._run.dense.mlp(index), self._run.recipe.split.experts, order, repairs)
+        return SolvedLayer(self._run.dense.ffn(index), self._run.recipe.split.experts, order, repairs)
 
 
 def _num_bytes(layer: SolvedLayer) -> int:

@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 @register
 class Elastic(Method):
     name = "elastic"
+    ffn_kinds = ("swiglu", "gelu")
     options = ElasticRecipe
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:

@@ -86,14 +86,15 @@ class Planner:
     def partitioned(self, routers: Mapping[int, int]) -> ModelConfig:
         """The model with exact partitions in the candidate layers. routers: the number of routers in each of these."""
         experts, size = self.num_experts, -(-self.dense.intermediate_size // self.num_experts)
+        kind = self.dense.ffn_kind
 
         def layer(index: int) -> MoeLayerConfig | None:
             if index not in self.candidates:
                 return None
             if not routers[index]:
-                return MoeLayerConfig(experts, experts, size, expert_weight="one", router="none")
+                return MoeLayerConfig(experts, experts, size, expert_weight="one", router="none", ffn_kind=kind)
             count = experts * (1 + routers[index])
-            return MoeLayerConfig(count, experts, size, score_function="sigmoid", fixed_experts=experts)
+            return MoeLayerConfig(count, experts, size, score_function="sigmoid", fixed_experts=experts, ffn_kind=kind)
 
         return dataclasses.replace(self.dense, layers=tuple(layer(index) for index in range(self.dense.num_hidden_layers)))
 

@@ -15,20 +15,22 @@ from ladimo.convert.ffn.neuron_ordering import expert_neurons
 from ladimo.convert.ffn.split import check_experts, contiguous_partition, split_ffn
 from ladimo.convert.recipe import Recipe
 from ladimo.model.config import MoeLayerConfig
-from ladimo.model.layers import GatedMLP
+from ladimo.model.layers import FFNS, Ffn, GeluMLP
 from ladimo.model.moe import ExpertLayer
 from ladimo.policy import LayerRule
 
-Weights = dict[str, Tensor]  # a set of substitutes: gate_up_proj [n, 2F, D], down_proj [n, D, F]; if routed, also gate [n, D]
+# A set of substitutes: the tensors of `Experts` for n experts, and if they are routed, also gate [n, D]. The bias of the output
+# is not among them. It belongs to the layer, so it stays as it is in the dense FFN.
+Weights = dict[str, Tensor]
 
 
 def with_substitutes(
-    mlp: GatedMLP, order: Tensor, num_experts: int, fixed: Sequence[Weights], routed: Sequence[Weights] = ()
+    mlp: Ffn, order: Tensor, num_experts: int, fixed: Sequence[Weights], routed: Sequence[Weights] = ()
 ) -> ExpertLayer:
     """An expert layer in fp32 on the FFN's device. It has the exact partition of the FFN in this order [N], then the sets of
     fixed substitutes, then the routed ones. Only the routed ones have a router."""
     partition = expert_neurons(order, num_experts)
-    whole = MoeLayerConfig(num_experts, num_experts, partition.shape[1], expert_weight="one", router="none")
+    whole = fixed_layer(num_experts, partition.shape[1], mlp)
     exact = split_ffn(mlp, partition, whole, {})
     sets = [*fixed, *routed]
     if not sets:
@@ -44,27 +46,31 @@ def with_substitutes(
             fixed_experts=config.num_experts - scored,
         )
     with torch.device("meta"):
-        layer = ExpertLayer(mlp.gate_proj.in_features, config)
-    device = mlp.gate_proj.weight.device
-    for name in ("gate_up_proj", "down_proj"):
-        own = getattr(exact.experts, name).detach()
+        layer = ExpertLayer(mlp.up_proj.in_features, config)
+    device = mlp.up_proj.weight.device
+    for name, own in exact.experts.state_dict().items():
         stacked = torch.cat([own, *(weights[name].to(device).float() for weights in sets)])
         layer.experts.register_parameter(name, nn.Parameter(stacked))
+    layer.output_bias = exact.output_bias
     if routed:
         gate = torch.cat([weights["gate"].to(device).float() for weights in routed])
         layer.gate.load_state_dict({"weight": gate}, assign=True)
     return layer.requires_grad_(False)
 
 
-def solved_substitute(mlp: GatedMLP, order: Tensor, num_experts: int, count: int, repaired: Tensor) -> Weights:
+def fixed_layer(count: int, size: int, mlp: Ffn) -> MoeLayerConfig:
+    """A layer of `count` experts of an FFN that run for every token, with `size` neurons each."""
+    return MoeLayerConfig(count, count, size, expert_weight="one", router="none", ffn_kind=mlp.kind)
+
+
+def solved_substitute(mlp: Ffn, order: Tensor, num_experts: int, count: int, repaired: Tensor) -> Weights:
     """The first `count` experts with down_proj `repaired` [D, K], in fp32 on the host."""
     partition = expert_neurons(order, num_experts)[:count]
-    layer = MoeLayerConfig(count, count, partition.shape[1], expert_weight="one", router="none")
-    part = split_ffn(mlp, partition, layer, {}).experts
+    part = split_ffn(mlp, partition, fixed_layer(count, partition.shape[1], mlp), {}).experts
     columns = torch.zeros(repaired.shape[0], partition.numel())
     columns[:, : repaired.shape[1]] = repaired  # only the last of all experts is padded, and no repair includes it
     down = columns.view(len(columns), count, -1).transpose(0, 1)
-    return {"gate_up_proj": part.gate_up_proj.detach().cpu(), "down_proj": down.contiguous()}
+    return {name: weight.cpu() for name, weight in part.state_dict().items()} | {"down_proj": down.contiguous()}
 
 
 def routed_counts(num_experts: int) -> tuple[int, ...]:
@@ -73,24 +79,24 @@ def routed_counts(num_experts: int) -> tuple[int, ...]:
     return tuple(range(2, num_experts // 2 + 1))
 
 
-def routed_layer(mlp: GatedMLP, num_experts: int, count: int) -> ExpertLayer:
+def routed_layer(mlp: Ffn, num_experts: int, count: int) -> ExpertLayer:
     """An FFN, split into routed experts of which `count` run per token, in fp32 on its device. The router has zero weights."""
-    partition = contiguous_partition(mlp.gate_proj.out_features, num_experts)
-    layer = MoeLayerConfig(num_experts, count, partition.shape[1], score_function="sigmoid")
-    return split_ffn(mlp, partition, layer, {"weight": torch.zeros(num_experts, mlp.gate_proj.in_features)})
+    partition = contiguous_partition(mlp.up_proj.out_features, num_experts)
+    layer = MoeLayerConfig(num_experts, count, partition.shape[1], score_function="sigmoid", ffn_kind=mlp.kind)
+    return split_ffn(mlp, partition, layer, {"weight": torch.zeros(num_experts, mlp.up_proj.in_features)})
 
 
-def routed_substitute(mlp: GatedMLP, data: LayerData, recipe: Recipe, steps: int, generator: torch.Generator) -> Weights:
+def routed_substitute(mlp: Ffn, data: LayerData, recipe: Recipe, steps: int, generator: torch.Generator) -> Weights:
     """Routed experts, trained by regression on the FFN's outputs, in fp32 on the host. Each step draws how many experts run per
     token, so that the result suits all budgets. Raises ValueError if there are more experts than neurons or the training
     diverges."""
     check_experts(recipe.split.experts, mlp)
     counts = routed_counts(recipe.split.experts)
     layer = routed_layer(mlp, recipe.split.experts, counts[0])
-    gate = torch.randn(recipe.split.experts, mlp.gate_proj.in_features, generator=generator) * recipe.split.gate_std
+    gate = torch.randn(recipe.split.experts, mlp.up_proj.in_features, generator=generator) * recipe.split.gate_std
     layer.gate.load_state_dict({"weight": gate})
     train = dataclasses.replace(recipe.train, steps=steps)
-    distill_layer(layer, data, train, generator, [LayerRule(count) for count in counts])
+    distill_layer(keep_output_bias(layer), data, train, generator, [LayerRule(count) for count in counts])
     return weights_of(layer)
 
 
@@ -100,21 +106,30 @@ def weights_of(layer: ExpertLayer) -> Weights:
     return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 
 
-def as_ffn(weights: Weights) -> GatedMLP:
-    """Fixed substitutes as one narrow FFN, in fp32 on the host."""
-    gate, up = weights["gate_up_proj"].chunk(2, dim=1)  # [n, F, D]
-    down = weights["down_proj"].transpose(0, 1).flatten(1)
-    mlp = GatedMLP(down.shape[0], down.shape[1])
-    parts = {"gate_proj": gate.flatten(0, 1), "up_proj": up.flatten(0, 1), "down_proj": down}
-    mlp.load_state_dict({f"{name}.weight": weight.clone() for name, weight in parts.items()})
+def keep_output_bias(layer: ExpertLayer) -> ExpertLayer:
+    """The layer, whose output bias will not be trained: all substitutes of a layer share it."""
+    if layer.output_bias is not None:
+        layer.output_bias.requires_grad_(False)
+    return layer
+
+
+def as_ffn(weights: Weights, dense: Ffn) -> Ffn:
+    """Fixed substitutes of the FFN `dense` as one narrow FFN, in fp32 on the host."""
+    rows, down = weights["gate_up_proj"], weights["down_proj"].transpose(0, 1).flatten(1)
+    parts = {"down_proj.weight": down}
+    if isinstance(dense, GeluMLP):
+        parts |= {"up_proj.weight": rows.flatten(0, 1), "up_proj.bias": weights["up_bias"].flatten()}
+        parts |= {"down_proj.bias": dense.down_proj.bias.detach().float().cpu()}
+    else:
+        gate, up = rows.chunk(2, dim=1)  # [n, F, D]
+        parts |= {"gate_proj.weight": gate.flatten(0, 1), "up_proj.weight": up.flatten(0, 1)}
+    mlp = FFNS[dense.kind](*down.shape)
+    mlp.load_state_dict({name: weight.clone() for name, weight in parts.items()})
     return mlp
 
 
-def as_experts(mlp: GatedMLP, count: int) -> Weights:
+def as_experts(mlp: Ffn, count: int) -> Weights:
     """A narrow FFN as `count` experts on the host: the inverse of `as_ffn`."""
-    gate, up, down = (layer.weight.detach().cpu() for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    parts = gate.view(count, -1, gate.shape[1]), up.view(count, -1, up.shape[1])
-    return {
-        "gate_up_proj": torch.cat(parts, dim=1),
-        "down_proj": down.view(down.shape[0], count, -1).transpose(0, 1),
-    }
+    partition = contiguous_partition(mlp.up_proj.out_features, count)
+    experts = split_ffn(mlp, partition, fixed_layer(count, partition.shape[1], mlp), {}).experts
+    return {name: weight.cpu() for name, weight in experts.state_dict().items()}

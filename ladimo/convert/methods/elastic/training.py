@@ -20,10 +20,17 @@ from ladimo.convert.ffn.split import contiguous_partition, split_ffn
 from ladimo.convert.methods.elastic.layers import SolvedLayers, is_trained_whole
 from ladimo.convert.methods.elastic.plans import Plan, TrainedPlan
 from ladimo.convert.methods.elastic.recipe import ElasticRecipe
-from ladimo.convert.methods.elastic.substitutes import Weights, as_experts, as_ffn, routed_layer, weights_of
+from ladimo.convert.methods.elastic.substitutes import (
+    Weights,
+    as_experts,
+    as_ffn,
+    fixed_layer,
+    keep_output_bias,
+    routed_layer,
+    weights_of,
+)
 from ladimo.convert.run import Run
 from ladimo.convert.streamed_model import StreamedModel
-from ladimo.model.config import MoeLayerConfig
 from ladimo.model.moe import ExpertLayer
 
 TRAINED = "substitutes.safetensors"  # the substitutes that were distilled end to end
@@ -123,7 +130,7 @@ def _students(run: Run, layers: SolvedLayers, plans: Sequence[Plan]) -> list[Stu
                 layer.experts.load_state_dict(weights)
                 student.append(layer.float())
             else:
-                student.append(as_ffn(layers[index].substitute(count)).to(run.dense.device))
+                student.append(as_ffn(layers[index].substitute(count), layers[index].mlp).to(run.dense.device))
     return list(students)
 
 
@@ -138,7 +145,7 @@ def _layer_by_layer(run: Run, layers: SolvedLayers, plans: Sequence[Plan], calib
             return None
         data = LayerData.cut(inputs, targets, num_fit)
         run.workspace.stage(name, lambda: {"errors": _distill_layer(run, layers, index, count, data, name)})
-        return as_ffn(run.workspace.load_tensors(f"{name}.safetensors")).to(run.dense.device)
+        return as_ffn(run.workspace.load_tensors(f"{name}.safetensors"), layers[index].mlp).to(run.dense.device)
 
     run_students(run.dense, torch.cat((calibration.fit, calibration.holdout)), len(plans), substitute)
     trained = []
@@ -156,10 +163,9 @@ def _distill_layer(run: Run, layers: SolvedLayers, index: int, count: int, data:
     """Train one substitute, and save the solved or the trained one in the workspace, whichever is better on the holdout.
     Returns the error before and after."""
     elastic, solved = run.recipe.section(ElasticRecipe), layers[index].substitute(count)
-    whole = as_ffn(solved).to(run.dense.device)
-    width = whole.gate_proj.out_features
-    one = MoeLayerConfig(1, 1, width, expert_weight="one", router="none")
-    layer = split_ffn(whole, contiguous_partition(width, 1), one, {})
+    whole = as_ffn(solved, layers[index].mlp).to(run.dense.device)
+    width = whole.up_proj.out_features
+    layer = keep_output_bias(split_ffn(whole, contiguous_partition(width, 1), fixed_layer(1, width, whole), {}))
     before = layer_error(layer, data.holdout_inputs, data.holdout_targets)
     rate = elastic.layer_lr * LAYER_LR_SIZE / run.dense.config.hidden_size
     train = dataclasses.replace(
@@ -168,9 +174,7 @@ def _distill_layer(run: Run, layers: SolvedLayers, index: int, count: int, data:
     distill_layer(layer, data, train, run.generator(index))
     after = layer_error(layer, data.holdout_inputs, data.holdout_targets)
     if after < before:
-        gate, up = layer.experts.gate_up_proj[0].detach().chunk(2)
-        weights = {"gate_proj": gate, "up_proj": up, "down_proj": layer.experts.down_proj[0].detach()}
-        whole.load_state_dict({f"{part}.weight": weight for part, weight in weights.items()})
+        whole = as_ffn(layer.experts.state_dict(), whole)
     run.workspace.save_tensors(f"{name}.safetensors", as_experts(whole, count))
     return before, min(before, after)
 

@@ -42,20 +42,20 @@ RECIPE = elastic_recipe(**{"elastic.routed": 0.7, "elastic.routed_margin": ALWAY
 IDS = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def prepare(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1) -> None:
+def prepare(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1, factor: float = 100) -> None:
     """On random weights and words it is chance who wins. So the conversion is stopped when the damage is known, and goes on
-    with a record in which fixed widths damage a hundred times as much: then the solver asks for routed layers."""
+    with a record in which fixed widths damage `factor` times as much: then the solver asks for routed layers."""
     with killed.at("*/plans.json"):
         convert(str(source), out, recipe, [text], jobs=jobs)
     file = out.with_name(f"{out.name}.partial") / "damage.json"
     record = read_json(file)
     for layer in record["damage"].values():
-        layer.update({count: 100 * kl for count, kl in layer.items()})
+        layer.update({count: factor * kl for count, kl in layer.items()})
     write_json(file, record)
 
 
-def convert_routed(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1) -> None:
-    prepare(source, out, text, recipe, jobs)
+def convert_routed(source: Path, out: Path, text: Path, recipe: Recipe, jobs: int = 1, factor: float = 100) -> None:
+    prepare(source, out, text, recipe, jobs, factor)
     assert convert(str(source), out, recipe, [text], jobs=jobs)
 
 
