@@ -163,8 +163,9 @@ def hidden_error(found: Pass, target: Pass) -> Tensor:
 
 def _matrices(mlp: nn.Module) -> list[nn.Parameter]:
     """The weights to train. Biases stay as they are, because Muon's steps are matrices."""
-    mlp.requires_grad_(False)
-    return [weight.requires_grad_() for name, weight in mlp.named_parameters() if not name.endswith("bias")]
+    for name, weight in mlp.named_parameters():
+        weight.requires_grad_(not name.endswith("bias"))
+    return [weight for weight in mlp.parameters() if weight.requires_grad]
 
 
 def _run(mlp: nn.Module, inputs: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_copies_are_spared_and_the_output_bias_counts_once() -> None:
 def converted(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The dense model, the converted one, and the way of its training."""
     directory = tmp_path_factory.mktemp("phi2")
-    fields = {"num_key_value_heads": 4, "max_position_embeddings": 32, "intermediate_size": 90}
+    fields: dict[str, Any] = {"num_key_value_heads": 4, "max_position_embeddings": 32, "intermediate_size": 90}
     dense, recipe = make_dense(directory / "dense", model_type="phi", **fields), elastic_recipe(**WAYS[request.param])
     if request.param == "routed":
         convert_routed(dense, directory / "moe", text, recipe, factor=1e6)
