@@ -84,12 +84,20 @@ class StepOutput(NamedTuple):
     refined: Tensor | None = None
 
     @property
+    def refined_counts(self) -> Tensor | None:
+        """How many neurons of each layer, and words, each token refined: [L + 1, T] int64."""
+        return None if self.refined is None else self.refined.sum(dim=-1)
+
+    @property
     def refined_rows(self) -> Tensor | None:
-        """The rows of weights that each token refined, [T] int64: three of a neuron, one of a word."""
-        if self.refined is None:
-            return None
-        counts = self.refined.sum(dim=-1)
-        return 3 * counts[:-1].sum(dim=0) + counts[-1]
+        """The rows of weights that each token refined, [T] int64."""
+        counts = self.refined_counts
+        return None if counts is None else rows_of(counts)
+
+
+def rows_of(refined_counts: Tensor) -> Tensor:
+    """`StepOutput.refined_counts` [L + 1, T] -> rows of weights [T]: three of a neuron, one of a word."""
+    return 3 * refined_counts[:-1].sum(dim=0) + refined_counts[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ class SimulatedRunner:
             expert_counts=[[0] * self._num_layers for _ in range(size)],
             refined_rows=[0] * size,
             prompt_logprobs=[[] for _ in range(size)],
-            experts=[[] for _ in range(size)],
+            routing=[[] for _ in range(size)],
         )
 
         def wait() -> BatchOutput:

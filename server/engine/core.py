@@ -33,7 +33,7 @@ from server.engine.messages import (
 from server.engine.model_runner import BatchOutput, still_there
 from server.engine.policy_table import PolicyTable
 from server.engine.replay import Replayer
-from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenExperts, Trace
+from server.engine.request import FinishReason, GenerationRequest, Sequence, TokenRouting, Trace
 from server.engine.scheduling.row_queue import RowQueue
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.tally import Tally
@@ -188,8 +188,8 @@ class EngineCore:
             policies = {policy.version: policy for policy, _ in flight.decode_runs + flight.prefill_runs}
             weight_bytes = self._weight_bytes.of_step(policies.values(), sum(output.refined_rows))
             traces = [
-                self._trace(sequence, experts)
-                for (sequence, count), experts in zip(scheduled, output.experts, strict=True)
+                self._trace(sequence, routing)
+                for (sequence, count), routing in zip(scheduled, output.routing, strict=True)
                 if samples(sequence, count)
             ]
             drawn_ids = [drawn.token_id for drawn in output.drawn]
@@ -288,27 +288,27 @@ class EngineCore:
 
     def _account(self, scheduled: list[tuple[Sequence, int]], output: BatchOutput) -> None:
         """Record expert counts, prompt log-probabilities and traces. Must run before `update` changes `num_computed`."""
-        figures = zip(scheduled, output.expert_counts, output.refined_rows, output.prompt_logprobs, output.experts, strict=True)
-        for (sequence, count), experts, refined, logprobs, traced in figures:
+        figures = zip(scheduled, output.expert_counts, output.refined_rows, output.prompt_logprobs, output.routing, strict=True)
+        for (sequence, count), experts, refined, logprobs, routing in figures:
             sequence.num_routed += count
             sequence.refined_rows += refined
             sequence.expert_counts = [total + new for total, new in zip(sequence.expert_counts, experts, strict=True)]
             if logprobs:  # for the tokens after the computed ones; a recomputed prompt gives the same values
                 sequence.prompt_logprobs[sequence.num_computed + 1 :] = logprobs
             if sequence.request.trace is Trace.PROMPT:
-                sequence.trace_prompt(count, traced)
+                sequence.trace_prompt(count, routing)
 
-    def _trace(self, sequence: Sequence, experts: list[TokenExperts]) -> RoutingTrace | None:
+    def _trace(self, sequence: Sequence, routing: list[TokenRouting]) -> RoutingTrace | None:
         """The routing trace of the token that this step drew; None if the request is not traced.
 
-        `experts` are the experts of the tokens that the step computed. Must be called before `update` appends the token.
+        `routing` has the tokens that the step computed. Must be called before `update` appends the token.
         """
         if sequence.request.trace is None:
             return None
         first = sequence.request.trace is Trace.PROMPT and sequence.first_token is None
         return RoutingTrace(
-            tokens=(experts[-1],),
-            prompt=tuple(sequence.prompt_experts) if first else None,
+            tokens=(routing[-1],),
+            prompt=tuple(sequence.prompt_routing) if first else None,
             recomputed=tuple(sequence.recomputed),
         )
 

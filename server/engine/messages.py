@@ -6,7 +6,7 @@ They are plain values without tensors. "Per layer" means one entry for every lay
 from dataclasses import dataclass, field
 
 from ladimo.policy import RoutingPolicy
-from server.engine.request import FinishReason, GenerationRequest, TokenExperts, TokenLogprobs
+from server.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenRouting
 
 
 class EngineDead(Exception):
@@ -115,10 +115,10 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTrace:
-    """The experts that ran for generated tokens, and on request for the prompt.
+    """What ran for generated tokens, and on request for the prompt.
 
-    The pass over one token draws the next token. `tokens` has one entry per generated token: the experts of the pass that drew
-    it. `prompt` has the experts of all passes before the first draw, which is one for each prompt token but the last. It comes
+    The pass over one token draws the next token. `tokens` has one entry per generated token: the routing of the pass that drew
+    it. `prompt` has the routing of all passes before the first draw, which is one for each prompt token but the last. It comes
     with the first event, if the request asked for it. So p prompt tokens and c generated tokens give p - 1 + c passes, and
     each pass appears once.
 
@@ -126,8 +126,8 @@ class RoutingTrace:
     traced. The expert counters count such passes again, too.
     """
 
-    tokens: tuple[TokenExperts, ...]
-    prompt: tuple[TokenExperts, ...] | None = None
+    tokens: tuple[TokenRouting, ...]
+    prompt: tuple[TokenRouting, ...] | None = None
     recomputed: tuple[int, ...] = ()
 
 

@@ -1,19 +1,20 @@
 """Computes batches on the device. The engine runs the network in this file and in its CUDA graphs only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ladimo.model.attention.kv_cache import KVCache
-from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput, rows_of
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.graphs.cuda_graphs import DecodeGraphs
-from server.engine.request import Sequence, TokenExperts, TokenLogprobs
+from server.engine.request import Sequence, TokenLogprobs, TokenRouting
 from server.engine.sampling.logit_adjuster import LogitAdjuster, adjusts
 from server.engine.sampling.logprobs import token_logprobs
 from server.engine.sampling.sampler import make_sampling_inputs, sample
@@ -35,14 +36,14 @@ class BatchOutput:
     The other lists have one entry for each scheduled sequence. `expert_counts`: how many experts the sequence's tokens of this
     step ran, by layer. `refined_rows`: how many rows of weights these tokens refined (`StepOutput.refined_rows`).
     `prompt_logprobs`: log-probabilities of the prompt tokens that follow the step's tokens; empty unless the request asked for
-    them. `experts`: the experts of each of the step's tokens; empty unless the request is traced.
+    them. `routing`: what each of the step's tokens ran; empty unless the request is traced.
     """
 
     drawn: list[Drawn]
     expert_counts: list[list[int]]
     refined_rows: list[int]
     prompt_logprobs: list[list[TokenLogprobs]]
-    experts: list[list[TokenExperts]]
+    routing: list[list[TokenRouting]]
 
 
 def still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
@@ -53,9 +54,46 @@ def still_there(batch: Batch, output: BatchOutput) -> tuple[Batch, BatchOutput]:
         expert_counts=[output.expert_counts[row] for row in rows],
         refined_rows=[output.refined_rows[row] for row in rows],
         prompt_logprobs=[output.prompt_logprobs[row] for row in rows],
-        experts=[output.experts[row] for row in rows],
+        routing=[output.routing[row] for row in rows],
     )
     return Batch(decode=[batch.decode[row] for row in rows]), left
+
+
+class _Ran(NamedTuple):
+    """What the T tokens of a step ran, on the device."""
+
+    expert_ids: Tensor | None  # [L, T, E]; None for a dense model
+    refined: Tensor | None  # [L + 1, T], `StepOutput.refined_counts`
+
+    def traced(self, scheduled: Rows[tuple[Sequence, int]]) -> list[Tensor]:
+        """The parts that belong to traced sequences, flattened. By sequence: its experts, then what it refined."""
+        if all(sequence.request.trace is None for sequence, _ in scheduled):
+            return []
+        known = [tensor.split([count for _, count in scheduled], dim=1) for tensor in self if tensor is not None]
+        rows = [row for row, (sequence, _) in enumerate(scheduled) if sequence.request.trace is not None]
+        return [parts[row].flatten() for row in rows for parts in known]
+
+    def unpack(
+        self, scheduled: Rows[tuple[Sequence, int]], expert_layers: Rows[int], numbers: Iterable[int]
+    ) -> list[list[TokenRouting]]:
+        """The routing of each scheduled sequence's tokens; empty for sequences without a trace. `numbers` are those of
+        `traced`, on the host."""
+        routing: list[list[TokenRouting]] = [[] for _ in scheduled]
+        flat = iter(numbers)
+        for place, (sequence, count) in enumerate(scheduled):
+            if sequence.request.trace is None:
+                continue
+            experts: list[tuple[tuple[int, ...], ...]] = [()] * count
+            refined: list[tuple[int, ...] | None] = [None] * count
+            if self.expert_ids is not None:
+                num_layers, _, places = self.expert_ids.shape
+                ids = [[tuple(e for e in islice(flat, places) if e >= 0) for _ in range(count)] for _ in range(num_layers)]
+                experts = [tuple(ids[layer][token] for layer in expert_layers) for token in range(count)]
+            if self.refined is not None:
+                counts = [list(islice(flat, count)) for _ in self.refined]
+                refined = list(zip(*(counts[layer] for layer in (*expert_layers, -1)), strict=True))
+            routing[place] = list(map(TokenRouting, experts, refined))
+        return routing
 
 
 class ModelRunner:
@@ -105,13 +143,17 @@ class ModelRunner:
         if not batch.greedy:
             graphs.replay_draw(bucket, batch.cuts)
         self._draw_adjusted(results[:, 0], logits, batch.decode)
-        expert_ids = buffers.expert_ids[:, :rows] if self.model.config.moe_layer_indices else None
-        return self._output(batch, results[:, 0], results[:, 1:], expert_ids, logits)
+        config = self.model.config
+        ran = _Ran(
+            buffers.expert_ids[:, :rows] if config.moe_layer_indices else None,
+            buffers.refined[:, :rows] if config.nested_bits else None,
+        )
+        return self._output(batch, results[:, 0], results[:, 1:], ran, logits)
 
     def _run(self, batch: Batch) -> Callable[[], BatchOutput]:
         inputs = make_step_inputs(batch, self.block_size, self.device)
         output = self.model.step(inputs, self.kv_cache, self.tables)
-        logits, expert_ids = output.logits, output.expert_ids
+        logits, ran = output.logits, _Ran(output.expert_ids, output.refined_counts)
         per_sequence, ends, drawing = None, logits, batch.drawing
         if batch.prefill:  # without a prompt, every row has one token's logits and draws
             scheduled = batch.scheduled
@@ -120,8 +162,8 @@ class ModelRunner:
             ends = torch.cat(last) if last else logits[:0]
         token_ids = self._draw(ends, drawing)
         self._draw_adjusted(token_ids, ends, drawing)
-        counts = self._count(batch, inputs, output)
-        return self._output(batch, token_ids, counts, expert_ids, ends, per_sequence)
+        counts = self._count(batch, inputs, output, ran)
+        return self._output(batch, token_ids, counts, ran, ends, per_sequence)
 
     def _draw(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         """Token ids [R] from logits [R, V]."""
@@ -146,19 +188,19 @@ class ModelRunner:
         batch: Batch,
         token_ids: Tensor,
         counts: Tensor,
-        expert_ids: Tensor | None,
+        ran: _Ran,
         ends: Tensor,
         per_sequence: Rows[Tensor] | None = None,
     ) -> Callable[[], BatchOutput]:
         """Start the step's only copy to the host, and return the function that waits for it.
 
         R sequences draw, out of B scheduled ones. token_ids [R] are their tokens and `ends` [R, V] the logits of these. counts
-        [B, L + 1] are the numbers of experts that ran, and the refined rows. expert_ids [L, T, E] are the experts of all T
-        tokens. `per_sequence` has all logits of each scheduled sequence; None if the batch has no prompts.
+        [B, L + 1] are the numbers of experts that ran, and the refined rows. `per_sequence` has all logits of each scheduled
+        sequence; None if the batch has no prompts.
         """
         scheduled, drawing = batch.scheduled, batch.drawing
         num_drawn, width = len(drawing), counts.shape[1]
-        fetched = to_host(torch.cat((token_ids, counts.flatten(), *_traced(scheduled, expert_ids))))
+        fetched = to_host(torch.cat((token_ids, counts.flatten(), *ran.traced(scheduled))))
 
         def wait() -> BatchOutput:
             packed = fetched()
@@ -176,12 +218,12 @@ class ModelRunner:
                 expert_counts=[flat[i : i + width - 1] for i in range(0, len(flat), width)],
                 refined_rows=flat[width - 1 :: width],
                 prompt_logprobs=prompt_logprobs,
-                experts=self._unpack_experts(scheduled, expert_ids, packed[end:]),
+                routing=ran.unpack(scheduled, self.model.config.moe_layer_indices, packed[end:]),
             )
 
         return wait
 
-    def _count(self, batch: Batch, inputs: StepInputs, output: StepOutput) -> Tensor:
+    def _count(self, batch: Batch, inputs: StepInputs, output: StepOutput, ran: _Ran) -> Tensor:
         """Add the step to the counters of the routing tables. Returns [B, L + 1]: the number of experts that ran for each
         scheduled sequence in each layer, and the rows of weights that it refined."""
         lengths = [1] * len(batch.decode) + [count for _, count in batch.prefill]
@@ -192,31 +234,14 @@ class ModelRunner:
         if expert_ids is not None:
             self.model.backend.count(self.tables, expert_ids, inputs.policy_ids)
             per_token[:, :num_layers] = (expert_ids >= 0).sum(dim=-1).t()
-        refined_rows = output.refined_rows
-        if output.refined is not None and refined_rows is not None:
+        if output.refined is not None and ran.refined is not None:
             self.tables.record_refined(output.refined, inputs.policy_ids)
-            per_token[:, num_layers] = refined_rows
+            per_token[:, num_layers] = rows_of(ran.refined)
         if not batch.prefill:
             return per_token
         repeats = to_device(lengths, torch.int64, self.device)
         rows = torch.arange(len(lengths), device=self.device).repeat_interleave(repeats, output_size=batch.num_tokens)
         return per_token.new_zeros(len(lengths), num_layers + 1).index_add_(0, rows, per_token)
-
-    def _unpack_experts(
-        self, scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None, traced: Rows[int]
-    ) -> list[list[TokenExperts]]:
-        """The experts of each scheduled sequence's tokens; empty for sequences without a trace. `traced` are the numbers of
-        `_traced`."""
-        experts: list[list[TokenExperts]] = [[] for _ in scheduled]
-        if expert_ids is not None and not traced:
-            return experts
-        num_layers, _, places = (0, 0, 0) if expert_ids is None else expert_ids.shape
-        layers, flat = self.model.config.moe_layer_indices, iter(traced)
-        for place, (sequence, count) in enumerate(scheduled):
-            if sequence.request.trace is not None:
-                rows = [[[e for e in islice(flat, places) if e >= 0] for _ in range(count)] for _ in range(num_layers)]
-                experts[place] = [tuple(tuple(rows[layer][token]) for layer in layers) for token in range(count)]
-        return experts
 
     def _drawn(self, sequences: Rows[Sequence], token_ids: Rows[int], logits: Tensor) -> list[Drawn]:
         """Report the drawn tokens to grammars and penalties, and add log-probabilities where asked for. Logits are [R, V]."""
@@ -227,14 +252,6 @@ class ModelRunner:
             known = None if num_top is None else token_logprobs(logits[row : row + 1], [token_id], num_top)[0]
             drawn.append(Drawn(token_id, known))
         return drawn
-
-
-def _traced(scheduled: Rows[tuple[Sequence, int]], expert_ids: Tensor | None) -> list[Tensor]:
-    """The parts of `expert_ids` [L, T, E] that belong to traced sequences, each flattened."""
-    if expert_ids is None or all(sequence.request.trace is None for sequence, _ in scheduled):
-        return []
-    parts = expert_ids.split([count for _, count in scheduled], dim=1)
-    return [part.flatten() for part, (one, _) in zip(parts, scheduled, strict=True) if one.request.trace is not None]
 
 
 def _prompt_logprobs(sequence: Sequence, count: int, logits: Tensor) -> list[TokenLogprobs]:

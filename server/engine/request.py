@@ -4,15 +4,20 @@ import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ladimo.policy import RoutingPolicy
 
-# Per expert layer, the experts that one token ran, best first.
-TokenExperts = tuple[tuple[int, ...], ...]
+
+class TokenRouting(NamedTuple):
+    """What one token ran. `experts`: per expert layer, the experts, best first. `refined`: per expert layer, how many neurons
+    were read at 8 bits instead of 4, then how many words of the output head; None if the weights are not nested."""
+
+    experts: tuple[tuple[int, ...], ...]
+    refined: tuple[int, ...] | None = None
 
 
 class FinishReason(StrEnum):
@@ -101,7 +106,7 @@ class GenerationRequest:
     later: its other phases; None if it has one policy.
     priority: lower runs earlier. Among equals, flows take turns, and within a flow the oldest goes first.
     cache_salt: only requests with the same salt share cached prefixes.
-    trace: which experts the events report; None reports none.
+    trace: for which tokens the events report the routing; None reports none.
     flow: the API key or user that the request counts for (see `FairShare`).
     """
 
@@ -154,7 +159,7 @@ class Sequence:
     num_cached: int = 0  # tokens found in the prefix cache at the last admission
     refined_rows: int = 0  # rows of weights that were refined, summed over all computed tokens
     num_routed: int = 0  # tokens that expert_counts sums over: all computed ones, recomputed ones again
-    prompt_experts: list[TokenExperts] = field(default_factory=list)  # for a traced prompt, without the last token
+    prompt_routing: list[TokenRouting] = field(default_factory=list)  # for a traced prompt, without the last token
     num_reached: int = 0  # the largest value of num_computed so far
     recomputed: list[int] = field(default_factory=list)  # per preemption: how many of the first tokens were computed again
     charged: bool = False  # whether its flow has been charged for the prompt
@@ -216,8 +221,8 @@ class Sequence:
         if later is not None and later.watch is not None and not self.in_last_phase:
             self.phase_starts += [self.num_tokens - 1] * later.watch.read(self.output_ids[-1])
 
-    def trace_prompt(self, count: int, experts: list[TokenExperts]) -> None:
-        """Store the experts of the next `count` tokens, except those of the prompt's last token.
+    def trace_prompt(self, count: int, routing: list[TokenRouting]) -> None:
+        """Store the routing of the next `count` tokens, except those of the prompt's last token.
 
         The pass over the prompt's last token draws the first new token, so it belongs to that token's trace.
         """
@@ -228,7 +233,7 @@ class Sequence:
             self.recomputed[-1] += again
         self.num_reached = max(self.num_reached, end)
         num_prompt = len(self.request.prompt_ids) - 1
-        self.prompt_experts[begin:end] = experts[: max(0, num_prompt - begin)]
+        self.prompt_routing[begin:end] = routing[: max(0, num_prompt - begin)]
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids start .. stop - 1 of the prompt followed by the output."""

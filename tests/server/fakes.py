@@ -14,7 +14,7 @@ from server.engine.config import EngineLimits
 from server.engine.core import EngineCore
 from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
-from server.engine.request import Sequence, TokenExperts, TokenLogprobs
+from server.engine.request import Sequence, TokenLogprobs, TokenRouting
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.scheduler import Scheduler
 
@@ -99,17 +99,17 @@ class FakeRunner:
             counts,
             [0] * len(counts),
             [self._prompt_logprobs(*scheduled) for scheduled in batch.scheduled],
-            [self._experts(*scheduled) for scheduled in batch.scheduled],
+            [self._routing(*scheduled) for scheduled in batch.scheduled],
         )
 
-    def _experts(self, sequence: Sequence, count: int) -> list[TokenExperts]:
+    def _routing(self, sequence: Sequence, count: int) -> list[TokenRouting]:
         if sequence.request.trace is None:
             return []
-        layers, experts = self.table.config.moe_layer_indices, list[TokenExperts]()
+        layers, routing = self.table.config.moe_layer_indices, list[TokenRouting]()
         for row, run in _rows(sequence, count):
             top_k = self.table.tables.rows[row, :-1, 0].long().tolist()
-            experts += [tuple(tuple(range(top_k[layer])) for layer in layers)] * run
-        return experts
+            routing += [TokenRouting(tuple(tuple(range(top_k[layer])) for layer in layers))] * run
+        return routing
 
     def _prompt_logprobs(self, sequence: Sequence, count: int) -> list[TokenLogprobs]:
         num_top, begin = sequence.request.sampling.prompt_logprobs, sequence.num_computed + 1

@@ -1,4 +1,4 @@
-"""Routing traces in answers: the experts that ran for each token of a choice."""
+"""Routing traces in answers: the experts that ran for each token of a choice, and what it refined."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -7,18 +7,19 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ladimo.model.config import ModelConfig
 from server.api.fields.completions import RoutingTraceField
 from server.engine.messages import RoutingTrace
-from server.engine.request import TokenExperts
+from server.engine.request import TokenRouting
 from server.policies.route import Binding
 
 
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """The parts of one choice's trace in their order, joined. There is at least one part."""
     return RoutingTrace(
-        tokens=tuple(experts for trace in traces for experts in trace.tokens),
+        tokens=tuple(token for trace in traces for token in trace.tokens),
         prompt=traces[0].prompt,
         recomputed=traces[-1].recomputed,
     )
@@ -58,22 +59,40 @@ class TraceWriter:
         """A choice's `routing_trace`, or the part in one chunk. `first`, `last`: whether this is the choice's first or last
         chunk, which have the fields that are sent once."""
         wire: dict[str, Any] = {"layers": self._config.moe_layer_indices} if first else {}
+        if first and self._config.nested_bits:
+            wire["refinable"] = self._refinable
         if trace.prompt is not None:
-            wire["prompt"] = self._tokens(trace.prompt)
-        wire["tokens"] = self._tokens(trace.tokens)
+            wire["prompt"] = self._experts(trace.prompt)
+            if self._config.nested_bits:
+                wire["prompt_refined"] = self._refined(trace.prompt)
+        wire["tokens"] = self._experts(trace.tokens)
+        if self._config.nested_bits:
+            wire["refined"] = self._refined(trace.tokens)
         if last and trace.recomputed:
             wire["recomputed"] = trace.recomputed
         return wire
 
-    def _tokens(self, tokens: Sequence[TokenExperts]) -> object:
+    @property
+    def _refinable(self) -> list[int]:
+        """The neurons of each expert layer, and the words of the output head."""
+        layers = filter(None, self._config.layers)
+        return [*(layer.num_experts * layer.moe_intermediate_size for layer in layers), self._config.vocab_size]
+
+    def _experts(self, tokens: Sequence[TokenRouting]) -> object:
         if not self._packed:
-            return tokens
-        ran = list(chain.from_iterable(tokens))  # by token and layer
+            return [token.experts for token in tokens]
+        ran = [experts for token in tokens for experts in token.experts]  # by token and layer
         counts = np.fromiter(map(len, ran), np.int64, len(ran))
         packed = np.full((len(ran), self._places), np.iinfo(self._dtype).max, self._dtype)
         packed[np.arange(self._places) < counts[:, None]] = list(chain.from_iterable(ran))
-        return {
-            "dtype": "uint8" if self._dtype.itemsize == 1 else "uint16",
-            "shape": [len(tokens), len(self._config.moe_layer_indices), self._places],
-            "data": b64encode(packed.tobytes()).decode(),
-        }
+        return _array(packed.reshape(len(tokens), len(self._config.moe_layer_indices), self._places))
+
+    def _refined(self, tokens: Sequence[TokenRouting]) -> object:
+        counts = [token.refined for token in tokens]
+        if not self._packed:
+            return counts
+        return _array(np.array(counts, "<u4").reshape(len(tokens), len(self._refinable)))
+
+
+def _array(numbers: NDArray[Any]) -> dict[str, Any]:
+    return {"dtype": f"uint{8 * numbers.itemsize}", "shape": list(numbers.shape), "data": b64encode(numbers.tobytes()).decode()}

@@ -44,18 +44,23 @@ MAX_TIER_CHARACTERS = 64
 SEEDS = 2**63
 DEFAULT_COMPLETION_TOKENS = 16
 ROUTING_TRACE = (
-    "Report which experts ran. Each choice then has `routing_trace`. Its `layers` are the numbers of the expert layers. Its "
-    "`tokens` list, for each generated token and expert layer, the experts of the pass that drew the token, best first. "
+    "Report what ran for each token. Each choice then has `routing_trace`. Its `layers` are the numbers of the expert layers. "
+    "Its `tokens` list, for each generated token and expert layer, the experts of the pass that drew the token, best first. "
     "`prompt` lists the same for the prompt's tokens, if asked for. The last prompt token is not in it, because its pass drew "
     "the first generated token; with max_tokens 0, `prompt` has all of them. `recomputed` is there after preemptions: it "
-    "says for each how many of the first passes ran again. In a stream, each chunk has the part of its tokens. `layers` "
-    "and `prompt` come with a choice's first chunk, `recomputed` with its last."
+    "says for each how many of the first passes ran again. Models of method `nested` also have `refined`: for each generated "
+    "token, how many neurons of each expert layer, and then how many words of the output head, were read at 8 bits because "
+    "they matter to the token, while the rest was read at 4. Where a policy reads everything at the same bits, the number is "
+    "0. `prompt_refined` says the same of the prompt's tokens, and `refinable` how many neurons and words there are. In a "
+    "stream, each chunk has the part of its tokens. `layers`, `refinable`, `prompt` and `prompt_refined` come with a choice's "
+    "first chunk, `recomputed` with its last."
 )
 PACKED_TRACE = (
-    "Form of `tokens` and `prompt`. `lists`: nested lists. `base64`: an object each. Its `data` is an array in C order, in "
+    "Form of the lists by token. `lists`: nested lists. `base64`: an object each. Its `data` is an array in C order, in "
     "base64. Its `shape` is [tokens, expert layers, places]. Its `dtype` is uint8, or little-endian uint16 if a layer has more "
     "than 255 experts. `places` is the most experts that a token may run in a layer under the policy. It is the same in every "
-    "chunk of a stream. A place without an expert holds the largest number of the dtype (255 or 65535)."
+    "chunk of a stream. A place without an expert holds the largest number of the dtype (255 or 65535). `refined` and "
+    "`prompt_refined` are objects, too. Their dtype is little-endian uint32 and their shape [tokens, expert layers + 1]."
 )
 SERVICE_TIER = (
     "A tier has a policy and a priority. The operator sets them, and GET /v1/routing shows them. By default, `flex` runs under "

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ladimo.model.attention.kv_cache import KVCache
-from ladimo.model.inputs import RoutingTables
+from ladimo.model.inputs import RoutingTables, rows_of
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
 from server.engine.graphs.step_buffers import Staging, StepBuffers
@@ -111,7 +111,7 @@ class DecodeGraphs:
         self._staging.fill(batch, bucket)
 
     def replay_step(self, bucket: int) -> None:
-        """Compute the rows. Writes `logits`, `results` and `expert_ids` of the buffers, the KV cache and the counters."""
+        """Compute the rows. Writes the outputs among the buffers, the KV cache and the counters."""
         self._steps[bucket]()
 
     def replay_draw(self, bucket: int, cuts: bool) -> None:
@@ -140,10 +140,11 @@ class DecodeGraphs:
             self._model.backend.record(self._tables, expert_ids, inputs.policy_ids)
             buffers.expert_ids[:, :rows].copy_(expert_ids)
             buffers.results[:rows, 1:-1].copy_((expert_ids >= 0).sum(dim=-1).t())
-        refined_rows = output.refined_rows
-        if refined is not None and refined_rows is not None:
+        refined_counts = output.refined_counts
+        if refined is not None and refined_counts is not None:
             self._tables.record_refined(refined, inputs.policy_ids)
-            buffers.results[:rows, -1].copy_(refined_rows)
+            buffers.refined[:, :rows].copy_(refined_counts)
+            buffers.results[:rows, -1].copy_(rows_of(refined_counts))
 
     def _draw(self, rows: int, cuts: bool) -> None:
         drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))

@@ -39,6 +39,7 @@ class StepBuffers:
     # [R, 2 + L] int64: the token drawn, the number of experts that ran in each layer, and the rows of weights that were refined
     results: Tensor
     expert_ids: Tensor  # [L, R, E] int64, -1 where no expert ran
+    refined: Tensor  # [L + 1, R] int64, `StepOutput.refined_counts`
 
     @classmethod
     def allocate(
@@ -59,6 +60,7 @@ class StepBuffers:
             logits=zeros(rows, config.vocab_size, dtype=dtype),
             results=zeros(rows, 2 + num_layers),
             expert_ids=zeros(num_layers, rows, config.max_num_experts) - 1,
+            refined=zeros(num_layers + 1, rows),
         )
 
     @property

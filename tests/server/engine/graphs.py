@@ -12,7 +12,7 @@ from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import GraphCapturer, Rerun
-from server.engine.messages import Command, Report, StepStats, Submit, TokenEvent
+from server.engine.messages import Command, ExpertSnapshot, ReadExperts, Report, StepStats, Submit, TokenEvent
 from server.engine.request import GenerationRequest, SamplingParams
 
 
@@ -72,6 +72,12 @@ def assert_idle(core: EngineCore) -> None:
     scheduler.blocks.check([])
     assert scheduler.blocks.usage_ratio == 0
     assert all(row is None or row.users == 0 for row in core._table._rows)
+
+
+def snapshot(core: EngineCore) -> ExpertSnapshot:
+    read = core.handle(ReadExperts(0))
+    assert isinstance(read, ExpertSnapshot)
+    return read
 
 
 def null_block_is_finite(core: EngineCore) -> bool:

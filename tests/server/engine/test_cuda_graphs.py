@@ -17,7 +17,7 @@ from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore
 from server.engine.graphs.cuda_graphs import DecodeGraphs, Rerun, bucket_sizes
-from server.engine.messages import Abort, Activate, ExpertSnapshot, ReadExperts
+from server.engine.messages import Abort, Activate
 from server.engine.model_runner import BatchOutput, ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
 from tests.server.engine.graphs import (
@@ -29,6 +29,7 @@ from tests.server.engine.graphs import (
     null_block_is_finite,
     random_prompts,
     rules,
+    snapshot,
 )
 from tests.server.fakes import FakeRunner, fake_core, fake_policy
 
@@ -46,12 +47,6 @@ class CountingBackend(Rerun):
 @pytest.fixture(scope="module")
 def model(moe_dir: Path) -> MoeTransformer:
     return load_model(moe_dir, torch.float32, torch.device("cpu"))
-
-
-def snapshot(core: EngineCore) -> ExpertSnapshot:
-    read = core.handle(ReadExperts(0))
-    assert isinstance(read, ExpertSnapshot)
-    return read
 
 
 @pytest.mark.parametrize(

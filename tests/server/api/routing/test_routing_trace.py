@@ -12,14 +12,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from ladimo.checkpoint import read_config, write_policy
 from ladimo.policy import LayerRule, RoutingPolicy
 from server.api.answers.routing_trace import TraceWriter
 from server.api.fields.completions import RoutingTraceField
 from server.engine.messages import RoutingTrace
+from server.engine.request import TokenRouting
 from server.policies.route import Binding, Route
+from tests.factories import make_nested
 from tests.server.fakes import FAKE_CONFIG
-from tests.server.real import serving_model
+from tests.server.real import DEMO, serving_model
 from tests.server.serving import TOP_K, events, serving
 
 LAYERS = [0, 2]  # of both models, layer 1 is dense
@@ -30,9 +34,10 @@ def merged(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     traces: dict[int, dict[str, Any]] = {}
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         part = choice["routing_trace"]
-        whole = traces.setdefault(choice["index"], {"tokens": []})
-        whole["tokens"] += part.pop("tokens")
-        assert not whole.keys() & part.keys() - {"tokens"}, "said twice"
+        whole = traces.setdefault(choice["index"], {})
+        for name in {"tokens", "refined"} & part.keys():
+            whole.setdefault(name, []).extend(part.pop(name))
+        assert not whole.keys() & part.keys(), "said twice"
         whole.update(part)
     return traces
 
@@ -82,9 +87,12 @@ async def test_a_traced_prompt_is_computed_even_when_it_is_cached(tmp_path: Path
 
 def unpacked(array: dict[str, Any]) -> list[list[list[int]]]:
     """What a client makes of a packed array: lists again, without the padding."""
-    numbers = np.frombuffer(base64.b64decode(array["data"]), dtype=array["dtype"]).reshape(array["shape"])
     padding = np.iinfo(array["dtype"]).max
-    return [[[expert for expert in layer if expert != padding] for layer in token] for token in numbers.tolist()]
+    return [[[expert for expert in layer if expert != padding] for layer in token] for token in numbers(array).tolist()]
+
+
+def numbers(array: dict[str, Any]) -> NDArray[Any]:
+    return np.frombuffer(base64.b64decode(array["data"]), dtype=array["dtype"]).reshape(array["shape"])
 
 
 async def test_packed_traces_say_the_same_as_lists(moe_dir: Path) -> None:
@@ -126,12 +134,11 @@ def test_the_padding_is_never_an_expert(num_experts: int, dtype: str, padding: i
     asked = RoutingTraceField.model_validate({"format": "base64"})
     binding = Binding(Route(RoutingPolicy("p", "", (rule, None, rule)), None, "body", "p"))
     writer = TraceWriter(asked, binding, replace(FAKE_CONFIG, layers=layers))
-    trace = RoutingTrace((((num_experts - 1, 0), (7,)), ((1, 2, 3), (4, 5))))
+    trace = RoutingTrace((TokenRouting(((num_experts - 1, 0), (7,))), TokenRouting(((1, 2, 3), (4, 5)))))
     wire = writer.write(trace, first=True, last=True)["tokens"]
     assert (wire["dtype"], wire["shape"]) == (dtype, [2, 2, 3])
-    assert unpacked(wire) == [[list(ran) for ran in token] for token in trace.tokens]
-    numbers = np.frombuffer(base64.b64decode(wire["data"]), dtype="<u2" if dtype == "uint16" else "u1")
-    assert numbers.tolist()[:6] == [num_experts - 1, 0, padding, 7, padding, padding]
+    assert unpacked(wire) == [[list(ran) for ran in token.experts] for token in trace.tokens]
+    assert numbers(wire).flatten().tolist()[:6] == [num_experts - 1, 0, padding, 7, padding, padding]
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, {"prompt": "yes"}, [], {"format": "hex"}])
@@ -186,6 +193,43 @@ async def test_the_counters_are_the_sum_of_the_traces(moe_dir: Path) -> None:
     assert +exported == counted
     assert re.search(r"^ladimo_step_tokens_sum (.*)$", text, re.M)[1] == f"{tokens}.0"  # type: ignore[index]
     assert float(re.search(r"^ladimo_preemptions_total (.*)$", text, re.M)[1]) > 0  # type: ignore[index]
+
+
+async def test_a_nested_model_tells_what_each_token_refined(tmp_path: Path) -> None:
+    """The demo model at 4 and 8 bits: lists, packed and streamed say the same, and /metrics has their sum."""
+    nested = make_nested(tmp_path / "nested", dense=DEMO, num_experts=1)
+    config = read_config(nested)
+    rule = LayerRule(1, renormalize=False, bits=4, attention_bits=4, refine=1.5)
+    write_policy(nested, RoutingPolicy("refined", "", (rule,) * config.num_hidden_layers, 4, 3.0))
+    counts: Counter[str] = Counter()
+    async with serving_model(nested) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+
+        async def ask(policy: str, **fields: Any) -> httpx.Response:
+            body = {"prompt": "def f(x):", "max_tokens": 6, "temperature": 0, "ignore_eos": True, "routing": policy}
+            return await client.post("/v1/completions", json=body | fields)
+
+        whole, packed = [
+            (await ask("refined", routing_trace={"prompt": True, "format": form})).json()["choices"][0]["routing_trace"]
+            for form in ("lists", "base64")
+        ]
+        stream = merged(events((await ask("refined", routing_trace={"prompt": True}, stream=True)).text))
+        assert stream == {0: whole}
+        assert whole["refinable"] == packed["refinable"] == [1024] * 6 + [4096]
+        for name in ("refined", "prompt_refined"):
+            assert packed[name]["dtype"] == "uint32"
+            assert numbers(packed[name]).tolist() == whole[name]
+        assert [len(whole[name]) for name in ("tokens", "refined")] == [6, 6]
+        assert len(whole["prompt"]) == len(whole["prompt_refined"]) > 1
+        for token in whole["prompt_refined"] + whole["refined"]:
+            assert all(0 < count < most for count, most in zip(token[:6], whole["refinable"], strict=False))
+            counts.update(dict(zip(["0", "1", "2", "3", "4", "5", "head"], token, strict=True)))
+        quality = (await ask("quality", routing_trace=True)).json()["choices"][0]["routing_trace"]
+        assert quality["refined"] == [[0] * 7] * 6 and "prompt_refined" not in quality
+        text = (await client.get("/metrics")).text
+    exported: Counter[str] = Counter()
+    for layer, count in re.findall(r'ladimo_refined_total\{group="\d+",layer="(\w+)",policy="refined"\} ([\d.]+)', text):
+        exported[layer] += int(float(count))
+    assert exported == Counter({layer: 3 * count for layer, count in counts.items()})  # three requests
 
 
 async def test_a_dense_model_has_no_expert_layers(dense_dir: Path) -> None:
