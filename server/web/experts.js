@@ -1,17 +1,18 @@
-// The experts at work: the counters of /metrics as a table of layers and experts, for the last seconds or since the start.
+// The experts at work: the counters of /metrics as a table of layers and experts, for the last seconds or since the start. Where
+// tokens choose what is refined, a row has groups of neurons, or of words of the output head, in the place of experts.
 import { byId, samples } from "./api.js";
-import { defaultPolicy } from "./policies.js";
+import { defaultPolicy, readsBits } from "./policies.js";
 
 const POLL_MILLISECONDS = 2000, WINDOW_MILLISECONDS = 10_000;
+const HEAD = Infinity; // the output head comes after the layers
 let scrapes = []; // [{at, counts: Map(policy -> Map("layer expert" -> tokens))}], oldest first
 
 async function scrape() {
   const counts = new Map();
-  // Nested weights: what a token chooses are the neurons that it reads at 8 bits, counted in groups.
-  const refined = (await samples("ladimo_refined_total")).filter(({ labels }) => labels.layer !== "head");
-  for (const { labels, value } of refined.length ? refined : await samples("ladimo_expert_tokens_total")) {
+  for (const { labels, value } of await samples(readsBits() ? "ladimo_refined_total" : "ladimo_expert_tokens_total")) {
     if (!counts.has(labels.policy)) counts.set(labels.policy, new Map());
-    counts.get(labels.policy).set(`${labels.layer} ${labels.expert ?? labels.group}`, value);
+    const layer = labels.layer === "head" ? HEAD : labels.layer;
+    counts.get(labels.policy).set(`${layer} ${labels.expert ?? labels.group}`, value);
   }
   const at = performance.now();
   scrapes.push({ at, counts });
@@ -54,16 +55,18 @@ function draw() {
   const layers = tokens(menu.value), widest = Math.max(0, ...layers.map(([, row]) => row.length));
   const choices = row => row.reduce((sum, { count }) => sum + count, 0);
   const total = layers.reduce((sum, [, row]) => sum + choices(row), 0);
+  const missing = readsBits() ? "no token has refined anything yet" : "no token yet, a dense model";
   byId("heat-note").textContent = layers.length
-    ? `${total.toLocaleString("en")} choices`
-    : "Nothing to show: no token yet, a dense model, or a server without counters per expert (start it with --expert-metrics full).";
+    ? `${total.toLocaleString("en")} ${readsBits() ? "refined neurons and words" : "choices"}`
+    : `Nothing to show: ${missing}, or a server without counters per expert (start it with --expert-metrics full).`;
   const head = document.createElement("tr");
-  head.append(cell("td", "expert"), ...Array.from({ length: widest }, (_, expert) => cell("th", expert, "col")));
+  head.append(cell("td", readsBits() ? "group" : "expert"), ...Array.from({ length: widest }, (_, expert) => cell("th", expert, "col")));
   document.querySelector("#heat thead").replaceChildren(...(layers.length ? [head] : []));
   document.querySelector("#heat tbody").replaceChildren(...layers.map(([layer, row]) => {
     const line = document.createElement("tr"), sum = choices(row);
     const shown = row.filter(({ count, open }) => open || count).length;
-    line.append(cell("th", `layer ${layer}`, "row"), ...row.map(({ count, open }) => {
+    const unit = !readsBits() ? "choices" : layer === HEAD ? "words" : "neurons";
+    line.append(cell("th", layer === HEAD ? "output head" : `layer ${layer}`, "row"), ...row.map(({ count, open }) => {
       if (!open && !count) {
         const element = cell("td", "");
         element.className = "closed";
@@ -73,7 +76,7 @@ function draw() {
       const share = sum ? count / sum : 0, element = cell("td", sum ? Math.round(100 * share) + " %" : "–");
       // The colour is full from twice an even share on. Even then the number is easy to read.
       element.style.setProperty("--share", (0.55 * Math.min(1, share * shown / 2)).toFixed(3));
-      element.title = `${count.toLocaleString("en")} choices`;
+      element.title = `${count.toLocaleString("en")} ${unit}`;
       return element;
     }));
     return line;
@@ -85,7 +88,7 @@ export function watch() {
   byId("heat-policy").addEventListener("change", redraw);
   byId("heat-window").addEventListener("change", redraw);
   const turn = async () => {
-    if (document.visibilityState === "visible") {
+    if (document.visibilityState === "visible" && defaultPolicy()) { // once the policies are known
       try {
         await scrape();
         draw();

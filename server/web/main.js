@@ -25,5 +25,4 @@ async function refresh() {
 playground.listen(policies.drawFrontier);
 policies.listen();
 byId("api-key").addEventListener("change", refresh);
-experts.watch();
-refresh();
+refresh().then(experts.watch); // what is counted depends on the policies

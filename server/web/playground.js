@@ -57,7 +57,7 @@ async function run(article, prompt, body) {
     pairs.push(["policy", routing.policy], ["version", routing.version], ["chosen by", routing.reason],
       ["accuracy", fixed(routing.accuracy, 2)], ["active parameters", percent(routing.active_parameters_ratio)],
       ...(routing.bytes_ratio == null ? [] : [["weight bytes", percent(routing.bytes_ratio)]]),
-      ["experts per token", fixed(routing.experts_per_token, 2)],
+      shown.refinedRows == null ? ["experts per token", fixed(routing.experts_per_token, 2)] : ["refined rows per token", fixed(shown.refinedRows, 0)],
       ...(routing.phases ? [["tokens by phase", routing.phases.map(({ policy, completion_tokens: drawn }) => `${policy} ${drawn}`).join(", ")]] : []));
     article.querySelector("h3").textContent = routing.policy;
   }

@@ -104,6 +104,10 @@ function fillAutomatic() {
 
 export const defaultPolicy = () => routing?.default.policy;
 
+// Whether policies say how many bits of a weight are read. Tokens then choose what is refined: neurons and words.
+export const readsBits = () => (routing?.policies ?? []).some(
+  policy => policy.head_bits != null || policy.layers.some(rule => (rule?.bits ?? rule?.attention_bits) != null));
+
 // The largest number of experts per layer that a token may run under any policy, as a mean over the expert layers.
 export function mostExperts() {
   const means = (routing?.policies ?? []).map(policy => {
@@ -170,6 +174,9 @@ export async function refresh() {
   }
   byId("current").textContent = describe(routing.default);
   byId("default").textContent = `default: ${describe(routing.default)}`;
+  for (const [kind, shown] of [["of-experts", !readsBits()], ["of-refined", readsBits()]]) {
+    for (const element of document.getElementsByClassName(kind)) element.hidden = !shown;
+  }
   fillTable();
   fillAutomatic();
   fillCanary();

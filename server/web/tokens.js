@@ -1,15 +1,30 @@
-// The tokens of one answer. Each is shaded by the number of experts that ran for it. For one chosen token, the experts of each layer
-// are listed. A token is chosen by pointing at it, or with the slider below the text, for keyboards and screen readers.
+// The tokens of one answer. Each is shaded by the number of experts that ran for it or, where policies say how many bits are read,
+// by what it refined: neurons and words that were read at 8 bits instead of 4. For one chosen token, the numbers of each layer are
+// listed. A token is chosen by pointing at it, or with the slider below the text, for keyboards and screen readers.
 
-function describe(layers, experts) {
+const count = number => number.toLocaleString("en");
+const shade = (span, depth) => span.style.setProperty("--share", (0.06 + 0.49 * Math.min(1, Math.max(0, depth))).toFixed(3));
+
+function describeExperts(layers, experts) {
   return layers.map((layer, place) => {
     const ran = experts[place];
     return `layer ${layer}: ${ran.length === 1 ? "expert" : "experts"} ${ran.join(", ") || "none"}`;
   }).join("; ");
 }
 
+// `refined`, `refinable`: neurons of each layer, then words of the output head.
+function describeRefined(layers, refined, refinable) {
+  if (!rowsOf(refined)) return "nothing refined, every weight is read at the bits that the policy says";
+  const of = place => `${count(refined.at(place))} of ${count(refinable.at(place))}`;
+  return [...layers.map((layer, place) => `layer ${layer}: ${of(place)} neurons`), `output head: ${of(-1)} words`].join("; ");
+}
+
+// The rows of weights of what is refined: a neuron has three, a word one.
+const rowsOf = refined => refined.reduce((sum, number, place) => sum + number * (place < refined.length - 1 ? 3 : 1), 0);
+
 export class Tokens {
-  // `most`: the experts per layer with the darkest shade. One expert per layer has the lightest.
+  // `most`: the experts per layer with the darkest shade. One expert per layer has the lightest. What tokens refined has its
+  // lightest and darkest shade at the least and the most in this answer, because it differs little between tokens.
   constructor(article, prompt, most) {
     this.pre = article.querySelector("pre");
     this.walk = article.querySelector(".walk");
@@ -17,7 +32,9 @@ export class Tokens {
     this.told = this.walk.querySelector(".told");
     this.most = most;
     this.layers = [];
-    this.items = []; // [{span, text, experts}]
+    this.refinable = null;
+    this.items = []; // [{span, text, experts, refined, rows}]; the last two only if the model refines
+    this.range = [Infinity, 0]; // of `rows`
     this.chosen = null;
     const given = document.createElement("span");
     given.className = "prompt";
@@ -42,16 +59,18 @@ export class Tokens {
   add(choice) {
     const trace = choice.routing_trace ?? {};
     this.layers = trace.layers ?? this.layers;
+    this.refinable = trace.refinable ?? this.refinable;
     const span = document.createElement("span");
     span.className = "token";
     span.textContent = choice.text;
-    const experts = trace.tokens?.[0] ?? [];
-    if (experts.length) {
+    const experts = trace.tokens?.[0] ?? [], refined = trace.refined?.[0], rows = refined && rowsOf(refined);
+    this.items.push({ span, text: choice.text, experts, refined, rows });
+    if (refined) {
+      this.shadeRefined(rows);
+    } else if (experts.length) {
       const mean = experts.reduce((sum, ran) => sum + ran.length, 0) / experts.length;
-      const depth = this.most > 1 ? Math.min(1, Math.max(0, (mean - 1) / (this.most - 1))) : 0;
-      span.style.setProperty("--share", (0.06 + 0.49 * depth).toFixed(3));
+      shade(span, this.most > 1 ? (mean - 1) / (this.most - 1) : 0);
     }
-    this.items.push({ span, text: choice.text, experts });
     this.pre.append(span);
     this.slider.max = this.items.length;
     if (this.layers.length && this.walk.hidden) {
@@ -61,13 +80,29 @@ export class Tokens {
     }
   }
 
+  // The mean number of rows of weights that a token refined; null if the model refines nothing.
+  get refinedRows() {
+    const known = this.items.filter(item => item.refined);
+    return known.length ? known.reduce((sum, { rows }) => sum + rows, 0) / known.length : null;
+  }
+
+  // Shade the last token, which refined so many rows. If it has the least or the most so far, the shades of all tokens change.
+  shadeRefined(rows) {
+    const [least, most] = this.range, inside = least <= rows && rows <= most;
+    const [from, to] = this.range = [Math.min(least, rows), Math.max(most, rows)];
+    for (const item of inside ? this.items.slice(-1) : this.items) {
+      if (item.refined && to > 0) shade(item.span, (item.rows - from) / (to - from || 1));
+    }
+  }
+
   choose(place) {
     this.chosen?.span.classList.remove("now");
     const item = this.chosen = this.items[place];
     item.span.classList.add("now");
     const name = item.text ? JSON.stringify(item.text) : "no text of its own";
     this.slider.value = place + 1;
-    this.told.textContent = `${place + 1}, ${name}: ${describe(this.layers, item.experts)}`;
+    const numbers = item.refined ? describeRefined(this.layers, item.refined, this.refinable) : describeExperts(this.layers, item.experts);
+    this.told.textContent = `${place + 1}, ${name}: ${numbers}`;
     this.slider.setAttribute("aria-valuetext", this.told.textContent);
   }
 

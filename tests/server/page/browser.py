@@ -71,7 +71,7 @@ class Page:
             const found = report => report.violations.map(one => [one.id, one.nodes.map(node => node.html)]);
             axe.run().then(report => arguments[0](JSON.stringify(found(report))));
         """)
-        assert json.loads(report) == []
+        assert json.loads(report) == [], report
 
     def scheme(self, name: str, width: int) -> None:
         media = {"features": [{"name": "prefers-color-scheme", "value": name}]}

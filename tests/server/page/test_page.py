@@ -13,8 +13,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
+from ladimo.checkpoint import read_config, write_policy
+from ladimo.policy import LayerRule, RoutingPolicy
 from server.api.routes.pages import ASSETS, WEB
 from server.app import Access
+from tests.factories import make_nested
 from tests.server.page.browser import Page
 from tests.server.real import model_served
 from tests.server.serving import Parts, serving
@@ -183,6 +186,52 @@ def test_tokens_are_shaded_by_their_experts_and_tell_their_layers_choices(page: 
     wide = next(place for place, token in enumerate(page.all(f"{ANSWERS[0]} .token")) if place > 2 and token.rect["width"] > 4)
     ActionChains(page.driver).move_to_element(page.all(f"{ANSWERS[0]} .token")[wide]).perform()
     page.until(lambda: page(f"{ANSWERS[0]} .told").text.startswith(f"{wide + 1}, "))
+
+
+@needs_chromium
+def test_tokens_are_shaded_by_what_they_refined_and_tell_the_numbers(driver: webdriver.Chrome, tmp_path: Path) -> None:
+    nested = make_nested(tmp_path / "nested", num_experts=1)
+    config = read_config(nested)
+    rule = LayerRule(1, renormalize=False, bits=4, refine=1.0)
+    write_policy(nested, RoutingPolicy("refined", "", (rule,) * config.num_hidden_layers, 4, 2.0))
+    asked = {"prompt": "def f(", "max_tokens": 30, "temperature": 0, "routing": "refined", "routing_trace": True}
+    with model_served(nested, access=Access(open_admin=True)) as address:
+        choice = httpx.post(f"{address}/v1/completions", json=asked, timeout=30).json()["choices"][0]
+        refined, refinable = (choice["routing_trace"][name] for name in ("refined", "refinable"))
+        rows = [3 * sum(token[:-1]) + token[-1] for token in refined]
+        page = Page(driver, f"{address}/").open()
+        page.type("#prompt", "def f(")
+        page.type("#max-tokens", "30")
+        page.type("#temperature", "0")
+        Select(page("#policy")).select_by_value("refined")
+        Select(page("#other")).select_by_value("fast")
+        page.run()
+        tokens = page.all(f"{ANSWERS[0]} .token")
+        shades = [float(str(token.get_attribute("style")).removeprefix("--share: ").removesuffix(";")) for token in tokens]
+        span = max(rows) - min(rows)
+        assert span and shades == pytest.approx([0.06 + 0.49 * (each - min(rows)) / span for each in rows], abs=0.001)
+        assert page.figures(0)["refined rows per token"] == f"{sum(rows) / len(rows):.0f}"
+        page(f"{ANSWERS[0]} .walk input").send_keys(Keys.HOME)
+        numbers = [f"{count:,} of {most:,}" for count, most in zip(refined[0], refinable, strict=True)]
+        said = [f"layer {layer}: {each} neurons" for layer, each in enumerate(numbers[:-1])]
+        assert page(f"{ANSWERS[0]} .told").text.endswith(": " + "; ".join([*said, f"output head: {numbers[-1]} words"]))
+        assert {token.get_attribute("style") for token in page.all(f"{ANSWERS[1]} .token")} == {""}  # one precision for all
+        assert "nothing refined" in page(f"{ANSWERS[1]} .told").text
+        legends = [legend.text for legend in page.all(".legend") if legend.is_displayed()]
+        assert "shaded by what they refined" in legends[0] and page("#experts-title").text == "Refined neurons and words"
+
+        Select(page("#heat-window")).select_by_value("start")
+        page.until(lambda: "%" in page("#heat").text)
+        assert [head.text for head in page.all("#heat tbody th")] == [
+            *(f"layer {layer}" for layer in range(config.num_hidden_layers)),
+            "output head",
+        ]
+        assert page("#heat thead td").text == "group"
+        total = 2 * sum(map(sum, refined))  # asked twice; the prompt's tokens refine, too
+        shown = re.fullmatch(r"([\d,]+) refined neurons and words", page("#heat-note").text)
+        assert shown is not None and int(shown[1].replace(",", "")) > total
+        page.look("refined")
+        page.check_accessible()
 
 
 @needs_chromium
