@@ -16,7 +16,7 @@ from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
 from ladimo.convert.methods.registry import METHODS
 from ladimo.convert.pipeline import convert
 from ladimo.convert.progress import reporting
-from ladimo.convert.recipe import LAYERS_PATTERN, Recipe, load_recipe
+from ladimo.convert.recipe import AUTO, LAYERS_PATTERN, Recipe, load_recipe
 from ladimo.convert.report.outside import read_comparison, read_throughput
 from ladimo.convert.report_files import REPORT, measured_policies, render_report
 from ladimo.convert.reprofile import reprofile
@@ -85,22 +85,29 @@ def build_parser() -> argparse.ArgumentParser:
         help="make a MoE checkpoint from a dense LLaMA",
         description="Make the MoE checkpoint OUT from DENSE. After an interruption the same command resumes. Flags override "
         "the recipe. Progress is a bar on a terminal, otherwise a line at least every 30 seconds.",
-        epilog="Which method: nested changes bits; elastic changes parameters and stores copies of what its budgets keep. "
-        "tomoe and disp change and copy no weight; tomoe routes by token, disp does not. ladimo, cmoe and moefication follow "
-        "their papers, and static is the baseline. docs/choosing-a-method.md has the measurements.",
+        epilog="Which method: auto takes nested. If FFNs have no gate, as in Phi-2, or if --experts, --top-k, --target-active "
+        "or numbers of layers are given, it takes elastic. The first line of output says which one and why. nested changes "
+        "bits; elastic changes parameters and stores copies of what its budgets keep. tomoe and disp change and copy no "
+        "weight; tomoe routes by token, disp does not. ladimo, cmoe and moefication follow their papers, and static is the "
+        "baseline. docs/choosing-a-method.md has the measurements.",
     )
     command.add_argument("source", metavar="DENSE", help="directory of the dense model in Hugging Face layout, or a hub id")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")
-    command.add_argument("--method", choices=sorted(METHODS), help="conversion method (default: elastic)")
+    command.add_argument("--method", choices=[AUTO, *sorted(METHODS)], help="conversion method (default: auto, see below)")
     command.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="calibration text, UTF-8 (default: Python's standard library)"
     )
     command.add_argument("--tokens", type=int, metavar="N", help="calibration tokens (default: 100000)")
-    command.add_argument("--experts", type=int, metavar="E", help="experts per converted layer (default: 8)")
+    command.add_argument(
+        "--experts", type=int, metavar="E", help="experts per converted layer (default: 8); not in method nested"
+    )
     command.add_argument("--top-k", type=int, metavar="K", help="experts per token in methods that train a router (default: 2)")
     command.add_argument("--layers", type=layers_flag, metavar="auto|all|0,3,5-9", help="layers to convert (default: auto)")
     command.add_argument(
-        "--target-active", type=float, metavar="R", help="share of the dense model's active parameters to reach (default: 0.8)"
+        "--target-active",
+        type=float,
+        metavar="R",
+        help="share of the dense model's active parameters to reach (default: 0.8); not in method nested",
     )
     command.add_argument(
         "--max-perplexity-ratio",
@@ -126,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--ray",
         metavar="ADDRESS",
         help="convert the layers in a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for a cluster on this "
-        "machine. DENSE and OUT must have the same path on every machine",
+        "machine. Used by the methods cmoe, elastic, ladimo, moefication and static. DENSE and OUT must have the same path "
+        "on every machine",
     )
     command.set_defaults(run=run_convert)
 

@@ -1,5 +1,6 @@
 """`ladimo convert`: runs the stages in order. Each stage can be resumed. At the end, the checkpoint is renamed to its place."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ladimo.checkpoint import (
 )
 from ladimo.convert.data.calibration import Calibration, Encoder, calibrate
 from ladimo.convert.evaluation.measure import num_scored
+from ladimo.convert.methods.automatic import choose_method
 from ladimo.convert.methods.base import Converted, Method
 from ladimo.convert.methods.registry import METHODS, get_method
 from ladimo.convert.policies.candidates import ConvertedModel
@@ -56,10 +58,12 @@ def convert(
     """
     directory = resolve_directory(source)
     torch_device = choose_device(device)
-    method = get_method(recipe.method)
+    name, reason = choose_method(recipe, read_config(directory))
+    method, recipe = get_method(name), dataclasses.replace(recipe, method=name)
     check_fit(method, read_config(directory))
     config = check_source(directory)
     recipe = method.resolve(recipe, config, torch_device)
+    logger.info("method: %s, %s", name, reason)
     candidates = recipe.candidate_layers(config.num_hidden_layers)
     arguments = conversion_arguments(source, directory, recipe, text, device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

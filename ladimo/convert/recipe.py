@@ -15,6 +15,7 @@ from ladimo.convert.typed import build
 
 Section = TypeVar("Section")
 
+AUTO = "auto"  # the method that `methods.automatic` chooses
 SECTIONS: dict[str, type[Any]] = {}  # the dataclasses of the methods' own tables, by method
 OUTPUT_SCALES = ("none", "experts", "fit")
 LAYERS_PATTERN = re.compile(r"auto|all|\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -102,16 +103,17 @@ class PolicyRecipe:
 class Recipe:
     """The parameters of a conversion.
 
+    method: its name, or "auto".
     layers: the layers to convert. "auto": the least damaging ones, until `target_active` is reached. "all". Or numbers and
     ranges such as "0,3,5-9".
     tokens: calibration tokens. 90% are for fitting, 10% are held out. Another 20% on top are for evaluation.
     target_active: the share of the dense model's active parameters to reach, without embeddings. It is reached under policy
     `full`, and with method `elastic` under `balanced`.
     max_perplexity_ratio: add the cheapest policy with at most so many times the dense model's perplexity; 0: add none.
-    sections: the methods' own tables, by method.
+    sections: the methods' own tables, by method. given: the dotted keys that a file or flags gave a value, even the default.
     """
 
-    method: str = "elastic"
+    method: str = AUTO
     layers: str = "auto"
     target_active: float = 0.8
     max_perplexity_ratio: float = 0.0
@@ -121,6 +123,7 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
     policies: PolicyRecipe = field(default_factory=PolicyRecipe)
     sections: dict[str, Any] = field(default_factory=lambda: {name: kind() for name, kind in SECTIONS.items()})
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         valid = LAYERS_PATTERN.fullmatch(self.layers) is not None
@@ -134,18 +137,24 @@ class Recipe:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Raises ValueError with the name of the first unknown key or wrong value."""
-        known = [item.name for item in fields(cls) if item.name != "sections"]
+        known = [item.name for item in fields(cls) if item.name not in ("sections", "given")]
         if unknown := [name for name in raw if name not in (*known, *SECTIONS)]:
             raise ValueError(f"{unknown[0]}: unknown key; known: {', '.join(sorted((*known, *SECTIONS)))}")
         sections = {name: build(kind, raw.get(name, {}), name, closed=True) for name, kind in SECTIONS.items()}
         own = build(cls, {name: value for name, value in raw.items() if name in known}, closed=True)
-        return replace(own, sections=sections)
+        return replace(own, sections=sections, given=frozenset(_dotted(raw)))
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `from_dict` reads. The methods' tables are beside the others."""
         values = asdict(self)
+        del values["given"]
         sections = values.pop("sections")
         return {**values, **sections}
+
+    def asked(self) -> frozenset[str]:
+        """The dotted keys that were given, and those whose values are not the defaults."""
+        own, default = _dotted(self.to_dict()), _dotted(Recipe().to_dict())
+        return self.given | {key for key, value in own.items() if value != default.get(key)}
 
     def section(self, kind: type[Section]) -> Section:
         """The table of a method, found by its dataclass `kind`."""
@@ -164,7 +173,8 @@ class Recipe:
             table, _, name = key.rpartition(".")
             if value is not None:
                 tables.setdefault(table, {})[name] = value
-        changed = replace(self, **tables.pop("", {}))
+        given = self.given | {key for key, value in flags.items() if value is not None}
+        changed = replace(self, **tables.pop("", {}), given=given)
         for table, values in tables.items():
             if table in SECTIONS:
                 changed = changed.with_section(replace(changed.section(SECTIONS[table]), **values))
@@ -186,6 +196,13 @@ class Recipe:
                 raise ValueError(f"layers: {part} is out of range, the model has layers 0 to {num_layers - 1}")
             chosen |= set(span)
         return tuple(sorted(chosen))
+
+
+def _dotted(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, from values and tables of values."""
+    tables = {name: value if isinstance(value, Mapping) else None for name, value in raw.items()}
+    values = {name: raw[name] for name, table in tables.items() if table is None}
+    return values | {f"{name}.{key}": value for name, table in tables.items() if table for key, value in table.items()}
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from ladimo.convert.methods.base import Method
-from ladimo.convert.recipe import SECTIONS
+from ladimo.convert.recipe import AUTO, SECTIONS
 
 METHODS: dict[str, Method] = {}
 
@@ -24,4 +24,4 @@ def get_method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:
-        raise ValueError(f"method {name!r} is unknown; known: {', '.join(sorted(METHODS))}") from None
+        raise ValueError(f"method {name!r} is unknown; known: {', '.join(sorted((AUTO, *METHODS)))}") from None

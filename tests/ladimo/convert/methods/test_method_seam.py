@@ -140,6 +140,6 @@ def test_without_its_package_the_method_is_unknown(source: Path, tmp_path: Path,
     recipe.write_text("method = 'toy'\n")
     assert main(["convert", str(source), str(tmp_path / "moe"), "--recipe", str(recipe)]) == 1
     assert (
-        "method 'toy' is unknown; known: cmoe, disp, elastic, ladimo, moefication, nested, static, tomoe"
+        "method 'toy' is unknown; known: auto, cmoe, disp, elastic, ladimo, moefication, nested, static, tomoe"
         in capsys.readouterr().err
     )
