@@ -212,7 +212,9 @@ def test_phi2_is_converted_by_methods_that_need_no_gate(method: str, tmp_path: P
     """The others refuse it by name."""
     dense = make_dense(tmp_path / "dense", **FAMILIES["phi2"], max_position_embeddings=32)
     moe, text = tmp_path / "moe", [make_text(tmp_path / "text.txt")]
-    recipe = small_recipe(**{"method": method, "train.steps": 5, "policies.points": 0, "target_active": 0.9})
+    recipe = small_recipe(
+        **{"method": method, "train.steps": 5, "elastic.steps": 5, "policies.points": 0, "target_active": 0.9}
+    )
     if "gelu" not in METHODS[method].ffn_kinds:
         with pytest.raises(ValueError, match=f"method '{method}' does not convert family 'phi', whose FFNs have no gate"):
             convert(str(dense), moe, recipe, text)
