@@ -3,6 +3,7 @@
 A target is an object with a name, a line of help and the methods of `Target`. After `register` the command line knows it.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,11 +17,14 @@ from ladimo.export.checking import Check
 from ladimo.export.dense import DenseTarget
 from ladimo.export.gguf import GgufTarget
 from ladimo.export.glm4_moe import Glm4MoeTarget
+from ladimo.export.hugging_face import HuggingFaceTarget
 from ladimo.export.mimo_v2 import MimoV2Target
 from ladimo.export.mixtral import MixtralTarget
 from ladimo.export.policy_view import PolicyView
 from ladimo.export.qwen2_moe import Qwen2MoeTarget
 from ladimo.policy import RoutingPolicy
+
+logger = logging.getLogger(__name__)
 
 
 class Target(Protocol):
@@ -81,6 +85,8 @@ def export(model: str | Path, out: Path, target: str, policy: str, head_bits: in
         raise ValueError(_refusal(chosen, policies))
     view = PolicyView(directory, config, chosen, torch.float32 if float32 else None)
     _check(view, target)
+    if view.is_rounded and isinstance(_TARGETS[target], HuggingFaceTarget):
+        logger.info("weights are rounded to %s; --float32 writes them exactly", str(view.dtype).removeprefix("torch."))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,11 +1,12 @@
 """Bits against accuracy: a nested model's policies beside plain int8 and int4, and beside llama.cpp's formats.
 
-    python -m loadtests.accuracy.precision_bench DENSE NESTED --text FILE [--tokens 8192] [--gguf FILE]
+    python -m loadtests.accuracy.precision_bench DENSE NESTED --text FILE [--tokens 8192] [--gguf FILE [--exported FILE ...]]
 
 All rows see the same windows of the text. Ours are computed by the compiled step, as the server computes them. The cost of a
 row is the bytes of weights that a decoded token reads, output head included, relative to 16 bits. `--gguf` names an unrounded
 GGUF file of the dense model (`ladimo export --target gguf --policy full`). llama.cpp rounds it to its own formats and runs
-these. Its ratios are to its own run of the unrounded file. The last line is one JSON object.
+these. `--exported` names GGUF files with our integers (`ladimo export --target gguf` of the nested model), which llama.cpp runs
+as they are. All ratios of llama.cpp are to its own run of the unrounded file. The last line is one JSON object.
 """
 
 import argparse
@@ -59,7 +60,18 @@ def plain_rows(directory: Path, windows: Tensor) -> Iterator[Row]:
         yield f"int{bits}", (bits + SCALE_BITS / GROUP) / 16, perplexity(model, dense, windows)[0]
 
 
-def llama_cpp_rows(gguf: Path, windows: Tensor, threads: int) -> Iterator[Row]:
+def read_ratio(gguf: Path) -> float:
+    """The bytes of a file's weights that a decoded token reads, relative to 16 bits. Of an embedding beside the output head it
+    reads one row."""
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    if "output.weight" in tensors:
+        del tensors["token_embd.weight"]
+    return float(sum(tensor.n_bytes for tensor in tensors.values()) / sum(2 * tensor.n_elements for tensor in tensors.values()))
+
+
+def llama_cpp_rows(gguf: Path, exported: Sequence[Path], windows: Tensor, threads: int) -> Iterator[Row]:
     """The unrounded file first."""
     import llama_cpp as library
 
@@ -70,7 +82,7 @@ def llama_cpp_rows(gguf: Path, windows: Tensor, threads: int) -> Iterator[Row]:
         for window in windows:
             logits = peer.logits(window.tolist())
             total += F.cross_entropy(logits[:-1], window[1:], reduction="sum").item()
-        return name, file.stat().st_size / gguf.stat().st_size, math.exp(total / windows[:, 1:].numel())
+        return name, read_ratio(file), math.exp(total / windows[:, 1:].numel())
 
     yield run("llama.cpp, unrounded", gguf)
     with tempfile.TemporaryDirectory() as directory:
@@ -80,6 +92,8 @@ def llama_cpp_rows(gguf: Path, windows: Tensor, threads: int) -> Iterator[Row]:
             if library.llama_model_quantize(str(gguf).encode(), str(target).encode(), params):
                 raise SystemExit(f"llama.cpp could not write {name}")
             yield run(f"llama.cpp {name}", target)
+    for file in exported:
+        yield run(f"exported {file.parent.name if file.stem == 'model' else file.stem}", file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,8 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512, help="tokens that are read together")
     parser.add_argument("--gguf", type=Path, help="needs llama-cpp-python")
+    parser.add_argument("--exported", type=Path, nargs="+", default=[], help="our GGUF files of the nested model; needs --gguf")
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
     args = parser.parse_args(arguments)
+    if args.exported and args.gguf is None:
+        parser.error("--exported: needs --gguf, the unrounded file to compare with")
     ids = load_tokenizer(args.dense)(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     count = min(args.tokens, len(ids)) // args.window
     if not count:
@@ -99,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     windows = torch.tensor(ids[: count * args.window]).view(count, args.window)
     parts = [nested_rows(args.nested, windows), plain_rows(args.dense, windows)]
     if args.gguf is not None:
-        parts.append(llama_cpp_rows(args.gguf, windows, args.threads))
+        parts.append(llama_cpp_rows(args.gguf, args.exported, windows, args.threads))
     results = []
     print(f"{'weights':<22} {'bytes':>6} {'perplexity':>11} {'ratio':>7}")
     base = math.nan

@@ -39,11 +39,15 @@ def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool, top_
 
 
 @pytest.mark.parametrize("top_bits", [16, 8])
-def test_bf16_weights_are_exact_in_fp32(tmp_path: Path, top_bits: int) -> None:
-    """What is read at 4 bits does not fit into bf16, the stored type."""
+def test_bf16_weights_are_exact_in_fp32(tmp_path: Path, top_bits: int, caplog: pytest.LogCaptureFixture) -> None:
+    """What is read at 4 bits does not fit into bf16, the stored type. The export says so."""
+    caplog.set_level("INFO")
     nested = make_nested(tmp_path / "nested", top_bits=top_bits, dtype=torch.bfloat16)
     export.export(nested, tmp_path / "rounded", "dense", "fast")
+    assert "weights are rounded to bfloat16; --float32 writes them exactly" in caplog.messages
+    caplog.clear()
     export.export(nested, tmp_path / "exact", "dense", "fast", float32=True)
+    assert not any("rounded" in message for message in caplog.messages)
     expected = ours(nested, "fast")
     assert (expected - theirs(tmp_path / "exact")).abs().max() < 1e-4
     assert (expected - theirs(tmp_path / "rounded")).abs().max() > 1e-3
