@@ -100,7 +100,8 @@ def variants(elastic_steps: int, mask_steps: int = MASK_STEPS, layer_steps: int 
         "disp, each budget": Variant(masks("disp"), by_policy, each_budget=True),
         "tomoe": Variant(masks("tomoe"), by_policy),
         "tomoe, each budget": Variant(masks("tomoe"), by_policy, each_budget=True),
-        "tomoe, 75% of queries and keys": Variant(masks("tomoe", qk=0.75), by_policy),
+        "tomoe, 75% of queries and keys": Variant(masks("tomoe", qk=0.75, qk_train=True), by_policy),
+        "tomoe, 75% of queries and keys, untrained gates": Variant(masks("tomoe", qk=0.75), by_policy),
         "tomoe, literal": Variant(masks("tomoe", mask_once=False, token_noise=True), by_policy),
         "static, end to end": Variant(elastic(**{"elastic.uniform": True, "split.experts": 32}), by_policy),
         "elastic, untrained": Variant(elastic(**{"elastic.steps": 0}), by_policy),
@@ -306,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate-tokens", type=int, default=20_000)
     parser.add_argument("--tokens", default="100000", help="numbers of calibration tokens, separated by ','")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {'; '.join(names)}")
+    every = "; ".join(names).replace("%", "%%")  # argparse formats the text
+    parser.add_argument("--methods", default=";".join(names), help=f"separated by ';': {every}")
     parser.add_argument(
         "--budgets", default=",".join(map(str, BUDGETS)), help="falling, separated by ',' (default: %(default)s)"
     )

@@ -48,7 +48,7 @@ def test_results_keep_their_budgets_and_a_second_run_adds_nothing(
 def test_budgets_are_chosen_and_pruned_attention_is_measured_against_the_dense_model(dense: Path, tmp_path: Path) -> None:
     """A later run adds budgets to methods that convert for each of them, with blocks of 24 tokens."""
     text, out = make_text(tmp_path / "text.txt"), tmp_path / "bench.json"
-    names = "tomoe, each budget; tomoe, 75% of queries and keys"
+    names = "tomoe, each budget; tomoe, 75% of queries and keys"  # the second one with trained gates
     command = [str(dense), "--out", str(out), "--text", str(text), "--evaluate", str(text), "--evaluate-tokens", "300"]
     command += ["--tokens", "2000", "--seeds", "0", "--mask-steps", "4", "--window", "24", "--keep", str(tmp_path / "kept")]
     main([*command, "--methods", "tomoe, each budget", "--budgets", "0.8"])
@@ -67,6 +67,12 @@ def test_budgets_are_chosen_and_pruned_attention_is_measured_against_the_dense_m
     assert results[-1]["stored_bytes"] < results[0]["stored_bytes"]
     with pytest.raises(SystemExit):
         main([*command, "--budgets", "0.75"])
+
+
+def test_the_help_names_all_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "75% of queries" in capsys.readouterr().out
 
 
 def test_the_last_layers_get_one_more_expert_as_the_budget_allows(dense: Path) -> None:

@@ -24,24 +24,34 @@ from ladimo.model.inputs import StepInputs
 
 
 class PairGate(nn.Module):
-    """The kept pairs of one layer. kept: K. start: added to the logits [G, P]."""
+    """The kept pairs of one layer. kept: K. start: added to the logits [G, P]. A gate that is not `trained` has no embedding.
+    It keeps the pairs with the largest start."""
 
     start: Tensor
 
-    def __init__(self, config: ModelConfig, kept: int) -> None:
+    def __init__(self, config: ModelConfig, kept: int, trained: bool) -> None:
         super().__init__()
         self.kept = kept
-        self.norm = nn.LayerNorm(WIDTH)
         groups, pairs = config.num_key_value_heads, config.head_dim // 2
-        self.decoder = nn.Linear(WIDTH, groups * pairs, bias=False)
+        self.norm = nn.LayerNorm(WIDTH) if trained else None
+        self.decoder = nn.Linear(WIDTH, groups * pairs, bias=False) if trained else None
         self.register_buffer("start", torch.zeros(groups, pairs))
 
-    def logits(self, embedding: Tensor) -> Tensor:
+    def logits(self, embedding: Tensor | None) -> Tensor:
         """[G, P], from an embedding [W]."""
+        if self.norm is None or self.decoder is None:
+            return self.start
         decoded: Tensor = self.decoder(F.gelu(self.norm(embedding)))
         return decoded.view_as(self.start) + self.start
 
-    def chosen(self, embedding: Tensor) -> Tensor:
+    def sample(self, embedding: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The mask [G, P] of a training step."""
+        logits = self.logits(embedding)
+        if self.decoder is None:
+            return torch.zeros_like(logits).scatter(1, self.chosen(None), 1.0)
+        return sample_pairs(logits, self.kept, generator)
+
+    def chosen(self, embedding: Tensor | None) -> Tensor:
         """The numbers of the kept pairs, rising: [G, K]."""
         return self.logits(embedding).topk(self.kept, dim=1).indices.sort(dim=1).values
 

@@ -248,8 +248,9 @@ def trainable(dense: StreamedModel) -> StreamedModel:
 def attention_words(options: MaskRecipe) -> str:
     if options.qk == 1:
         return "Attention stays whole."
+    chosen = "trained gates" if options.qk_train else "the power of queries and keys before training"
     return (
-        f"Queries and keys keep {options.qk:.0%} of their channels, chosen by trained gates in pairs that rotate together. The "
+        f"Queries and keys keep {options.qk:.0%} of their channels, chosen by {chosen} in pairs that rotate together. The "
         "others are cut out for every policy."
     )
 

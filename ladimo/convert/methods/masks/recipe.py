@@ -36,6 +36,8 @@ class MaskRecipe:
     settle: the last share of the steps trains whole blocks instead of neurons, as the checkpoint stores them.
     qk: the share of the channels of queries and keys that every attention keeps, the same channels in all policies. Below 1,
     `full` is not the dense model any more.
+    qk_train: trained gates choose these channels. False: from the first step, those with the most power in the statistics are
+    kept; so `start` is needed.
     block: neurons per block; 0: a multiple of 16 that gives at most 128 blocks.
     """
 
@@ -58,6 +60,7 @@ class MaskRecipe:
     balance: float = 1.0
     settle: float = 0.6
     qk: float = 1.0
+    qk_train: bool = False
     block: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class MaskRecipe:
         for key in ("weight_decay", "distill", "size", "union", "balance", "block"):
             require(getattr(self, key) >= 0, f"{self.name}.{key}", "must be at least 0", getattr(self, key))
         require(0 < self.qk <= 1, f"{self.name}.qk", "must be above 0 and at most 1", self.qk)
+        chosen = self.qk == 1 or self.start or self.qk_train
+        require(chosen, f"{self.name}.qk_train", "must be true if qk is below 1 and start is false", self.qk_train)
         for key in ("ramp", "settle"):
             require(0 <= getattr(self, key) <= 1, f"{self.name}.{key}", "must be between 0 and 1", getattr(self, key))
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.distill.layerwise import CURVE_POINTS
 from ladimo.convert.methods.masks.blocks import block_size, cut_blocks
-from ladimo.convert.methods.masks.gates import GatedAttention, PairGate, kept_pairs, sample_pairs
+from ladimo.convert.methods.masks.gates import GatedAttention, PairGate, kept_pairs
 from ladimo.convert.methods.masks.hypernetwork import KEEP_FROM, Hypernetwork, MaskHead, sample_choices, sample_masks
 from ladimo.convert.methods.masks.recipe import MaskRecipe
 from ladimo.convert.methods.masks.start import SPREAD, Start
@@ -107,8 +107,10 @@ class MaskTraining:
         sizes = [mlp.up_proj.out_features for mlp in mlps]
         config = network.dense.config
         self.gated = self._gated_attentions() if options.qk < 1 else []
-        self.hypernetwork = Hypernetwork(config.hidden_size, sizes, experts, seed, len(self.gated), layers).to(device)
-        self.gates = nn.ModuleList(PairGate(config, kept_pairs(config, options.qk)) for _ in self.gated).to(device)
+        embedded = len(self.gated) if options.qk_train else 0
+        self.hypernetwork = Hypernetwork(config.hidden_size, sizes, experts, seed, embedded, layers).to(device)
+        kept = kept_pairs(config, options.qk)
+        self.gates = nn.ModuleList(PairGate(config, kept, options.qk_train) for _ in self.gated).to(device)
         self.masked = [MaskedFfn(mlp, head, options, self.generator) for mlp, head in zip(mlps, self._heads, strict=True)]
         self.partitions: list[Tensor] = []
         self.step = 0
@@ -120,6 +122,11 @@ class MaskTraining:
     @property
     def _pair_gates(self) -> list[PairGate]:
         return list(self.gates)  # type: ignore[arg-type]
+
+    def _with_gates(self, embeddings: Tensor) -> list[tuple[PairGate, Tensor | None]]:
+        """Every gate with its embedding, which only trained gates have."""
+        gates = self._pair_gates
+        return list(zip(gates, embeddings if self.options.qk_train else [None] * len(gates), strict=True))
 
     @property
     def _heads(self) -> list[MaskHead]:
@@ -178,7 +185,7 @@ class MaskTraining:
     def pairs(self) -> Tensor:
         """The pairs that queries and keys keep in every layer, [layers, G, K], on the host. Only if they are gated."""
         _, embeddings = self.hypernetwork.embeddings()
-        return torch.stack([gate.chosen(own) for gate, own in zip(self._pair_gates, embeddings, strict=True)]).cpu()
+        return torch.stack([gate.chosen(own) for gate, own in self._with_gates(embeddings)]).cpu()
 
     def routers(self) -> list[Tensor | None]:
         """The routers [N, D] of the masked layers, on the host; None where there is one expert."""
@@ -253,8 +260,8 @@ class MaskTraining:
         ramp = min(1.0, self.step / max(1.0, options.ramp * options.steps))
         embeddings, of_attentions = self.hypernetwork.embeddings()
         shifts = self._shifts(embeddings, target)
-        for gate, own, attention in zip(self._pair_gates, of_attentions, self.gated, strict=True):
-            attention.mask = sample_pairs(gate.logits(own), gate.kept, self.generator)
+        for attention, (gate, own) in zip(self.gated, self._with_gates(of_attentions), strict=True):
+            attention.mask = gate.sample(own, self.generator)
         student: list[nn.Module | None] = [None] * self.network.dense.config.num_hidden_layers
         for place, (index, masked) in enumerate(zip(self.layers, self.masked, strict=True)):
             masked.begin(embeddings[place], shifts[place])

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import TensorReader, load_model, read_config, read_json, read_policies, write_json
+from ladimo.convert.data.calibration import Encoder, calibrate
 from ladimo.convert.distill.end_to_end import Network
 from ladimo.convert.evaluate_checkpoint import evaluate_checkpoint
-from ladimo.convert.methods.masks.gates import GatedAttention, sample_pairs
+from ladimo.convert.methods.masks.gates import GatedAttention, find_pairs, sample_pairs
 from ladimo.convert.pipeline import convert
 from ladimo.convert.reprofile import reprofile
 from ladimo.convert.streamed_model import StreamedModel
@@ -44,6 +45,23 @@ def pruned(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
     assert convert(str(source), directory / "out", recipe, [text])
     return Made(source, text, directory / "out", recipe)
+
+
+def test_the_channels_with_the_most_power_are_kept_unless_gates_are_trained(pruned: Made, tmp_path: Path) -> None:
+    dense = StreamedModel(pruned.dense, CPU)
+    made = calibrate(Encoder(pruned.dense, dense.config), pruned.recipe.tokens, pruned.recipe.seed, [pruned.text])
+    power = find_pairs(dense, made.fit)  # the text is shorter than what is used of it
+    found = [logits.topk(3).indices.sort().values.tolist() for logits in power]
+    assert read_json(pruned.out / "config.json")["qk_pairs"] == found
+    assert "chosen by the power of queries and keys" in read_json(pruned.out / "report.json")["method"]["description"]
+    trained = pruned.recipe.override({"tomoe.qk_train": True, "tomoe.lr": 0.5, "policies.points": 0})
+    assert convert(str(pruned.dense), tmp_path / "trained", trained, [pruned.text])
+    config, report = read_config(tmp_path / "trained"), read_json(tmp_path / "trained/report.json")
+    assert config.qk_head_dim == 6
+    assert [[list(head) for head in layer] for layer in config.qk_pairs] != found
+    assert "chosen by trained gates" in report["method"]["description"]
+    with pytest.raises(ValueError, match=r"tomoe\.qk_train: must be true if qk is below 1 and start is false"):
+        pruned.recipe.override({"tomoe.start": False})
 
 
 def test_a_mask_has_as_many_pairs_as_are_kept_and_pairs_near_the_border_learn() -> None:
