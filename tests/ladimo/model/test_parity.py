@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ladimo.checkpoint import load_model, read_config, read_json, read_policies
+from ladimo.model.cpu.build import library
+from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.families import read_model_config
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from tests.factories import HALF_ROPE, LINEAR_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense
+from tests.ladimo.native import Cached
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 CPU = torch.device("cpu")
@@ -125,6 +128,25 @@ def test_decode_token_by_token(dense_pair: tuple[MoeTransformer, Tensor, Tensor]
     assert rows[0].blocks != sorted(rows[0].blocks)
     for sequence in range(2):
         assert_same(torch.cat([step[sequence] for step in logits]), theirs[sequence])
+
+
+@pytest.mark.skipif(library() is None, reason="there is no compiled CPU kernel here")
+def test_the_compiled_step_prefills_decodes_and_mixes(dense_pair: tuple[MoeTransformer, Tensor, Tensor]) -> None:
+    """Two sequences, of which one starts in chunks while the other is decoded."""
+    model, ids, theirs = dense_pair
+    steps, (first, second) = Cached(model, NativeStep(model, "float32", 1), []), [Row(row) for row in ids.tolist()]
+    found: tuple[list[Tensor], list[Tensor]] = [steps.step(prefill=[(first, 30)])[0]], []
+    for count in (20, 7, 1):
+        decoded, chunk = steps.step(decode=[first], prefill=[(second, count)])
+        found[0].append(decoded)
+        found[1].append(chunk)
+    for _ in range(LENGTH - 33):
+        decoded, other = steps.step(decode=[first, second])
+        found[0].append(decoded)
+        found[1].append(other)
+    for sequence, logits in enumerate(found):
+        ours = torch.cat(logits)
+        assert_same(ours, theirs[sequence, : len(ours)])
 
 
 def test_mixed_step(dense_pair: tuple[MoeTransformer, Tensor, Tensor]) -> None:
