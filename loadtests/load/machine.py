@@ -229,7 +229,7 @@ class Machine:
         try:
             admission.take_places(1)
             places = 1
-            route = under_pressure(self._store.resolve(), FIXED[AUTO], self._store, admission)
+            route = under_pressure(self._store.resolve(), FIXED[AUTO], 0, self._store, admission)
             admission.take_room(len(request.prompt))
         except QueueFull as error:
             admission.give_back(places, 0)

@@ -7,6 +7,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.errors import BadRequest, Dead, Draining, Loading, QueueFull, ServiceError
@@ -25,6 +26,7 @@ class Permit:
     def __init__(self, admission: "Admission") -> None:
         self._admission = admission
         self._sequences = self._waiting_tokens = 0
+        self._patient = 0  # sequences that wait and let others go before them
 
     def enter(self, sequences: int, param: str | None = None) -> None:
         """Take places, before any work is done. Raises the errors of `Admission.take_places`."""
@@ -35,6 +37,13 @@ class Permit:
         """Take room for the prompts, which are encoded and wait for the engine. Raises the errors of `Admission.take_room`."""
         self._admission.take_room(prompt_tokens, deadline)
         self._waiting_tokens = prompt_tokens
+        if self._patient:
+            self._admission.patient_tokens += prompt_tokens
+
+    def let_pass(self) -> None:
+        """The request lets requests of the usual priority go before it, so they do not wait for it."""
+        self._patient = self._sequences
+        self._admission.patient += self._patient
 
     @property
     def admission(self) -> "Admission":
@@ -44,11 +53,18 @@ class Permit:
         """Give back the room of a sequence that has its first token. Its prompt no longer waits."""
         self._waiting_tokens -= prompt_tokens
         self._admission.give_back(0, prompt_tokens)
+        if self._patient:
+            self._patient -= 1
+            self._admission.patient -= 1
+            self._admission.patient_tokens -= prompt_tokens
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
         self._admission.give_back(self._sequences, self._waiting_tokens)
-        self._sequences = self._waiting_tokens = 0
+        if self._patient:
+            self._admission.patient -= self._patient
+            self._admission.patient_tokens -= self._waiting_tokens
+        self._sequences = self._waiting_tokens = self._patient = 0
 
 
 class Admission:
@@ -71,6 +87,7 @@ class Admission:
     ) -> None:
         self.in_flight = 0
         self.waiting_tokens = 0
+        self.patient = self.patient_tokens = 0  # the part of both that lets others go first, and has no first token yet
         self.draining = False
         self.meter = meter
         self._engine, self._on_reject, self._clock = engine, on_reject, clock
@@ -84,6 +101,17 @@ class Admission:
         if self._engine.state is not EngineState.READY:
             return None
         return Queue(self.in_flight, self.waiting_tokens, self._engine.limits.max_num_seqs, self._max_queue)
+
+    def least_wait_seconds(self, price: float) -> float | None:
+        """How long the newest request of the usual priority waits at least, if all before it have this price, the lowest that
+        they may get. None while too little is known."""
+        queue = self.queue
+        if queue is None:
+            return None
+        before = replace(
+            queue, in_flight=queue.in_flight - self.patient, waiting_tokens=queue.waiting_tokens - self.patient_tokens
+        )
+        return self.meter.least_wait_seconds(before, price)
 
     @property
     def capacity(self) -> int:

@@ -145,16 +145,22 @@ class LoadMeter:
         begin = max(now - LATENCY_SECONDS, since)
         return Measured(*(_p90(seconds for at, seconds in samples if at >= begin) for samples in (self._itl, self._ttft)))
 
-    def completion_seconds(self, sequences: int, batch: int) -> float:
-        """How long it takes until so many sequences of a full batch have ended. 0 while too little is known."""
+    def completion_seconds(self, sequences: int, batch: int, price: float | None = None) -> float:
+        """How long it takes until so many sequences of a full batch have ended, at the present mean price or at the given one.
+        0 while too little is known."""
         lengths = Demand(0.0, self._prompt.value, self._output.value)
-        return sequences * self.costs.sequence_seconds(lengths, batch, self.price)
+        return sequences * self.costs.sequence_seconds(lengths, batch, self.price if price is None else price)
 
-    def wait_seconds(self, queue: Queue) -> float:
+    def wait_seconds(self, queue: Queue, price: float | None = None) -> float:
         """How long the newest sequence of the queue waits: until the prompts before it are computed, and until there is a place
-        in the batch for it. 0 if nothing is before it, and while too little is known."""
-        prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price)
-        return max(prompts, self.completion_seconds(max(queue.in_flight - queue.batch, 0), queue.batch))
+        in the batch for it. `price`: of all before it; None: the present mean price. 0 if nothing is before it, and while too
+        little is known."""
+        prompts = self.costs.prompt_seconds(queue.waiting_tokens, self.price if price is None else price)
+        return max(prompts, self.completion_seconds(max(queue.in_flight - queue.batch, 0), queue.batch, price))
+
+    def least_wait_seconds(self, queue: Queue, price: float) -> float | None:
+        """The same at the lowest price that automatic control may choose. None until steps of several prices have been seen."""
+        return self.wait_seconds(queue, price) if self.costs.prices_known else None
 
     def answer_seconds(self, queue: Queue, price: float, now: float, token_limit: int | None = None) -> float:
         """How long the newest sequence of the queue needs until its end, if it has this price and the mean length, or at most

@@ -1,7 +1,8 @@
 """What happens to a request's accuracy when the server is about to refuse requests, or when its deadline is near.
 
 Automatic control reacts within a second; this acts on the single request. Whoever allows less accuracy gets less instead of a
-refusal. The last places of the queue are for requests that accept the accuracy of automatic control.
+refusal. The last places of the queue are for requests that accept the accuracy of automatic control. A request whose first
+token would miss the target at any accuracy is refused at once.
 """
 
 import asyncio
@@ -45,15 +46,26 @@ def meet_deadline(
     return route
 
 
-def under_pressure(route: Route, tier: Tier, store: PolicyStore, admission: Admission) -> Route:
+def under_pressure(route: Route, tier: Tier, priority: int, store: PolicyStore, admission: Admission) -> Route:
     """The route, or one of lower accuracy that the request allows. Does nothing while automatic control is off.
 
-    A tier that goes before others keeps its places.
+    The pressure is how full the queue is, or the least wait over the target of the first token, if this is more. A tier that
+    goes before others keeps its places. A request that lets others go first (`priority` above 0) has no target.
 
-    Raises QueueFull, naming the accuracy at which the request would be served.
+    Raises QueueFull if the request would be late at any accuracy, because it would only make others late, too. Raises it for
+    a request that insists, naming the accuracy at which it would be served.
     """
-    queue = admission.queue
-    if store.objective is None or queue is None or queue.share <= PRESSED_SHARE:
+    objective, queue = store.objective, admission.queue
+    if objective is None or queue is None:
+        return route
+    late = 0.0
+    if objective.ttft_ms is not None and priority <= 0:
+        wait = admission.least_wait_seconds(store.price_at(objective.min_accuracy)) or 0.0
+        late = 1000 * wait / objective.ttft_ms
+        if late > 1 and tier.priority >= 0:
+            message = f"the first token would come after {wait:.1f} s at any accuracy, later than the target of this server"
+            admission.refuse(QueueFull(message, retry_after=retry_after(wait - objective.ttft_ms / 1000)))
+    if max(queue.share, late) <= PRESSED_SHARE:
         return route
     if route.floor is not None and route.accuracy is not None and route.floor < route.accuracy:
         return store.moved(route, route.floor, "queue")

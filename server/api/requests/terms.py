@@ -45,7 +45,10 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
     canary = rules.store.canary_route(request.state.request_id, requested) if leaves_choice else None
     route = canary or rules.store.resolve(choice or tier.ask, controlled=tier.controlled)
     route = meet_deadline(route, deadline, body.token_limit, rules.store, permit.admission)
-    route = under_pressure(route, tier, rules.store, permit.admission)
+    priority = tier.priority if body.priority is None else body.priority
+    if priority > 0:
+        permit.let_pass()
+    route = under_pressure(route, tier, priority, rules.store, permit.admission)
     request.state.binding = binding = Binding(route)
     return Terms(
         permit,
@@ -53,7 +56,7 @@ def make_terms(body: GenerationFields, prompts: int, request: Request, permit: P
         deadline,
         _flow(body, request, rules.fair_queueing),
         service_tier=DEFAULT if body.service_tier == AUTO else body.service_tier,
-        priority=tier.priority if body.priority is None else body.priority,
+        priority=priority,
     )
 
 

@@ -11,25 +11,28 @@ import pytest
 
 from server.policies.controller import Control
 from server.policies.costs import StepCosts
-from tests.server.serving import ADMIN, Parts, Server, serving
+from tests.server.serving import ADMIN, Parts, Server, make_store, serving
 
 FLOOR = 0.3
 
 
 @asynccontextmanager
-async def pressed(tmp_path: Path, waiting: int, auto: bool = True) -> AsyncIterator[Server]:
-    """A server whose queue of 20 has so many sequences, and whose automatic control has gone down to 0.7. Its engine waits."""
+async def pressed(
+    tmp_path: Path, waiting: int, auto: bool = True, tier: str = "auto", ttft_ms: float | None = None
+) -> AsyncIterator[Server]:
+    """A server whose queue of 20 has so many sequences of a tier, and whose automatic control has gone down to 0.7. Its engine
+    waits."""
     still = Control(interval_seconds=0.01, react_seconds=1e9, dwell_seconds=1e9)
     async with serving(tmp_path, Parts(max_queue=20, control=still), max_num_seqs=2) as server:
         if auto:
-            body = {"auto": {"itl_ms": 1e6, "min_accuracy": FLOOR}}
+            body = {"auto": {"itl_ms": 1e6, "ttft_ms": ttft_ms, "min_accuracy": FLOOR}}
             assert (await server.client.put("/admin/routing/default", json=body, headers=ADMIN)).status_code == 200
             await server.until(lambda: server.services.automatic_control.status() is not None)
             server.services.store.auto_accuracy = 0.7
         server.runner.gate.clear()
         first = asyncio.create_task(server.complete("a", n=2, max_tokens=1))
         await server.submitted(2)
-        rest = [asyncio.create_task(server.complete("a", n=1, max_tokens=1)) for _ in range(waiting)]
+        rest = [asyncio.create_task(server.complete("a", n=1, max_tokens=1, service_tier=tier)) for _ in range(waiting)]
         await server.submitted(2 + waiting)
         yield server
         server.runner.gate.set()
@@ -139,3 +142,55 @@ async def test_who_insists_learns_at_which_accuracy_the_answer_would_be_in_time(
     async with pressed(tmp_path, waiting=0) as server:  # too late at any accuracy: it runs, and may turn out to be short
         teach(server)
         assert routed(await ask(server, {"X-Request-Timeout": "15"}, routing="full", max_tokens=30))[0] == "full"
+
+
+def least_wait_ms(sequences: int) -> float:
+    """So many of them wait until two at a time have made 20 tokens each, at the lowest price."""
+    return 1000 * sequences * 10 * make_store(None).price_at(FLOOR)
+
+
+@pytest.mark.parametrize(
+    ("share", "fields", "expected"),
+    [
+        (1.2, {}, ("quality", 0.7, "auto")),
+        (1.05, {}, ("fast", FLOOR, "queue")),
+        (1.05, {"routing": "full"}, 0.7),
+        (0.9, {}, None),
+        (0.9, {"routing": "fast"}, None),
+        (0.9, {"service_tier": "priority"}, ("full", 1.0, "tier")),
+        (0.9, {"service_tier": "flex"}, ("fast", pytest.approx(0.0), "tier")),
+        (0.9, {"priority": 1}, ("quality", 0.7, "auto")),
+    ],
+)
+async def test_a_request_that_would_be_late_at_any_accuracy_is_refused_at_once(
+    tmp_path: Path, share: float, fields: dict[str, Any], expected: Any
+) -> None:
+    """`share`: the target over the least wait. `expected`: the route, or the accuracy that the refusal names."""
+    async with pressed(tmp_path, waiting=2, ttft_ms=share * least_wait_ms(3)) as server:
+        teach(server)
+        reply = await ask(server, **fields)
+        if isinstance(expected, tuple):
+            assert routed(reply) == expected
+            return
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error.get("accuracy")) == (429, "queue_full", expected)
+        assert int(reply.headers["retry-after"]) >= 1
+        if expected is None:
+            assert "at any accuracy" in error["message"]
+
+
+async def test_requests_that_let_others_go_first_make_nobody_late(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=2, tier="flex", ttft_ms=1.2 * least_wait_ms(1)) as server:
+        teach(server)
+        assert server.services.admission.patient == 2
+        assert routed(await ask(server)) == ("quality", 0.7, "auto")
+        await server.idle()
+        assert (server.services.admission.patient, server.services.admission.patient_tokens) == (0, 0)
+
+
+async def test_while_the_costs_are_a_guess_nobody_is_refused(tmp_path: Path) -> None:
+    async with pressed(tmp_path, waiting=2, ttft_ms=1.0) as server:
+        server.services.admission.meter.costs = StepCosts()
+        server.services.admission.meter.costs.observe({1.0: 2}, {}, 1.0)
+        server.services.admission.meter._output.add(20.0)
+        assert routed(await ask(server)) == ("quality", 0.7, "auto")
