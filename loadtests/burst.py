@@ -212,9 +212,12 @@ def burst_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accuracy", type=float, default=1.0, help="of the fixed policy")
     parser.add_argument("--min-accuracy", type=float, default=0.0, help="the floor of automatic control")
     parser.add_argument("--headroom", type=float, default=1.1, help="times what two clients get, for the objective tpot")
-    for prefix, who in (("", "automatic control"), ("fixed-", "the fixed policy")):
-        parser.add_argument(f"--{prefix}max-num-seqs", type=int, help=f"places in the batch of {who} (found)")
-        parser.add_argument(f"--{prefix}max-queue", type=int, help=f"requests that may wait for {who} (found)")
+    for places, queue, who in (
+        ("--max-num-seqs", "--max-queue", "automatic control"),
+        ("--fixed-max-num-seqs", "--fixed-max-queue", "the fixed policy"),
+    ):
+        parser.add_argument(places, type=int, help=f"places in the batch of {who} (found)")
+        parser.add_argument(queue, type=int, help=f"requests that may wait for {who} (found)")
     parser.add_argument("--clients-requests", type=int, default=12, help="at least so many for each number of clients")
     parser.add_argument("--trial-requests", type=int, default=50, help="at least so many for each rate")
     parser.add_argument("--trial-seconds", type=float, default=12.0, help="each rate is tried at least so long")
