@@ -158,7 +158,7 @@ async def measure(args: argparse.Namespace, log: Path) -> tuple[Ledger, list[Che
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with (
         running(Server("server", shlex.join([*command, *args.flag])), log=log) as url,
-        # A request of the tier `flex` waits as long as others come, so only the end of the test can show that it hangs.
+        # A request of the tier `flex` may wait for minutes on a busy machine. The end of the test shows whether it hangs.
         httpx.AsyncClient(base_url=url, timeout=plan.seconds + REST_SECONDS, limits=limits, trust_env=False) as http,
     ):
         other, started = OtherLoad(), time.perf_counter()

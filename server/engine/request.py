@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from ladimo.policy import RoutingPolicy
 
+AGING_SECONDS = 6.0  # one step of priority is worth so much waiting
+
 
 class TokenRouting(NamedTuple):
     """What one token ran. `experts`: per expert layer, the experts, best first. `refined`: per expert layer, how many neurons
@@ -173,9 +175,11 @@ class Sequence:
         self.phase_starts = [0] if later is None or not later.after_prompt else [0, len(self.request.prompt_ids)]
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """The sort key of queues: the smallest goes first."""
-        return self.request.priority, self.arrived
+    def rank(self) -> float:
+        """The sort key of queues: the smallest goes first. It grows with the priority number, and with the time of arrival. So
+        a request waits for others of a smaller number only if they came before, or at most AGING_SECONDS later for each step
+        between the two numbers."""
+        return self.arrived + AGING_SECONDS * self.request.priority
 
     @property
     def num_tokens(self) -> int:

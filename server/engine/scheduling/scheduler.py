@@ -6,6 +6,7 @@ after the first one, without the sequences that ended in the meantime.
 """
 
 from bisect import insort
+from itertools import takewhile
 from operator import attrgetter
 
 from server.engine.batch import Batch, may_run_ahead, samples
@@ -16,8 +17,8 @@ from server.engine.scheduling.fair_share import OUTPUT_COST, PROMPT_COST, FairSh
 
 class Scheduler:
     """Fills each step with at most `max_step_tokens` tokens. Running sequences decode first. The rest of the budget goes to
-    chunks of prompts, by priority and then by age. Among waiting sequences of equal priority, the flow that has been served
-    least goes first, then the oldest sequence.
+    chunks of prompts, by rank: priority and age together. Among waiting sequences of equal priority, the flow that has been
+    served least goes first, then the oldest sequence.
 
     A sequence takes blocks as it grows. When the blocks run out, the last running sequence is preempted: it gives its blocks
     back, waits again, and is later computed from its beginning. The cache always has room for one sequence of `max_model_len`
@@ -197,8 +198,12 @@ class Scheduler:
     def _next_waiting(self) -> Sequence:
         if self.share.num_flows == 1:
             return self.waiting[0]
+        lowest = min(sequence.request.priority for sequence in self.waiting)
+        # Sequences that rank before all of the lowest number are so old that they take turns with these.
+        aged = list(takewhile(lambda sequence: sequence.request.priority > lowest, self.waiting))
+        turns = aged + [sequence for sequence in self.waiting if sequence.request.priority == lowest]
         # Of equals `min` takes the first, which is the oldest, because `waiting` is sorted by rank.
-        return min(self.waiting, key=lambda sequence: (sequence.request.priority, self.share.served(sequence.request.flow)))
+        return min(turns, key=lambda sequence: self.share.served(sequence.request.flow))
 
     def _may_share(self, sequence: Sequence) -> bool:
         # Log-probabilities and traces of a prompt need all of its tokens to be computed.

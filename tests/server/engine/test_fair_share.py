@@ -3,13 +3,15 @@
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import GenerationRequest, SamplingParams, Sequence
+from server.engine.request import AGING_SECONDS, GenerationRequest, SamplingParams, Sequence
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.fair_share import OUTPUT_COST, FairShare
 from server.engine.scheduling.scheduler import Scheduler
+from server.policies.tiers import FLEX_PRIORITY
 from tests.server.fakes import fake_policy
 
 POLICY = fake_policy("p")
@@ -71,6 +73,51 @@ def test_priority_comes_before_turns() -> None:
     turns.add(make("a"))
     turns.add(make("a"))
     assert order_of_ends(turns) == ["a", "a", "a", "b"]
+
+
+@pytest.mark.parametrize("flows", [["a"], ["a", "b"], ["c", "d"]])
+def test_the_lowest_tier_gets_its_turn_although_the_queue_is_never_empty(flows: list[str]) -> None:
+    """One request comes and one ends in each second, and five wait."""
+    turns = scheduler(max_num_seqs=1)
+    patient = make("a", max_tokens=1, priority=FLEX_PRIORITY)
+    turns.add(patient)
+    for number in range(5):
+        turns.add(make(flows[number % len(flows)], max_tokens=1))
+    for second in range(10**4):
+        turns.add(make(flows[second % len(flows)], max_tokens=1))
+        if patient in step(turns):
+            break
+        assert len(turns.waiting) == 6
+    bound = FLEX_PRIORITY * AGING_SECONDS
+    assert bound - 10 <= second <= bound + 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 8), st.integers(-2, 3)), min_size=2, max_size=20), st.integers(1, 3))
+def test_a_request_lets_only_those_pass_that_come_soon_after_it(asked: list[tuple[float, int]], steps_each: int) -> None:
+    turns, now = scheduler(max_num_seqs=1), 0.0
+    for gap, priority in asked:
+        now += gap
+        sequence = make("", max_tokens=2, priority=priority)
+        sequence.arrived = now
+        turns.add(sequence)
+        for _ in range(steps_each):
+            before = list(turns.waiting)
+            step(turns)
+            for taken in set(map(id, before)) - set(map(id, turns.waiting)):
+                (chosen,) = (each for each in before if id(each) == taken)
+                for passed in turns.waiting:
+                    steps = passed.request.priority - chosen.request.priority
+                    assert chosen.arrived <= passed.arrived + AGING_SECONDS * steps + 1e-6
+
+
+def test_a_flood_of_a_higher_number_takes_turns_when_it_has_aged() -> None:
+    turns = scheduler(max_num_seqs=1)
+    for _ in range(40):
+        turns.add(make("flood", priority=1))
+    for _ in range(4):
+        turns.add(make("light"))
+    assert order_of_ends(turns)[:8].count("light") == 4
 
 
 def test_absence_saves_nothing_up_and_debt_is_not_forgotten() -> None:
