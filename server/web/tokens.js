@@ -12,11 +12,14 @@ function describeExperts(layers, experts) {
   }).join("; ");
 }
 
-// `refined`, `refinable`: neurons of each layer, then words of the output head.
+// `refined`, `refinable`: neurons of each layer, then words of the output head. A place without any is left out: there, the policy
+// reads everything at the same bits.
 function describeRefined(layers, refined, refinable) {
-  if (!rowsOf(refined)) return "nothing refined, every weight is read at the bits that the policy says";
-  const of = place => `${count(refined.at(place))} of ${count(refinable.at(place))}`;
-  return [...layers.map((layer, place) => `layer ${layer}: ${of(place)} neurons`), `output head: ${of(-1)} words`].join("; ");
+  const parts = refined.map((number, place) => {
+    const of = `${count(number)} of ${count(refinable[place])}`;
+    return number ? [place < layers.length ? `layer ${layers[place]}: ${of} neurons` : `output head: ${of} words`] : [];
+  });
+  return parts.flat().join("; ") || "nothing refined";
 }
 
 // The rows of weights of what is refined: a neuron has three, a word one.
