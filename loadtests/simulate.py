@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     target = Objective(objectives.tpot, objectives.ttft, args.min_accuracy)
     if target.itl_ms is None and target.ttft_ms is None:
         raise ValueError("--goodput: automatic control needs ttft or tpot")
-    config = EngineConfig(device=args.device, max_num_seqs=args.max_num_seqs, prefix_caching=False)
+    config = EngineConfig(args.device, max_num_seqs=args.max_num_seqs, max_step_tokens="auto", prefix_caching=False)
     overhead = Overhead(args.request_ms / 1000, args.token_ms / 1000)
     parts = Parts(args.model, config, args.max_queue, args.frontier_batch, overhead)
     core = build_core(args.model, config)

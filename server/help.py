@@ -7,6 +7,7 @@ from typing import Any
 # Placeholders for values, in place of the Python types that pydantic-settings would show.
 PLACEHOLDERS = {
     "int": "N",
+    "{int,auto}": "N|auto",
     "{int,prefill}": "N|prefill",
     "float": "X",
     "str": "TEXT",

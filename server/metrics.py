@@ -128,6 +128,10 @@ class Metrics:
         self.preemptions = counter("preemptions_total", "Sequences sent back to the queue because KV blocks ran out.")
         self.step_seconds = histogram("engine_step_seconds", "Duration of one engine step.", STEP_SECONDS, "phase")
         self.step_tokens = histogram("step_tokens", "Tokens computed in one step.", STEP_TOKENS)
+        self.prompt_limit = gauge(
+            "step_prompt_tokens_limit",
+            "Prompt tokens that a step may compute beside what decodes in it. --max-step-tokens auto chooses them.",
+        )
         self.weight_bytes = counter(
             "weight_bytes_total",
             "Bytes of nested weights that steps read, output head included. A step reads each plane once for all its tokens.",
@@ -225,6 +229,7 @@ class Metrics:
         self.requests_running.set(stats.running)
         self.requests_waiting.set(stats.waiting)
         self.kv_cache_usage.set(stats.kv_cache_usage_ratio)
+        self.prompt_limit.set(stats.prompt_limit)
         self.preemptions.inc(stats.preemptions)
         self.prefix_cache_queries.inc(stats.prefix_cache_queries)
         self.prefix_cache_hits.inc(stats.prefix_cache_hits)

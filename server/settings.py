@@ -121,7 +121,17 @@ class ServerSettings(BaseSettings):
     served_model_name: str | None = Field(None, description="Name in /v1/models. The directory's name if not given.")
     max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences that run at once.")
     max_model_len: int | None = Field(None, ge=2, description="Longest context in tokens. The model's own if not given.")
-    max_step_tokens: int = Field(512, ge=1, description="Largest number of tokens in one engine step.")
+    max_step_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Largest number of tokens in one engine step. auto: learned from how long steps take, by --max-step-ms.",
+    )
+    max_step_ms: float = Field(
+        100.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="With --max-step-tokens auto: milliseconds that a step with a chunk of a prompt may take while other "
+        "requests decode. A step in which none decodes may take four times as long.",
+    )
     kv_cache_blocks: int | None = Field(
         None, ge=2, description="Blocks of the KV cache. If not given: 85% of the GPU's free memory, or 2 GiB on a CPU."
     )

@@ -125,7 +125,14 @@ def service() -> dashboard.Dashboard:
                     no_cache,
                 ),
                 graph("Engine step by phase, p95", [(quantile(0.95, "ladimo_engine_step_seconds", "phase"), "{{phase}}")], "s"),
-                graph("Tokens per step", [(mean("ladimo_step_tokens"), "mean"), (quantile(0.95, "ladimo_step_tokens"), "p95")]),
+                graph(
+                    "Tokens per step",
+                    [
+                        (mean("ladimo_step_tokens"), "mean"),
+                        (quantile(0.95, "ladimo_step_tokens"), "p95"),
+                        (gauge("ladimo_step_prompt_tokens_limit"), "prompts at most, {{instance}}"),
+                    ],
+                ),
                 graph(
                     "Share of time in steps",
                     [(rate("ladimo_engine_step_seconds_sum", "instance"), "{{instance}}")],

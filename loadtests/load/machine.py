@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from prometheus_client import CollectorRegistry
 
+from ladimo.model.backends.torch_backend import CPU_STEP_BYTES
 from loadtests.load.client import Outcome
 from loadtests.load.workload import Planned
 from server.api.admission import Admission
@@ -19,6 +20,7 @@ from server.api.requests.pressure import under_pressure
 from server.api.waiting import WaitingRequests
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.batch import Batch, tokens_by_policy
+from server.engine.build import step_limits
 from server.engine.config import EngineConfig, EngineLimits
 from server.engine.core import EngineCore
 from server.engine.messages import Rebind, Rebinding, Rebound, Submit
@@ -126,7 +128,8 @@ def simulated_core(
     max_model_len = config.max_model_len or model.max_position_embeddings
     num_blocks = config.max_num_seqs * -(-max_model_len // config.block_size) + 1
     blocks = BlockManager(num_blocks, config.block_size)
-    scheduler = Scheduler(blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, config.prefix_caching)
+    limit, chunks = step_limits(config, model, CPU_STEP_BYTES)
+    scheduler = Scheduler(blocks, config.max_num_seqs, limit, max_model_len, config.prefix_caching, chunks)
     table = PolicyTable(model, config.max_policies + 1, torch.device("cpu"))
     sizes = (max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.vocab_size, config.max_policies)
     runner = SimulatedRunner(costs, store.price, clock, model.num_hidden_layers, overhead)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ladimo.checkpoint import load_to_serve, read_eos_token_ids
+from ladimo.model.config import ModelConfig
 from ladimo.model.transformer import MoeTransformer
 from server.engine.config import EngineConfig, EngineLimits
 from server.engine.core import EngineCore
@@ -12,6 +13,7 @@ from server.engine.policy_table import PolicyTable
 from server.engine.replay import MAX_TOKENS as REPLAY_TOKENS
 from server.engine.replay import Replayer
 from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.chunks import MOST, ChunkSizes
 from server.engine.scheduling.scheduler import Scheduler
 
 
@@ -27,6 +29,17 @@ def build_core(directory: Path, config: EngineConfig) -> EngineCore:
     else:
         model = load_to_serve(directory, config.device, config.dtype, config.quantize, config.max_model_len)
     return assemble_core(model, config, read_eos_token_ids(directory))
+
+
+def step_limits(config: EngineConfig, model: ModelConfig, step_bytes: int) -> tuple[int, ChunkSizes | None]:
+    """The largest number of tokens in a step, and what chooses those of prompts; None if nothing does. step_bytes: the memory
+    for what a step computes."""
+    if config.max_step_tokens != "auto":
+        return config.max_step_tokens, None
+    # In fp32: the logits of a prompt whose log-probabilities are wanted, and what a layer computes.
+    token_bytes = 4 * (model.vocab_size + 8 * model.hidden_size + 3 * model.intermediate_size)
+    most = max(min(MOST, step_bytes // token_bytes), config.block_size)
+    return config.max_num_seqs + most, ChunkSizes(config.max_step_ms / 1000, config.block_size, most)
 
 
 def assemble_core(
@@ -59,9 +72,8 @@ def assemble_core(
     replayer = Replayer(model, table, replay_tokens, config.block_size) if replay_tokens else None
     sizes = (max_model_len, config.max_num_seqs, num_blocks, config.block_size, model.config.vocab_size, config.max_policies)
     limits = EngineLimits(*sizes, replay_tokens)
-    scheduler = Scheduler(
-        blocks, config.max_num_seqs, config.max_step_tokens, max_model_len, prefix_caching=config.prefix_caching
-    )
+    limit, chunks = step_limits(config, model.config, backend.step_bytes())
+    scheduler = Scheduler(blocks, config.max_num_seqs, limit, max_model_len, config.prefix_caching, chunks)
     if capturer is None and backend.captures_graphs and config.cuda_graphs:
         capturer = CudaGraphs(backend.device)
     graphs = None

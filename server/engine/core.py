@@ -221,6 +221,7 @@ class EngineCore:
         self._reported = totals
         finished_now, self._finished = self._finished, []
         ended, before = self._clock(), self._ended
+        self._scheduler.took(flight.batch, ended - flight.started)
         self._ended = ended if self._scheduler.has_work else None
         return StepResult(
             events,
@@ -231,6 +232,7 @@ class EngineCore:
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting) + len(self._row_queue),
                 kv_cache_usage_ratio=self._scheduler.blocks.usage_ratio,
+                prompt_limit=self._scheduler.prompt_limit,
                 preemptions=preemptions,
                 weight_bytes=weight_bytes,
                 prefix_cache_queries=queries,

@@ -201,6 +201,7 @@ class StepStats:
     Each list of latencies has one pair (policy name, seconds) for every token that the step produced.
 
     interval_seconds: the time since the end of the step before, or since the step's start if the engine was idle in between.
+    prompt_limit: how many prompt tokens the step, or the last one before it that could have any, could have.
     decode_rows: sequences that decoded, by policy name. prefilled_tokens: prompt tokens that were computed, by policy name.
     """
 
@@ -211,6 +212,7 @@ class StepStats:
     waiting: int
     kv_cache_usage_ratio: float
     preemptions: int
+    prompt_limit: int = 0
     weight_bytes: float = 0.0  # that the step read, see `WeightBytes`; 0 if the weights are not nested
     prefix_cache_queries: int = 0  # tokens of admitted sequences that were looked up in the prefix cache
     prefix_cache_hits: int = 0  # how many of these tokens were found

@@ -16,6 +16,7 @@ from server.engine.model_runner import BatchOutput, Drawn
 from server.engine.policy_table import PolicyTable
 from server.engine.request import Sequence, TokenLogprobs, TokenRouting
 from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.chunks import ChunkSizes
 from server.engine.scheduling.scheduler import Scheduler
 
 FAKE_VOCAB = 300
@@ -159,10 +160,12 @@ def fake_core(
     eos_token_ids: frozenset[int] = frozenset(),
     config: ModelConfig = FAKE_CONFIG,
     clock: Callable[[], float] = time.monotonic,
+    chunks: ChunkSizes | None = None,
 ) -> tuple[EngineCore, FakeRunner]:
     """An engine core over a FakeRunner. It is so small that tests can use up its rows, blocks and token budget."""
     table = PolicyTable(config, max_policies + 1, torch.device("cpu"))
     runner = FakeRunner(table, config.vocab_size)
     limits = EngineLimits(max_model_len, max_num_seqs, num_blocks, block_size, config.vocab_size, max_policies)
-    scheduler = Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, max_step_tokens, max_model_len)
+    blocks = BlockManager(num_blocks, block_size)
+    scheduler = Scheduler(blocks, max_num_seqs, max_step_tokens, max_model_len, chunks=chunks)
     return EngineCore(runner, scheduler, table, limits, eos_token_ids, clock), runner

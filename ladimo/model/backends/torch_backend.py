@@ -25,6 +25,7 @@ from ladimo.model.precision import REFINED_GROUPS
 # The share of a GPU's free memory that the KV cache gets, after the weights are loaded.
 CUDA_CACHE_SHARE = 0.85
 CPU_CACHE_BYTES = 2 * 2**30
+CPU_STEP_BYTES = 2**29
 # A step with fewer multiply-adds than this runs on one CPU thread. More threads would gain little. If another thread of the
 # process is busy, such as the HTTP loop, waiting for all threads at every operation would make the step many times slower.
 SERIAL_STEP = 10**8
@@ -167,6 +168,12 @@ class TorchBackend:
         if self.device.type == "cuda":
             return int(CUDA_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
         return CPU_CACHE_BYTES
+
+    def step_bytes(self) -> int:
+        """The bytes that the results of a step's operations may use. Called after the KV cache is allocated."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0] // 2
+        return CPU_STEP_BYTES
 
     def release_memory(self) -> None:
         """Return memory to the device, or to the system, that was only needed for loading."""

@@ -12,13 +12,14 @@ from operator import attrgetter
 from server.engine.batch import Batch, may_run_ahead, samples
 from server.engine.request import FinishReason, Sequence, Trace
 from server.engine.scheduling.block_manager import BlockManager
+from server.engine.scheduling.chunks import ChunkSizes
 from server.engine.scheduling.fair_share import OUTPUT_COST, PROMPT_COST, FairShare
 
 
 class Scheduler:
-    """Fills each step with at most `max_step_tokens` tokens. Running sequences decode first. The rest of the budget goes to
-    chunks of prompts, by rank: priority and age together. Among waiting sequences of equal priority, the flow that has been
-    served least goes first, then the oldest sequence.
+    """Fills each step with at most `max_step_tokens` tokens. Running sequences decode first. The rest of the budget, or less if
+    `chunks` says so, goes to chunks of prompts, by rank: priority and age together. Among waiting sequences of equal priority,
+    the flow that has been served least goes first, then the oldest sequence.
 
     A sequence takes blocks as it grows. When the blocks run out, the last running sequence is preempted: it gives its blocks
     back, waits again, and is later computed from its beginning. The cache always has room for one sequence of `max_model_len`
@@ -32,13 +33,15 @@ class Scheduler:
         max_step_tokens: int,
         max_model_len: int,
         prefix_caching: bool = True,
+        chunks: ChunkSizes | None = None,
     ) -> None:
         assert blocks.blocks_for(max_model_len) < blocks.num_blocks
         self.blocks = blocks
         self.max_num_seqs, self.max_step_tokens, self.max_model_len = max_num_seqs, max_step_tokens, max_model_len
         self.waiting: list[Sequence] = []  # `waiting` and `running` are sorted by rank
         self.running: list[Sequence] = []
-        self.prefix_caching = prefix_caching
+        self.prefix_caching, self.chunks = prefix_caching, chunks
+        self.prompt_limit = 0  # how many prompt tokens the last batch could have
         self.share = FairShare()
         self.preemptions = self.prefix_queries = self.prefix_hits = 0  # totals since the start; the last two in tokens
 
@@ -68,11 +71,20 @@ class Scheduler:
         batch = Batch()
         preemptions = self.preemptions
         self._schedule_decodes(batch)
-        self._schedule_running_prompts(batch)
+        self.prompt_limit = self.max_step_tokens - batch.num_tokens
+        if self.chunks is not None:
+            self.prompt_limit = min(self.prompt_limit, self.chunks.tokens(len(batch.decode)))
+        limit = batch.num_tokens + self.prompt_limit
+        self._schedule_running_prompts(batch, limit)
         if self.preemptions == preemptions:  # else blocks are short, and an admitted sequence would soon be preempted
-            self._admit(batch)
+            self._admit(batch, limit)
         assert batch.num_tokens > 0 or not self.has_work
         return batch
+
+    def took(self, batch: Batch, seconds: float) -> None:
+        """Note how long a step has taken. Later chunks of prompts may depend on it."""
+        if self.chunks is not None and batch.num_tokens:
+            self.chunks.observe(len(batch.decode), batch.num_tokens - len(batch.decode), seconds)
 
     def schedule_ahead(self, in_flight: Batch) -> Batch | None:
         """The step after `in_flight`, before the tokens of `in_flight` are known. None if it must wait for them.
@@ -152,15 +164,16 @@ class Scheduler:
                     return
                 batch.decode.append(sequence)
 
-    def _schedule_running_prompts(self, batch: Batch) -> None:
+    def _schedule_running_prompts(self, batch: Batch, limit: int) -> None:
+        """Add chunks up to `limit` tokens of the batch."""
         index = 0
-        while index < len(self.running) and batch.num_tokens < self.max_step_tokens:
+        while index < len(self.running) and batch.num_tokens < limit:
             sequence = self.running[index]
             index += 1
             remaining = sequence.num_tokens - sequence.num_computed
             if remaining == 1:
                 continue
-            count = min(remaining, self.max_step_tokens - batch.num_tokens)
+            count = min(remaining, limit - batch.num_tokens)
             end = sequence.num_computed + count
             # If the step has other work, wait until it frees blocks. If it has none, preempt the last sequences.
             fits = self.blocks.extend(sequence.block_table, end) if batch.num_tokens else self._make_room(sequence, end)
@@ -168,8 +181,9 @@ class Scheduler:
                 return
             batch.prefill.append((sequence, count))
 
-    def _admit(self, batch: Batch) -> None:
-        while self.waiting and batch.num_tokens < self.max_step_tokens and len(self.running) < self.max_num_seqs:
+    def _admit(self, batch: Batch, limit: int) -> None:
+        """Add waiting sequences up to `limit` tokens of the batch."""
+        while self.waiting and batch.num_tokens < limit and len(self.running) < self.max_num_seqs:
             sequence = self._next_waiting()
             cached = self._cached_prefix(sequence)
             missing = self.blocks.blocks_for(sequence.num_tokens) - len(cached)
@@ -185,7 +199,7 @@ class Scheduler:
             if not sequence.charged:  # a flow does not pay for recomputation after a preemption
                 sequence.charged = True
                 self.share.charge(sequence.request.flow, PROMPT_COST * remaining)
-            count = min(remaining, self.max_step_tokens - batch.num_tokens)
+            count = min(remaining, limit - batch.num_tokens)
             taken = self.blocks.extend(sequence.block_table, sequence.num_computed + count)
             assert taken
             self.waiting.remove(sequence)
