@@ -24,7 +24,8 @@ from tests.factories import VOCAB_SIZE, make_moe, make_tokenizer
 from tests.ladimo.model import test_capture
 from tests.server.api import test_choices, test_logprobs, test_structured_output
 from tests.server.api.routing import test_routing_api
-from tests.server.engine import test_generation, test_logits, test_scheduler
+from tests.server.engine import test_generation, test_logits
+from tests.server.engine.scheduling import test_scheduler
 from tests.server.fakes import fake_policy
 from tests.server.http import test_access, test_bad_input, test_fuzz, test_slow_clients, test_storms
 from tests.server.process import test_hostile_checkpoints, test_life_cycle
