@@ -108,8 +108,8 @@ VARIANTS = {
     "x86_64": (
         Variant(
             "x86-64-v4-amx",
-            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-            _V4 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
+            ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+            _V4 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
         ),
         Variant(
             "x86-64-v4-bf16",

@@ -16,7 +16,8 @@
 #endif
 
 // Whether code for matrix units is compiled, see matrix_units.h.
-#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX2__) && defined(__linux__)) || defined(EMULATE_MATRIX_UNITS)
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX2__) && defined(__linux__)) || \
+    defined(EMULATE_MATRIX_UNITS)
 #define HAS_MATRIX_UNITS
 #endif
 
@@ -34,6 +35,16 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #define UNROLL _Pragma("GCC unroll 8")
 
 static inline vf splat(float x) { return x - (vf){0}; }
+static inline vi repeat(int32_t x) { return x - (vi){0}; }
+
+// Have a vector in a register at this point. Without it, gcc orders products so that sums leave the registers.
+#if defined(__x86_64__) || defined(__i386__)
+#define KEEP_IN_REGISTER(vector) __asm__ volatile("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define KEEP_IN_REGISTER(vector) __asm__ volatile("" : "+w"(vector))
+#else
+#define KEEP_IN_REGISTER(vector) (void)0
+#endif
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 static inline vf add(vf a, vf b) { return a + b; }

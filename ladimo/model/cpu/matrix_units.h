@@ -1,13 +1,12 @@
-// Products of bf16 weights with many tokens on the processor's matrix units (Intel AMX).
+// The processor's matrix units (Intel AMX): their instructions, or plain code in their place.
 //
-// The unit multiplies 16 tokens x 32 columns with 32 columns x 16 rows of weights, and adds the result to 16 x 16 sums in fp32. A
-// packed panel is such a factor as it lies in memory, and so are the activations. Within one product the even columns are summed
-// in order, the odd ones too, and then (even + odd) is added to the total (Intel's manual, TDPBF16PS). `tile_bf16` sums few tokens
-// in the same order. So a token has the same bits with few others and with many.
+// A tile has up to 16 rows of 64 bytes. One product multiplies 16 tokens with 16 rows of weights, and adds the result to 16 x 16 sums.
+// A packed panel is such a factor as it lies in memory, and so are the activations. Products of bf16 weights are in matrix_floats.h,
+// those of integer weights in matrix_integers.h. With few tokens, vector kernels compute, and they sum in the same order. So a token
+// has the same bits with few others and with many.
 //
-// Before the unit is used, a child process tries it: its bits must be those of `tile_bf16`. If they are not, or if the system does
-// not permit the unit, `tile_bf16` computes everything. With EMULATE_MATRIX_UNITS, plain code takes the place of the unit, so that
-// the rest can be tested on any processor.
+// Before the unit is used, a child process tries it (matrix_trial.h). With EMULATE_MATRIX_UNITS, plain code takes the place of the
+// unit, so that the rest can be tested on any processor.
 
 #pragma once
 
@@ -15,23 +14,43 @@
 
 #ifdef HAS_MATRIX_UNITS
 
-#define UNIT_COLUMNS 32   // columns of one product
-#define UNIT_TOKENS 32    // tokens that are multiplied with a block together
+#define UNIT_ROWS 16      // rows of a tile: tokens, or rows of weights
 #define UNIT_LEAST 9      // with fewer tokens, reading the weights takes the time, and vector instructions read faster
-#define UNIT_STRETCH 512  // columns of activations that are gathered at a time
+#define UNIT_STRETCH 512  // columns whose activations are gathered at a time
+
+// Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} UnitShapes;
+
+// The shapes for products that take `bytes` of each token.
+static inline UnitShapes unit_shapes(int bytes) {
+    UnitShapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? bytes : 64);
+        shapes.rows[i] = (uint8_t)(i < 6 ? UNIT_ROWS : bytes / 4);
+    }
+    return shapes;
+}
 
 #ifdef EMULATE_MATRIX_UNITS
+int64_t emulated_products;  // how many were computed, for tests
+static _Thread_local UnitShapes emulated_shapes;
 static _Thread_local uint32_t emulated_tiles[8][16][16];
 static void emulate_load(int tile, const void *from, int64_t stride) {
-    for (int i = 0; i < 16; i++) memcpy(emulated_tiles[tile][i], (const char *)from + i * stride, 64);
+    for (int i = 0; i < emulated_shapes.rows[tile]; i++)
+        memcpy(emulated_tiles[tile][i], (const char *)from + i * stride, emulated_shapes.row_bytes[tile]);
 }
 static void emulate_store(int tile, void *to, int64_t stride) {
     for (int i = 0; i < 16; i++) memcpy((char *)to + i * stride, emulated_tiles[tile][i], 64);
 }
 static __attribute__((noinline)) void emulate_product(int out, int a, int b) {
+    __atomic_fetch_add(&emulated_products, 1, __ATOMIC_RELAXED);
     for (int m = 0; m < 16; m++) {
         float even[16] = {0}, odd[16] = {0}, *total = (float *)emulated_tiles[out][m];
-        for (int k = 0; k < 16; k++) {
+        for (int k = 0; k < emulated_shapes.rows[b]; k++) {
             float x = widen_one((uint16_t)emulated_tiles[a][m][k]), y = widen_one((uint16_t)(emulated_tiles[a][m][k] >> 16));
             for (int n = 0; n < 16; n++) {
                 even[n] += widen_one((uint16_t)emulated_tiles[b][k][n]) * x;
@@ -41,10 +60,20 @@ static __attribute__((noinline)) void emulate_product(int out, int a, int b) {
         for (int n = 0; n < 16; n++) total[n] += even[n] + odd[n];
     }
 }
+static void emulate_integer_product(int out, int a, int b) {
+    __atomic_fetch_add(&emulated_products, 1, __ATOMIC_RELAXED);
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < emulated_shapes.rows[b]; k++)
+            for (int n = 0; n < 16; n++)
+                for (int i = 0; i < 32; i += 8)
+                    emulated_tiles[out][m][n] += (uint32_t)((int8_t)(emulated_tiles[a][m][k] >> i) * (int32_t)(emulated_tiles[b][k][n] >> i & 255));
+}
+#define UNIT_ZERO(tile) memset(emulated_tiles[tile], 0, sizeof emulated_tiles[tile])
 #define UNIT_LOAD(tile, from, stride) emulate_load(tile, from, stride)
 #define UNIT_STORE(tile, to, stride) emulate_store(tile, to, stride)
 #define UNIT_PRODUCT(out, a, b) emulate_product(out, a, b)
-static void configure_unit(void) {}
+#define UNIT_INTEGER_PRODUCT(out, a, b) emulate_integer_product(out, a, b)
+static void configure_unit(int bytes) { emulated_shapes = unit_shapes(bytes); }
 static void release_unit(void) {}
 static int may_use_unit(void) { return 1; }
 #else
@@ -56,104 +85,17 @@ static int may_use_unit(void) { return 1; }
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"((const void *)(from)), "r"((int64_t)(stride)) : "memory")
 #define UNIT_STORE(tile, to, stride) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"((void *)(to)), "r"((int64_t)(stride)) : "memory")
+#define UNIT_ZERO(tile) _tile_zero(tile)
 #define UNIT_PRODUCT(out, a, b) _tile_dpbf16ps(out, a, b)
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} UnitShapes;
-// Eight tiles of 16 rows of 64 bytes. Inline assembly, because the intrinsic of gcc 12 tells the compiler that only the first
-// bytes of the structure are read.
-static void configure_unit(void) {
-    UnitShapes shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = 16;
+#define UNIT_INTEGER_PRODUCT(out, a, b) _tile_dpbsud(out, a, b)  // signed activations, unsigned weights
+// Inline assembly, because the intrinsic of gcc 12 tells the compiler that only the first bytes of the structure are read.
+static void configure_unit(int bytes) {
+    UnitShapes shapes = unit_shapes(bytes);
     __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
 }
 static void release_unit(void) { _tile_release(); }
 // Ask the system for the unit's registers, for all threads of the process (Linux, arch_prctl ARCH_REQ_XCOMP_PERM).
 static int may_use_unit(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 #endif
-
-// Add the products of `steps` times 32 columns to out[16 * token_tiles][stride]. `x` and `w` are the first tokens and panels, with
-// the bytes from one row to the next. With `fresh`, the sums begin at 0.
-static inline __attribute__((always_inline)) void unit_products(
-    const int token_tiles, const int panels, int64_t steps, const uint8_t *x, int64_t x_stride, const uint8_t *w, int64_t w_stride,
-    float *out, int64_t stride, int fresh
-) {
-    int64_t bytes = stride * sizeof(float);
-    static const float zeros[16] = {0};
-    UNIT_LOAD(0, fresh ? zeros : out, fresh ? 0 : bytes);
-    if (panels == 2) UNIT_LOAD(1, fresh ? zeros : out + 16, fresh ? 0 : bytes);
-    if (token_tiles == 2) UNIT_LOAD(2, fresh ? zeros : out + 16 * stride, fresh ? 0 : bytes);
-    if (token_tiles == 2 && panels == 2) UNIT_LOAD(3, fresh ? zeros : out + 16 * stride + 16, fresh ? 0 : bytes);
-    for (int64_t i = 0; i < steps; i++, x += 64, w += 16 * w_stride) {
-        UNIT_LOAD(4, x, x_stride);
-        UNIT_LOAD(6, w, w_stride);
-        UNIT_PRODUCT(0, 4, 6);
-        if (panels == 2) {
-            UNIT_LOAD(7, w + 64, w_stride);
-            UNIT_PRODUCT(1, 4, 7);
-        }
-        if (token_tiles == 2) {
-            UNIT_LOAD(5, x + 16 * x_stride, x_stride);
-            UNIT_PRODUCT(2, 5, 6);
-            if (panels == 2) UNIT_PRODUCT(3, 5, 7);
-        }
-    }
-    UNIT_STORE(0, out, bytes);
-    if (panels == 2) UNIT_STORE(1, out + 16, bytes);
-    if (token_tiles == 2) UNIT_STORE(2, out + 16 * stride, bytes);
-    if (token_tiles == 2 && panels == 2) UNIT_STORE(3, out + 16 * stride + 16, bytes);
-}
-
-// The same for all panels of a block.
-static void block_products(
-    int64_t token_tiles, int64_t panels, int64_t steps, const uint8_t *x, int64_t x_stride, const uint8_t *w, float *out, int fresh
-) {
-    int64_t stride = panels * ROWS, w_stride = 64 * panels;
-    for (int64_t p = 0; p < panels; p += 2) {
-        const uint8_t *from = w + 64 * p;
-        float *to = out + ROWS * p;
-        if (token_tiles == 2 && panels - p >= 2) unit_products(2, 2, steps, x, x_stride, from, w_stride, to, stride, fresh);
-        else if (token_tiles == 2) unit_products(2, 1, steps, x, x_stride, from, w_stride, to, stride, fresh);
-        else if (panels - p >= 2) unit_products(1, 2, steps, x, x_stride, from, w_stride, to, stride, fresh);
-        else unit_products(1, 1, steps, x, x_stride, from, w_stride, to, stride, fresh);
-    }
-}
-
-// Multiply a block of bf16 weights with n tokens, at most UNIT_TOKENS. Writes out[n][16 * panels], and rubbish behind it up to a
-// multiple of 16 tokens. Not inlined, so that the code that is used is the code that was tried.
-static __attribute__((noinline)) void multiply_on_unit(
-    const uint8_t *w, int64_t panels, int64_t cols, int64_t n, const void *const *x, float *out
-) {
-    int64_t token_tiles = ceil_div(n, 16), in_place = n % 16 == 0, x_stride = n > 1 ? (const char *)x[1] - (const char *)x[0] : 0;
-    for (int64_t i = 2; i < n && in_place; i++) in_place = (const char *)x[i] - (const char *)x[i - 1] == x_stride;
-    uint16_t gathered[UNIT_TOKENS * UNIT_STRETCH] __attribute__((aligned(64)));
-    uint8_t last[16 * 64 * PANELS] __attribute__((aligned(64)));
-    configure_unit();
-    for (int64_t begin = 0, count; begin < cols; begin += count) {
-        count = least(UNIT_STRETCH, cols - begin);
-        int64_t whole = count / UNIT_COLUMNS * UNIT_COLUMNS, rest = count - whole, fresh = begin == 0;
-        if (whole) count = whole;  // a part of 32 columns is a stretch of its own
-        const uint8_t *from = w + begin / 2 * 64 * panels;
-        if (in_place && whole) {
-            block_products(token_tiles, panels, whole / UNIT_COLUMNS, (const uint8_t *)x[0] + 2 * begin, x_stride, from, out, fresh);
-            continue;
-        }
-        int64_t width = whole ? whole : UNIT_COLUMNS;
-        for (int64_t i = 0; i < 16 * token_tiles; i++) {
-            uint16_t *to = gathered + i * width;
-            if (i < n) memcpy(to, (const uint16_t *)x[i] + begin, 2 * count);
-            memset(to + (i < n ? count : 0), 0, 2 * (width - (i < n ? count : 0)));
-        }
-        if (!whole) {
-            memset(last, 0, sizeof last);
-            memcpy(last, from, rest / 2 * 64 * panels);
-            from = last;
-        }
-        block_products(token_tiles, panels, width / UNIT_COLUMNS, (const uint8_t *)gathered, 2 * width, from, out, fresh);
-    }
-    release_unit();
-}
 
 #endif

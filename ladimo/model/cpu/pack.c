@@ -1,4 +1,4 @@
-// Packs weights as products.h reads them, and rounds them to integers on the way. See packing.py for the layout, and `quantize` in
+// Packs weights as the kernels read them, and rounds them to integers on the way. See packing.py for the layout, and `quantize` in
 // quantization/weights.py for the rounding.
 
 #include "numbers.h"

@@ -13,7 +13,7 @@
 // precision, so that each plane of a block is read from memory once, and only if a token wants it. Beside the planes, activations
 // are rounded to 8 bits, as they are beside integer weights.
 //
-// Where the processor has matrix units, products of bf16 weights with many tokens run on them (matrix_units.h).
+// Where the processor has matrix units, products with many tokens run on them, except those of fp32 weights (matrix_units.h).
 //
 // The compiler's command line must define RULE_NUMBERS, the number of numbers in a rule, and the column of each (RULE_TOP_K, ...),
 // and NESTED_STEPS. See rule.py, nested.py and build.py.

@@ -61,7 +61,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer
 def round_groups(x: Tensor) -> Tensor:
     """Round activations [T, K] to 8 bits per group, as the step does beside planes."""
     groups: Tensor = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
-    step = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / 121  # MOST_ROUNDED of products.h
+    step = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / 121  # MOST_ROUNDED of activations.h
     rounded: Tensor = (groups / step).round() * step
     return rounded.flatten(-2)[..., : x.shape[-1]]
 
