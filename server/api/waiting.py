@@ -5,13 +5,11 @@ it, and its reply decides. A request whose change is refused is asked for again 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from server.engine.messages import Rebinding, Rebound
 from server.policies.route import Route
 from server.policies.store import PolicyStore
-from server.policies.targets import AUTO
 
 
 class Waiting(Protocol):
@@ -51,14 +49,10 @@ class WaitingRequests:
         """Ask the engine to give all of them the accuracy of now. Nothing happens while a reply is due or control is off."""
         if self._asked or self._store.objective is None:
             return
-        routes = ((request, self._of_now(request.route)) for request in self._waiting)
+        routes = ((request, self._store.followed(request.route)) for request in self._waiting)
         self._asked = [(request, route) for request, route in routes if route != request.route]
         if self._asked:
             self._send([Rebinding(request.request_ids, route.policy) for request, route in self._asked])
-
-    def _of_now(self, route: Route) -> Route:
-        assert route.floor is not None
-        return replace(self._store.moved(route, max(self._store.auto_accuracy, route.floor), AUTO), follows=True)
 
     def rebound(self, reply: Rebound) -> None:
         """Take the engine's reply."""

@@ -15,13 +15,23 @@ class RoutePhase:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """What a request asked for itself: a policy version, its accuracy, and where the request said so."""
+
+    policy: RoutingPolicy
+    accuracy: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """The routing of one request: its policy version, its accuracy, and the reason for the choice.
 
     `accuracy` is None if the policy has no measured point on the frontier. `reason` names what decided: "body", "header",
     "model", "tier", "canary", "auto", "queue", "deadline" or "default".
     `floor`: the lowest accuracy to which it may be lowered; None if it may not.
-    `follows`: the choice was left to automatic control alone. While the request waits, it takes each new accuracy.
+    `follows`: while the request waits, it takes each new accuracy of automatic control, within what it allows. `own`: the most
+    that it takes then; None if it left the choice to the server.
     `phases`: all phases, if the request has several. `policy` and `accuracy` are then those of the first.
     """
 
@@ -31,6 +41,7 @@ class Route:
     requested: str  # what the request asked for: a policy name, "accuracy", "phases", "auto" or "default"
     floor: float | None = None
     follows: bool = False
+    own: Choice | None = None
     phases: tuple[RoutePhase, ...] = ()
 
     @property

@@ -8,7 +8,6 @@ The accuracy that automatic control has set (`auto_accuracy`) is not part of the
 stored.
 """
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,17 +29,14 @@ from server.errors import (
     UnknownPolicy,
 )
 from server.policies.canary import parse_canary
-from server.policies.route import Route, RoutePhase
+from server.policies.content import read_policy, wrong_field
+from server.policies.route import Choice, Route, RoutePhase
 from server.policies.state import PastDefault, State
 from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, InPhases, Named, Objective, Target, parse_default
 from server.policies.tiers import FIXED, Tier, default_tiers
 
 STATE_FILE = "routing.json"
 MAX_HISTORY = 32
-MAX_DESCRIPTION = 1000  # characters
-CONTROLS = {"Cc", "Zl", "Zp"}  # Unicode categories: control characters and line separators
-# Fields that GET adds to a policy's content. A PUT may contain them, so clients can send back what they have read.
-READ_ONLY = frozenset({"version", "source", "accuracy", "figures"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +181,18 @@ class PolicyStore:
         # With min_accuracy, a request allows automatic control to lower its accuracy that far.
         if isinstance(state.default, Automatic) and ask.min_accuracy is not None and route.accuracy is not None:
             floor = max(state.default.objective.min_accuracy, ask.min_accuracy)
-            allowed = max(self.auto_accuracy, floor)
-            if route.accuracy > allowed:
-                route = self._at(allowed, AUTO, route.requested)
-            return replace(route, floor=min(floor, allowed))
+            own = Choice(route.policy, route.accuracy, route.reason)
+            return self.followed(replace(route, floor=floor, follows=True, own=own))
         return route
+
+    def followed(self, route: Route) -> Route:
+        """A route that follows automatic control, at the accuracy of now: that of automatic control, at least the floor, and at
+        most what the request itself asked for."""
+        assert route.follows and route.floor is not None
+        allowed, own = max(self.auto_accuracy, route.floor), route.own
+        if own is not None and own.accuracy <= allowed:
+            return replace(route, policy=own.policy, accuracy=own.accuracy, reason=own.reason)
+        return replace(self._at(allowed, AUTO, route.requested), floor=route.floor, follows=True, own=own)
 
     def resident(self, state: State | None = None) -> list[RoutingPolicy]:
         """The policies that the engine should keep ready: those of the default and of the canary."""
@@ -216,17 +219,11 @@ class PolicyStore:
     def put(self, name: str, raw: Mapping[str, object]) -> State:
         """The next state with this policy stored under `name`. Raises InvalidPolicy naming the first wrong field."""
         try:
-            given = {key: value for key, value in raw.items() if key not in READ_ONLY and value is not None}
-            policy = RoutingPolicy.from_dict({"name": name, **given})
-            if policy.name != name:
-                raise ValueError(f"name: is {policy.name!r}, the path says {name!r}")
-            if name == AUTO:
-                raise ValueError(f"name: {AUTO!r} means automatic control and cannot name a policy")
-            _check_description(policy.description)
+            policy = read_policy(name, raw)
             policy.validate(self.config)
             self._check_budgets(policy)
         except ValueError as error:
-            raise InvalidPolicy(str(error), param=_field(error)) from error
+            raise InvalidPolicy(str(error), param=wrong_field(error)) from error
         return self._next({**self.state.stored, name: policy}, self.state.default)
 
     def remove(self, name: str) -> State:
@@ -251,7 +248,7 @@ class PolicyStore:
         try:
             target = parse_default(raw)
         except ValueError as error:
-            raise InvalidPolicy(str(error), param=_field(error)) from error
+            raise InvalidPolicy(str(error), param=wrong_field(error)) from error
         self._check_default(self.state, target)
         return self._next(self.state.stored, target)
 
@@ -260,7 +257,7 @@ class PolicyStore:
         try:
             canary = parse_canary(raw)
         except ValueError as error:
-            raise InvalidPolicy(str(error), param=_field(error)) from error
+            raise InvalidPolicy(str(error), param=wrong_field(error)) from error
         self._check_default(self.state, canary.target)
         return replace(self.state, canary=canary)
 
@@ -322,10 +319,10 @@ class PolicyStore:
             case AtAccuracy(accuracy):
                 route = self._at(accuracy, "default", requested)
             case Automatic(objective):
-                route = self._at(max(self.auto_accuracy, objective.min_accuracy), AUTO, requested)
-                route = replace(route, floor=max(objective.min_accuracy, min_accuracy or 0.0), follows=True)
+                floor = max(objective.min_accuracy, min_accuracy or 0.0)
+                route = replace(self._at(max(self.auto_accuracy, floor), AUTO, requested), floor=floor, follows=True)
         if min_accuracy is not None and route.accuracy is not None and route.accuracy < min_accuracy:
-            return replace(self._at(min_accuracy, route.reason, requested), floor=route.floor, follows=route.follows)
+            return replace(self._at(min_accuracy, route.reason, requested), floor=route.floor)
         return route
 
     def _at(self, accuracy: float, reason: str, requested: str) -> Route:
@@ -387,14 +384,3 @@ class PolicyStore:
         for index, rule in enumerate(() if self._batch_budgets else policy.layers):
             if rule is not None and rule.batch_experts is not None:
                 raise ValueError(f"layers[{index}].batch_experts: needs a server started with --batch-budgets")
-
-
-def _check_description(text: str) -> None:
-    if len(text) > MAX_DESCRIPTION:
-        raise ValueError(f"description: has {len(text)} characters, at most {MAX_DESCRIPTION} are allowed")
-    if any(unicodedata.category(character) in CONTROLS for character in text):
-        raise ValueError("description: must not have control characters or line breaks")
-
-
-def _field(error: ValueError) -> str:
-    return str(error).partition(": ")[0]

@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema
 from ladimo.model.rule import RuleNumber
 from ladimo.policy import NAME_PATTERN, RULE_FIELDS
 from server.api.fields.wire import Share
-from server.policies.store import MAX_DESCRIPTION
+from server.policies.content import MAX_DESCRIPTION
 
 
 class Strict(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from ladimo.model.rule import RuleNumber
 from ladimo.policy import RULE_FIELDS
 from server.api.fields.routing import AccuracyDefault, AutomaticDefault, LayerRuleBody, NamedDefault, PolicyBody
-from server.policies.store import MAX_DESCRIPTION
+from server.policies.content import MAX_DESCRIPTION
 from tests.server.fakes import fake_policy
 from tests.server.serving import ADMIN, TOP_K, Server, policies, serving
 

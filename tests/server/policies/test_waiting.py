@@ -1,4 +1,4 @@
-"""Requests that wait take the accuracy of the moment they begin, if they left it to automatic control."""
+"""Requests that wait take the accuracy of the moment they begin, as far as they allow automatic control to choose it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -68,13 +68,15 @@ def test_one_decision_gives_each_of_them_its_accuracy_once_and_never_less_than_i
             waiting.rebound(Rebound(tuple(int(each.request_ids[0][1:]) not in begun for each in changes)))
         for request, route, earlier in zip(requests, first, before, strict=True):
             assert request.changes <= earlier + 1
-            left_to_control = request.ask is None or isinstance(request.ask.target, Automatic)
-            if request.number in begun or not left_to_control:
+            allows = request.ask is None or isinstance(request.ask.target, Automatic) or request.ask.min_accuracy is not None
+            if request.number in begun or not allows:
                 assert request.route == route
                 continue
             least = 0.0 if request.ask is None else request.ask.min_accuracy or 0.0
             assert request.route == store.resolve(request.ask), "as if it had come now"
-            assert request.route.accuracy is not None and request.route.accuracy >= max(floor, least)
+            own = request.route.own
+            most = 1.0 if own is None else own.accuracy
+            assert request.route.accuracy is not None and min(max(floor, least), most) <= request.route.accuracy <= most
 
 
 def one_waiting(store: PolicyStore) -> tuple[WaitingRequests, Request, list[Sequence[Rebinding]]]:
@@ -109,6 +111,17 @@ def test_without_automatic_control_they_keep_their_routes() -> None:
     assert not sent
 
 
+def test_requests_of_the_canary_follow_up_to_its_accuracy() -> None:
+    store = make_store(Automatic(Objective(itl_ms=1.0, min_accuracy=0.2)))
+    store.commit(store.set_canary({"policy": "quality", "share": 1.0}))
+    route = store.canary_route("a request", "default")
+    assert route is not None and (route.policy.name, route.reason, route.follows) == ("quality", "canary", True)
+    store.auto_accuracy = 0.2
+    assert (low := store.followed(route)).policy.name == "fast" and (low.accuracy, low.reason) == (0.2, "auto")
+    store.auto_accuracy = 1.0
+    assert store.followed(low) == route
+
+
 async def test_answers_headers_and_metrics_tell_of_the_policy_that_ran(tmp_path: Path) -> None:
     still = Control(interval_seconds=0.01, react_seconds=1e9, dwell_seconds=1e9)
     async with serving(tmp_path, Parts(max_queue=20, control=still), max_num_seqs=1) as server:
@@ -132,7 +145,7 @@ async def test_answers_headers_and_metrics_tell_of_the_policy_that_ran(tmp_path:
             fields = {"prompt": "a", "max_tokens": 2, **fields}
             tasks.append(asyncio.create_task(server.client.post("/v1/completions", json=fields)))
             await server.until(lambda: server.services.admission.in_flight == len(tasks) + 1 + (len(tasks) > 1))
-        await server.until(lambda: len(server.services.waiting) == 5)
+        await server.until(lambda: len(server.services.waiting) == 6)
         server.services.store.auto_accuracy = 0.2
         await server.until(lambda: bool(server.services.waiting._asked))  # the engine is in its first step
         server.runner.gate.set()
@@ -145,17 +158,18 @@ async def test_answers_headers_and_metrics_tell_of_the_policy_that_ran(tmp_path:
             ("fast", 0.2, "auto"),
             True,
             ("quality", 0.7, "auto"),
-            ("quality", 2 / 3, "body"),
+            ("fast", 0.2, "auto"),
             ("full", 1.0, "body"),
             ("full", 1.0, "tier"),
         ]
         headers = [reply.headers["X-Routing-Policy"] for reply in replies]
-        assert headers == ["fast", "fast", "fast", "quality", "quality", "full", "full"]
+        assert headers == ["fast", "fast", "fast", "quality", "fast", "full", "full"]
         assert '"policy":"fast","version"' in replies[2].text
         await server.idle()
         samples = await server.metrics()
         counted = {key: value for key, value in samples.items() if key.startswith("ladimo_policy_requests_total")}
         assert sum(counted.values()) == 8
         assert counted['ladimo_policy_requests_total{reason="auto",requested="default",served="fast"}'] == 3
+        assert counted['ladimo_policy_requests_total{reason="auto",requested="quality",served="fast"}'] == 1
         assert counted['ladimo_policy_requests_total{reason="auto",requested="default",served="full"}'] == 1
-        assert samples['ladimo_request_success_total{finish_reason="length",policy="fast"}'] == 4
+        assert samples['ladimo_request_success_total{finish_reason="length",policy="fast"}'] == 5
