@@ -6,7 +6,8 @@ from typing import Any
 
 from ladimo.checkpoint import read_json, stored_dtype, write_json, write_text
 from ladimo.convert.methods.registry import get_method
-from ladimo.convert.policies.frontier import MeasuredPolicies, rule_name
+from ladimo.convert.policies.descriptions import rule_name
+from ladimo.convert.policies.frontier import MeasuredPolicies
 from ladimo.convert.report.contents import document
 from ladimo.convert.report.document import Document
 from ladimo.convert.report.markdown import to_markdown
@@ -51,7 +52,7 @@ def policy_entries(points: MeasuredPolicies, config: ModelConfig, costs: FormCos
         "policies": [
             {**entry, "prefill_time_ratio": time_ratio(policy, entry)}
             | {"description": policy.description, "rules": [rule and rule.to_dict() for rule in policy.layers]}
-            | {"rule_names": [rule_name(rule) for rule in policy.layers]}
+            | {"rule_names": [rule_name(rule, bool(config.nested_bits)) for rule in policy.layers]}
             for entry, policy in zip(points.figures, points.policies, strict=True)
         ],
         "frontier": points.frontier.to_dict(),

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +12,9 @@ from ladimo.convert.evaluation.measure import Measurement, batch_bytes_ratio, fi
 from ladimo.convert.evaluation.variants import DISTINCT_BATCH, Rules, policy_of, variant_of
 from ladimo.convert.policies.candidates import Candidates, ConvertedModel, Guard
 from ladimo.convert.policies.choose import NAMED
+from ladimo.convert.policies.descriptions import describe_rules
 from ladimo.model.config import ModelConfig
-from ladimo.policy import Frontier, FrontierPoint, LayerRule, RoutingPolicy, pareto
+from ladimo.policy import Frontier, FrontierPoint, RoutingPolicy, pareto
 
 logger = logging.getLogger(__name__)
 
@@ -76,32 +77,6 @@ def policy_cost(rules: Rules, measurement: Measurement, config: ModelConfig) -> 
     """What the knob walks; see `FrontierPoint.cost`."""
     ratio = policy_of("rules", "", rules, config).bytes_ratio(config, measurement.experts_per_token, measurement.refined_rows)
     return config.active_parameters_ratio(measurement.experts_per_token) if ratio is None else ratio
-
-
-def rule_name(rule: LayerRule | None) -> str:
-    """TOP2, DYN(0.8), 5 fixed (a static mask), or dense; other limits are added, as in "TOP4 relative_floor 0.3", and so are
-    bits: "TOP1 at 4 bits refined from 1.5, attention at 8"."""
-    if rule is None:
-        return "dense"
-    if rule.bits is not None or rule.attention_bits is not None:
-        name = rule_name(replace(rule, bits=None, attention_bits=None, refine=None))
-        refined = "" if rule.refine is None else f" refined from {rule.refine:g}"
-        return f"{name} at {rule.bits or 'all'} bits{refined}, attention at {rule.attention_bits or 'all'}"
-    if not rule.limits and rule.experts is not None and rule.top_k >= len(rule.experts):
-        return f"{len(rule.experts)} fixed"
-    name = f"TOP{rule.top_k}" if rule.mass is None else f"DYN({rule.mass:g})"
-    return name + "".join(f" {limit} {value:g}" for limit, value in rule.limits.items() if limit != "mass")
-
-
-def describe_rules(rules: Rules, config: ModelConfig) -> str:
-    """A description such as "TOP2 in 3 layers, DYN(0.8) in 2 layers". For a nested model, the output head's bits are added."""
-    policy = policy_of("rules", "", rules, config)
-    names = [rule_name(rule) for rule in policy.layers if rule is not None]
-    counts = [f"{name} in {names.count(name)} layer{'s' * (names.count(name) > 1)}" for name in dict.fromkeys(names)]
-    if config.nested_bits:
-        refined = "" if policy.head_refine is None else f" refined to {policy.head_refine:g} below the best"
-        counts.append(f"output head at {policy.head_bits or 'all'} bits{refined}")
-    return ", ".join(counts)
 
 
 def _cheapest_within(

@@ -20,7 +20,7 @@ def conditions_section(report: Report) -> Section:
         f"Source: {source_name(report)} (SHA-256 {source.sha256[:12]}). Converted layers: {converted or 'none'}.",
         f"Text: {names}. Tokens: {counts}. {conditions.note}".strip(),
         f"Perplexity: {conditions.protocol}",
-        f"Measured in {conditions.dtype} on {conditions.device}; training took {duration(conditions.training_seconds)}.",
+        f"Measured in {conditions.dtype} on {conditions.device}; fitting took {duration(conditions.training_seconds)}.",
     ]
     profiled = conditions.profiled
     if profiled is not None:

@@ -18,7 +18,7 @@ def lead(report: Report) -> list[str]:
     cheapest, best = ordered[0], min(ordered, key=lambda entry: entry.perplexity_ratio)
     text = [
         f"{converted} of the {depth} layers of {source_name(report)} were converted by method {report.method.name}, "
-        f"with {tokens:,} tokens of text and {duration(report.conditions.training_seconds)} of training. "
+        f"with {tokens:,} tokens of text and {duration(report.conditions.training_seconds)} of fitting. "
         f"The most accurate policy needs {percent(best.cost)} of the dense model's {best.cost_name} per token and has "
         f"{best.perplexity_ratio:.3f} times its perplexity. The cheapest one needs {percent(cheapest.cost)} and has "
         f"{cheapest.perplexity_ratio:.3f} times its perplexity."

@@ -19,7 +19,7 @@ from ladimo.convert.policies.choose import (
     named_policies,
     spread,
 )
-from ladimo.convert.policies.frontier import describe_rules, rule_name
+from ladimo.convert.policies.descriptions import describe_rules, rule_name
 from ladimo.convert.policies.knapsack import solve_knapsack
 from ladimo.convert.policies.routing_profile import LayerProfile, profile_layer
 from ladimo.convert.recipe import PolicyRecipe
@@ -70,6 +70,20 @@ def test_names_of_rules_say_their_limits() -> None:
     assert rule_name(LayerRule(2, experts=(1, 4), relative_floor=0.3)) == "TOP2 relative_floor 0.3"
     assert rule_name(LayerRule(4, mass=0.8, floor=0.1)) == "DYN(0.8) floor 0.1"
     assert rule_name(LayerRule(4, batch_experts=3)) == "TOP4 batch_experts 3"
+
+
+def test_policies_of_nested_models_say_what_each_part_reads() -> None:
+    config = dataclasses.replace(model(2), nested_bits=(4, 8))
+    eight, four = LayerRule(2, bits=8, attention_bits=8), LayerRule(2, bits=4, refine=1.5, attention_bits=8)
+    head = LayerRule(1, bits=4, refine=8.0)
+    assert describe_rules((LayerRule(2), LayerRule(2), LayerRule(1)), config) == "all bits everywhere"
+    assert describe_rules((eight, eight, LayerRule(1, bits=8)), config) == "8 bits everywhere"
+    assert describe_rules((eight, four, head), config) == (
+        "FFN: 8 bits in 1 layer, 4 bits refined by token in 1 layer; attention: 8 bits in 2 layers; "
+        "output head: 4 bits refined by token"
+    )
+    names = [rule_name(rule, nested=True) for rule in (LayerRule(2), eight, four)]
+    assert names == ["all bits", "8 bits", "FFN 4 bits refined by token, attention 8 bits"]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
