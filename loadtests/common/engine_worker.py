@@ -3,7 +3,8 @@
     PYTHON engine_worker.py ENGINE MODEL '{"dtype": ..., "quantize": ..., "threads": ..., "sequences": ..., "context": ...}'
 
 PYTHON is that of the engine's own environment, so this file imports nothing of LaDiMo. MODEL is a dense LLaMA in the format of
-transformers, with a tokenizer. A request is {"prompts": [[ids]], "tokens": n}: each prompt is completed greedily with n tokens,
+transformers, with a tokenizer. A bf16 model is computed in fp32 on a processor without bf16 products: emulated ones took these
+engines minutes for one prompt. A request is {"prompts": [[ids]], "tokens": n}: each prompt is completed greedily with n tokens,
 and the end of a text does not end it. The answer is {"seconds": ..., "tokens": [[ids]]}. The first line says {"version": ...}.
 """
 
@@ -16,8 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")  # as the system lists them for x86 and for ARM
+
 # From prompts and the number of new tokens to the tokens of each prompt.
 Complete = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
+
+
+def computed_in(dtype: str, listed: str) -> str:
+    """The dtype in which engines compute a model of this dtype. listed: the content of /proc/cpuinfo."""
+    return "float32" if dtype == "bfloat16" and not set(BF16_PRODUCTS) & set(listed.split()) else dtype
 
 
 def openvino(model: Path, options: dict[str, Any]) -> tuple[str, Complete]:
@@ -126,11 +134,13 @@ ENGINES: dict[str, Callable[[Path, dict[str, Any]], tuple[str, Complete]]] = {
 
 def main() -> None:
     name, model, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    options["dtype"] = computed_in(options["dtype"], Path("/proc/cpuinfo").read_text())
     # Engines print to stdout, from C++ too. So what they print goes to stderr, and stdout's channel is ours alone.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     package, complete = ENGINES[name](model, options)
-    print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}"}), file=answers)
+    version = f"{package} {importlib.metadata.version(package)}, {options['quantize'] or options['dtype']}"
+    print(json.dumps({"version": version}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()

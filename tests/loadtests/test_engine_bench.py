@@ -11,6 +11,7 @@ import torch
 
 from loadtests.common import peers
 from loadtests.common.engine_process import EngineProcess
+from loadtests.common.engine_worker import computed_in
 from loadtests.common.models import SHAPES
 from loadtests.common.runs import random_prompts
 from loadtests.common.time_limit import TimeLimit
@@ -79,6 +80,19 @@ def test_an_engine_s_process_is_timed_by_its_own_clock() -> None:
     with pytest.raises(peers.Unavailable, match=r"gave \[5\] tokens instead of 6"):
         engine.decode([[1]], 6)
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "expected"),
+    [
+        ("bfloat16", "fma avx2", "float32"),
+        ("bfloat16", "fma avx512_bf16", "bfloat16"),
+        ("bfloat16", "amx_bf16 amx_tile", "bfloat16"),
+        ("float32", "amx_bf16", "float32"),
+    ],
+)
+def test_other_engines_compute_in_what_the_processor_has(dtype: str, flags: str, expected: str) -> None:
+    assert computed_in(dtype, f"model name\t: x\nflags\t\t: {flags}\n") == expected
 
 
 def test_a_limit_counts_only_an_engine_s_own_time() -> None:
