@@ -124,7 +124,8 @@ async def play(urls: Sequence[str], args: argparse.Namespace, found: Calibration
     assert capacity and most
     times, end = times_capacity(args.burst, capacity, most), args.before + args.peak_seconds
     records = []
-    for url, name, default in zip(urls, (FIXED, CONTROLLED), ({"accuracy": args.accuracy}, {"auto": auto}), strict=True):
+    runs = ((FIXED, {"accuracy": args.accuracy}, found.fixed), (CONTROLLED, {"auto": auto}, found.cheapest))
+    for url, (name, default, side) in zip(urls, runs, strict=True):
         async with _client(url) as http:
             (await http.put("/admin/routing/default", json=default)).raise_for_status()
         flags = [url, f"--name={name}", f"--rate={args.calm * capacity}", f"--peak={times * capacity}", "--poisson"]
@@ -133,6 +134,8 @@ async def play(urls: Sequence[str], args: argparse.Namespace, found: Calibration
         load.routing, load.goodput, load.text = [parse_routing("default")], objectives, args.text
         load.prompt_tokens, load.output_tokens = args.prompt_tokens, args.output_tokens
         records.append(await measure(load, command))
+        sizes = {"max_num_seqs": side.max_num_seqs, "max_queue": side.max_queue, "times_capacity": times}
+        records[-1]["conditions"] |= {**sizes, "capacity_fixed": capacity, "capacity_cheapest": most}
     knob = records[1]["knob"]
     return {
         "benchmark": "burst",

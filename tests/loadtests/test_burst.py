@@ -31,7 +31,8 @@ async def test_both_runs_get_the_same_requests(moe_dir: Path, tmp_path: Path) ->
     assert one["figures"]["good_share"] == 1.0
     assert set(one["figures"]["reasons"]) == {"default"} and set(other["figures"]["reasons"]) == {"auto"}
     assert record["accuracy_before"] == 1.0
-    assert "automatic control" in page(other, one)
+    assert [run["conditions"]["capacity_cheapest"] for run in record["runs"]] == [19.0, 19.0]
+    assert "automatic control" in page(other, one) and "times_capacity" in page(other, one)
     (tmp_path / "record.json").write_text(json.dumps(record))
     assert Calibration.read(tmp_path / "record.json") == found
     (tmp_path / "other.json").write_text(json.dumps({"calibration": {}}))
