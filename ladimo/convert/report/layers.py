@@ -17,11 +17,34 @@ def parameters_section(report: Report, view: MethodView) -> Section:
 def rules_figure(report: Report) -> tuple[str, Figure]:
     policies, rows = report.policies, [str(index) for index in range(report.num_hidden_layers)]
     columns = [entry.policy for entry in policies]
+    if any(entry.bytes_ratio is not None for entry in policies):
+        return _bits_figure(policies, rows)
     most = max((count or 0.0 for entry in policies for count in entry.experts_per_token), default=0.0) or 1.0
     cells = [[_rule_cell(entry, layer, most) for entry in policies] for layer in range(len(rows))]
     numbers = [[row, *(_rule_text(entry, layer) for entry in policies)] for layer, row in enumerate(rows)]
     chart = heatmap("Rule per layer and policy", columns, rows, cells, "layer")
     text = "The rule of each layer under each policy. The stronger the colour, the more experts run per token."
+    return text, Figure(chart, numbers=Table(["layer", *columns], numbers))
+
+
+def _bits_figure(policies: Sequence[Policy], rows: list[str]) -> tuple[str, Figure]:
+    """The rules of a nested model."""
+
+    def cell(entry: Policy, layer: int) -> Cell | None:
+        rule = entry.rules[layer]
+        if rule is None:
+            return None
+        text = f"{rule.bits or 'all'}{'' if rule.refine is None else ' +'}"
+        return Cell((rule.bits or 16) / 16, text, f"layer {layer}, {entry.policy}: {entry.rule_names[layer]}")
+
+    columns = [entry.policy for entry in policies]
+    cells = [[cell(entry, layer) for entry in policies] for layer in range(len(rows))]
+    numbers = [[row, *(entry.rule_names[layer] for entry in policies)] for layer, row in enumerate(rows)]
+    chart = heatmap("Bits of the FFN per layer and policy", columns, rows, cells, "layer")
+    text = (
+        "How many bits of each layer's FFN a token reads under each policy. +: it reads the neurons that matter to it at 8 "
+        "bits. The numbers name the bits of the attention, too."
+    )
     return text, Figure(chart, numbers=Table(["layer", *columns], numbers))
 
 

@@ -52,7 +52,11 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
+    """bits, refine: of the FFN, if the model is nested. No bits: all."""
+
     mass: float | None = None
+    bits: int | None = None
+    refine: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

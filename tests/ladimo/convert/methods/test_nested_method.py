@@ -110,6 +110,8 @@ def test_the_report_speaks_of_bytes(nested: Made) -> None:
     processor = read_json(nested.out / "report.json")["conditions"]["prefill_costs"]["processor"]
     assert f"in a prompt's step on {processor}" in said
     assert "active parameters" not in said.split("## Policies")[0]
+    assert "Bits of the FFN per layer and policy" in (nested.out / "report.html").read_text()
+    assert "TOP1" not in said
 
 
 def test_a_stopped_conversion_goes_on_to_the_same_result(nested: Made, tmp_path: Path) -> None:
