@@ -47,19 +47,30 @@ static inline vf add_group_sum(vf sum, vi products, vf weights_scale, float colu
     return sum + __builtin_convertvector(products, vf) * (weights_scale * columns_scale);
 }
 
+// Write the integers of a group, of at most 8 bits, as bytes.
+static inline void write_bytes(const vi *integers, int8_t *out) {
+#if defined(__AVX2__) && LANES == 8
+    __m256i first = _mm256_packs_epi32((__m256i)integers[0], (__m256i)integers[1]);
+    __m256i second = _mm256_packs_epi32((__m256i)integers[2], (__m256i)integers[3]), bytes = _mm256_packs_epi16(first, second);
+    _mm256_storeu_si256((__m256i *)out, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+    for (int i = 0; i < GROUP / LANES; i++) *(vb *)(out + i * LANES) = __builtin_convertvector(integers[i], vb);
+#endif
+}
+
 // Round group number `group` of x to integers of at most MOST_ROUNDED.
 static void round_group(const float *x, Rounded out, int64_t group) {
     const vf *v = (const vf *)(x + group * GROUP);
     vf magnitude = {0};
+    vi integers[GROUP / LANES], total = {0};
     for (int i = 0; i < GROUP / LANES; i++) magnitude = larger(magnitude, (vf)((vi)v[i] & 0x7fffffff));
     float most = max_lanes(magnitude), inverse = most > 0 ? MOST_ROUNDED / most : 0.0f;
-    vi total = {0};
     for (int i = 0; i < GROUP / LANES; i++) {
         vf shifted = v[i] * inverse + 12582912.0f;  // rounds: the integer is now in the low bits of the mantissa
-        vi integers = (vi)shifted - 0x4b400000;
-        *(vb *)(out.columns + group * GROUP + i * LANES) = __builtin_convertvector(integers, vb);
-        total += integers;
+        integers[i] = (vi)shifted - 0x4b400000;
+        total += integers[i];
     }
+    write_bytes(integers, out.columns + group * GROUP);
     out.scales[group] = most / MOST_ROUNDED;
     out.sums[group] = (int32_t)sum_lanes(__builtin_convertvector(total, vf));  // exact, because it is below 2^24
 }

@@ -16,6 +16,8 @@
 #define BLOCK_ROWS (PANELS * ROWS)
 #define GROUPS_AHEAD 4   // groups of neurons from the prefetch of a column to its use
 #define REFINE_SPAN 4    // blocks of neurons in a chunk of `refine_chunk`
+#define WORDS_AHEAD 16   // words that are prefetched together
+#define SCAN 64          // logits that are passed over together if all are too low
 
 // Vectors of 8 numbers, whatever the width of the registers, because a block has 8 words.
 typedef float v8f __attribute__((vector_size(32), aligned(4), may_alias));
@@ -231,20 +233,46 @@ static void refine_neurons(Engine *engine, State *s) {
             if (refines(s, s->pair_token[pair])) count_refined(s, e, pair);
 }
 
+// The largest of `count` numbers.
+static float largest_of(const float *x, int64_t count) {
+    vf most = splat(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) most = larger(*(const vf *)(x + i), most);
+    float best = max_lanes(most);
+    for (; i < count; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// Read these words at 8 bits.
+static void refine_each(const State *s, const int32_t *words, int count, Rounded x, float *logits, int32_t *counts) {
+    const Matrix *m = &s->model->head;
+    for (int i = 0; i < count; i++) {
+        logits[words[i]] += low_row(m->single + words[i] * single_row_bytes(m), x, m->cols / GROUP);
+        counts[words[i] * REFINED_GROUPS / s->model->vocab]++;
+    }
+}
+
 // Read the likely words of a row of logits at 8 bits.
 static void refine_words(const void *job, int64_t r) {
     const State *s = job;
     const Matrix *m = &s->model->head;
     int64_t vocab = s->model->vocab, t = token_of(s, r);
     if (head_precision(s, r) != BITS4 || !refines(s, t)) return;
-    float *logits = s->step->logits + r * vocab, best = -INFINITY;
-    for (int64_t w = 0; w < vocab; w++) best = logits[w] > best ? logits[w] : best;
-    float floor = best - rule_of(s, t)[RULE_REFINE];
+    float *logits = s->step->logits + r * vocab, floor = largest_of(logits, vocab) - rule_of(s, t)[RULE_REFINE];
     Rounded x = rounded(s->normed + r * s->hidden_bytes, m->cols);
-    int32_t *counts = refined_of(s, t);
-    for (int64_t w = 0; w < vocab; w++) {
-        if (!(logits[w] >= floor)) continue;
-        logits[w] += low_row(m->single + w * single_row_bytes(m), x, m->cols / GROUP);
-        counts[w * REFINED_GROUPS / vocab]++;
+    int32_t *counts = refined_of(s, t), words[WORDS_AHEAD];
+    int found = 0;
+    for (int64_t begin = 0, end; begin < vocab; begin = end) {
+        end = least(begin + SCAN, vocab);
+        if (largest_of(logits + begin, end - begin) < floor) continue;
+        for (int64_t w = begin; w < end; w++) {
+            if (!(logits[w] >= floor)) continue;
+            prefetch(m->single + w * single_row_bytes(m), single_row_bytes(m));
+            words[found++] = (int32_t)w;
+            if (found < WORDS_AHEAD) continue;
+            refine_each(s, words, found, x, logits, counts);
+            found = 0;
+        }
     }
+    refine_each(s, words, found, x, logits, counts);
 }
