@@ -6,7 +6,7 @@
 
 Each side gets the server that suits it. What the flags leave open is found first:
 
-- The objective of the time per token is what two clients at a time get under the fixed policy, times `--headroom` (1.1). One
+- The objective of the time per token is what two clients at a time get under the fixed policy, times `--headroom` (1.15). One
   client alone would give too strict an objective: at half of the capacity requests already overlap, and would miss it.
 - The places in the batch: the most clients at a time that still meet the objectives, under the fixed policy and under the
   cheapest one.
@@ -34,7 +34,7 @@ import httpx
 from ladimo.checkpoint import read_json, write_text
 from loadtests.common.conditions import conditions
 from loadtests.common.records import command_line, finish
-from loadtests.load.calibration import Figures, Probe, Side, check, find_capacity, find_places
+from loadtests.load.calibration import DRIFT, Figures, Probe, Side, check, find_capacity, find_places
 from loadtests.load.figures import Objectives, parse_objectives, show, table
 from loadtests.load.page import page, plot
 from loadtests.load.servers import Server, running
@@ -78,7 +78,7 @@ async def find_sizes(http: httpx.AsyncClient, args: argparse.Namespace, found: C
     """Find the objective of the time per token, and places and queues of both sides, where they are open.
 
     `most`: places that are tried; the server must have so many. Raises ValueError if a policy misses the objectives with one
-    client, and if figures contradict each other.
+    client and with two, and if figures contradict each other.
     """
     probe = await Probe.open(http, args)
     await probe.set_accuracy(found.fixed.accuracy)
@@ -89,7 +89,7 @@ async def find_sizes(http: httpx.AsyncClient, args: argparse.Namespace, found: C
     for side in (found.cheapest, found.fixed):
         await probe.set_accuracy(side.accuracy)
         await find_places(lambda number: probe.clients(number, found.objectives), side, found.objectives, most)
-    check(found.fixed, found.cheapest, found.first)
+    check(found.fixed, found.cheapest, found.first, args.drift)
 
 
 async def find_rate(http: httpx.AsyncClient, args: argparse.Namespace, side: Side, objectives: Objectives) -> None:
@@ -214,7 +214,7 @@ def burst_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-tokens", type=parse_lengths, default=Lengths(64, 64), metavar="LOW-HIGH")
     parser.add_argument("--accuracy", type=float, default=1.0, help="of the fixed policy")
     parser.add_argument("--min-accuracy", type=float, default=0.0, help="the floor of automatic control")
-    parser.add_argument("--headroom", type=float, default=1.1, help="times what two clients get, for the objective tpot")
+    parser.add_argument("--headroom", type=float, default=1.15, help="times what two clients get, for the objective tpot")
     for places, queue, who in (
         ("--max-num-seqs", "--max-queue", "automatic control"),
         ("--fixed-max-num-seqs", "--fixed-max-queue", "the fixed policy"),
@@ -224,6 +224,9 @@ def burst_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients-requests", type=int, default=12, help="at least so many for each number of clients")
     parser.add_argument("--trial-requests", type=int, default=60, help="at least so many for each rate")
     parser.add_argument("--trial-seconds", type=float, default=30.0, help="each rate is tried at least so long")
+    parser.add_argument(
+        "--drift", type=float, default=DRIFT, help="two measurements of the same may differ by this factor (1.2)"
+    )
     parser.add_argument("--calibrate", action="store_true", help="stop after the calibration")
     parser.add_argument("--calibration", type=Path, help="a record from which the calibration is taken")
     parser.add_argument("--text", type=Path, default=make_parser().get_default("text"), help="what prompts are cut from")
