@@ -127,14 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=positive_flag,
         metavar="N",
-        help="layers to convert in parallel (default: 1; with --ray, as many as the cluster can)",
+        help="layers to convert in parallel (default: 1; with --ray, as many as the cluster can); not in the methods nested, "
+        "tomoe and disp",
     )
     command.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="convert the layers in a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for a cluster on this "
-        "machine. Used by the methods cmoe, elastic, ladimo, moefication and static. DENSE and OUT must have the same path "
-        "on every machine",
+        "machine; not in the methods nested, tomoe and disp. DENSE and OUT must have the same path on every machine",
     )
     command.set_defaults(run=run_convert)
 

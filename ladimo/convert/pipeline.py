@@ -61,6 +61,7 @@ def convert(
     name, reason = choose_method(recipe, read_config(directory))
     method, recipe = get_method(name), dataclasses.replace(recipe, method=name)
     check_fit(method, read_config(directory))
+    check_parallel(method, jobs, ray)
     config = check_source(directory)
     recipe = method.resolve(recipe, config, torch_device)
     logger.info("method: %s, %s", name, reason)
@@ -76,6 +77,16 @@ def convert(
     points = measured(run, converted, calibration.evaluation)
     publish(run, out, arguments, converted, points)
     return True
+
+
+def check_parallel(method: Method, jobs: int | None, ray: str | None) -> None:
+    """Raises ValueError if the layers are to be converted in parallel, and the method cannot do that."""
+    if method.parallel or (jobs == 1 and ray is None):
+        return
+    able = [name for name, other in METHODS.items() if other.parallel]
+    raise ValueError(
+        f"method {method.name!r} does not convert layers in parallel (--jobs, --ray); methods that do: {', '.join(able) or 'none'}"
+    )
 
 
 def check_fit(method: Method, config: ModelConfig) -> None:

@@ -48,11 +48,13 @@ class Converted:
 
 class Method(ABC):
     """A conversion method. name: the value of `--method`. options: the dataclass of the method's own table in the recipe; the
-    table has the method's name. ffn_kinds: the FFNs that it can convert (`ModelConfig.ffn_kind`)."""
+    table has the method's name. ffn_kinds: the FFNs that it can convert (`ModelConfig.ffn_kind`). parallel: it can convert layers in
+    several processes or in a cluster."""
 
     name: ClassVar[str]
     ffn_kinds: ClassVar[tuple[FfnKind, ...]] = ("swiglu",)
     options: ClassVar[type[Any] | None] = None
+    parallel: ClassVar[bool] = False
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         """The recipe, with values that depend on the model's shape and the device filled in."""

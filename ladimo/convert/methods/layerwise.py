@@ -43,6 +43,7 @@ class LayerwiseMethod(Method):
     """trains_experts: whether `fit` also changes the weights of experts, and not only those of the router."""
 
     trains_experts: ClassVar[bool] = True
+    parallel = True
 
     @abstractmethod
     def split(self, mlp: Ffn, data: LayerData, recipe: Recipe, generator: torch.Generator) -> ExpertLayer:

@@ -59,6 +59,7 @@ class Elastic(Method):
     name = "elastic"
     ffn_kinds = ("swiglu", "gelu")
     options = ElasticRecipe
+    parallel = True
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         return resolved(recipe, config, device)

@@ -10,6 +10,7 @@ from ladimo.cli import main
 from ladimo.convert.methods.automatic import choose_method
 from ladimo.convert.methods.nested import NestedRecipe
 from ladimo.convert.methods.registry import METHODS
+from ladimo.convert.pipeline import convert
 from ladimo.convert.recipe import AUTO, Recipe, SplitRecipe
 
 
@@ -73,3 +74,14 @@ def test_a_conversion_says_what_it_took_and_records_it(
         assert "complete already" in capsys.readouterr().out
     assert main([*command, "--experts", "4"]) == 1
     assert "recipe.method was 'nested', now 'elastic'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("jobs", "ray"), [(2, None), (None, "local")])
+def test_a_method_that_cannot_work_in_parallel_refuses_workers(
+    jobs: int | None, ray: str | None, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"'nested' does not convert layers in parallel \(--jobs, --ray\); methods that do: .*elastic"
+    ):
+        convert(str(source), tmp_path / "out", Recipe(), jobs=jobs, ray=ray)
+    assert not (tmp_path / "out").exists()
