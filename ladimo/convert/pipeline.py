@@ -85,7 +85,8 @@ def check_parallel(method: Method, jobs: int | None, ray: str | None) -> None:
         return
     able = [name for name, other in METHODS.items() if other.parallel]
     raise ValueError(
-        f"method {method.name!r} does not convert layers in parallel (--jobs, --ray); methods that do: {', '.join(able) or 'none'}"
+        f"method {method.name!r} does not convert layers in parallel (--jobs, --ray); "
+        f"methods that do: {', '.join(able) or 'none'}"
     )
 
 

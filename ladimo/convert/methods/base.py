@@ -48,8 +48,8 @@ class Converted:
 
 class Method(ABC):
     """A conversion method. name: the value of `--method`. options: the dataclass of the method's own table in the recipe; the
-    table has the method's name. ffn_kinds: the FFNs that it can convert (`ModelConfig.ffn_kind`). parallel: it can convert layers in
-    several processes or in a cluster."""
+    table has the method's name. ffn_kinds: the FFNs that it can convert (`ModelConfig.ffn_kind`). parallel: it can convert
+    layers in several processes or in a cluster."""
 
     name: ClassVar[str]
     ffn_kinds: ClassVar[tuple[FfnKind, ...]] = ("swiglu",)
