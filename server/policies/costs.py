@@ -20,7 +20,7 @@ FADING = 0.999  # the weight of a step after one more step
 # Among solutions that fit equally well, take the one with the smallest coefficients. While only one policy has run, this counts
 # half of the cost as independent of the price.
 RIDGE = 1e-6
-ROWS, CHUNK = 64, 512  # units of rows and of prompt tokens; with them, all features are of similar size
+ROWS, CHUNK = 64, 512  # units of rows and of prompt tokens: with them, all features are of similar size
 BUFFER = 64  # observations that are added at once; while there are fewer in all, each is added when it is needed
 REFIT = 512  # new observations that are worth a new solution; a fifth more than before is enough while there are few
 
@@ -85,9 +85,13 @@ class Demand:
 
 
 class StepCosts:
-    """The two fits, and what follows from them for sequences that all have the same price. Results are in seconds."""
+    """The two fits, and what follows from them for sequences that all have the same price. Results are in seconds.
+
+    chunk_tokens: how many prompt tokens one step takes at most.
+    """
 
     def __init__(self) -> None:
+        self.chunk_tokens: float = CHUNK
         self._decode, self._prefill = Fit(4), Fit(3)
         self._prices: set[float] = set()  # of the steps that decoded
 
@@ -123,7 +127,7 @@ class StepCosts:
     def prompt_seconds(self, tokens: float, price: float) -> float:
         """The prompt part of so many prompt tokens."""
         chunk, token, priced = self._prefill.coefficients
-        return float(chunk * np.ceil(tokens / CHUNK) + tokens / CHUNK * (token + priced * price))
+        return float(chunk * np.ceil(tokens / self.chunk_tokens) + tokens / CHUNK * (token + priced * price))
 
     def sequence_seconds(self, demand: Demand, batch: int, price: float) -> float:
         """The engine's time for one sequence when `batch` sequences share every step."""

@@ -93,7 +93,7 @@ class LoadMeter:
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._arrivals: deque[tuple[float, int]] = deque()
         self._num_arrived = 0
-        self._price, self._prompt, self._output, self._duration = Mean(), Mean(), Mean(), Mean()
+        self._price, self._prompt, self._output, self._duration, self._chunk = Mean(), Mean(), Mean(), Mean(), Mean()
 
     def arrived(self, sequences: int, now: float) -> None:
         """Sequences were asked for, whether they were admitted or not."""
@@ -108,6 +108,9 @@ class LoadMeter:
         rows, tokens = self._by_price(stats.decode_rows), self._by_price(stats.prefilled_tokens)
         if rows or tokens:
             self.costs.observe(rows, tokens, stats.interval_seconds)
+        if tokens and stats.prompt_limit:
+            self._chunk.add(stats.prompt_limit)
+            self.costs.chunk_tokens = self._chunk.value
         if rows:
             self._price.add(sum(price * count for price, count in rows.items()) / sum(rows.values()))
         for request in stats.finished:

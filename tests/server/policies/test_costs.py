@@ -1,15 +1,18 @@
 """Step costs: learned from durations, apart for decoding and prompts, and what follows from them."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.engine.messages import StepStats
 from server.policies.costs import Demand, Fit, StepCosts
 from server.policies.load_meter import LoadMeter, Queue
 from tests.server.policies.plant import PRICES
 
+IDLE = StepStats(0.0, 0, 0, 0, 0, 0.0, 0)
 PRICE = st.sampled_from([*PRICES.values()])
 
 
@@ -117,3 +120,17 @@ def test_demand_and_percentiles_are_of_their_windows() -> None:
         meter.arrived(3, float(second))
     assert meter.demand(19.0).sequences_per_second == 3.0
     assert meter.demand(100.0).sequences_per_second == 0.0
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(64, 8), (512, 1), (2048, 1)])
+def test_a_prompt_pays_for_every_step_that_it_takes(limit: int, steps: int) -> None:
+    meter = LoadMeter()
+    draw = random.Random(1)
+    for now in range(400):
+        tokens = draw.randint(1, limit)
+        meter.observe(
+            replace(IDLE, interval_seconds=prompt_seconds(tokens, 1.0), prefilled_tokens={"full": tokens}, prompt_limit=limit),
+            now,
+        )
+    expected = prompt_seconds(512, 1.0) + (steps - 1) * prompt_seconds(0, 1.0)
+    assert meter.costs.prompt_seconds(512, 1.0) == pytest.approx(expected, rel=0.02)
