@@ -37,6 +37,7 @@ UNTESTED = [
     "python -m loadtests.burst",
     "python -m loadtests.simulate",
     "python -m loadtests.soak",
+    "python -m loadtests.conversion_bench",
 ]
 # Figures and files, not commands.
 DATA = {"json", "toml", "yaml", ""}
