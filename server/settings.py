@@ -126,7 +126,7 @@ class ServerSettings(BaseSettings):
         description="Largest number of tokens in one engine step. auto: learned from how long steps take, by --max-step-ms.",
     )
     max_step_ms: float = Field(
-        100.0,
+        250.0,
         gt=0,
         allow_inf_nan=False,
         description="With --max-step-tokens auto: milliseconds that a step with a chunk of a prompt may take while other "

@@ -22,7 +22,7 @@ class EngineConfig:
     kv_cache_blocks: int | None = None
     block_size: int = 16
     max_step_tokens: int | Literal["auto"] = 512
-    max_step_ms: float = 100.0
+    max_step_ms: float = 250.0
     max_policies: int = 64
     prefix_caching: bool = True
     cuda_graphs: bool = True
