@@ -29,6 +29,7 @@ from loadtests.common.models import SHAPES
 from loadtests.gpu.bench import Bench
 from loadtests.gpu.decode import decode, integers, nested
 from loadtests.gpu.serving import batches, counting, prefill, swap
+from loadtests.gpu.step_profile import step_profile
 
 ROOT = Path(__file__).parent.parent
 DRY_LIMIT = 240  # seconds per section of a dry run
@@ -66,6 +67,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "decode": (decode, 80),
     "integers": (integers, 50),
     "nested": (nested, 90),
+    "profile": (step_profile, 80),
     "prefill": (prefill, 60),
     "swap": (swap, 45),
     "counting": (counting, 60),
