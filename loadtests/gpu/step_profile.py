@@ -23,7 +23,7 @@ MOST_ROWS = 14  # kernels in the table of one step
 
 
 def step_profile(bench: Bench) -> None:
-    """Where the time of a decode step goes: kernels by name, their calls and microseconds per step, and the device's idle time."""
+    """Where the time of a decode step goes: the step, the time in kernels, and for each kernel its calls and its time."""
     batches = (1, 2) if bench.dry else (1, 32)
     prompt, tokens = bench.size(128, 12), bench.size(25, 6)
     for kind, model, policies in _models(bench):
@@ -62,7 +62,8 @@ def _profile(bench: Bench, core: EngineCore, batch: int, case: str, policy: Rout
         core.step()
     device = DeviceType.CPU if bench.dry else DeviceType.CUDA
     kernels: dict[str, list[float]] = {}
-    spans = [(event.time_range.start, event.time_range.end, event.name) for event in found.events() if event.device_type == device]
+    events = [event for event in found.events() if event.device_type == device]
+    spans = [(event.time_range.start, event.time_range.end, event.name) for event in events]
     for begin, end, name in spans:
         kernels.setdefault(name, []).append(end - begin)
     if not spans:

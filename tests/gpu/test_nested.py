@@ -133,10 +133,16 @@ def test_experts(num_tokens: int, layer: Layer) -> None:
 @pytest.mark.parametrize("num_rows", BATCHES)
 def test_head(num_rows: int, head: NestedWeights) -> None:
     tokens = draw(mixed(num_rows))
+    x, _, _, bits, refine = tokens
     out, counts = logits(tokens, head)
-    expected, expected_counts = EXACT.nested_logits(tokens[0].float(), in_fp32(head), *tokens[3:])
-    live = tokens[3] > 0
-    assert_close(out[live], expected[live])
+    expected, expected_counts = EXACT.nested_logits(x.float(), in_fp32(head), bits, refine)
+    live = bits > 0
+    # A word close to the limit may be refined by one and not by the other.
+    at_4 = EXACT.nested_linear(x.float(), in_fp32(head), torch.full_like(bits, 4))
+    limit = at_4.amax(dim=1, keepdim=True) - refine[:, None]
+    close = ((bits == 4) & (refine < INF))[:, None] & ((at_4 - limit).abs() < 0.05)
+    assert close.float().mean() < 0.01
+    assert_close(torch.where(close, expected, out.float())[live], expected[live])
     torch.testing.assert_close(counts[live].sum(dim=1), expected_counts[live].sum(dim=1), rtol=0.01, atol=5)
 
 

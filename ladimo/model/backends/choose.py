@@ -21,16 +21,19 @@ log = logging.getLogger(__name__)
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of this name. "auto" is CUDA if there is a GPU, otherwise the CPU. Raises ValueError for a missing device."""
+    """The device of this name. "auto" is CUDA if there is a GPU, otherwise the CPU. Raises ValueError for a missing device.
+
+    A GPU gets a number, because other threads may have another current device.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r}: not a device name") from error
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {device!r}: not available on this machine")
-    return chosen
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else chosen
 
 
 def resolve_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

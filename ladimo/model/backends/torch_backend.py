@@ -183,8 +183,9 @@ class TorchBackend:
             trim(0)
 
     def make_current(self) -> None:
-        """Make this device the current one of the calling thread, for its kernels and events."""
-        if self.device.type == "cuda":
+        """Make this device the current one of the calling thread, for its kernels and events. A device without a number is the
+        current one already."""
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:

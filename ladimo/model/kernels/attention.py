@@ -219,6 +219,7 @@ def rotate_and_store(
         BLOCK_R=triton.next_power_of_2(cos.shape[-1] // 2),
         BLOCK_C=triton.next_power_of_2(head_dim),
         num_warps=2,
+        enable_fp_fusion=False,  # or both products and their sum become one operation with one rounding
     )
     return out
 
