@@ -15,6 +15,14 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import FfnKind, ModelConfig, RopeConfig
 
 
+class Linear(BackendModule, nn.Linear):
+    """nn.Linear in the back end's product. Integer and nested layers take its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return self.backend.linear(x, self.weight, self.bias)
+
+
 class RMSNorm(BackendModule):
     """RMSNorm over the last dimension; see `norm_activation.rms_norm`."""
 
@@ -65,9 +73,9 @@ class GatedMLP(BackendModule):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -86,8 +94,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -3,17 +3,21 @@
 Legend: T tokens, D hidden_size, E experts, H router_hidden_size.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.layers import Linear
 
 SELECTION_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name; always in fp32, whatever the dtype of the other weights
 FIXED_LOGIT = 40.0  # the sigmoid of 40 is 1 in fp32, and 40 is exact in every dtype
 
 
-class Router(nn.Module):
+class Router(BackendModule):
     """The base of all routers. `e_score_correction_bias` [E] in fp32, or None, changes the order of the experts, not their
     scores."""
 
@@ -39,7 +43,8 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(torch.empty(layer.num_experts - self.fixed_experts, hidden_size).uniform_(-bound, bound))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.pad(F.linear(hidden_states, self.weight), (self.fixed_experts, 0), value=FIXED_LOGIT)
+        logits = self.backend.linear(hidden_states, self.weight)
+        return F.pad(logits, (self.fixed_experts, 0), value=FIXED_LOGIT) if self.fixed_experts else logits
 
 
 class MlpRouter(Router):
@@ -48,8 +53,8 @@ class MlpRouter(Router):
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(layer)
         assert layer.router_hidden_size is not None
-        self.fc1 = nn.Linear(hidden_size, layer.router_hidden_size, bias=False)
-        self.fc2 = nn.Linear(layer.router_hidden_size, layer.num_experts, bias=False)
+        self.fc1 = Linear(hidden_size, layer.router_hidden_size, bias=False)
+        self.fc2 = Linear(layer.router_hidden_size, layer.num_experts, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         logits: Tensor = self.fc2(torch.tanh(self.fc1(hidden_states)))
@@ -77,12 +82,19 @@ class GluRouter(Router):
 
     def __init__(self, hidden_size: int, layer: MoeLayerConfig) -> None:
         super().__init__(layer)
-        self.gate_proj = nn.Linear(hidden_size, layer.num_experts, bias=False)
-        self.up_proj = nn.Linear(hidden_size, layer.num_experts, bias=False)
+        self.gate_proj = Linear(hidden_size, layer.num_experts, bias=False)
+        self.up_proj = Linear(hidden_size, layer.num_experts, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activation: Tensor = F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return activation.abs()
+
+
+@cache
+def falling_logits(num_experts: int, device: torch.device) -> Tensor:
+    """Logits [E] that rank the experts by their number. Made once, because on a GPU this would be three launches per layer."""
+    with torch.inference_mode(False):
+        return -torch.arange(num_experts, dtype=torch.float32, device=device) / num_experts
 
 
 class FixedOrder(Router):
@@ -93,8 +105,7 @@ class FixedOrder(Router):
         self.num_experts = layer.num_experts
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        falling = -torch.arange(self.num_experts, dtype=torch.float32, device=hidden_states.device) / self.num_experts
-        return falling.expand(len(hidden_states), -1)
+        return falling_logits(self.num_experts, hidden_states.device).expand(len(hidden_states), -1)
 
 
 ROUTERS: dict[str, type[LinearRouter | MlpRouter | TableRouter | GluRouter | FixedOrder]] = {

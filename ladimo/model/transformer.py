@@ -12,7 +12,7 @@ from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
-from ladimo.model.layers import FFNS, Norm, RotaryEmbedding, make_norm
+from ladimo.model.layers import FFNS, Linear, Norm, RotaryEmbedding, make_norm
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested.layers import NestedEmbedding, NestedHead
 from ladimo.model.rule import RuleNumber
@@ -46,12 +46,17 @@ class DecoderLayer(nn.Module):
         kv_cache: KVCache | None,
         *bits: Tensor,
         attention: nn.Module | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first half of the layer: the hidden states [T, D] plus their attention, and the inputs [T, D] of the FFN.
 
         `bits` [T]: of a nested layer's attention weights that each token reads. `attention`: used in place of the layer's.
+        `added` [T, D]: what is still to be added to the hidden states.
         """
-        normed = self.input_layernorm(hidden_states)
+        if added is None:
+            normed = self.input_layernorm(hidden_states)
+        else:
+            normed, hidden_states = self.input_layernorm.add(added, hidden_states)
         # A family's own attention knows no bits.
         attended: Tensor = (attention or self.self_attn)(normed, rope, inputs, kv_cache, *((bits,) if bits else ()))
         if self.post_attention_layernorm is None:
@@ -67,22 +72,24 @@ class DecoderLayer(nn.Module):
         kv_cache: KVCache | None,
         rules: tuple[Tensor, Tensor] | None,
         num_budgeted: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hidden states [T, D] -> hidden states after the layer [T, D], the experts that ran [T, E], and the refined neurons
-        [T, G] of a nested layer.
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Hidden states [T, D] -> hidden states after the attention and the output of the FFN, both [T, D], the experts that
+        ran [T, E], and the refined neurons [T, G] of a nested layer.
 
+        The FFN's output is not added yet: the next layer's norm does that (`added`), in the same pass over memory.
         `rules` are those of `RoutingTables.rules`. Their batch budgets apply to the first `num_budgeted` tokens. A dense layer
         needs no rules and returns None for the experts.
         """
         bits = (rules[0][:, self.layer, RuleNumber.ATTENTION_BITS],) if self.nested and rules is not None else ()
-        hidden_states, ffn_inputs = self.attend(hidden_states, rope, inputs, kv_cache, *bits)
+        hidden_states, ffn_inputs = self.attend(hidden_states, rope, inputs, kv_cache, *bits, added=added)
         if not isinstance(self.mlp, ExpertLayer):
-            return hidden_states + self.mlp(ffn_inputs), None, None
+            return hidden_states, self.mlp(ffn_inputs), None, None
         assert rules is not None
         rows, allowed = rules
         mask = allowed[:, self.layer, : self.mlp.config.num_experts]
         out, topk_ids, refined = self.mlp(ffn_inputs, rows[:, self.layer], mask, num_budgeted)
-        return hidden_states + out, topk_ids, refined
+        return hidden_states, out, topk_ids, refined
 
 
 class Backbone(nn.Module):
@@ -105,9 +112,9 @@ class MoeTransformer(BackendModule):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head: nn.Linear | NestedHead | None = None
+        self.lm_head: Linear | NestedHead | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.rotary = RotaryEmbedding(config)
 
     def forward(self, inputs: StepInputs, kv_cache: KVCache | None, tables: RoutingTables) -> StepOutput:
@@ -123,16 +130,19 @@ class MoeTransformer(BackendModule):
         num_budgeted = inputs.num_decode if tables.batch_budgets else 0
         expert_ids: list[Tensor | None] = []
         refined: list[Tensor | None] = []
+        added: Tensor | None = None
         for layer in self.model.layers:
-            hidden_states, topk_ids, neurons = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted)
+            hidden_states, added, topk_ids, neurons = layer(hidden_states, rope, inputs, kv_cache, rules, num_budgeted, added)
             expert_ids.append(topk_ids)
             refined.append(neurons)
         wanted = slice(None) if inputs.logit_indices is None else inputs.logit_indices
+        assert added is not None
+        last = hidden_states[wanted] + added[wanted]
         if not isinstance(self.lm_head, NestedHead):
-            return StepOutput(self.logits(hidden_states[wanted]), self._stack(expert_ids))
+            return StepOutput(self.logits(last), self._stack(expert_ids))
         assert rules is not None
         bits, refine = (rules[0][wanted, -1, number] for number in (RuleNumber.BITS, RuleNumber.REFINE))
-        logits, words = self.lm_head.refined(self.model.norm(hidden_states[wanted]), bits, refine)
+        logits, words = self.lm_head.refined(self.model.norm(last), bits, refine)
         every = words.new_zeros(len(hidden_states), words.shape[1])
         every[wanted] = words
         none = torch.zeros_like(every)
@@ -147,7 +157,7 @@ class MoeTransformer(BackendModule):
         """Final norm and output head: [R, D] -> [R, V]. Of a nested head all bits are read."""
         normed: Tensor = self.model.norm(hidden_states)
         if self.lm_head is None:
-            return F.linear(normed, self.model.embed_tokens.weight)
+            return self.backend.linear(normed, self.model.embed_tokens.weight)
         logits: Tensor = self.lm_head(normed)
         return logits
 
@@ -157,6 +167,10 @@ class MoeTransformer(BackendModule):
         if not chosen:
             return None
         width = self.config.max_num_experts
-        none = chosen[0].new_full((chosen[0].shape[0], width), -1)
-        padded = [none if ids is None else F.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in expert_ids]
-        return torch.stack(padded)
+        none = chosen[0].new_full((chosen[0].shape[0], 0), -1)
+        return torch.stack([_widen(none if ids is None else ids, width) for ids in expert_ids])
+
+
+def _widen(ids: Tensor, width: int) -> Tensor:
+    """Ids [T, experts of the layer] -> [T, width], padded with -1. `F.pad` would copy even if there is nothing to add."""
+    return ids if ids.shape[1] == width else F.pad(ids, (0, width - ids.shape[1]), value=-1)

@@ -66,6 +66,7 @@ def assemble_core(
         )
     backend = model.backend
     backend.make_current()  # sets the device of the calling thread, the engine thread
+    backend.lay_out(model)
     kv_cache = backend.allocate_cache(model.config, num_blocks, config.block_size)
     table = PolicyTable(model.config, config.max_policies + 1, backend.device, config.batch_budgets)
     replay_tokens = min(REPLAY_TOKENS, max_model_len) if config.shadow_share else 0

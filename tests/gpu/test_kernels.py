@@ -162,6 +162,40 @@ def test_linear_of_integers(num_rows: int, num_outputs: int, num_inputs: int, fo
     assert_bf16_close(KERNELS.linear(x, weights, bias), expected)
 
 
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(4096, 4096), (12288, 4096), (4096, 11008), (8, 4096), (513, 3600)])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_linear(num_rows: int, num_outputs: int, num_inputs: int) -> None:
+    weights = normal(num_outputs, num_inputs, scale=num_inputs**-0.5)
+    x, bias = normal(num_rows, num_inputs), normal(num_outputs)
+    assert_bf16_close(KERNELS.linear(x, weights, bias), x.double() @ weights.double().t() + bias.double())
+
+
+@torch.inference_mode()
+def test_kernels_that_start_early_see_what_was_written_before_them() -> None:
+    """A long chain in which each product reads the last one's output and writes where the one before has read: replayed many
+    times, with the numbers of the same products one by one."""
+    weights = [normal(HIDDEN, HIDDEN, scale=HIDDEN**-0.5) for _ in range(8)]
+    norm, start = torch.ones(HIDDEN, dtype=torch.bfloat16, device="cuda"), normal(1, HIDDEN)
+
+    def run(wait: bool) -> Tensor:
+        x = start
+        for weight in weights * 4:
+            x = KERNELS.rms_norm(KERNELS.linear(x, weight), norm, 1e-5)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = run(wait=True)
+    assert torch.equal(run(wait=False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(wait=False)
+    for _ in range(50):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("num_tokens", [1, 64])
 def test_capture_and_replay_of_integers(num_tokens: int, integers: tuple[QuantizedWeights, QuantizedWeights]) -> None:

@@ -11,7 +11,7 @@ from ladimo.model.attention.paged import apply_rope, attend_prefill, attend_whol
 from ladimo.model.backends.torch_backend import BackendModule
 from ladimo.model.config import ModelConfig
 from ladimo.model.inputs import StepInputs
-from ladimo.model.layers import RMSNorm
+from ladimo.model.layers import Linear, RMSNorm
 from ladimo.model.precision import KEY_VALUE_BITS
 
 
@@ -29,10 +29,11 @@ class Attention(BackendModule):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.qk_dim = config.head_dim, config.qk_head_dim
         heads, kv_heads, bias = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.qk_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.qk_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_output_bias)
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.qk_dim, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.num_kv_heads * self.qk_dim, bias=bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads, bias=bias)
+        self.o_proj = Linear(heads, config.hidden_size, bias=config.attention_output_bias)
+        self.joined: tuple[Tensor, Tensor | None] | None = None  # after `join_projections`
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm != "none":
@@ -72,12 +73,30 @@ class Attention(BackendModule):
         projected: Tensor = self.o_proj(out.reshape(-1, self.num_heads * self.head_dim), *bits)
         return projected
 
+    def join_projections(self) -> None:
+        """Lay out queries', keys' and values' weights one after another, so that a single product computes all three.
+
+        For serving only: the three layers become views, which cannot be trained. Integer and nested layers stay apart.
+        """
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(isinstance(layer, Linear) for layer in layers):
+            return
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = None if self.q_proj.bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        for layer, part in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
+            layer.weight = nn.Parameter(part, requires_grad=False)
+        self.joined = weight, bias
+
     def project(self, hidden_states: Tensor, bits: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [T, D] -> queries [T, H, K], keys [T, G, K] and values [T, G, C], before rotation."""
-        careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
-        q = _normed(self.q_proj(hidden_states, *bits), self.q_norm)
-        k = _normed(self.k_proj(hidden_states, *careful), self.k_norm)
-        v = self.v_proj(hidden_states, *careful)
+        if self.joined is None:
+            careful = [wanted.clamp(min=KEY_VALUE_BITS) for wanted in bits]
+            q, k = self.q_proj(hidden_states, *bits), self.k_proj(hidden_states, *careful)
+            v = self.v_proj(hidden_states, *careful)
+        else:
+            sizes = (self.num_heads * self.qk_dim, self.num_kv_heads * self.qk_dim, self.num_kv_heads * self.head_dim)
+            q, k, v = self.backend.linear(hidden_states, *self.joined).split(sizes, dim=-1)
+        q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         return (
             q.view(-1, self.num_heads, self.qk_dim),
             k.view(-1, self.num_kv_heads, self.qk_dim),

@@ -90,6 +90,9 @@ class TorchBackend:
                 module.backend = self
         self._multiply_adds = sum(weight.numel() for weight in model.parameters())
 
+    def lay_out(self, model: nn.Module) -> None:
+        """Lay out the weights of a prepared model for serving. It cannot be trained or saved afterwards."""
+
     def nested_linear(self, x: Tensor, weights: NestedWeights, bits: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] at each token's bits [T] -> [T, N]; weights [N, K]."""
         return by_precision(bits, lambda rows, wanted: F.linear(rows, weights.at(wanted, rows.dtype), bias), x)

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ladimo.model.attention.layer import Attention
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import RoutingTables
 from ladimo.model.kernels import attention, experts, linear, norm_activation, routing
@@ -80,6 +81,11 @@ class TritonBackend(TorchBackend):
         for module in model.modules():
             if isinstance(module, NestedLinear | NestedExperts):
                 module.lay_out()
+
+    def lay_out(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.join_projections()
 
     def nested_linear(self, x: Tensor, weights: NestedWeights, bits: Tensor, bias: Tensor | None = None) -> Tensor:
         if _wants_gradients((x,)):

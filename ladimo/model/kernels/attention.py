@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
+
 # The number of programs to aim for: a few per multiprocessor of a large GPU.
 PROGRAMS = 512
 # Positions of the context per iteration.
@@ -69,9 +71,10 @@ def attend_decode(
         BLOCK_R=max(16, triton.next_power_of_2(per_group)),  # a matrix product has at least 16 rows
         num_warps=4,
         num_stages=3,
+        **early_launch(),
     )
     if parts > 1:
-        _join_parts_kernel[(heads, batch)](sums, stats, context_lens, out, **sizes)
+        _join_parts_kernel[(heads, batch)](sums, stats, context_lens, out, **sizes, **early_launch())
     return out
 
 
@@ -103,7 +106,9 @@ def _attend_part_kernel(
     R: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     group = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
@@ -163,7 +168,9 @@ def _join_parts_kernel(
     PARTS: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     row = tl.program_id(1).to(tl.int64)
     head = row * H + tl.program_id(0)
     parts = tl.arange(0, PARTS)
@@ -198,16 +205,20 @@ def rotate_and_store(
     kv_heads = k.shape[1]
     cos, sin = rope
     out = torch.empty(num_tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v))
     _rotate_kernel[(num_tokens, triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS))](
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        q,
+        k,
+        v,
         cos,
         sin,
         out,
         k_cache,
         v_cache,
         slot_mapping,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
         cos.stride(0),
         sin.stride(0),
         k_cache.stride(1),
@@ -220,6 +231,7 @@ def rotate_and_store(
         BLOCK_C=triton.next_power_of_2(head_dim),
         num_warps=2,
         enable_fp_fusion=False,  # or both products and their sum become one operation with one rounding
+        **early_launch(),
     )
     return out
 
@@ -235,6 +247,9 @@ def _rotate_kernel(
     k_cache_ptr,
     v_cache_ptr,
     slots_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
     cos_stride,
     sin_stride,
     slot_stride,
@@ -245,11 +260,13 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """On the second axis, the first programs rotate query heads. The others rotate keys and store keys and values.
 
     R channels of each head are rotated, the others are copied.
     """
+    wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     query_blocks: tl.constexpr = (H + HEADS - 1) // HEADS
     block = tl.program_id(1)
@@ -269,31 +286,33 @@ def _rotate_kernel(
         heads = block * HEADS + tl.arange(0, HEADS)
         live = (heads < H)[:, None] & is_channel[None, :]
         places = (token * H + heads[:, None]) * C + channels[None, :]
-        first = tl.load(q_ptr + places, mask=live, other=0.0)
-        second = tl.load(q_ptr + places + half, mask=live, other=0.0)
+        q_ptrs = q_ptr + token * q_stride + heads[:, None] * C + channels[None, :]
+        first = tl.load(q_ptrs, mask=live, other=0.0)
+        second = tl.load(q_ptrs + half, mask=live, other=0.0)
         tl.store(out_ptr + places, _rotated(first, cos_first, -second, sin_first), mask=live)
         tl.store(out_ptr + places + half, _rotated(second, cos_second, first, sin_second), mask=live)
         if R < C:
-            rest = (token * H + heads[:, None]) * C + whole[None, :]
+            rest = heads[:, None] * C + whole[None, :]
             kept = (heads < H)[:, None] & is_rest[None, :]
-            tl.store(out_ptr + rest, tl.load(q_ptr + rest, mask=kept, other=0.0), mask=kept)
+            unchanged = tl.load(q_ptr + token * q_stride + rest, mask=kept, other=0.0)
+            tl.store(out_ptr + token * H * C + rest, unchanged, mask=kept)
     else:
         heads = (block - query_blocks) * HEADS + tl.arange(0, HEADS)
         live = (heads < G)[:, None] & is_channel[None, :]
-        places = (token * G + heads[:, None]) * C + channels[None, :]
+        k_ptrs = k_ptr + token * k_stride + heads[:, None] * C + channels[None, :]
         slot = tl.load(slots_ptr + token) * slot_stride
         into = slot + heads[:, None] * C + channels[None, :]
-        first = tl.load(k_ptr + places, mask=live, other=0.0)
-        second = tl.load(k_ptr + places + half, mask=live, other=0.0)
+        first = tl.load(k_ptrs, mask=live, other=0.0)
+        second = tl.load(k_ptrs + half, mask=live, other=0.0)
         tl.store(k_cache_ptr + into, _rotated(first, cos_first, -second, sin_first), mask=live)
         tl.store(k_cache_ptr + into + half, _rotated(second, cos_second, first, sin_second), mask=live)
-        rest = (token * G + heads[:, None]) * C + whole[None, :]
-        into = slot + heads[:, None] * C + whole[None, :]
+        rest = heads[:, None] * C + whole[None, :]
         if R < C:
             kept = (heads < G)[:, None] & is_rest[None, :]
-            tl.store(k_cache_ptr + into, tl.load(k_ptr + rest, mask=kept, other=0.0), mask=kept)
+            tl.store(k_cache_ptr + slot + rest, tl.load(k_ptr + token * k_stride + rest, mask=kept, other=0.0), mask=kept)
         is_value = (heads < G)[:, None] & (whole < C)[None, :]
-        tl.store(v_cache_ptr + into, tl.load(v_ptr + rest, mask=is_value, other=0.0), mask=is_value)
+        values = tl.load(v_ptr + token * v_stride + rest, mask=is_value, other=0.0)
+        tl.store(v_cache_ptr + slot + rest, values, mask=is_value)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.kernels.dequantize import load_columns, load_elements, stored, widen
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.kernels.moe_align import find_block, list_kernel
 from ladimo.model.kernels.norm_activation import silu
 from ladimo.model.kernels.tiles import Tile
@@ -54,7 +55,9 @@ def grouped(
     list_weights = torch.empty(num_experts, num_tokens, dtype=torch.float32, device=x.device)
     places = {"K": num_places, "BLOCK_PLACES": triton.next_power_of_2(num_places)}
     list_tile = min(triton.next_power_of_2(num_tokens), max(16, LIST_TILE * 8 // places["BLOCK_PLACES"]), LIST_TILE)
-    list_kernel[(num_lists,)](ids, weights, counts, lists, list_weights, num_tokens, E=num_experts, TILE=list_tile, **places)
+    list_kernel[(num_lists,)](
+        ids, weights, counts, lists, list_weights, num_tokens, E=num_experts, TILE=list_tile, **places, **early_launch()
+    )
 
     hidden = x.new_empty(num_tokens, num_experts, intermediate_size)
     sizes = {"E": num_experts, "D": hidden_size, "F": intermediate_size}
@@ -77,6 +80,7 @@ def grouped(
         BLOCK=first.k,
         num_warps=first.num_warps,
         num_stages=first.num_stages,
+        **early_launch(),
     )
     used = slice(num_experts, None) if dense else slice(None)
     parts = x.new_empty(num_tokens, num_experts, hidden_size)
@@ -100,10 +104,11 @@ def grouped(
         BLOCK=second.k,
         num_warps=second.num_warps,
         num_stages=second.num_stages,
+        **early_launch(),
     )
     sum_tile = min(SUM_TILE, triton.next_power_of_2(hidden_size))
     _sum_kernel[(num_tokens, triton.cdiv(hidden_size, sum_tile))](
-        parts, ids, out, E=num_experts, D=hidden_size, DENSE=dense, BLOCK=sum_tile, **places
+        parts, ids, out, E=num_experts, D=hidden_size, DENSE=dense, BLOCK=sum_tile, **places, **early_launch()
     )
 
 
@@ -127,8 +132,10 @@ def _grouped_gate_up_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """hidden[t, e, n..n+N] = weight * silu(gate x_t) * up x_t for M tokens t of expert e's list."""
+    wait_for_inputs(EARLY)
     column_blocks: tl.constexpr = (F + N - 1) // N
     expert, begin, count = find_block(counts_ptr, tl.program_id(0) // column_blocks, E, BLOCK_LISTS, M)
     if expert >= E:
@@ -184,8 +191,10 @@ def _grouped_down_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """parts[t, e, n..n+N] = down[e] @ hidden[t, e] for M tokens t of list e < E. List E: out[t, n..n+N] over all experts."""
+    wait_for_inputs(EARLY)
     column_blocks: tl.constexpr = (D + N - 1) // N
     index, begin, count = find_block(counts_ptr, tl.program_id(0) // column_blocks, LISTS, BLOCK_LISTS, M)
     if index >= LISTS:
@@ -231,9 +240,11 @@ def _sum_kernel(
     K: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[t] = sum of parts[t, e] over the token's experts e, in order. With DENSE, tokens with all experts are done
     already."""
+    wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK_PLACES)
     ids = tl.load(ids_ptr + token * K + places, mask=places < K, other=-1)

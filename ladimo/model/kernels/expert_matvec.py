@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.kernels.dequantize import stored, widen
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.kernels.norm_activation import silu
 from ladimo.model.kernels.tiles import Tile
 from ladimo.model.quantization import Weights
@@ -37,11 +38,32 @@ def matvec(
     }
     gate_up, scales, form = stored(gate_up_proj)
     _matvec_gate_up_kernel[(num_experts, triton.cdiv(intermediate_size, first.n))](
-        x, weights, ids, gate_up, scales, hidden, **sizes, **form, N=first.n, BLOCK=first.k, num_warps=first.num_warps
+        x,
+        weights,
+        ids,
+        gate_up,
+        scales,
+        hidden,
+        **sizes,
+        **form,
+        N=first.n,
+        BLOCK=first.k,
+        num_warps=first.num_warps,
+        **early_launch(),
     )
     down, scales, form = stored(down_proj)
     _matvec_down_kernel[(triton.cdiv(hidden_size, second.n),)](
-        hidden, ids, down, scales, out, **sizes, **form, N=second.n, BLOCK=second.k, num_warps=second.num_warps
+        hidden,
+        ids,
+        down,
+        scales,
+        out,
+        **sizes,
+        **form,
+        N=second.n,
+        BLOCK=second.k,
+        num_warps=second.num_warps,
+        **early_launch(),
     )
 
 
@@ -63,8 +85,10 @@ def _matvec_gate_up_kernel(
     PARTS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """hidden[e, n..n+N] = weight * silu(gate x) * up x if the token chose expert e."""
+    wait_for_inputs(EARLY)
     expert = tl.program_id(0)
     places = tl.arange(0, BLOCK_PLACES)
     chosen = tl.load(ids_ptr + places, mask=places < K, other=-1) == expert
@@ -113,8 +137,10 @@ def _matvec_down_kernel(
     PARTS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[n..n+N] = sum of down[e] @ hidden[e] over the token's experts e, in the order of their numbers."""
+    wait_for_inputs(EARLY)
     places = tl.arange(0, BLOCK_PLACES)
     ids = tl.load(ids_ptr + places, mask=places < K, other=-1)
     columns = tl.program_id(0) * N + tl.arange(0, N)

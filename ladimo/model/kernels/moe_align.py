@@ -6,6 +6,8 @@ Legend: E experts, K places per token.
 import triton
 import triton.language as tl
 
+from ladimo.model.kernels.early_launch import wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def list_kernel(
@@ -19,12 +21,14 @@ def list_kernel(
     K: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Each program makes one list: its token numbers in rising order, their weights, and their count.
 
     List e has the tokens that chose expert e. List E + e has those of them that did not choose all experts. List 2E has the
     tokens that chose all experts. Only the lists below E have weights.
     """
+    wait_for_inputs(EARLY)
     index = tl.program_id(0)
     expert = index % E
     places = tl.arange(0, BLOCK_PLACES)

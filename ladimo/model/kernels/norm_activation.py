@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
+
 ELEMENTWISE_TILE = 1024
 
 
@@ -39,13 +41,24 @@ def _launch_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Te
         ADD=residual is not None,
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
+        **early_launch(),
     )
 
 
 @triton.jit(do_not_specialize=["eps"])
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, eps, D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    total_ptr,
+    eps,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64) * D
     columns = tl.arange(0, BLOCK)
     live = columns < D
@@ -70,13 +83,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     size = gate.shape[-1]
     _silu_mul_kernel[(gate.numel() // size, triton.cdiv(size, ELEMENTWISE_TILE))](
-        gate.contiguous(), up.contiguous(), out, F=size, BLOCK=ELEMENTWISE_TILE
+        gate.contiguous(), up.contiguous(), out, F=size, BLOCK=ELEMENTWISE_TILE, **early_launch()
     )
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, F: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_inputs(EARLY)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < F
     places = tl.program_id(0).to(tl.int64) * F + columns

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.config import MoeLayerConfig
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.rule import RuleNumber
 
 # The columns of a row, as constants for the compiler.
@@ -37,7 +38,7 @@ def select_experts(
     weights = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=router_logits.device)
     ids = torch.empty(num_tokens, num_experts, dtype=torch.int64, device=router_logits.device)
     block_e = triton.next_power_of_2(num_experts)
-    block_t = max(1, SELECT_TILE // block_e)
+    block_t = max(1, min(SELECT_TILE // block_e, triton.next_power_of_2(num_tokens)))
     _select_kernel[(triton.cdiv(num_tokens, block_t),)](
         router_logits,
         rows,
@@ -56,6 +57,8 @@ def select_experts(
         WEIGHT_ONE=layer.expert_weight == "one",
         BLOCK_T=block_t,
         BLOCK_E=block_e,
+        num_warps=max(1, min(4, block_t * block_e // 128)),
+        **early_launch(),
     )
     return weights, ids
 
@@ -79,7 +82,9 @@ def _select_kernel(
     WEIGHT_ONE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
     in_range = tokens < num_tokens
@@ -156,6 +161,7 @@ def apply_batch_budget(
         E=num_experts,
         BLOCK_T=min(triton.next_power_of_2(num_tokens), max(1, tile // block_e)),
         BLOCK_E=block_e,
+        **early_launch(),
     )
     return shared
 
@@ -174,7 +180,9 @@ def _apply_batch_budget_kernel(
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     experts = tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], dtype=tl.float32)
     free = tl.zeros([BLOCK_E], dtype=tl.int32)
@@ -229,6 +237,7 @@ def record(
         E=num_experts,
         BLOCK=min(triton.next_power_of_2(num_tokens * num_places), max(16, tile // block_e)),
         BLOCK_E=block_e,
+        **early_launch(),
     )
 
 
@@ -244,7 +253,9 @@ def _record_kernel(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     layer = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
     hit = tl.zeros([BLOCK_E], dtype=tl.int32)

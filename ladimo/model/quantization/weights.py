@@ -93,6 +93,6 @@ def quantize_weights(weights: Tensor, name: str) -> QuantizedWeights:
     return QuantizedWeights(data.view(*lead, -1), scales.view(*lead, -1), cols, format)
 
 
-def linear(x: Tensor, weights: QuantizedWeights, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the transposed weights [N, K], plus bias [N] -> [..., N]."""
-    return F.linear(x, weights.to_dtype(x.dtype), bias)
+    return F.linear(x, weights if isinstance(weights, Tensor) else weights.to_dtype(x.dtype), bias)

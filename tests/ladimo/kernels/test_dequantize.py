@@ -150,6 +150,18 @@ def test_linear_in_half_precision(num_rows: int, format: str, device: torch.devi
     torch.testing.assert_close(out.float(), quantization.linear(x.float(), weights), rtol=2e-3, atol=4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [(600, 40), (5, 1500), (7, 2050), (530, 3000)])
+def test_linear_of_one_row(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Weights as they are: few and many outputs, one to three tiles of columns. Several rows are torch's."""
+    weights, x, bias = (torch.randn(shape, device=device).to(dtype) for shape in (sizes, (3, sizes[1]), (sizes[0],)))
+    expected = x.double() @ weights.double().t() + bias.double()
+    for rows in (1, 3):
+        out = linear.linear(x[:rows], weights, bias)
+        torch.testing.assert_close(out.double(), expected[:rows], rtol=0, atol=2e-3 if dtype == torch.float32 else 0.2)
+    torch.testing.assert_close(linear.linear(x[0], weights), linear.linear(x[:1], weights)[0], rtol=0, atol=0)
+
+
 def test_linear_of_other_shapes(device: torch.device) -> None:
     """Leading dimensions, strides and no rows at all."""
     weights, x = matrix(6, 40, "int4", device), rows(12, 40, device)

@@ -51,6 +51,7 @@ def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | N
     results = []
     for backend in (TorchBackend(), TritonBackend()):
         backend.prepare(model)
+        backend.lay_out(model)
         steps = Stepper(model, make_tables(model, policies))
         rows = [Row(list(range(10 * policy, 10 * policy + 20)), policy) for policy in (1, 2, 3, 4)]
         logits = steps.step(prefill=[(row, 7 + row.policy) for row in rows])

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.kernels.nested.linear import DECODE_TOKENS, MOST_PROGRAMS, Tokens, product
 from ladimo.model.kernels.nested.planes import (
     bits_of_tokens,
@@ -95,7 +96,19 @@ def _apply(
     scores = torch.empty(num_tokens, num_experts, size, dtype=torch.float32, device=x.device)
     sums = torch.empty(num_tokens, num_experts, blocks, dtype=torch.float32, device=x.device)
     _activate_kernel[(num_tokens, num_experts, blocks)](
-        gates, weights, *rule, norms, hidden, scores, sums, num_tokens, **sizes, **places, PARTS=len(gates), BLOCK=block
+        gates,
+        weights,
+        *rule,
+        norms,
+        hidden,
+        scores,
+        sums,
+        num_tokens,
+        **sizes,
+        **places,
+        PARTS=len(gates),
+        BLOCK=block,
+        **early_launch(),
     )
     chosen = torch.empty(num_tokens, num_experts, size, dtype=torch.uint8, device=x.device)
     refine_kernel[(num_experts * triton.cdiv(size, REFINE_NEURONS), triton.cdiv(num_tokens, tile))](
@@ -121,6 +134,7 @@ def _apply(
         N=REFINE_NEURONS,
         num_warps=2 if few else 4,
         num_stages=3,
+        **early_launch(),
     )
 
     parts = product(hidden, down, tokens, few, sum_experts=True)
@@ -146,6 +160,7 @@ def _apply(
         BYTES=LOW_BYTES,
         num_warps=4,
         num_stages=3,
+        **early_launch(),
     )
     block = min(OUT_TILE, triton.next_power_of_2(hidden_size))
     blocks = triton.cdiv(hidden_size, block)
@@ -164,6 +179,7 @@ def _apply(
         GROUPS=REFINED_GROUPS,
         COUNTED=triton.next_power_of_2(triton.cdiv(REFINED_GROUPS, blocks)),
         BLOCK=block,
+        **early_launch(),
     )
 
 
@@ -187,8 +203,10 @@ def _activate_kernel(
     BLOCK_PLACES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """hidden[t, e, n..n+BLOCK] = weight * silu(gate) * up, 0 if t did not choose e. If it refines: scores and their sum."""
+    wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1)
     one = token + tl.arange(0, 1)
@@ -232,8 +250,10 @@ def _finish_kernel(
     GROUPS: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[t, n..n+BLOCK] = the sum of all parts, in order. The programs of a token share the groups they count."""
+    wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1)
     one = token + tl.arange(0, 1)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.kernels.nested.linear import DECODE_TOKENS, Tokens, product
 from ladimo.model.kernels.nested.planes import add_plane, bits_of_tokens, count_chosen, tokens_that_refine
 from ladimo.model.nested.plane_layout import BLOCK_COLUMNS
@@ -61,7 +62,9 @@ def _logits(
     block = min(BEST_TILE, triton.next_power_of_2(num_words))
     blocks = triton.cdiv(num_words, block)
     best = torch.empty(num_rows, blocks, dtype=torch.float32, device=x.device)
-    _best_kernel[(num_rows, blocks)](parts, bias, *rule, best, num_rows, V=num_words, PARTS=len(parts), BLOCK=block)
+    _best_kernel[(num_rows, blocks)](
+        parts, bias, *rule, best, num_rows, V=num_words, PARTS=len(parts), BLOCK=block, **early_launch()
+    )
     tile = max(8, triton.next_power_of_2(num_rows)) if few else 64
     chosen = torch.empty(num_rows, num_words, dtype=torch.uint8, device=x.device)
     _refine_words_kernel[(triton.cdiv(num_words, REFINE_WORDS), triton.cdiv(num_rows, tile))](
@@ -85,9 +88,10 @@ def _logits(
         N=REFINE_WORDS,
         num_warps=2 if few else 4,
         num_stages=3,
+        **early_launch(),
     )
     _count_kernel[(num_rows, REFINED_GROUPS // COUNTED)](
-        chosen, *rule, counts, V=num_words, GROUPS=REFINED_GROUPS, COUNTED=COUNTED
+        chosen, *rule, counts, V=num_words, GROUPS=REFINED_GROUPS, COUNTED=COUNTED, **early_launch()
     )
 
 
@@ -115,8 +119,10 @@ def _best_kernel(
     V: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """best[r, i] = the highest logit of block i of words, if row r refines."""
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     one = row + tl.arange(0, 1)
     bits = bits_of_tokens(bits_ptr, bits_stride, one, one < num_rows, True)
@@ -153,8 +159,10 @@ def _refine_words_kernel(
     PARTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[r, n..n+N] for M rows r, and which of these words are refined."""
+    wait_for_inputs(EARLY)
     places = tl.program_id(1) * M + tl.arange(0, M)
     live = places < num_rows
     row = places.to(tl.int64)
@@ -193,8 +201,10 @@ def _count_kernel(
     V: tl.constexpr,
     GROUPS: tl.constexpr,
     COUNTED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """counts[r, g] = the refined words of group g. The programs of a row share the groups."""
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     one = row + tl.arange(0, 1)
     live = one >= 0

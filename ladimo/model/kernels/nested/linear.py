@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
 from ladimo.model.kernels.nested.planes import add_plane, add_whole, bits_of_tokens, runs_expert
 from ladimo.model.kernels.tiles import Tile
 from ladimo.model.nested.plane_layout import BLOCK_COLUMNS
@@ -70,7 +71,7 @@ def linear(
     out = x.new_empty(num_tokens, num_outputs)
     block = min(FINISH_TILE, triton.next_power_of_2(num_outputs))
     _sum_kernel[(num_tokens, triton.cdiv(num_outputs, block))](
-        parts, bias, out, num_tokens, N=num_outputs, PARTS=len(parts), BLOCK=block
+        parts, bias, out, num_tokens, N=num_outputs, PARTS=len(parts), BLOCK=block, **early_launch()
     )
     return out
 
@@ -126,6 +127,7 @@ def product(
         STEP=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **early_launch(),
     )
     return out
 
@@ -164,8 +166,10 @@ def _product_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One part of out[t, expert, n..n+N] for M tokens t."""
+    wait_for_inputs(EARLY)
     row_tiles: tl.constexpr = (R + N - 1) // N
     expert = tl.program_id(0) // row_tiles
     columns = (tl.program_id(0) % row_tiles) * N + tl.arange(0, N)
@@ -204,8 +208,11 @@ def _product_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _sum_kernel(parts_ptr, bias_ptr, out_ptr, num_tokens, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    parts_ptr, bias_ptr, out_ptr, num_tokens, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """out[t, n..n+BLOCK] = the sum of the parts in order, plus bias."""
+    wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < N

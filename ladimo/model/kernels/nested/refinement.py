@@ -9,6 +9,7 @@ Legend: T tokens, D hidden_size, F moe_intermediate_size, E experts.
 import triton
 import triton.language as tl
 
+from ladimo.model.kernels.early_launch import wait_for_inputs
 from ladimo.model.kernels.nested.planes import GROUP, add_plane, bits_of_tokens, integers, runs_expert, tokens_that_refine
 from ladimo.model.kernels.norm_activation import silu
 
@@ -64,8 +65,10 @@ def refine_kernel(
     PARTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Choose and refine N neurons of an expert for M tokens: chosen[t, e, n..n+N], and hidden where they are chosen."""
+    wait_for_inputs(EARLY)
     tiles: tl.constexpr = (F + N - 1) // N
     expert = tl.program_id(0) // tiles
     tokens = tl.program_id(1) * M + tl.arange(0, M)
@@ -131,9 +134,11 @@ def low_columns_kernel(
     SPLIT_GROUPS: tl.constexpr,
     M: tl.constexpr,
     BYTES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One part of what the low plane of down adds to M tokens that refine, over some groups of neurons: 2 BYTES outputs, those
     in the lower halves of a neuron's bytes and those in the upper halves."""
+    wait_for_inputs(EARLY)
     tokens = tl.program_id(1) * M + tl.arange(0, M)
     live = tokens < num_tokens
     tokens = tokens.to(tl.int64)
