@@ -25,7 +25,7 @@ def decode(bench: Bench) -> None:
     core = bench.core(bench.model(), 1, prompt + tokens + 16, prompt + tokens)
     prompts = random_prompts(1, prompt, bench.config.vocab_size)
     rows = {name: partial(serve, core, [policy], prompts, tokens) for name, policy in bench.policies().items()}
-    samples = interleaved(rows, bench.size(7, 2))
+    samples = interleaved(rows, bench.size(5, 2))
     base = statistics.median(run.step_seconds for run in samples["all"])
     full_bytes = None
     for name, runs in samples.items():

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
@@ -60,9 +59,8 @@ def _profile(bench: Bench, core: EngineCore, batch: int, case: str, policy: Rout
             torch.cuda.synchronize()
     while core.has_work:
         core.step()
-    device = DeviceType.CPU if bench.dry else DeviceType.CUDA
     kernels: dict[str, list[float]] = {}
-    events = [event for event in found.events() if event.device_type == device]
+    events = [event for event in found.events() if event.device_type.name == bench.device.type.upper()]
     spans = [(event.time_range.start, event.time_range.end, event.name) for event in events]
     for begin, end, name in spans:
         kernels.setdefault(name, []).append(end - begin)

@@ -99,6 +99,6 @@ def test_rotate_and_store(
     assert torch.equal(ours, theirs)
     assert ours.count_nonzero() > 0
     joined = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1).split([x[0].numel() for x in (q, k, v)], dim=1)
-    views = [part.view(x.shape) for part, x in zip(joined, (q, k, v), strict=True)]
-    assert torch.equal(kernels.rotate_and_store(*views, rope, ours[1], ours[0], slots), expected)
+    q, k, v = (part.view(x.shape) for part, x in zip(joined, (q, k, v), strict=True))
+    assert torch.equal(kernels.rotate_and_store(q, k, v, rope, ours[1], ours[0], slots), expected)
     assert torch.equal(ours[1], theirs[0])
