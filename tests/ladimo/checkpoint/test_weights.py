@@ -89,7 +89,8 @@ def test_layers_loaded_one_by_one_are_the_model(moe_dir: Path) -> None:
     rope = outside.rotary(inputs.positions, torch.float32)
     for index in range(config.num_hidden_layers):
         layer = load_layer(reader, config, index, torch.float32, CPU)
-        hidden_states, *_ = layer(hidden_states, rope, inputs, None, tables.rules(inputs.policy_ids))
+        hidden_states, added, *_ = layer(hidden_states, rope, inputs, None, tables.rules(inputs.policy_ids))
+        hidden_states = hidden_states + added
     assert torch.equal(outside.logits(hidden_states), whole(inputs, None, tables).logits)
 
 
