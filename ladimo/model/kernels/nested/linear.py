@@ -9,8 +9,9 @@ With many tokens, where multiplications take the time and not reading, H + L is 
 
 A token's numbers do not depend on the other tokens of its batch. Each token has a column of sums of its own; columns go up in a
 fixed order; what another token wants is added to sums that this one does not use. Where columns are divided among programs,
-their sums are added in order, and how they are divided depends on the shape of the weights and the number of tiles. Up to
-`DECODE_TOKENS` tokens are one tile, whatever their number, so that a token has the same numbers in all such batches.
+their sums are added in order, and how they are divided depends on the shape of the weights and the number of tiles. Up to eight
+tokens have a kernel of their own (`direct`). More, up to `DECODE_TOKENS`, are one tile. So a token has the same numbers in all
+batches of up to 8, and in all of 9 to 32.
 
 Legend: T tokens, K inputs, R rows (outputs), E experts, as in `ladimo.model.kernels.nested.planes`.
 """
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ladimo.model.kernels.early_launch import early_launch, wait_for_inputs
+from ladimo.model.kernels.nested import direct
 from ladimo.model.kernels.nested.planes import add_plane, add_whole, bits_of_tokens, runs_expert
 from ladimo.model.kernels.tiles import Tile
 from ladimo.model.nested.plane_layout import BLOCK_COLUMNS
@@ -30,20 +32,25 @@ from ladimo.model.nested.weights import NestedWeights
 
 DECODE_TOKENS = 32
 # Columns are divided among programs as long as there are at most so many (six for each of 132 multiprocessors, which fit there
-# at the same time) and each has at least so many blocks of columns. Estimated; not measured yet.
+# at the same time) and each has at least so many blocks of columns. On an H100, half as many or twice as many were not faster.
 MOST_PROGRAMS = 792
+# From this many rows on, a program of decoding computes 64 of them with four warps: 22,016 rows take 46 us instead of 56 for 32
+# tokens on an H100. Where there are fewer rows, such programs leave multiprocessors without work.
+MANY_ROWS = 64 * 132
 LEAST_BLOCKS = 4
 FINISH_TILE = 1024
 
 
-def tile_for(num_tokens: int, few: bool) -> Tile:
-    """m tokens times n rows; k columns of whole weights at a time. `few`: the tiles of decoding.
+def tile_for(rows: int, few: bool) -> Tile:
+    """m tokens times n of `rows` rows; k columns of whole weights at a time.
 
-    Three sizes of m take the same instructions of the matrix units, because a program has two warps. In the machine code for
-    sm_90, a weight of 4 bits takes 3.6, 4.4 or 5.8 instructions of a lane. An H100 can do about 5 while it reads the weight.
+    `few`: the tiles of decoding. They have 32 tokens, whatever their number. So the matrix units' instructions are the same,
+    and with them a token's numbers.
     """
+    if few and rows >= MANY_ROWS:
+        return Tile(32, 64, 128, num_warps=4, num_stages=3)
     if few:
-        return Tile(8 if num_tokens <= 8 else 16 if num_tokens <= 16 else 32, 32, 128, num_warps=2, num_stages=3)
+        return Tile(32, 32, 128, num_warps=2, num_stages=3)
     return Tile(64, 64, 64, num_warps=4, num_stages=2)
 
 
@@ -93,8 +100,10 @@ def product(
     num_tokens = len(x)
     num_experts, (rows, columns) = (weights.shape[0] if len(weights.shape) == 3 else 1), weights.shape[-2:]
     high, low = weights.high, weights.low
-    tile = tile_for(num_tokens, few)
     outputs, inputs = (1, num_experts) if sum_experts else (num_experts, 1)
+    if few and num_tokens <= direct.MOST_TOKENS:
+        return direct.product(x, weights, tokens.bits, tokens.ids, tokens.places, outputs, inputs)
+    tile = tile_for(outputs * rows, few)
     blocks = high.data.shape[-1] * 8 // BLOCK_COLUMNS
     row_tiles = outputs * triton.cdiv(rows, tile.n)
     token_tiles = triton.cdiv(num_tokens, tile.m)
