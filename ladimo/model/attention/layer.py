@@ -76,10 +76,11 @@ class Attention(BackendModule):
     def join_projections(self) -> None:
         """Lay out queries', keys' and values' weights one after another, so that a single product computes all three.
 
-        For serving only: the three layers become views, which cannot be trained. Integer and nested layers stay apart.
+        For serving only: the three layers become views, which cannot be trained. Integer and nested layers stay apart. A second
+        call changes nothing, because a captured graph may read what the first one laid out.
         """
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if not all(isinstance(layer, Linear) for layer in layers):
+        if self.joined is not None or not all(isinstance(layer, Linear) for layer in layers):
             return
         weight = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if self.q_proj.bias is None else torch.cat([layer.bias.detach() for layer in layers])
