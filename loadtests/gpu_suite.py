@@ -1,10 +1,11 @@
 """All checks and measurements that need a GPU, in one command: the gpu tests, the kernels, and the engine at a real shape.
 
-    python -m loadtests.gpu_suite --out results [--only decode,prefill] [--seconds 480]
+    python -m loadtests.gpu_suite --out results [--only decode,prefill] [--seconds 480] [--one-process]
     python -m loadtests.gpu_suite --dry-run
 
 Each section runs in its own process with a time limit. If a section fails, hangs or corrupts the device, the other sections are
-not lost, and the results that it had by then are kept. Every section prints a table and then one JSON line, which is also
+not lost, and the results that it had by then are kept. With --one-process they share a process, which saves imports. Then
+a section that hangs in the device loses the later ones. Every section prints a table and then one JSON line, which is also
 written to OUT/<section>.json. The model has the shape of LLaMA-2-7B (see --shape), random weights in bf16 made on the device,
 and 8 experts per layer, which partition the FFN and count with weight 1. --dry-run runs all sections on a CPU at tiny sizes, to
 check that they work. Its figures mean nothing.
@@ -12,6 +13,7 @@ check that they work. Its figures mean nothing.
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +36,7 @@ from loadtests.gpu.step_profile import step_profile
 
 ROOT = Path(__file__).parent.parent
 DRY_LIMIT = 240  # seconds per section of a dry run
-LEAST_SECONDS = 10.0
+LEAST_SECONDS = 5.0
 
 
 def kernels(bench: Bench) -> None:
@@ -53,7 +56,11 @@ def gpu_tests(bench: Bench) -> None:
     """Run the tests with the marker gpu. A dry run only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "tests/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "."]
     command += ["-p", "no:cacheprovider", "-m", "gpu", "tests/gpu", *(["--collect-only"] if bench.dry else ["--tb=short"])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ}
+    if not bench.dry and importlib.util.find_spec("xdist"):  # most of the time goes to compiling kernels, one core each
+        command += ["-n", str(min(10, os.cpu_count() or 1)), "-p", "xdist"]
+        environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     (bench.out / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     print(done.stdout[-6000:])
     summary = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-1:]
@@ -122,6 +129,43 @@ def run_all(
     return outcome
 
 
+class OutOfTime(Exception):
+    """A section took longer than it may."""
+
+
+def run_here(sections: Mapping[str, Callable[[], None]], limits: Mapping[str, float], seconds: float) -> dict[str, str]:
+    """As `run_all`, in this process. A section is interrupted in Python code only."""
+
+    def interrupt(*_: object) -> None:
+        raise OutOfTime("out of time")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    started = time.monotonic()
+    outcome: dict[str, str] = {}
+    try:
+        for name, section in sections.items():
+            limit = min(limits[name], seconds - (time.monotonic() - started))
+            if limit < LEAST_SECONDS:
+                outcome[name] = "skipped: no time left"
+                continue
+            print(f"\n== {name}", flush=True)
+            begun = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, limit)
+            try:
+                section()
+                outcome[name] = "ok"
+            except Exception as error:
+                outcome[name] = f"failed: {type(error).__name__}: {error}"
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            outcome[name] += f" ({time.monotonic() - begun:.0f} s)"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return outcome
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-suite"), help="directory of the JSON files")
@@ -129,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=560.0, help="time limit of all sections together")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: llama-2-7b; in a dry run: tiny")
     parser.add_argument("--dry-run", action="store_true", help="run on a CPU at tiny sizes")
+    parser.add_argument("--one-process", action="store_true", help="run all sections in this process")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     shape = args.shape or ("tiny" if args.dry_run else "llama-2-7b")
@@ -142,9 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry-run runs on CPU")
     flags = ["--out", str(args.out.resolve()), "--shape", shape, *(["--dry-run"] if args.dry_run else [])]
-    commands = {name: [sys.executable, "-m", "loadtests.gpu_suite", "--section", name, *flags] for name in names}
     limits = {name: DRY_LIMIT if args.dry_run else SECTIONS[name][1] for name in names}
-    outcome = run_all(commands, limits, math.inf if args.dry_run else args.seconds)
+    seconds = math.inf if args.dry_run else args.seconds
+    if args.one_process:
+        benches = {name: Bench(name, args.out, shape, args.dry_run) for name in names}
+        outcome = run_here({name: partial(run_section, benches[name], SECTIONS[name][0]) for name in names}, limits, seconds)
+    else:
+        commands = {name: [sys.executable, "-m", "loadtests.gpu_suite", "--section", name, *flags] for name in names}
+        outcome = run_all(commands, limits, seconds)
     print()
     for name, what in outcome.items():
         print(f"{name:<10} {what}")

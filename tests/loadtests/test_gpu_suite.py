@@ -1,7 +1,10 @@
 """The command for GPU machines, run dry: what nobody can try by hand before the machine is there has to work at once."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 from loadtests import gpu_suite
 from loadtests.gpu.bench import Bench
-from loadtests.gpu_suite import SECTIONS, run_all, run_section
+from loadtests.gpu_suite import LEAST_SECONDS, SECTIONS, run_all, run_here, run_section
 
 ABSENT = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "llguidance", "hypothesis")
 
@@ -59,6 +62,23 @@ def test_nested_weights_need_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureF
     assert rows[2, "8 and 4 bits"]["weight_bytes"] == rows[2, "8 bits"]["weight_bytes"]
 
 
+def test_kernels_are_compiled_ahead(tmp_path: Path) -> None:
+    """Once: a second run finds everything in the cache."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "loadtests.gpu.precompile", str(tmp_path / "cache")]
+    command += ["--shape", "tiny", "--only", "dense", "--batches", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    sizes = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=gpu_suite.ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert "_matvec_kernel" in done.stdout and "_attend_part_kernel" in done.stdout
+        sizes.append(len(list((tmp_path / "cache").rglob("*.cubin"))))
+    assert sizes[0] == sizes[1] > 5
+    command[command.index("dense")] = "sparse"
+    bad = subprocess.run(command, cwd=gpu_suite.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and "sparse" in bad.stderr
+
+
 @pytest.mark.long
 def test_needs_no_web_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The section of tests, as where there are torch, transformers and pytest only: a JSON line for it, and one last."""
@@ -71,6 +91,26 @@ def test_needs_no_web_framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert [record["benchmark"] for record in records] == ["gpu_suite tests", "gpu_suite"]
     assert set(records[-1]["sections"]) == {"tests"}
     assert "test_replay_equals_eager" in (tmp_path / "out" / "tests.log").read_text()
+
+
+def test_sections_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One fails, one sleeps past its limit, one is fine."""
+
+    def fails() -> None:
+        raise ValueError("no")
+
+    sections = {"fails": fails, "hangs": lambda: time.sleep(60), "fine": lambda: print("fine")}
+    outcome = run_here(sections, {"fails": 30, "hangs": LEAST_SECONDS, "fine": 30}, 60)
+    said = [outcome[name].split(" (")[0] for name in sections]
+    assert said == [
+        "failed: ValueError: no",
+        "failed: OutOfTime: out of time",
+        "ok",
+    ]
+    assert run_here({"late": fails}, {"late": 30}, LEAST_SECONDS / 2) == {"late": "skipped: no time left"}
+    capfd.readouterr()
+    assert gpu_suite.main(["--dry-run", "--one-process", "--only", "swap", "--out", str(tmp_path)]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["sections"].keys() == {"swap"}
 
 
 def test_a_section_that_fails_or_hangs_loses_nothing_else() -> None:
