@@ -9,8 +9,12 @@ from functools import cache
 
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.interpreter import InterpretedFunction
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # releases of Triton before 3.4
+    gdc_launch_dependents = gdc_wait = None
 
 LEAST_CAPABILITY = 90
 
@@ -18,7 +22,7 @@ LEAST_CAPABILITY = 90
 @cache
 def early_launch() -> dict[str, bool]:
     """Arguments of a launch of any kernel with the constant EARLY."""
-    if knobs.runtime.interpret:
+    if gdc_wait is None or isinstance(wait_for_inputs, InterpretedFunction):
         return {"EARLY": False}
     target = triton.runtime.driver.active.get_current_target()
     early = target.backend == "cuda" and target.arch >= LEAST_CAPABILITY
