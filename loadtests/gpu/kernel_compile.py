@@ -194,8 +194,11 @@ def launch_all(few: bool = False) -> None:
         for num_rows in (1, 300) if few else (1, 2, 32, 64, 300):
             launch_linear(num_rows, format, num_inputs=11008)
         launch_linear(2, format, num_inputs=3584, num_outputs=512, bias=True)
+    linear.linear(meta(1, 4096), meta(4096, 4096))
     if few:  # a nested layer has many kernels, which take minutes
-        nested_linear.product(meta(1, 4096), meta_nested(4096, 4096), nested_linear.Tokens(meta(1, dtype=torch.float32)), True)
+        for num_tokens in (1, 9):
+            wanted = nested_linear.Tokens(meta(num_tokens, dtype=torch.float32))
+            nested_linear.product(meta(num_tokens, 4096), meta_nested(4096, 4096), wanted, True)
     else:
         for num_tokens in (1, 16, 32, 512):
             launch_nested(num_tokens)
