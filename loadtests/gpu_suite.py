@@ -89,7 +89,7 @@ def run_section(bench: Bench, measure: Callable[[Bench], None]) -> None:
     started = time.perf_counter()
     try:
         measure(bench)
-    except Exception as error:
+    except BaseException as error:
         bench.notes["error"] = f"{type(error).__name__}: {error}"
         raise
     finally:
@@ -98,72 +98,74 @@ def run_section(bench: Bench, measure: Callable[[Bench], None]) -> None:
         gc.collect()
 
 
-def run_all(
-    commands: Mapping[str, list[str]], limits: Mapping[str, float], seconds: float, least: float = LEAST_SECONDS
+def in_time(
+    limits: Mapping[str, float], seconds: float, run: Callable[[str, float], str], least: float = LEAST_SECONDS
 ) -> dict[str, str]:
-    """Run each section in its own process. Returns the outcome of each by name.
+    """`run` each section with the seconds that it may take. Returns the outcome of each by name.
 
-    `limits`: the seconds that each may take; `seconds`: those that all may take together. A section does not begin with less
-    than `least` seconds left.
+    `limits`: the most that each may take; `seconds`: that all may take together. A section does not begin with less than
+    `least` seconds left.
     """
     started = time.monotonic()
     outcome: dict[str, str] = {}
-    for name, command in commands.items():
-        limit = min(limits[name], seconds - (time.monotonic() - started))
+    for name in limits:
+        begun = time.monotonic()
+        limit = min(limits[name], seconds - (begun - started))
         if limit < least:
             outcome[name] = "skipped: no time left"
             continue
         print(f"\n== {name}", flush=True)
-        begun = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        outcome[name] = f"{run(name, limit)} ({time.monotonic() - begun:.0f} s)"
+    return outcome
+
+
+def run_all(
+    commands: Mapping[str, list[str]], limits: Mapping[str, float], seconds: float, least: float = LEAST_SECONDS
+) -> dict[str, str]:
+    """Run each section in its own process. See `in_time`."""
+
+    def run(name: str, limit: float) -> str:
+        process = subprocess.Popen(commands[name], cwd=ROOT, start_new_session=True)
         try:
             code = process.wait(timeout=limit)
-            outcome[name] = "ok" if code == 0 else f"failed with {code}"
+            return "ok" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            outcome[name] = f"stopped after {limit:.0f} s"
+            return f"stopped after {limit:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # and all processes that it has started
                 process.wait()
-        outcome[name] += f" ({time.monotonic() - begun:.0f} s)"
-    return outcome
+
+    return in_time(limits, seconds, run, least)
 
 
-class OutOfTime(Exception):
-    """A section took longer than it may."""
+class OutOfTime(BaseException):
+    """A section took longer than it may. No `except Exception` of a section or a library takes it for an error of its own."""
 
 
 def run_here(sections: Mapping[str, Callable[[], None]], limits: Mapping[str, float], seconds: float) -> dict[str, str]:
-    """As `run_all`, in this process. A section is interrupted in Python code only."""
+    """Run the sections in this process. See `in_time`. A section is interrupted in Python code only."""
 
     def interrupt(*_: object) -> None:
         raise OutOfTime("out of time")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    started = time.monotonic()
-    outcome: dict[str, str] = {}
-    try:
-        for name, section in sections.items():
-            limit = min(limits[name], seconds - (time.monotonic() - started))
-            if limit < LEAST_SECONDS:
-                outcome[name] = "skipped: no time left"
-                continue
-            print(f"\n== {name}", flush=True)
-            begun = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, limit)
-            try:
-                section()
-                outcome[name] = "ok"
-            except Exception as error:
-                outcome[name] = f"failed: {type(error).__name__}: {error}"
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+    def run(name: str, limit: float) -> str:
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        try:
+            sections[name]()
+            return "ok"
+        except (Exception, OutOfTime) as error:
+            return f"failed: {type(error).__name__}: {error}"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            outcome[name] += f" ({time.monotonic() - begun:.0f} s)"
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        return in_time(limits, seconds, run)
     finally:
         signal.signal(signal.SIGALRM, before)
-    return outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

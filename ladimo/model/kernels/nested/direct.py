@@ -3,8 +3,8 @@
 A program is one warp and computes 16 rows. Weights and x go from memory straight to the registers in which the matrix units
 take them, 16 bytes per lane, because the columns of a group are reordered alike in both (`unit_order`). Nothing goes through
 shared memory and no warp waits for another. The next half of a block is loaded as soon as one was used, so that reading never
-stops. On an H100 this reads 4-bit planes at 1.5 to 2 times the speed of the tiles for more tokens, in which x takes more
-registers than there are.
+stops. On an H100 this reads 4-bit planes at 1.4 to 1.9 times the speed of the tiles for more tokens. With more tokens, x takes
+more registers than there are.
 """
 
 import torch
