@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -30,8 +31,16 @@ class Page:
     def all(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all such elements, read at once: the page may draw them again at any time."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.innerText.trim())"
+        texts: list[str] = self.driver.execute_script(script, selector)
+        return texts
+
     def until(self, condition: Callable[[], Any]) -> None:
-        WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: condition())
+        """Wait until this holds. An element that is drawn again meanwhile is read again."""
+        wait = WebDriverWait(self.driver, 30, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException])
+        wait.until(lambda _: condition())
 
     def type(self, selector: str, text: str) -> None:
         self(selector).clear()

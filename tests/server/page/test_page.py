@@ -9,7 +9,6 @@ import httpx
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
@@ -222,14 +221,18 @@ def test_tokens_are_shaded_by_what_they_refined_and_tell_the_numbers(driver: web
 
         Select(page("#heat-window")).select_by_value("start")
         page.until(lambda: "%" in page("#heat").text)
-        assert [head.text for head in page.all("#heat tbody th")] == [
+        assert page.texts("#heat tbody th") == [
             *(f"layer {layer}" for layer in range(config.num_hidden_layers)),
             "output head",
         ]
-        assert page("#heat thead td").text == "group"
+        assert page.texts("#heat thead td") == ["group"]
         total = 2 * sum(map(sum, refined))  # asked twice; the prompt's tokens refine, too
-        shown = re.fullmatch(r"([\d,]+) refined neurons and words", page("#heat-note").text)
-        assert shown is not None and int(shown[1].replace(",", "")) > total
+
+        def shown() -> int:
+            found = re.fullmatch(r"([\d,]+) refined neurons and words", page("#heat-note").text)
+            return int(found[1].replace(",", "")) if found else 0
+
+        page.until(lambda: shown() > total)  # perhaps only after the next scrape
         page.look("refined")
         page.check_accessible()
 
@@ -259,8 +262,8 @@ def test_the_heatmap_shows_the_counters(page: Page) -> None:
     page.until(lambda: page.all("#heat tbody tr"))
     Select(page("#heat-window")).select_by_value("start")
     page.until(lambda: "%" in page("#heat").text)  # the next scrape
-    assert [row.text.split()[:2] for row in page.all("#heat tbody tr")] == [["layer", "0"], ["layer", "2"]]
-    rows = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in page.all("#heat tbody tr")]
+    heads, *rows = (page.texts(f"#heat tbody {one}") for one in ("th", "tr:nth-child(1) td", "tr:nth-child(2) td"))
+    assert heads == ["layer 0", "layer 2"]
     assert all(len(row) == 8 for row in rows)
     assert all(abs(sum(int(cell.removesuffix(" %")) for cell in row) - 100) <= 8 for row in rows)
     Select(page("#heat-policy")).select_by_value("full")
