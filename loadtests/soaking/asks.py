@@ -17,6 +17,7 @@ CITIES = {
 }
 WEATHER = {"name": "weather", "description": "The weather of a city", "parameters": CITIES}
 THINK = [{"policy": "fast", "until": "e"}, {"accuracy": 1.0}]
+FOLLOWING = [{"policy": "auto", "until": "e"}, {"policy": "full", "min_accuracy": 0.3}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ class Asks:
         return Ask("responses", RESPONSES, self._body(RESPONSES, instructions="Be brief."))
 
     def _in_phases(self) -> Ask:
-        phases = self._chance.choice([THINK, [{"policy": "full", "until": "prefill"}, {"policy": "fast", "until": "decode"}]])
+        prompt_first = [{"policy": "full", "until": "prefill"}, {"policy": "fast", "until": "decode"}]
+        phases = self._chance.choice([THINK, FOLLOWING, prompt_first])
         return Ask("phases", COMPLETIONS, self._body(COMPLETIONS, routing={"phases": phases}), "phases")
 
     def _structured(self) -> Ask:

@@ -38,7 +38,7 @@ class WaitingRequests:
 
     def add(self, request: Waiting) -> None:
         """A request goes to the engine. Requests that do not follow automatic control are left alone."""
-        if request.route.follows:
+        if any(part.follows for part in request.route.parts):
             self._waiting[request] = None
 
     def remove(self, request: Waiting) -> None:
@@ -52,7 +52,7 @@ class WaitingRequests:
         routes = ((request, self._store.followed(request.route)) for request in self._waiting)
         self._asked = [(request, route) for request, route in routes if route != request.route]
         if self._asked:
-            self._send([Rebinding(request.request_ids, route.policy) for request, route in self._asked])
+            self._send([Rebinding(request.request_ids, route.policies) for request, route in self._asked])
 
     def rebound(self, reply: Rebound) -> None:
         """Take the engine's reply."""

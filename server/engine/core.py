@@ -275,7 +275,8 @@ class EngineCore:
         for change in changes:
             sequences = [fresh[each] for each in change.request_ids if each in fresh]
             whole = len(sequences) == len(change.request_ids)
-            changed.append(whole and self._row_queue.rebind(sequences, change.policy))
+            assert len({policy.version for policy in change.policies}) <= self.limits.max_policies
+            changed.append(whole and self._row_queue.rebind(sequences, change.policies))
         self._give_rows()
         return Rebound(tuple(changed))
 

@@ -37,18 +37,18 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Rebinding:
-    """Another policy for sequences that belong together."""
+    """Other policies for sequences that belong together: one for each of their phases."""
 
     request_ids: tuple[str, ...]
-    policy: RoutingPolicy
+    policies: tuple[RoutingPolicy, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rebind:
     """Give requests that have not begun to run other policies. The reply is `Rebound`, before any event of these requests.
 
-    Sequences that belong together change together. If one of them has begun, or has not come yet, or if the policy gets no row
-    of the table now, all of them keep their policy.
+    Sequences that belong together change together, and so do their phases. If one of them has begun, or has not come yet, or if
+    a policy gets no row of the table now, all of them keep their policies.
     """
 
     changes: tuple[Rebinding, ...]

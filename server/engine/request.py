@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
@@ -126,6 +126,12 @@ class GenerationRequest:
     def policies(self) -> tuple[RoutingPolicy, ...]:
         """The policy of each phase, in order. A request without phases has one."""
         return (self.policy,) if self.later is None else (self.policy, *self.later.policies)
+
+    def under(self, policies: tuple[RoutingPolicy, ...]) -> "GenerationRequest":
+        """The same request with other policies, one for each phase."""
+        assert len(policies) == len(self.policies)
+        later = None if self.later is None else replace(self.later, policies=policies[1:])
+        return replace(self, policy=policies[0], later=later)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,9 @@
 """The routing of one request, as the policy store finds it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ladimo.policy import RoutingPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class RoutePhase:
-    """One phase of a request: its policy version and accuracy, and what ends it (see `PhaseTarget`)."""
-
-    policy: RoutingPolicy
-    accuracy: float | None
-    until: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +24,8 @@ class Route:
     `floor`: the lowest accuracy to which it may be lowered; None if it may not.
     `follows`: while the request waits, it takes each new accuracy of automatic control, within what it allows. `own`: the most
     that it takes then; None if it left the choice to the server.
-    `phases`: all phases, if the request has several. `policy` and `accuracy` are then those of the first.
+    `phases`: all phases, if the request asked for phases. Each has a route of its own, and all fields but `requested` are those
+    of the first.
     """
 
     policy: RoutingPolicy
@@ -42,19 +35,41 @@ class Route:
     floor: float | None = None
     follows: bool = False
     own: Choice | None = None
-    phases: tuple[RoutePhase, ...] = ()
+    phases: "tuple[RoutePhase, ...]" = ()
+
+    @property
+    def parts(self) -> "tuple[Route, ...]":
+        """The routes of the request's phases, in order. Without phases, the route itself."""
+        return tuple(phase.route for phase in self.phases) or (self,)
 
     @property
     def policies(self) -> tuple[RoutingPolicy, ...]:
-        """The policies of the request's phases, in order; one without phases."""
-        return tuple(phase.policy for phase in self.phases) or (self.policy,)
+        """The policies of its parts."""
+        return tuple(part.policy for part in self.parts)
 
     @property
-    def highest_accuracy(self) -> float | None:
-        """The accuracy of its most accurate phase; None if one of them is not on the frontier."""
-        accuracies = [phase.accuracy for phase in self.phases] or [self.accuracy]
-        known = [accuracy for accuracy in accuracies if accuracy is not None]
-        return max(known) if len(known) == len(accuracies) else None
+    def most_policies(self) -> int:
+        """How many different policies its parts can have at once, whatever automatic control does."""
+        return len({(part.floor, part.own) if part.follows else part.policy.version for part in self.parts})
+
+    def map(self, change: "Callable[[Route], Route]") -> "Route":
+        """The route with each of its parts changed."""
+        if not self.phases:
+            return change(self)
+        return in_phases([RoutePhase(change(phase.route), phase.until) for phase in self.phases])
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePhase:
+    """One phase of a request: its route, and what ends it (see `PhaseTarget`)."""
+
+    route: Route
+    until: str | None
+
+
+def in_phases(phases: Sequence[RoutePhase]) -> Route:
+    """The route of a request that asked for these phases."""
+    return replace(phases[0].route, requested="phases", phases=tuple(phases))
 
 
 @dataclass(slots=True)

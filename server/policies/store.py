@@ -30,7 +30,7 @@ from server.errors import (
 )
 from server.policies.canary import parse_canary
 from server.policies.content import read_policy, wrong_field
-from server.policies.route import Choice, Route, RoutePhase
+from server.policies.route import Choice, Route, RoutePhase, in_phases
 from server.policies.state import PastDefault, State
 from server.policies.targets import AUTO, Ask, AtAccuracy, Automatic, InPhases, Named, Objective, Target, parse_default
 from server.policies.tiers import FIXED, Tier, default_tiers
@@ -186,9 +186,12 @@ class PolicyStore:
         return route
 
     def followed(self, route: Route) -> Route:
-        """A route that follows automatic control, at the accuracy of now: that of automatic control, at least the floor, and at
-        most what the request itself asked for."""
-        assert route.follows and route.floor is not None
+        """The route at the accuracy of now, in each part that follows automatic control: the accuracy that this has set, at
+        least the floor, and at most what the request itself asked for."""
+        return route.map(lambda part: self._now(part) if part.follows else part)
+
+    def _now(self, route: Route) -> Route:
+        assert route.floor is not None
         allowed, own = max(self.auto_accuracy, route.floor), route.own
         if own is not None and own.accuracy <= allowed:
             return replace(route, policy=own.policy, accuracy=own.accuracy, reason=own.reason)
@@ -209,10 +212,11 @@ class PolicyStore:
         floor = None if self.objective is None else self.objective.min_accuracy
         return replace(self.resolve(Ask(canary.target, "canary", "canary", floor)), requested=requested)
 
-    def moved(self, route: Route, accuracy: float, reason: str) -> Route:
-        """The route at another accuracy, which its floor must allow."""
-        assert route.floor is not None and route.floor <= accuracy
-        return replace(self._at(accuracy, reason, route.requested), floor=route.floor)
+    def lowered(self, part: Route, accuracy: float, reason: str) -> Route:
+        """A route without phases at this accuracy, or at its floor if that is higher; itself if it allows no less."""
+        if part.floor is None or part.accuracy is None or part.floor >= part.accuracy:
+            return part
+        return replace(self._at(max(accuracy, part.floor), reason, part.requested), floor=part.floor)
 
     # Next states
 
@@ -307,9 +311,9 @@ class PolicyStore:
     def _in_phases(self, asked: InPhases, ask: Ask, state: State) -> Route:
         phases = []
         for place, each in enumerate(asked.phases):
-            route = self.resolve(Ask(each.target, ask.source, f"{ask.param}.phases[{place}].policy"), state)
-            phases.append(RoutePhase(route.policy, route.accuracy, each.until))
-        return Route(phases[0].policy, phases[0].accuracy, ask.source, "phases", phases=tuple(phases))
+            asked_here = Ask(each.target, ask.source, f"{ask.param}.phases[{place}].policy", each.min_accuracy)
+            phases.append(RoutePhase(self.resolve(asked_here, state), each.until))
+        return in_phases(phases)
 
     def _default_route(self, state: State, min_accuracy: float | None, requested: str) -> Route:
         match state.default:

@@ -58,10 +58,11 @@ Target = Named | AtAccuracy | Automatic
 @dataclass(frozen=True, slots=True)
 class PhaseTarget:
     """What one phase of a request asks for. `until`: PREFILL or DECODE, or the text of the answer that ends the phase; None for
-    the last phase."""
+    the last phase. `min_accuracy`: as in `Ask`, for this phase."""
 
     target: Target
     until: str | None
+    min_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Ask:
     """A request's choice. `source` is where it came from: "body", "header", "model", "tier" or "canary". `param` is the field
     or header.
 
-    `min_accuracy`: automatic control may lower the accuracy this far. None: it may not lower it.
+    `min_accuracy`: automatic control may lower the accuracy this far. None: it may not lower it. Phases have their own.
     """
 
     target: Target | InPhases

@@ -219,7 +219,7 @@ class Generation:
         """The engine has given the waiting request another policy."""
         self._binding.route = route
         for choice in self.choices:
-            choice.request = replace(choice.request, policy=route.policy)
+            choice.request = choice.request.under(route.policies)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, in the order in which they come. Closing the generator early aborts running choices. The
@@ -316,8 +316,8 @@ def make_generation(
     asked = fields.routing_trace
     trace = None if asked is None else Trace.PROMPT if asked.prompt else Trace.OUTPUT
     choices: list[Choice] = []
-    if len({policy.version for policy in terms.route.policies}) > limits.max_policies:
-        message = f"routing.phases: may have at most {limits.max_policies} different policies on this server"
+    if terms.route.most_policies > limits.max_policies:
+        message = f"routing.phases: may need at most {limits.max_policies} different policies on this server"
         raise BadRequest(message, param="routing.phases")
     for prompt in prompts:
         room = check_length(prompt.ids, max_tokens, limits.max_model_len, prompt.param)
@@ -353,7 +353,7 @@ def _later_phases(route: Route, tokenizer: Tokenizer) -> LaterPhases | None:
     first, *later = route.phases
     ends = [phase.until for phase in route.phases[:-1] if phase.until is not None and phase.until != PREFILL]
     watch = PhaseEnds(ends, tokenizer.token_bytes) if ends else None
-    return LaterPhases(tuple(phase.policy for phase in later), after_prompt=first.until == PREFILL, watch=watch)
+    return LaterPhases(tuple(phase.route.policy for phase in later), after_prompt=first.until == PREFILL, watch=watch)
 
 
 def make_echo(prompt_ids: Sequence[int], decoder: TokenDecoder) -> Echo:

@@ -43,9 +43,10 @@ def routing_object(route: Route, config: ModelConfig, choices: Sequence[Measured
     if route.phases:
         written["phases"] = [
             {
-                "policy": phase.policy.name,
-                "version": phase.policy.version,
-                "accuracy": phase.accuracy,
+                "policy": phase.route.policy.name,
+                "version": phase.route.policy.version,
+                "accuracy": phase.route.accuracy,
+                "reason": phase.route.reason,
                 "until": phase.until,
                 "completion_tokens": count,
             }

@@ -19,6 +19,7 @@ UNTIL = (
 class Choice(WireModel):
     policy: str | None = Field(None, description='A policy\'s name, or "auto".')
     accuracy: Share | None = Field(None, description="From 0 (cheapest) to 1 (most accurate).")
+    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy, but not below this value.")
 
 
 class PhaseField(Choice):
@@ -36,7 +37,6 @@ class PhaseField(Choice):
 class RoutingField(Choice):
     """How to route this request: by a policy, by an accuracy, or in phases."""
 
-    min_accuracy: Share | None = Field(None, description="Automatic control may lower the accuracy, but not below this value.")
     phases: Annotated[list[PhaseField], Field(min_length=1, max_length=MAX_PHASES)] | None = Field(
         None, description="Parts of the request in their order, each with its own policy or accuracy."
     )
@@ -46,7 +46,7 @@ class RoutingField(Choice):
         if sum(choice is not None for choice in (self.policy, self.accuracy, self.phases)) != 1:
             raise PydanticCustomError("routing", "name either a policy, an accuracy or phases")
         if self.phases is not None and self.min_accuracy is not None:
-            raise PydanticCustomError("routing", "min_accuracy cannot be combined with phases")
+            raise PydanticCustomError("routing", "min_accuracy cannot be combined with phases; each phase may have its own")
         return self
 
 

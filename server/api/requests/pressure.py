@@ -20,30 +20,38 @@ def meet_deadline(
     route: Route, deadline: float | None, token_limit: int | None, store: PolicyStore, admission: Admission
 ) -> Route:
     """The route, or one of the highest accuracy at which the answer would come in time. Does nothing while automatic control
-    is off, and for requests in phases.
+    is off.
 
-    A request that does not allow so little accuracy gets the lowest that it allows. `deadline`: the event loop's time by which
-    the answer must be complete. `token_limit`: the most tokens that the request asks for.
+    A request that does not allow so little accuracy gets the lowest that it allows. How long each phase of a request will be is
+    not known, so each is treated as if the whole answer ran in it. `deadline`: the event loop's time by which the answer must
+    be complete. `token_limit`: the most tokens that the request asks for.
 
-    Raises QueueFull if the request does not allow any less, naming the accuracy at which the answer would come in time.
+    Raises QueueFull if all phases would be late and none allows any less, naming the accuracy at which the answer would come in
+    time.
     """
-    if store.objective is None or deadline is None or route.accuracy is None or route.phases:
+    if store.objective is None or deadline is None:
         return route
     left = deadline - asyncio.get_running_loop().time()
 
     def late(price: float) -> float:
         return admission.answer_seconds(price, token_limit) - left
 
-    too_late = late(store.price(route.policy.name))
-    if too_late <= 0:
-        return route
-    in_time = next((each for each in store.accuracies if each < route.accuracy and late(store.price_at(each)) <= 0), None)
-    if route.floor is not None and route.floor < route.accuracy:
-        return store.moved(route, max(in_time or 0.0, route.floor), "deadline")
-    if route.floor is None and in_time is not None:
-        message = f"the answer would come too late; at accuracy {in_time:g} or less it would be in time"
-        admission.refuse(QueueFull(message, retry_after=retry_after(too_late), accuracy=in_time))
-    return route
+    def in_time(accuracy: float) -> float | None:
+        """The highest accuracy below this one at which the answer would come in time."""
+        return next((each for each in store.accuracies if each < accuracy and late(store.price_at(each)) <= 0), None)
+
+    def lowered(part: Route) -> Route:
+        if part.accuracy is None or late(store.price(part.policy.name)) <= 0:
+            return part
+        return store.lowered(part, in_time(part.accuracy) or 0.0, "deadline")
+
+    fixed = [part.accuracy for part in route.parts if part.floor is None and part.accuracy is not None]
+    if len(fixed) == len(route.parts):
+        too_late, accuracy = min(late(store.price(policy.name)) for policy in route.policies), in_time(min(fixed))
+        if too_late > 0 and accuracy is not None:
+            message = f"the answer would come too late; at accuracy {accuracy:g} or less it would be in time"
+            admission.refuse(QueueFull(message, retry_after=retry_after(too_late), accuracy=accuracy))
+    return route.map(lowered)
 
 
 def under_pressure(route: Route, tier: Tier, priority: int, store: PolicyStore, admission: Admission) -> Route:
@@ -53,7 +61,7 @@ def under_pressure(route: Route, tier: Tier, priority: int, store: PolicyStore, 
     goes before others keeps its places. A request that lets others go first (`priority` above 0) has no target.
 
     Raises QueueFull if the request would be late at any accuracy, because it would only make others late, too. Raises it for
-    a request that insists, naming the accuracy at which it would be served.
+    a request that insists, be it in one phase, naming the accuracy at which it would be served.
     """
     objective, queue = store.objective, admission.queue
     if objective is None or queue is None:
@@ -67,14 +75,11 @@ def under_pressure(route: Route, tier: Tier, priority: int, store: PolicyStore, 
             admission.refuse(QueueFull(message, retry_after=retry_after(wait - objective.ttft_ms / 1000)))
     if max(queue.share, late) <= PRESSED_SHARE:
         return route
-    if route.floor is not None and route.accuracy is not None and route.floor < route.accuracy:
-        return store.moved(route, route.floor, "queue")
     level = store.resolve().accuracy
     assert level is not None
-    accuracy = route.highest_accuracy
-    accepts = route.floor is not None or (accuracy is not None and accuracy <= level)
-    if not accepts and tier.priority >= 0 and level < 1:
+    insists = any(part.floor is None and (part.accuracy is None or part.accuracy > level) for part in route.parts)
+    if insists and tier.priority >= 0 and level < 1:
         message = f"the queue is nearly full; at accuracy {level:g} or less this request would be served now"
         seconds = admission.meter.wait_seconds(queue)
         admission.refuse(QueueFull(message, retry_after=retry_after(seconds), accuracy=level))
-    return route
+    return route.map(lambda part: store.lowered(part, 0.0, "queue"))

@@ -34,7 +34,7 @@ def routing_choice(
     if body is not None:
         if body.phases is not None:
             _check_ends([phase.until for phase in body.phases])
-            phases = tuple(PhaseTarget(_target(phase), phase.until) for phase in body.phases)
+            phases = tuple(PhaseTarget(_target(phase), phase.until, phase.min_accuracy) for phase in body.phases)
             return Ask(InPhases(phases), "body", "routing")
         return Ask(_target(body), "body", "routing", body.min_accuracy)
     return _from_headers(request) or (None if suffix is None else Ask(_named(suffix), "model", "model"))

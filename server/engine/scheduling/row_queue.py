@@ -3,7 +3,6 @@
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
-from dataclasses import replace
 from operator import attrgetter
 
 from ladimo.policy import RoutingPolicy
@@ -48,25 +47,24 @@ class RowQueue:
         """Forget the closed rows. Called when the resident policies have changed; `take` then chooses again."""
         self._closed_for = None
 
-    def rebind(self, sequences: Sequences[Sequence], policy: RoutingPolicy) -> bool:
-        """Give sequences without phases that have not begun another policy. They wait here, or have rows already. `take` must
-        be called afterwards.
+    def rebind(self, sequences: Sequences[Sequence], policies: tuple[RoutingPolicy, ...]) -> bool:
+        """Give sequences that have not begun other policies, one for each of their phases. They wait here, or have rows
+        already. `take` must be called afterwards.
 
-        False, and nothing changed, if a sequence that has rows cannot have one of this policy now.
+        False, and nothing changed, if a sequence that has rows cannot have those of these policies now.
         """
         holders = [sequence for sequence in sequences if sequence.rows]
-        if holders and self._waiting and not self._may_join((policy,)):
+        if holders and self._waiting and not self._may_join(policies):
             return False
-        taken = [rows for _ in holders if (rows := self._table.acquire((policy,))) is not None]
-        if len(taken) < len(holders):  # all of them want the same row, so none has got it
+        taken = [rows for _ in holders if (rows := self._table.acquire(policies)) is not None]
+        if len(taken) < len(holders):  # all of them want the same rows, so none has got them
             return False
         for sequence, rows in zip(holders, taken, strict=True):
             self._table.release(sequence.rows)
             sequence.rows = rows
         for sequence in sequences:
-            assert sequence.request.later is None
-            sequence.request = replace(sequence.request, policy=policy)
-            sequence.block_keys.clear()  # they depend on the policy
+            sequence.request = sequence.request.under(policies)
+            sequence.block_keys.clear()  # they depend on the policies
         self.reopen()  # the first waiting sequence may lack another row now
         return True
 

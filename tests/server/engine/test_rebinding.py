@@ -1,26 +1,34 @@
 """Another policy for requests that have not begun: all sequences of a request or none, and what has begun keeps its own."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.core import EngineCore
 from server.engine.messages import Abort, Rebind, Rebinding, Rebound, Submit
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, LaterPhases, SamplingParams
 from tests.server.fakes import FakeRunner, fake_core, fake_policy
 from tests.server.policies.plant import PRICES
 
 PROMPT = tuple(range(1, 10))  # two full blocks and a token
 
 
-def submit(core: EngineCore, name: str, policy: str, max_tokens: int = 3, priority: int = 0) -> None:
+def submit(core: EngineCore, name: str, policies: str, max_tokens: int = 3, priority: int = 0) -> None:
+    """Policies are separated by blanks: that of the prompt, that of the answer, and those of phases that do not begin."""
+    first, *others = map(fake_policy, policies.split())
+    later = LaterPhases(tuple(others), after_prompt=True) if others else None
     sampling = SamplingParams(max_tokens=max_tokens)
-    assert core.handle(Submit(GenerationRequest(name, PROMPT, sampling, fake_policy(policy), priority=priority))) is None
+    assert core.handle(Submit(GenerationRequest(name, PROMPT, sampling, first, priority=priority, later=later))) is None
 
 
 def rebind(core: EngineCore, *changes: tuple[str, str]) -> tuple[bool, ...]:
-    """Each change: the names of sequences, separated by blanks, and their new policy."""
-    reply = core.handle(Rebind(tuple(Rebinding(tuple(names.split()), fake_policy(policy)) for names, policy in changes)))
+    """Each change: the names of sequences and their new policies, separated by blanks."""
+    reply = core.handle(
+        Rebind(tuple(Rebinding(tuple(names.split()), tuple(map(fake_policy, policies.split()))) for names, policies in changes))
+    )
     assert isinstance(reply, Rebound)
     return reply.changed
 
@@ -46,6 +54,33 @@ def test_waiting_requests_change_and_others_keep_their_policy() -> None:
     assert users(runner) == {"full": 2, "fast": 1}
     assert served(core) == {"running": "full", "waiting": "fast", "other": "full"}
     assert set(users(runner).values()) == {0}
+
+
+def test_all_phases_of_a_waiting_request_change() -> None:
+    core, runner = fake_core(max_num_seqs=1)
+    submit(core, "running", "full quality")
+    submit(core, "waiting", "full quality")
+    core.step()
+    assert rebind(core, ("running", "balanced fast"), ("waiting", "balanced fast")) == (False, True)
+    assert users(runner) == {"full": 1, "quality": 1, "balanced": 1, "fast": 1}
+    prefilled, decoded = Counter[str](), Counter[str]()
+    while core.has_work:
+        stats = core.step().stats
+        prefilled.update(stats.prefilled_tokens)
+        decoded.update(stats.decode_rows)
+    assert prefilled == {"balanced": len(PROMPT)}
+    assert decoded == {"quality": 2, "fast": 2}
+    assert set(users(runner).values()) == {0}
+
+
+def test_phases_change_only_if_all_their_policies_get_rows() -> None:
+    core, runner = fake_core(max_num_seqs=1, max_policies=3)
+    submit(core, "running", "full quality")
+    submit(core, "waiting", "full quality")
+    core.step()
+    assert rebind(core, ("waiting", "balanced fast")) == (False,)
+    assert rebind(core, ("waiting", "quality fast")) == (True,)
+    assert users(runner) == {"full": 1, "quality": 2, "fast": 1}
 
 
 def test_sequences_of_a_request_change_together_or_not_at_all() -> None:
@@ -92,19 +127,20 @@ def test_without_a_free_row_a_request_keeps_its_policy_and_one_without_rows_may_
 def test_a_closed_row_is_not_joined() -> None:
     """`c` waits for the row of `a`. If those that wait joined `a` again and again, `c` would never run."""
     core, runner = fake_core(max_num_seqs=2, max_policies=2)
-    for name, policy in (("a", "a"), ("b", "b"), ("c", "c"), ("b2", "b")):
+    for name, policy in (("a", "a"), ("b", "b"), ("c", "c"), ("b2", "b"), ("b3", "b b")):
         submit(core, name, policy)
     core.step()
     closed = {runner.table._rows[row].policy.name for row in core._row_queue._closed}  # type: ignore[union-attr]
     assert closed == {"a"}
-    assert rebind(core, ("b2", "a")) == (False,)
+    assert rebind(core, ("b2", "a"), ("b3", "b a")) == (False, False)
     assert served(core)["c"] == "c"
 
 
+PHASES = st.lists(st.sampled_from([*PRICES]), min_size=1, max_size=3)
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("submit"), st.sampled_from([*PRICES])),
-        st.tuples(st.just("rebind"), st.sampled_from([*PRICES])),
+        st.tuples(st.just("submit"), PHASES),
+        st.tuples(st.just("rebind"), PHASES),
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("step"), st.integers(1, 4)),
     ),
@@ -114,14 +150,17 @@ ACTIONS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, rows=st.integers(1, 4))
-def test_whatever_happens_a_request_ends_under_the_policy_that_was_promised(
-    actions: list[tuple[str, str | int]], rows: int
+def test_whatever_happens_a_request_runs_under_the_policies_that_were_promised(
+    actions: list[tuple[str, Any]], rows: int
 ) -> None:
     core, runner = fake_core(max_num_seqs=2, max_policies=rows)
-    told: dict[str, str] = {}  # by request: what its client would read
+    told: dict[str, list[str]] = {}  # by request: what its client would read, for each phase
     begun, gone, ended = set[str](), set[str](), dict[str, str]()
 
     def step() -> None:
+        for sequence in (*core._scheduler.waiting, *core._scheduler.running):
+            entries = [runner.table._rows[row] for row in sequence.rows]
+            assert [entry.policy.name for entry in entries if entry is not None] == told[sequence.request.request_id]
         result = core.step()
         begun.update(event.request_id for event in result.events)
         ended.update({stats.request_id: stats.policy for stats in result.stats.finished})
@@ -129,24 +168,25 @@ def test_whatever_happens_a_request_ends_under_the_policy_that_was_promised(
     for action, value in actions:
         if action == "submit":
             name = f"r{len(told)}"
-            told[name] = str(value)
-            submit(core, name, str(value), priority=len(told) % 2)
+            told[name] = value[:rows]
+            submit(core, name, " ".join(told[name]), priority=len(told) % 2)
         elif action == "rebind":
             asked = [name for name in told if name not in gone]
-            changed = rebind(core, *((name, str(value)) for name in asked))
+            others = {name: (value * rows)[: len(told[name])] for name in asked}
+            changed = rebind(core, *((name, " ".join(others[name])) for name in asked))
             for name, took in zip(asked, changed, strict=True):
                 assert not (took and name in begun)
-                told[name] = str(value) if took else told[name]
+                told[name] = others[name] if took else told[name]
         elif action == "abort":
             gone.add(f"r{value}")
             core.handle(Abort(f"r{value}"))
         else:
-            for _ in range(int(value)):
+            for _ in range(value):
                 if core.has_work:
                     step()
     while core.has_work:
         step()
-    assert ended == {name: told[name] for name in ended}
+    assert ended == {name: told[name][0] for name in ended}
     assert told.keys() - gone <= ended.keys()
     assert set(users(runner).values()) <= {0}
 

@@ -80,6 +80,36 @@ async def test_a_request_that_insists_is_told_what_would_be_served_and_that_is_s
         assert (await ask(server, routing={"accuracy": error["accuracy"]})).status_code == 200
 
 
+def routed_phases(reply: httpx.Response) -> list[tuple[str, float, str]]:
+    return [(phase["policy"], phase["accuracy"], phase["reason"]) for phase in reply.json()["routing"]["phases"]]
+
+
+def phases(first: Any, second: Any) -> dict[str, Any]:
+    return {"phases": [{**first, "until": "c"}, second]}
+
+
+AUTO, HALF = {"policy": "auto"}, {"policy": "full", "min_accuracy": 0.5}
+FULL, QUALITY, FAST = {"policy": "full"}, {"policy": "quality"}, {"policy": "fast"}
+
+
+async def test_in_a_nearly_full_queue_each_phase_gets_what_it_allows_and_one_that_insists_counts_for_all(
+    tmp_path: Path,
+) -> None:
+    async with pressed(tmp_path, waiting=18) as server:
+        for insists in (phases(AUTO, FULL), phases({"accuracy": 0.9}, AUTO)):
+            reply = await ask(server, routing=insists)
+            assert (reply.status_code, reply.json()["error"]["accuracy"]) == (429, 0.7)
+        lowered = [("fast", FLOOR, "queue"), ("balanced", 0.5, "queue")]
+        assert routed_phases(await ask(server, routing=phases(AUTO, HALF))) == lowered
+    async with pressed(tmp_path, waiting=18) as server:
+        mixed = [("quality", pytest.approx(2 / 3), "body"), ("fast", FLOOR, "queue")]
+        assert routed_phases(await ask(server, routing=phases(QUALITY, AUTO))) == mixed
+    async with pressed(tmp_path, waiting=18) as server:
+        server.services.store.auto_accuracy = 1.0  # nothing is kept for those who accept less
+        mixed = [("full", 1.0, "body"), ("fast", FLOOR, "queue")]
+        assert routed_phases(await ask(server, routing=phases(FULL, AUTO))) == mixed
+
+
 async def test_the_tier_that_goes_first_keeps_its_place_and_its_policy(tmp_path: Path) -> None:
     async with pressed(tmp_path, waiting=18) as server:
         assert routed(await ask(server, service_tier="priority")) == ("full", 1.0, "tier")
@@ -142,6 +172,28 @@ async def test_who_insists_learns_at_which_accuracy_the_answer_would_be_in_time(
     async with pressed(tmp_path, waiting=0) as server:  # too late at any accuracy: it runs, and may turn out to be short
         teach(server)
         assert routed(await ask(server, {"X-Request-Timeout": "15"}, routing="full", max_tokens=30))[0] == "full"
+
+
+@pytest.mark.parametrize(
+    ("routing", "expected"),
+    [
+        (phases(AUTO, HALF), [("balanced", pytest.approx(1 / 3), "deadline"), ("balanced", 0.5, "deadline")]),
+        (phases(FULL, AUTO), [("full", 1.0, "body"), ("balanced", pytest.approx(1 / 3), "deadline")]),
+        (phases(FAST, FULL), [("fast", 0.0, "body"), ("full", 1.0, "body")]),  # in time, if the second phase is short
+        (phases(QUALITY, FULL), pytest.approx(1 / 3)),
+    ],
+)
+async def test_a_near_deadline_lowers_the_phases_that_allow_it(tmp_path: Path, routing: dict[str, Any], expected: Any) -> None:
+    """`expected`: the phases, or the accuracy that the refusal names."""
+    async with pressed(tmp_path, waiting=0) as server:
+        teach(server)
+        reply = await ask(server, {"X-Request-Timeout": "28"}, routing=routing, max_tokens=30)
+        if isinstance(expected, list):
+            assert routed_phases(reply) == expected
+        else:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"], error["accuracy"]) == (429, "queue_full", expected)
+            assert int(reply.headers["retry-after"]) in (1, 2)
 
 
 def least_wait_ms(sequences: int) -> float:

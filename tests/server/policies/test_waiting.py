@@ -14,15 +14,20 @@ from server.engine.messages import Rebinding, Rebound
 from server.policies.controller import Control
 from server.policies.route import Route
 from server.policies.store import PolicyStore
-from server.policies.targets import Ask, AtAccuracy, Automatic, Named, Objective
+from server.policies.targets import Ask, AtAccuracy, Automatic, InPhases, Named, Objective, PhaseTarget
 from tests.server.serving import ADMIN, Parts, make_store, serving
 
 SHARE = st.floats(0, 1)
+TARGETS = st.sampled_from([Automatic(), Named("full"), Named("quality")]) | st.builds(AtAccuracy, SHARE)
+IN_PHASES = st.builds(
+    InPhases, st.lists(st.builds(PhaseTarget, TARGETS, st.just("x"), st.none() | SHARE), min_size=1, max_size=4).map(tuple)
+)
 ASKS = st.one_of(
     st.none(),
     st.builds(Ask, st.just(Automatic()), st.just("body"), st.just("routing"), st.none() | SHARE),
     st.builds(Ask, st.sampled_from([Named("full"), Named("quality")]), st.just("body"), st.just("routing"), st.none() | SHARE),
     st.builds(Ask, st.builds(AtAccuracy, SHARE), st.sampled_from(["body", "tier"]), st.just("routing"), st.none() | SHARE),
+    st.builds(Ask, IN_PHASES, st.just("body"), st.just("routing")),
 )
 
 
@@ -40,6 +45,11 @@ class Request:
     def rebind(self, route: Route) -> None:
         self.route = route
         self.changes += 1
+
+
+def parts(ask: Ask | None) -> Sequence[Ask | PhaseTarget | None]:
+    """What is asked for each phase; without phases, for the whole request."""
+    return ask.target.phases if ask is not None and isinstance(ask.target, InPhases) else (ask,)
 
 
 @given(
@@ -68,15 +78,17 @@ def test_one_decision_gives_each_of_them_its_accuracy_once_and_never_less_than_i
             waiting.rebound(Rebound(tuple(int(each.request_ids[0][1:]) not in begun for each in changes)))
         for request, route, earlier in zip(requests, first, before, strict=True):
             assert request.changes <= earlier + 1
-            allows = request.ask is None or isinstance(request.ask.target, Automatic) or request.ask.min_accuracy is not None
-            if request.number in begun or not allows:
+            if request.number in begun:
                 assert request.route == route
                 continue
-            least = 0.0 if request.ask is None else request.ask.min_accuracy or 0.0
             assert request.route == store.resolve(request.ask), "as if it had come now"
-            own = request.route.own
-            most = 1.0 if own is None else own.accuracy
-            assert request.route.accuracy is not None and min(max(floor, least), most) <= request.route.accuracy <= most
+            for part, before_all, asked in zip(request.route.parts, route.parts, parts(request.ask), strict=True):
+                if not (asked is None or isinstance(asked.target, Automatic) or asked.min_accuracy is not None):
+                    assert part == before_all
+                    continue
+                least = 0.0 if asked is None else asked.min_accuracy or 0.0
+                most = 1.0 if part.own is None else part.own.accuracy
+                assert part.accuracy is not None and min(max(floor, least), most) <= part.accuracy <= most
 
 
 def one_waiting(store: PolicyStore) -> tuple[WaitingRequests, Request, list[Sequence[Rebinding]]]:

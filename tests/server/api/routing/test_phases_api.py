@@ -1,10 +1,12 @@
 """Requests in phases over HTTP: what may be asked, what the answer says, in streams, with stop strings and several choices."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.policies.controller import Control
 from server.policies.targets import Automatic, Objective
 from tests.factories import EOS_ID
 from tests.server.serving import Parts, events, serving
@@ -27,6 +29,7 @@ async def test_the_answer_says_what_ran(tmp_path: Path) -> None:
             "policy": "fast",
             "version": server.services.store.get("fast").version,
             "accuracy": 0.0,
+            "reason": "body",
             "until": "</t>",
             "completion_tokens": 6,
         }
@@ -105,12 +108,85 @@ async def test_a_special_token_ends_a_phase_by_its_name(tmp_path: Path) -> None:
         assert split(body) == [("fast", 3), ("full", 3)]
 
 
-async def test_automatic_control_is_asked_for_each_phase(tmp_path: Path) -> None:
-    async with serving(tmp_path, Parts(default=Automatic(Objective(ttft_ms=100)))) as server:
+def routed(body: dict[str, Any]) -> list[tuple[str, float, str]]:
+    return [(phase["policy"], phase["accuracy"], phase["reason"]) for phase in body["routing"]["phases"]]
+
+
+async def test_each_phase_follows_automatic_control_as_a_whole_request_would(tmp_path: Path) -> None:
+    async with serving(tmp_path, Parts(default=Automatic(Objective(ttft_ms=1e6)), strict_fields=True)) as server:
         server.services.store.auto_accuracy = 0.0
-        phases = [{"policy": "auto", "until": "c"}, {"policy": "full"}]
-        body = await server.complete("a", max_tokens=3, routing={"phases": phases})
-        assert split(body) == [("fast", 2), ("full", 1)]
+        asked: list[tuple[dict[str, Any], tuple[str, float, str]]] = [
+            ({"policy": "auto"}, ("fast", 0.0, "auto")),
+            ({"policy": "auto", "min_accuracy": 0.7}, ("quality", 0.7, "auto")),
+            ({"policy": "full", "min_accuracy": 0.4}, ("balanced", 0.4, "auto")),
+            ({"policy": "fast", "min_accuracy": 0.4}, ("fast", 0.0, "body")),
+            ({"accuracy": 0.9, "min_accuracy": 0.4}, ("balanced", 0.4, "auto")),
+            ({"accuracy": 0.9}, ("quality", 0.9, "body")),
+            ({"policy": "full"}, ("full", 1.0, "body")),
+        ]
+        ends = [{"until": end} for end in "bcdefg"] + [{}]
+        phases = [{**phase, **end} for (phase, _), end in zip(asked, ends, strict=True)]
+        body = await server.complete("a", max_tokens=7, routing={"phases": phases})  # bcdefgh
+        assert routed(body) == [expected for _, expected in asked]
+        assert [count for _, count in split(body)] == [1] * 7
+        for phase, expected in asked:
+            whole = (await server.complete("a", max_tokens=1, routing=phase))["routing"]
+            assert (whole["policy"], whole["accuracy"], whole["reason"]) == expected
+
+
+async def test_phases_that_wait_take_the_accuracy_of_the_moment_when_their_request_begins(tmp_path: Path) -> None:
+    still = Control(interval_seconds=0.01, react_seconds=1e9, dwell_seconds=1e9)
+    default = Automatic(Objective(itl_ms=1e6, min_accuracy=0.2))
+    async with serving(tmp_path, Parts(default=default, control=still), max_num_seqs=1) as server:
+        control, store, waiting = server.services.automatic_control, server.services.store, server.services.waiting
+        await server.until(lambda: control.status() is not None)
+        phases = [
+            {"policy": "full", "min_accuracy": 0.5, "until": "prefill"},
+            {"policy": "quality", "until": "c"},
+            {"policy": "auto"},
+        ]
+        ask = {"prompt": "a", "max_tokens": 4, "routing": {"phases": phases}}
+        steps = server.step_by_step()
+        running = asyncio.create_task(server.client.post("/v1/completions", json=ask))
+        await steps.begun()
+        late = asyncio.create_task(server.client.post("/v1/completions", json=ask))
+        await server.until(lambda: len(waiting) == 2)
+        steps.go()
+        await server.until(lambda: len(waiting) == 1)  # the first has begun
+        await steps.begun()
+        store.auto_accuracy = 0.2
+        await server.until(lambda: bool(waiting._asked))
+        for _ in range(7):
+            await steps.begun()
+            steps.go()
+        first, second = await running, await late
+        full = ("full", 1.0, "body")
+        assert routed(first.json()) == [full, ("quality", pytest.approx(2 / 3), "body"), ("full", 1.0, "auto")]
+        lowered = [("balanced", 0.5, "auto"), ("quality", pytest.approx(2 / 3), "body"), ("fast", 0.2, "auto")]
+        assert routed(second.json()) == lowered
+        assert split(second.json()) == [("balanced", 1), ("quality", 1), ("fast", 2)]
+        routing = second.json()["routing"]
+        assert (routing["policy"], routing["accuracy"], routing["reason"]) == ("balanced", 0.5, "auto")
+        assert [reply.headers["X-Routing-Policy"] for reply in (first, second)] == ["full", "balanced"]
+        metrics = await server.metrics()
+        assert metrics['ladimo_policy_requests_total{reason="body",requested="phases",served="full"}'] == 1
+        assert metrics['ladimo_policy_requests_total{reason="auto",requested="phases",served="balanced"}'] == 1
+        assert metrics['ladimo_request_success_total{finish_reason="length",policy="balanced"}'] == 1
+        tokens = {name: metrics[f'ladimo_generation_tokens_total{{policy="{name}"}}'] for name in ("full", "quality", "fast")}
+        assert tokens == {"full": 3, "quality": 2, "fast": 2}
+        assert metrics['ladimo_prompt_tokens_total{policy="balanced"}'] == 2
+
+
+async def test_whether_there_are_too_many_policies_does_not_depend_on_the_load(tmp_path: Path) -> None:
+    """At accuracy 1 all phases run under one policy. At another they would need three."""
+    async with serving(tmp_path, Parts(default=Automatic(Objective(ttft_ms=1e6))), max_policies=2) as server:
+        phases = [{"policy": "auto", "until": "x"}, {"policy": "auto", "min_accuracy": 0.5, "until": "y"}, {"policy": "full"}]
+        for accuracy in (1.0, 0.0):
+            server.services.store.auto_accuracy = accuracy
+            reply = await server.client.post("/v1/completions", json={"prompt": "a", "routing": {"phases": phases}})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "routing.phases")
+        phases[1] = {"policy": "auto", "until": "y"}
+        assert len(routed(await server.complete("a", routing={"phases": phases}))) == 3
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
