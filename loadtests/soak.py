@@ -39,7 +39,7 @@ from loadtests.soaking.people import Operator, Visitor
 
 # Few places and a small KV cache, so that requests wait, are refused, and are sent back to the queue.
 FLAGS = ["--insecure-admin", "--max-num-seqs=8", "--max-queue=24", "--kv-cache-blocks=96", "--shadow-share=0.2"]
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 1024
 MEMORY_SECONDS = 1.0  # between two readings of the server's memory; shorter in a short test
 REST_SECONDS = 60.0  # for the server to come to rest
 ERROR_LEVELS = ("error", "critical")
