@@ -64,6 +64,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# FFNs without a gate, and biases everywhere; attention and FFN read one norm.
+PHI2: dict[str, Any] = {"model_type": "phi", "num_key_value_heads": 4}
 HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # For heads of 8 channels, of which 6 are rotated.
 PARTIAL_LONGROPE = {
@@ -206,7 +208,8 @@ def make_nested(
     tensors = {name: reader.get(name) for name in reader.files}
     # All weights of two dimensions or more are nested, but for the embedding; these models have no router.
     tied, planes_only = model.lm_head is None, top_bits == 8
-    names = [name for name, weight in model.named_parameters() if weight.ndim > 1 and name != EMBEDDING]
+    matrices = [name for name, weight in model.named_parameters() if weight.ndim > 1 and not name.endswith("bias")]
+    names = [name for name in matrices if name != EMBEDDING]
     if planes_only and not tied:
         names.append(EMBEDDING)
     for matrix in (*map(matrix_named, names), *([TIED_HEAD] if tied else [])):

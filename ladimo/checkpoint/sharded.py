@@ -18,15 +18,16 @@ from ladimo.model.transformer import MoeTransformer
 class ShardReader(TensorReader):
     """Reads one part's share of each tensor."""
 
-    def __init__(self, directory: Path, shard: Shard) -> None:
+    def __init__(self, directory: Path, shard: Shard, gated: bool) -> None:
+        """gated: whether FFNs have a gate."""
         super().__init__(directory)
-        self.shard = shard
+        self.shard, self.gated = shard, gated
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.shard.part(name, torch.empty(super().shape(name), device="meta")).shape)
+        return tuple(self.shard.part(name, torch.empty(super().shape(name), device="meta"), self.gated).shape)
 
     def get(self, name: str) -> Tensor:
-        return self.shard.part(name, super().get(name))
+        return self.shard.part(name, super().get(name), self.gated)
 
 
 def load_shard(
@@ -44,7 +45,7 @@ def load_shard(
     config = shard.config(read_config(directory))
     with torch.device("meta"):
         model = MoeTransformer(config)
-    load_into(model, ShardReader(directory, shard), config, dtype, device)
+    load_into(model, ShardReader(directory, shard, config.ffn_kind != "gelu"), config, dtype, device)
     model.rotary.materialise(device, context)
     backend = on_device(device, dtype)
     backend.part = Part(shard.rank, shard.size, reduce)

@@ -267,6 +267,11 @@ class ModelConfig:
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def neuron_rows(self) -> int:
+        """The rows of `hidden_size` weights that belong to a neuron of an FFN: of gate, if there is one, up and down."""
+        return 2 if self.ffn_kind == "gelu" else 3
+
+    @property
     def norm_parameters(self) -> int:
         """Of one norm of hidden states."""
         return self.hidden_size * (2 if self.norm_kind == "layer" else 1)

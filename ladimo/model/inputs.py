@@ -88,16 +88,11 @@ class StepOutput(NamedTuple):
         """How many neurons of each layer, and words, each token refined: [L + 1, T] int64."""
         return None if self.refined is None else self.refined.sum(dim=-1)
 
-    @property
-    def refined_rows(self) -> Tensor | None:
-        """The rows of weights that each token refined, [T] int64."""
-        counts = self.refined_counts
-        return None if counts is None else rows_of(counts)
 
-
-def rows_of(refined_counts: Tensor) -> Tensor:
-    """`StepOutput.refined_counts` [L + 1, T] -> rows of weights [T]: three of a neuron, one of a word."""
-    return 3 * refined_counts[:-1].sum(dim=0) + refined_counts[-1]
+def refined_rows(refined_counts: Tensor, neuron_rows: int) -> Tensor:
+    """`StepOutput.refined_counts` [L + 1, T] -> the rows of weights that each token refined, [T] int64: so many of a neuron
+    (`ModelConfig.neuron_rows`), one of a word."""
+    return neuron_rows * refined_counts[:-1].sum(dim=0) + refined_counts[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class ExpertLayer(BackendModule):
             return self.add_shared(out, hidden_states), topk_ids, None
         assert isinstance(down, NestedWeights)
         bits, refine = rows[:, RuleNumber.BITS], rows[:, RuleNumber.REFINE]
-        norms = self.experts.get_buffer("norms")
-        out, refined = self.backend.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
-        return out, topk_ids, refined
+        weights = gate_up, down, self.experts.get_buffer("norms")
+        up_bias = self.experts.up_bias
+        out, refined = self.backend.apply_nested(hidden_states, topk_weights, topk_ids, *weights, bits, refine, up_bias)
+        return self.add_shared(out, hidden_states), topk_ids, refined

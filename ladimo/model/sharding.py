@@ -25,9 +25,10 @@ _DIVIDED = (
     (re.compile(rf"\.mlp\.(shared_expert\.)?(gate|up)_proj\.(weight|bias|{_BESIDE})$"), 0),
     (re.compile(rf"\.mlp\.(shared_expert\.)?down_proj\.(weight|{_BESIDE})$"), 1),
     (re.compile(rf"\.mlp\.experts\.down_(proj|{_BESIDE})$"), 2),
+    (re.compile(r"\.mlp\.experts\.up_bias$"), 1),
 )
 _GATE_UP = re.compile(rf"\.mlp\.experts\.gate_up_(proj|{_BESIDE})$")
-_OUTPUT_BIAS = re.compile(r"\.(self_attn\.o_proj|mlp\.down_proj)\.bias$")
+_OUTPUT_BIAS = re.compile(r"\.(self_attn\.o_proj|mlp\.down_proj)\.bias$|\.mlp\.output_bias$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,14 @@ class Shard:
             self._check_groups(part)
         return part
 
-    def part(self, name: str, tensor: Tensor) -> Tensor:
-        """The part's share of the parameter `name`, in memory of its own; the tensor itself if every part has it."""
+    def part(self, name: str, tensor: Tensor, gated: bool) -> Tensor:
+        """The part's share of the parameter `name`, in memory of its own; the tensor itself if every part has it.
+
+        gated: whether FFNs have a gate."""
         if _OUTPUT_BIAS.search(name):
             return tensor if self.rank == 0 else tensor * 0  # it must be added once
-        if _GATE_UP.search(name):  # [E, 2F, D]: first the gates of all neurons, then their ups
-            split: Tensor = tensor.unflatten(1, (2, -1)).tensor_split(self.size, dim=2)[self.rank]
+        if _GATE_UP.search(name):  # [E, 2F, D]: first the gates of all neurons, then their ups; or [E, F, D]
+            split: Tensor = tensor.unflatten(1, (2 if gated else 1, -1)).tensor_split(self.size, dim=2)[self.rank]
             return split.flatten(1, 2).contiguous()
         for pattern, dimension in _DIVIDED:
             if pattern.search(name):

@@ -130,11 +130,11 @@ class RoutingPolicy:
     def most_refined_rows(self, config: ModelConfig) -> int:
         """An upper limit of the rows of weights that a token refines."""
         neurons = config.intermediate_size * sum(rule is not None and rule.refine is not None for rule in self.layers)
-        return 3 * neurons + (config.vocab_size if self.head_refine is not None else 0)
+        return config.neuron_rows * neurons + (config.vocab_size if self.head_refine is not None else 0)
 
     def bytes_ratio(self, config: ModelConfig, experts_per_token: Sequence[float | None], refined_rows: float) -> float | None:
         """`FrontierPoint.bytes_ratio` when layer i runs experts_per_token[i] experts, and so many rows of `hidden_size` weights
-        are refined (`StepOutput.refined_rows`). None for a model of one precision."""
+        are refined (`inputs.refined_rows`). None for a model of one precision."""
         if not config.nested_bits:
             return None
         read = bytes_per_weight(config.bits_read(self.head_bits)) * config.head_parameters

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ladimo.auto import load_tokenizer
 from ladimo.checkpoint import load_to_serve, read_config, read_policies
-from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs
+from ladimo.model.inputs import PrefillSegment, RoutingTables, StepInputs, refined_rows
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import RoutingPolicy
 from loadtests.common.conditions import conditions
@@ -46,8 +46,8 @@ def perplexity(model: MoeTransformer, policy: RoutingPolicy, windows: Tensor) ->
         )
         output = model.step(inputs, cache, tables)
         total += F.cross_entropy(output.logits[:-1], window[1:], reduction="sum").item()
-        rows = output.refined_rows
-        refined += 0 if rows is None else int(rows.sum())
+        counts = output.refined_counts
+        refined += 0 if counts is None else int(refined_rows(counts, config.neuron_rows).sum())
     return math.exp(total / windows[:, 1:].numel()), refined / windows.numel()
 
 

@@ -138,7 +138,7 @@ class TokenEvent:
 
     `experts_per_token` is the measured mean per layer over the request so far, prompt included; None for a dense layer.
     `phase` is the number of the phase whose policy drew the token.
-    `refined_rows` is the mean number of rows of weights that a token refined (`StepOutput.refined_rows`). `logprobs`,
+    `refined_rows` is the mean number of rows of weights that a token refined (`inputs.refined_rows`). `logprobs`,
     `prompt_logprobs` and `trace` are set only if the request asked for them. `prompt_logprobs` comes with the first event: one
     entry per prompt token, the first of them None. `cached_tokens` counts prompt tokens that were found in the prefix cache and
     not computed again.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ladimo.model.attention.kv_cache import KVCache
-from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput, rows_of
+from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput, refined_rows
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch, make_step_inputs, num_logits, samples
 from server.engine.graphs.cuda_graphs import DecodeGraphs
@@ -34,7 +34,7 @@ class BatchOutput:
     """The output of one step. `drawn` has one entry for each sequence that gets a new token, in batch order.
 
     The other lists have one entry for each scheduled sequence. `expert_counts`: how many experts the sequence's tokens of this
-    step ran, by layer. `refined_rows`: how many rows of weights these tokens refined (`StepOutput.refined_rows`).
+    step ran, by layer. `refined_rows`: how many rows of weights these tokens refined (`inputs.refined_rows`).
     `prompt_logprobs`: log-probabilities of the prompt tokens that follow the step's tokens; empty unless the request asked for
     them. `routing`: what each of the step's tokens ran; empty unless the request is traced.
     """
@@ -236,7 +236,7 @@ class ModelRunner:
             per_token[:, :num_layers] = (expert_ids >= 0).sum(dim=-1).t()
         if output.refined is not None and ran.refined is not None:
             self.tables.record_refined(output.refined, inputs.policy_ids)
-            per_token[:, num_layers] = rows_of(ran.refined)
+            per_token[:, num_layers] = refined_rows(ran.refined, self.model.config.neuron_rows)
         if not batch.prefill:
             return per_token
         repeats = to_device(lengths, torch.int64, self.device)

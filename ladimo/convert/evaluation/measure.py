@@ -21,7 +21,7 @@ MAX_LOSS = 700.0  # nats; e^700 is about the largest perplexity that a float can
 class Measurement:
     """experts_per_token: mean per layer, None where dense. distinct_experts: mean number of different experts that a batch of
     32 tokens drawn at random runs, per layer. refined_rows: mean number of rows of weights that a token refines
-    (`StepOutput.refined_rows`). distinct_refined_rows: how many different ones a batch of 32 such tokens refines.
+    (`inputs.refined_rows`). distinct_refined_rows: how many different ones a batch of 32 such tokens refines.
     next_token_agreement: share of tokens whose most likely next token is the reference's. kl: mean KL divergence from the
     reference's next-token distribution, in nats. Both are None without a reference."""
 
@@ -57,13 +57,14 @@ def measure(
         states, ran = states | more[0], ran | more[1]
     models = {variant: elsewhere.get(variant, model) for variant in wanted}
     scores = _score(models, blocks, {variant: states[variant][0] for variant in wanted}, reference)
+    of_neuron = model.config.neuron_rows
     return {
         variant: Measurement(
             perplexity=math.exp(scores[variant][0]),
             experts_per_token=tuple(None if layer is None else layer.per_token for layer in ran[variant]),
             distinct_experts=tuple(None if layer is None else layer.distinct for layer in ran[variant]),
-            refined_rows=3 * sum(layer.refined for layer in ran[variant] if layer is not None) + scores[variant][3],
-            distinct_refined_rows=3 * sum(layer.distinct_refined for layer in ran[variant] if layer is not None)
+            refined_rows=of_neuron * sum(layer.refined for layer in ran[variant] if layer is not None) + scores[variant][3],
+            distinct_refined_rows=of_neuron * sum(layer.distinct_refined for layer in ran[variant] if layer is not None)
             + scores[variant][4],
             next_token_agreement=scores[variant][1],
             kl=scores[variant][2],

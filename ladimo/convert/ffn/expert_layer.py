@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ladimo.convert.ffn.layer_data import target_variance
 from ladimo.model.experts import apply_experts_grouped
-from ladimo.model.moe import ExpertLayer, Experts
+from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested.refinement import refine_neurons
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.routing import select_experts
@@ -34,20 +34,21 @@ def run_rule(layer: ExpertLayer, inputs: Tensor, rule: LayerRule) -> tuple[Tenso
     down: Tensor | NestedWeights = layer.experts.down_proj
     assert isinstance(gate_up, NestedWeights) and isinstance(down, NestedWeights)
     floors, norms = torch.full((len(inputs),), rule.refine, device=inputs.device), layer.experts.get_buffer("norms")
-    out, refined = refine_neurons(inputs, topk_weights, topk_ids, gate_up, down, norms, floors)
-    return out, topk_ids, refined.flatten(1)
+    up_bias = layer.experts.up_bias
+    out, refined = refine_neurons(inputs, topk_weights, topk_ids, gate_up, down, norms, floors, up_bias)
+    return layer.add_shared(out, inputs), topk_ids, refined.flatten(1)
 
 
 def run_experts(layer: ExpertLayer, inputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, bits: int | None = None) -> Tensor:
     """[T, D] -> [T, D]. Tokens are grouped by expert on every device, because there are many tokens and gradients, and no graph
     is captured. `bits`: how many bits of nested weights are read; None: all."""
     weights: list[Tensor] = []
-    up_bias = layer.experts.up_bias if isinstance(layer.experts, Experts) else None  # nested experts have a gate
     for stored in (layer.experts.gate_up_proj, layer.experts.down_proj):
         nested: Tensor | NestedWeights = stored
         weights.append(nested.at(bits or math.inf, inputs.dtype) if isinstance(nested, NestedWeights) else nested)
     gate_up, down = weights
-    return layer.add_shared(apply_experts_grouped(inputs, topk_weights, topk_ids, gate_up, down, up_bias), inputs)
+    out = apply_experts_grouped(inputs, topk_weights, topk_ids, gate_up, down, layer.experts.up_bias)
+    return layer.add_shared(out, inputs)
 
 
 def run_ffn(mlp: nn.Module, inputs: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Change:
 class Nested(Method):
     name = "nested"
     options = NestedRecipe
+    ffn_kinds = ("swiglu", "gelu")
 
     def resolve(self, recipe: Recipe, config: ModelConfig, device: torch.device) -> Recipe:
         """Raises ValueError if the recipe asks for some of the layers only, or if planes cannot hold the model's matrices."""
@@ -144,7 +145,7 @@ def round_layers(run: Run, blocks: Tensor) -> None:
             return
         started = time.monotonic()
         workspace.save_tensors(f"layers/{index}/model.safetensors", dict(_layer(run, index, moments)))
-        layer = MoeLayerConfig(1, 1, config.intermediate_size, expert_weight="one", router="none")
+        layer = MoeLayerConfig(1, 1, config.intermediate_size, expert_weight="one", router="none", ffn_kind=config.ffn_kind)
         workspace.finish_layer(index, layer, {"seconds": time.monotonic() - started})
 
     def head() -> dict[str, Any]:
@@ -229,7 +230,7 @@ def estimated_changes(model: StreamedModel, blocks: Tensor, recipe: Recipe) -> l
     for index, parts in changed.items():
         for (part, refined), rule in parts.items():
             rules = (*base[:index], rule, *base[index + 1 :])
-            cost = policy_of("rules", "", rules, config).bytes_ratio(config, experts, 3 * neurons[index][rule])
+            cost = policy_of("rules", "", rules, config).bytes_ratio(config, experts, config.neuron_rows * neurons[index][rule])
             assert cost is not None
             damage = max(damages[index][rule] - damages[index][at8[index]], 0.0)
             changes.append(Change(part, index, refined, damage, policy_cost(base, measured[base], config) - cost))
@@ -336,10 +337,15 @@ def _layer(run: Run, index: int, moments: LayerMoments) -> Iterator[tuple[str, T
         yield from _planes(run, name, get(name), feedback)
     name = f"{prefix}self_attn.o_proj.weight"
     yield from _planes(run, name, get(name), ErrorFeedback.of(moments.output))
-    gate, up, down = (get(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
-    experts = {"gate_up_proj": (torch.cat((gate, up)), moments.ffn), "down_proj": (down, moments.hidden)}
+    mlp = f"{prefix}mlp."
+    first = ("up",) if run.dense.config.ffn_kind == "gelu" else ("gate", "up")
+    gate_up = torch.cat([get(f"{mlp}{part}_proj.weight") for part in first])
+    experts = {"gate_up_proj": (gate_up, moments.ffn), "down_proj": (get(f"{mlp}down_proj.weight"), moments.hidden)}
+    if run.dense.config.ffn_kind == "gelu":
+        yield f"{mlp}experts.up_bias", get(f"{mlp}up_proj.bias")[None]
+        yield f"{mlp}output_bias", get(f"{mlp}down_proj.bias")
     for part, (weights, seen) in experts.items():
-        name = f"{prefix}mlp.experts.{part}"
+        name = f"{mlp}experts.{part}"
         if not _planes_only(run.recipe):
             yield name, weights[None]
         for beside, tensor in _planes(run, name, weights, ErrorFeedback.of(seen)):

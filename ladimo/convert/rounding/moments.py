@@ -31,10 +31,10 @@ def layer_moments(model: StreamedModel, blocks: Tensor, use: Callable[[int, Laye
     after the last layer [B, S, D]."""
     hidden_states = model.embed(blocks)
     for index in track(range(model.config.num_hidden_layers), "layers"):
-        layer, mlp = model.layer(index), model.mlp(index)
+        layer, mlp = model.layer(index), model.ffn(index)
         attention = layer.self_attn
         assert isinstance(attention, Attention)
-        with _watched(attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj) as sums:
+        with _watched(attention.q_proj, attention.o_proj, mlp.up_proj, mlp.down_proj) as sums:
             for rows, attended, ffn_inputs in model.attend(layer, hidden_states):
                 hidden_states[rows] = (attended + mlp(ffn_inputs)).view(hidden_states[rows].shape).cpu()
         use(index, LayerMoments(*sums))

@@ -107,6 +107,7 @@ class TorchBackend:
         norms: Tensor,
         bits: Tensor,
         refine: Tensor,
+        up_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the chosen experts at each token's bits [T], or by `refinement.apply_refined` where `refine` [T] is finite.
 
@@ -115,20 +116,21 @@ class TorchBackend:
 
         def run(tokens: Tensor, wanted: float) -> Tensor:
             weights = gate_up.at(wanted, hidden_states.dtype), down.at(wanted, hidden_states.dtype)
-            return self.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights)
+            return self.apply_experts(hidden_states[tokens], topk_weights[tokens], topk_ids[tokens], *weights, up_bias)
 
         tokens = torch.arange(len(hidden_states), device=hidden_states.device)
         out = by_precision(bits, run, tokens)
         if hidden_states.device.type != "cpu":  # no waiting for the device, so all tokens
             arguments = hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine
-            again, counts = self.apply_refined(*arguments, self.part)
+            again, counts = self.apply_refined(*arguments, up_bias, self.part)
             refining = (refine < torch.inf).unsqueeze(-1)
             return torch.where(refining, again, out), counts * refining
         refined = torch.zeros(len(tokens), REFINED_GROUPS, dtype=torch.int64)
         tokens = (refine < torch.inf).nonzero().flatten()
         if len(tokens):
             chosen = hidden_states[tokens], topk_weights[tokens], topk_ids[tokens]
-            out[tokens], refined[tokens] = self.apply_refined(*chosen, gate_up, down, norms, refine[tokens], self.part)
+            weights = gate_up, down, norms
+            out[tokens], refined[tokens] = self.apply_refined(*chosen, *weights, refine[tokens], up_bias, self.part)
         return out, refined
 
     def nested_logits(

@@ -231,7 +231,9 @@ static void gate_up_block(
 }
 
 // The same for experts without a gate. bias: that of the up rows [expert_size].
-static void up_block(const State *s, const Matrix *matrix, const float *bias, const int64_t *pairs, int64_t block, int64_t begin) {
+static void up_block(
+    const State *s, const Matrix *matrix, const float *norms, const float *bias, const int64_t *pairs, int64_t block, int64_t begin
+) {
     int64_t width = panels_of(matrix, block) * ROWS, first = block * PANELS * ROWS, size = s->layer->expert_size;
     float sums[MOST_TOKENS * PANELS * ROWS];
     const void *x[MOST_TOKENS];
@@ -242,6 +244,13 @@ static void up_block(const State *s, const Matrix *matrix, const float *bias, co
             float *product = sums + i * width;
             uint8_t *inner = s->inner + (at + i) * s->inner_bytes;
             for (int64_t c = 0; c < width; c++) product[c] += bias[first + c];
+            if (precision == BITS4 && refines(s, s->pair_token[at + i])) {
+                for (int64_t c = 0; c < width; c += GROUP) {
+                    const vf *up = (const vf *)(product + c);
+                    keep_block(s, norms, at + i, (first + c) / GROUP, up, up);
+                }
+                continue;
+            }
             for (int64_t v = 0; v < width / LANES; v++) ((vf *)product)[v] = gelu(((vf *)product)[v]);
             for (int64_t c = 0; c < width; c += GROUP)
                 write_inner(inner, product + c, first + c, least(GROUP, width - c), size, activations_at(precision, s->activations));
@@ -258,7 +267,8 @@ static void gate_up_chunk(const void *job, int64_t chunk) {
     const int64_t *pairs = pairs_of(s, e);
     const float *norms = s->layer->column_norms ? s->layer->column_norms + e * s->layer->expert_size : NULL;
     int64_t token_blocks = ceil_div(count_pairs(s, e), TOKEN_BLOCK), begin = pairs[0] + chunk % token_blocks * TOKEN_BLOCK;
-    if (s->layer->up_bias) up_block(s, &matrix, s->layer->up_bias + e * s->layer->expert_size, pairs, chunk / token_blocks, begin);
+    const float *bias = s->layer->up_bias ? s->layer->up_bias + e * s->layer->expert_size : NULL;
+    if (bias) up_block(s, &matrix, norms, bias, pairs, chunk / token_blocks, begin);
     else gate_up_block(s, &matrix, norms, pairs, chunk / token_blocks, begin);
 }
 

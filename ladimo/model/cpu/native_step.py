@@ -27,7 +27,6 @@ from ladimo.model.cpu.packing import (
     pack,
     pack_down,
     pack_gate_up,
-    pack_up,
     stack_rows,
 )
 from ladimo.model.cpu.pool import Pool
@@ -35,7 +34,7 @@ from ladimo.model.cpu.structures import CLayer, CMatrix, CModel, CStep
 from ladimo.model.families import find_family
 from ladimo.model.inputs import RoutingTables, StepInputs, StepOutput
 from ladimo.model.layers import GatedMLP, GeluMLP, LayerNorm, Norm
-from ladimo.model.moe import ExpertLayer, Experts
+from ladimo.model.moe import ExpertLayer
 from ladimo.model.nested.layers import NestedEmbedding, NestedLinear
 from ladimo.model.precision import REFINED_GROUPS
 from ladimo.model.quantization import format_names
@@ -124,6 +123,7 @@ class NativeStep:
                 _release(layer)
         embedding = model.model.embed_tokens
         head = _weights(embedding if model.lm_head is None else model.lm_head)
+        head_bias = None if model.lm_head is None else model.lm_head.bias
         packed_head = self._matrix(pack(head, format, self._packer, single=True))
         self._layers = layers
         self._embedding: Tensor | None = None
@@ -153,9 +153,7 @@ class NativeStep:
             rope=self._rope.data_ptr(),
             norm=self._keep(model.model.norm.weight.float()),
             norm_bias=self._norm_bias(model.model.norm),
-            head_bias=self._keep(model.lm_head.bias.float())
-            if config.head_bias and isinstance(model.lm_head, nn.Linear)
-            else None,
+            head_bias=None if head_bias is None else self._keep(head_bias.float()),
             packed_embedding=packed_embedding,
             head=packed_head,
             layers=layers,
@@ -261,8 +259,7 @@ class NativeStep:
             return
         assert isinstance(layer.mlp, ExpertLayer)
         moe, experts = layer.mlp.config, layer.mlp.experts
-        up_bias = experts.up_bias if isinstance(experts, Experts) else None
-        self._fill_experts(target, experts.gate_up_proj, experts.down_proj, format, up_bias)
+        self._fill_experts(target, experts.gate_up_proj, experts.down_proj, format, experts.up_bias)
         self._fill_router(target, layer.mlp.gate)
         target.num_experts, target.neurons = moe.num_experts, moe.moe_intermediate_size
         if self.config.nested_bits:
@@ -276,12 +273,9 @@ class NativeStep:
         """up_bias: [E, F] of experts without a gate, whose gate_up are up rows only."""
         target.down = self._matrix(pack_down(down, format, self._packer))
         target.expert_size = target.down.cols
-        if up_bias is None:
-            target.gate_up = self._matrix(pack_gate_up(gate_up, format, self._packer))
-            return
-        assert isinstance(gate_up, Tensor)
-        target.gate_up = self._matrix(pack_up(gate_up, format, self._packer))
-        target.up_bias = self._keep(F.pad(up_bias.float(), (0, target.expert_size - up_bias.shape[1])))
+        target.gate_up = self._matrix(pack_gate_up(gate_up, format, self._packer, gated=up_bias is None))
+        if up_bias is not None:
+            target.up_bias = self._keep(F.pad(up_bias.float(), (0, target.expert_size - up_bias.shape[1])))
 
     def _norm_bias(self, norm: Norm) -> int | None:
         return self._keep(norm.bias.float()) if isinstance(norm, LayerNorm) else None

@@ -83,29 +83,23 @@ def pack(weights: Source, format: str, packer: Packer, single: bool = False) -> 
     return replace(packed, single=_single_rows(planes)[None]) if single and planes is not None else packed
 
 
-def pack_gate_up(gate_up: Source, format: str, packer: Packer) -> Packed:
-    """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows.
+def pack_gate_up(gate_up: Source, format: str, packer: Packer, gated: bool = True) -> Packed:
+    """Pack [E, 2F, D], in which gate rows come before up rows. Each block gets two panels of gate rows and two of up rows. Not
+    `gated`: [E, F, D] of up rows only, which get whole blocks. Both have rows of zeros up to `padded_size`.
     Neurons of nested weights can be read alone if these are stored whole. Otherwise memory counts for more."""
-    full, planes = _full(gate_up), _planes(gate_up)
+    full, planes, parts = _full(gate_up), _planes(gate_up), 2 if gated else 1
     some = full.addresses if full is not None else planes.high if planes is not None else None
     assert some is not None
-    size = padded_size(some.shape[1] // 2, format, nested=planes is not None)
-    whole = None if full is None else full._replace(addresses=_pair_panels(full.addresses, size))
+    size = padded_size(some.shape[1] // parts, format, nested=planes is not None)
+    arrange = _pair_panels if gated else _fill_rows
+    whole = None if full is None else full._replace(addresses=arrange(full.addresses, size))
     if planes is None:
         return _pack(whole, _cols(gate_up), format, None, packer)
-    packed = _pack(whole, _cols(gate_up), format, Planes(*(_pair_panels(part, size) for part in planes)), packer)
+    packed = _pack(whole, _cols(gate_up), format, Planes(*(arrange(plane, size) for plane in planes)), packer)
     if whole is None:
         return packed
-    halves = Planes(*(torch.cat([_fill_rows(half, size) for half in part.chunk(2, dim=1)], dim=1) for part in planes))
-    return replace(packed, single=_single_rows(halves))
-
-
-def pack_up(up: Tensor, format: str, packer: Packer) -> Packed:
-    """Pack [E, F, D] of experts without a gate, with rows of zeros up to `padded_size`."""
-    whole = _full(up)
-    assert whole is not None
-    size = padded_size(up.shape[1], format, nested=False)
-    return _pack(whole._replace(addresses=_fill_rows(whole.addresses, size)), up.shape[2], format, None, packer)
+    rows = (torch.cat([_fill_rows(part, size) for part in plane.chunk(parts, dim=1)], dim=1) for plane in planes)
+    return replace(packed, single=_single_rows(Planes(*rows)))
 
 
 def pack_down(down: Source, format: str, packer: Packer) -> Packed:

@@ -109,14 +109,21 @@ static void low_columns(const State *s, const Matrix *m, int64_t pair, int64_t b
     }
 }
 
+// The hidden channels of neurons, from their sums: of gate and up, or of up alone, in the place of gate, if there is no gate.
+static inline vf hidden_of(const Layer *l, const vf *gate, const vf *up) {
+    if (l->up_bias) return gelu(*gate);
+    return silu(*gate) * *up;
+}
+
 // Keep the gate and up sums of a block of neurons for `refine_chunk`, and the sum of their scores.
 static void keep_block(const State *s, const float *norms, int64_t pair, int64_t block, const vf *gate, const vf *up) {
     int64_t size = s->layer->expert_size, vectors = GROUP / LANES;
     vf *kept = (vf *)(s->gate_up + pair * 2 * size + block * GROUP), *kept_up = (vf *)((float *)kept + size), total = {0};
     for (int64_t v = 0; v < vectors; v++) {
-        vf product = silu(gate[v]) * up[v];
+        vf product = hidden_of(s->layer, gate + v, up + v);
         total += (vf)((vi)product & 0x7fffffff) * ((const vf *)(norms + block * GROUP))[v];
-        kept[v] = gate[v], kept_up[v] = up[v];
+        kept[v] = gate[v];
+        if (!s->layer->up_bias) kept_up[v] = up[v];
     }
     s->score_sums[pair * (size / GROUP) + block] = sum_lanes(total);
 }
@@ -151,7 +158,7 @@ static uint32_t choose_neurons(const State *s, int64_t e, int64_t block) {
         if (!refines(s, s->pair_token[pair])) continue;
         float *gate = s->gate_up + pair * 2 * size + first, floor = s->floors[s->pair_token[pair]], scores[GROUP];
         for (int v = 0; v < GROUP / LANES; v++) {
-            vf product = silu(((vf *)gate)[v]) * ((vf *)(gate + size))[v];
+            vf product = hidden_of(l, (vf *)gate + v, (vf *)(gate + size) + v);
             ((vf *)scores)[v] = (vf)((vi)product & 0x7fffffff) * ((const vf *)norms)[v];
         }
         uint32_t chosen = 0;
@@ -164,7 +171,7 @@ static uint32_t choose_neurons(const State *s, int64_t e, int64_t block) {
     for (uint32_t left = wanted; left; left &= left - 1) {
         const uint8_t *row = matrix.single + (first + __builtin_ctz(left)) * bytes;
         prefetch(row, bytes);
-        prefetch(row + size * bytes, bytes);
+        if (!l->up_bias) prefetch(row + size * bytes, bytes);
     }
     return wanted;
 }
@@ -185,13 +192,13 @@ static void refine_block(const State *s, int64_t e, int64_t block, uint32_t want
             float *gate = s->gate_up + pair * 2 * size + first;
             Rounded x = rounded(s->normed + t * s->hidden_bytes, matrix.cols);
             gate[j] += low_row(row, x, groups);
-            gate[size + j] += low_row(row + size * bytes, x, groups);
+            if (!l->up_bias) gate[size + j] += low_row(row + size * bytes, x, groups);
         }
     }
     for (int64_t pair = begin; pair < end; pair++) {
         if (!refines(s, s->pair_token[pair])) continue;
         vf *gate = (vf *)(s->gate_up + pair * 2 * size + first), *up = (vf *)((float *)gate + size);
-        for (int v = 0; v < GROUP / LANES; v++) gate[v] = silu(gate[v]) * up[v];
+        for (int v = 0; v < GROUP / LANES; v++) gate[v] = hidden_of(l, gate + v, up + v);
         write_inner(s->inner + pair * s->inner_bytes, (float *)gate, first, GROUP, size, INT8);
     }
 }

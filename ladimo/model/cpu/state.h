@@ -24,7 +24,8 @@ typedef struct {
     float *pair_weight;           // [pairs], the weight of the expert's output for this token
     int64_t *first_pair;          // [E * PRECISIONS + 1]: the first pair of expert e at precision p is number e * PRECISIONS + p
     int64_t *first_chunk;         // [E + 1]: the first chunk of expert e in the gate and up products
-    float *gate_up;               // [pairs, 2 F], only if tokens refine: gate and up at 4 bits, then in place of gate what goes into down
+    float *gate_up;               // [pairs, 2 F], only if tokens refine: gate and up at 4 bits, then in place of gate what goes into
+                                  // down; without a gate, up is in the place of gate, and the second half is not used
     float *score_sums;            // [pairs, F / 32]: the sum of the scores of each block of neurons
     uint32_t *chosen;             // [pairs, F / 32]: a bit for each refined neuron
     float *floors;                // [T]: the least score of a refined neuron

@@ -33,6 +33,19 @@ static void input_norm_token(const void *job, int64_t t) {
     if (!l->post_norm) route_token(s, t, normed);
 }
 
+// In a parallel block the FFN reads the norm that the attention has read. If one reads planes and the other whole weights, they want
+// it in different forms. Then write it again, in the FFN's form, before the hidden states change.
+static void shared_norm_token(const void *job, int64_t t) {
+    const State *s = job;
+    const Model *m = s->model;
+    const Layer *l = s->layer;
+    int64_t kind = activations_at(experts_precision(s, t), s->activations);
+    if (kind == activations_at(attention_precision(s, t), s->activations)) return;
+    float normed[m->hidden];
+    norm_states(s->x + t * m->hidden, l->input_norm, l->input_norm_bias, m->hidden, m->eps, normed);
+    write_activations(s->normed + t * s->hidden_bytes, normed, m->hidden, kind);
+}
+
 // Whether a token refines in this layer, or in the output head.
 static int any_refines(const State *s) {
     for (int64_t t = 0; t < s->step->num_tokens; t++)
@@ -48,6 +61,7 @@ static void run_layer(Engine *engine, State *s) {
     sort_rows(s, tokens, attention_precision);
     run(engine, input_norm_token, s, tokens);
     product(engine, (Product){&l->qkv, s->normed, s->hidden_bytes, s->order, s->first_row, s->qkv, qkv_width(m), l->qkv_bias, 0});
+    if (!l->post_norm && l->qkv.high) run(engine, shared_norm_token, s, tokens);
     run(engine, store_token, s, tokens);
     attend(engine, s);
     run(engine, project_token, s, tokens);

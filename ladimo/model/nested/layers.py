@@ -91,14 +91,16 @@ class NestedExperts(nn.Module):
 
     gate_up_whole: nn.Parameter | None
     down_whole: nn.Parameter | None
+    up_bias: nn.Parameter | None  # in floating point, as it was
     norms: Tensor  # of the columns of down_proj, fp32 [E, F]
     laid_out = False  # where GPU kernels want the planes
 
-    def __init__(self, experts: Experts | None, gate_up: Planes, down: Planes) -> None:
-        """experts: the whole weights; None where the top is 8 bits."""
+    def __init__(self, experts: Experts, gate_up: Planes, down: Planes, *, whole: bool = True) -> None:
+        """whole: whether `experts` have the whole weights. They have not where the top is 8 bits."""
         super().__init__()
-        self.register_parameter("gate_up_whole", None if experts is None else experts.gate_up_proj)
-        self.register_parameter("down_whole", None if experts is None else experts.down_proj)
+        self.register_parameter("gate_up_whole", experts.gate_up_proj if whole else None)
+        self.register_parameter("down_whole", experts.down_proj if whole else None)
+        self.register_parameter("up_bias", experts.up_bias)
         _keep(self, "gate_up", gate_up)
         _keep(self, "down", down)
         self.register_buffer("norms", column_norms(self.down_proj.at(torch.inf, torch.float32)))
@@ -164,8 +166,8 @@ def nest_layers(module: nn.Module, stored: Stored, dtype: torch.dtype, device: t
             setattr(module, name, kind(weight, child.bias, _read(stored, matrix, device)))
         elif isinstance(child, Experts):
             matrices = [matrix_named(f"{path}.{part}_proj") for part in ("gate_up", "down")]
-            whole = None if matrices[0].high in stored else child
-            setattr(module, name, NestedExperts(whole, *(_read(stored, one, device) for one in matrices)))
+            planes = (_read(stored, one, device) for one in matrices)
+            setattr(module, name, NestedExperts(child, *planes, whole=matrices[0].high not in stored))
         elif isinstance(child, nn.Embedding):
             if matrix.high in stored:
                 setattr(module, name, NestedEmbedding(_read(stored, matrix, device), dtype))

@@ -2,8 +2,8 @@
 
 The pass at 4 bits is computed anyway, and it is the router. No weights and no training are needed.
 
-- FFN. A neuron's score is |silu(gate x) * up x| at 4 bits times the norm of its column in down_proj: how much it adds to the
-  output. A neuron whose score is at least REFINE times the token's mean score is read at 8 bits, in all three matrices.
+- FFN. A neuron's score is the magnitude of its hidden channel at 4 bits times the norm of its column in down_proj: how much it
+  adds to the output. A neuron whose score is at least REFINE times the token's mean score is read at 8 bits, in all matrices.
 - Output head. A word whose logit at 4 bits is at most REFINE below the token's best logit is read at 8 bits.
 
 So the experts of a nested layer are the low planes of single neurons. Counters have them in `REFINED_GROUPS` groups per layer.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ladimo.model.experts import hidden_channels
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.precision import REFINED_GROUPS
 
@@ -48,10 +49,11 @@ def apply_refined(
     down: NestedWeights,
     norms: Tensor,
     refine: Tensor,
+    up_bias: Tensor | None = None,
     part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Like `refine_neurons`, but returns the refined neurons as counts [T, G] int64, those of all parts."""
-    out, refined = refine_neurons(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine, part)
+    out, refined = refine_neurons(hidden_states, topk_weights, topk_ids, gate_up, down, norms, refine, up_bias, part)
     everywhere = refined.new_zeros(*refined.shape[:2], part.size, refined.shape[2])
     everywhere[:, :, part.rank] = refined
     counts = count_refined(everywhere.flatten(1))
@@ -67,11 +69,13 @@ def refine_neurons(
     down: NestedWeights,
     norms: Tensor,
     refine: Tensor,
+    up_bias: Tensor | None = None,
     part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Run the chosen experts at 4 bits, and the neurons that matter to a token at 8. The reference; a graph can capture it.
 
     hidden_states [T, D], topk_weights and topk_ids [T, K], gate_up [E, 2F, D], down [E, D, F], norms [E, F], refine [T].
+    up_bias [E, F]: of experts without a gate, whose gate_up [E, F, D] has up rows only.
     Returns the output [T, D] and whether each neuron is refined, bool [T, E, F]. With a part of the neurons, both are those of
     the part, and the mean score is that of all parts.
     """
@@ -81,8 +85,7 @@ def refine_neurons(
     runs = chosen.scatter_add(1, topk_ids.clamp(min=0), (topk_ids >= 0).to(chosen.dtype)) > 0  # [T, E]
 
     def hidden(bits: float) -> Tensor:
-        gate, up = torch.einsum("td,efd->tef", hidden_states, gate_up.at(bits, dtype)).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return hidden_channels(torch.einsum("td,efd->tef", hidden_states, gate_up.at(bits, dtype)), up_bias)
 
     at4, at8 = hidden(4), hidden(8)
     scores = at4.float().abs() * norms * runs.unsqueeze(-1)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ladimo.model.attention.kv_cache import KVCache
-from ladimo.model.inputs import RoutingTables, rows_of
+from ladimo.model.inputs import RoutingTables, refined_rows
 from ladimo.model.transformer import MoeTransformer
 from server.engine.batch import Batch
 from server.engine.graphs.step_buffers import Staging, StepBuffers
@@ -144,7 +144,7 @@ class DecodeGraphs:
         if refined is not None and refined_counts is not None:
             self._tables.record_refined(refined, inputs.policy_ids)
             buffers.refined[:, :rows].copy_(refined_counts)
-            buffers.results[:rows, -1].copy_(rows_of(refined_counts))
+            buffers.results[:rows, -1].copy_(refined_rows(refined_counts, self._model.config.neuron_rows))
 
     def _draw(self, rows: int, cuts: bool) -> None:
         drawn = sample(self.buffers.logits[:rows], self.buffers.sampling_inputs(rows, cuts))

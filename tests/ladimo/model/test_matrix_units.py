@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.cpu import build, native_step
 from ladimo.model.cpu.cache import cache_directories
 from ladimo.model.cpu.native_step import NativeStep
-from tests.factories import make_dense, make_moe, make_nested
+from tests.factories import PHI2, make_dense, make_moe, make_nested
 from tests.ladimo.native import EMULATED_UNITS, Cached, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -65,10 +66,12 @@ def test_a_token_has_the_same_bits_with_few_and_with_many(
     check_company(emulated, make_moe(tmp_path, intermediate_size=8 * width, num_experts=4), format)
 
 
-@pytest.mark.parametrize("top_bits", [16, 8])
-def test_nested_weights_have_the_same_bits_with_few_and_with_many(tmp_path: Path, emulated: ctypes.CDLL, top_bits: int) -> None:
+@pytest.mark.parametrize("fields", [{}, {"top_bits": 8}, PHI2], ids=["whole", "planes_only", "no_gate"])
+def test_nested_weights_have_the_same_bits_with_few_and_with_many(
+    tmp_path: Path, emulated: ctypes.CDLL, fields: dict[str, Any]
+) -> None:
     """Tokens that read 4 bits, 8 bits and whole weights in one step."""
-    check_company(emulated, make_nested(tmp_path, intermediate_size=256, top_bits=top_bits), "bfloat16")
+    check_company(emulated, make_nested(tmp_path, intermediate_size=256, **fields), "bfloat16")
 
 
 def test_logits_are_near_those_of_torch(tmp_path: Path) -> None:

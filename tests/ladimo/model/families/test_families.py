@@ -30,7 +30,18 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.build import build_core
 from server.engine.config import EngineConfig
 from server.engine.request import GenerationRequest, SamplingParams
-from tests.factories import CONTEXT, EOS_ID, EXACT, HALF_ROPE, LLAMA3_ROPE, PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
+from tests.factories import (
+    CONTEXT,
+    EOS_ID,
+    EXACT,
+    HALF_ROPE,
+    LLAMA3_ROPE,
+    PARTIAL_LONGROPE,
+    PHI2,
+    VOCAB_SIZE,
+    make_dense,
+    make_moe,
+)
 from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -43,7 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "phi2": {"model_type": "phi", "num_key_value_heads": 4},
+    "phi2": PHI2,
     "phi3": {
         "model_type": "phi3",
         "rope_parameters": HALF_ROPE,

@@ -13,6 +13,7 @@ from ladimo.checkpoint import load_model, load_to_serve, read_policies
 from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.cpu import build
 from ladimo.model.cpu.native_step import NativeStep, Unsupported
+from ladimo.model.experts import hidden_channels
 from ladimo.model.inputs import StepInputs
 from ladimo.model.nested.layers import NestedExperts, NestedHead, NestedLinear
 from ladimo.model.nested.refinement import WHOLE, Part, count_refined
@@ -20,7 +21,7 @@ from ladimo.model.precision import NESTED_BITS
 from ladimo.model.quantization import GROUP
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import EXACT, make_dense, make_moe, make_nested
+from tests.factories import EXACT, PHI2, make_dense, make_moe, make_nested
 from tests.ladimo.native import Cached, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
@@ -35,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "unpadded": {"num_experts": 3, "tie_word_embeddings": True},
     "biases": {"attention_bias": True},
     "dense_layer": {"dense_layers": (1,)},
+    "no_gate": PHI2,
+    "no_gate_wider": {**PHI2, **WIDER, "num_key_value_heads": 6},
+    "no_gate_dense_layer": {"dense_layers": (1,), **PHI2},
+    "no_gate_planes_only": {"top_bits": 8, **PHI2},
     "planes_only": {"top_bits": 8, **WIDER},
     "planes_only_tied": {"top_bits": 8, "tie_word_embeddings": True},
 }
@@ -80,14 +85,19 @@ class RoundedBackend(TorchBackend):
 
     @staticmethod
     def apply_experts(  # type: ignore[override]
-        hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        up_bias: Tensor | None = None,
     ) -> Tensor:
         whole = isinstance(gate_up_proj, nn.Parameter)
         out = torch.zeros_like(hidden_states)
         inputs = hidden_states if whole else round_groups(hidden_states)
         for expert in range(len(down_proj)):
-            gate, up = F.linear(inputs, gate_up_proj[expert]).chunk(2, dim=-1)
-            inner = F.silu(gate) * up
+            bias = None if up_bias is None else up_bias[expert]
+            inner = hidden_channels(F.linear(inputs, gate_up_proj[expert]), bias)
             weight = torch.where(topk_ids == expert, topk_weights, 0).sum(dim=1, keepdim=True)
             out += weight * F.linear(inner if whole else round_groups(inner), down_proj[expert])
         return out
@@ -101,14 +111,15 @@ class RoundedBackend(TorchBackend):
         down: Any,
         norms: Tensor,
         refine: Tensor,
+        up_bias: Tensor | None = None,
         part: Part = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         """The low plane of down is multiplied with activations that are not rounded."""
         dtype, inputs, out = hidden_states.dtype, round_groups(hidden_states), torch.zeros_like(hidden_states)
 
         def hidden(bits: float) -> Tensor:
-            gate, up = torch.einsum("td,efd->etf", inputs, gate_up.at(bits, dtype)).chunk(2, dim=-1)
-            return F.silu(gate) * up
+            bias = None if up_bias is None else up_bias[:, None]
+            return hidden_channels(torch.einsum("td,efd->etf", inputs, gate_up.at(bits, dtype)), bias)
 
         weight = torch.stack([torch.where(topk_ids == e, topk_weights, 0).sum(dim=1) for e in range(len(norms))])  # [E, T]
         at4, at8, runs = hidden(4), hidden(8), (weight > 0).unsqueeze(-1)
@@ -165,9 +176,10 @@ def test_every_policy_reads_its_own_precision(tmp_path: Path, name: str, threads
     check_every_policy(make_nested(tmp_path, **MODELS[name]), threads)
 
 
+@pytest.mark.parametrize("name", ["wider", "no_gate_wider"])
 @pytest.mark.usefixtures("width")
-def test_every_precision_in_vectors_of_every_width(tmp_path: Path) -> None:
-    check_every_policy(make_nested(tmp_path, **MODELS["wider"]), 2)
+def test_every_precision_in_vectors_of_every_width(tmp_path: Path, name: str) -> None:
+    check_every_policy(make_nested(tmp_path, **MODELS[name]), 2)
 
 
 def test_bf16_is_near_fp32(tmp_path: Path) -> None:
@@ -183,7 +195,7 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["plain", "wider", "dense_layer"])
+@pytest.mark.parametrize("name", ["plain", "wider", "dense_layer", "no_gate"])
 @pytest.mark.usefixtures("width")
 def test_whole_weights_are_those_of_a_checkpoint_without_planes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """In every bit: whoever reads all bits does not notice the planes."""
@@ -201,12 +213,21 @@ def test_whole_weights_are_those_of_a_checkpoint_without_planes(tmp_path: Path, 
     assert torch.equal(logits(make_nested(tmp_path / "nested", **fields)), logits(plain))
 
 
-@pytest.mark.parametrize(("format", "top_bits"), [("float32", 16), ("bfloat16", 16), ("bfloat16", 8)])
+@pytest.mark.parametrize(
+    ("format", "fields"),
+    [
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("bfloat16", {"top_bits": 8}),
+        ("bfloat16", PHI2),
+    ],
+    ids=["float32", "bfloat16", "planes_only", "no_gate"],
+)
 @pytest.mark.usefixtures("width")
-def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, top_bits: int) -> None:
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, fields: dict[str, Any]) -> None:
     """Alone or among tokens of all precisions, in one chunk or several, decoded or recomputed, on one thread or three."""
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-    model, policies = load(make_nested(tmp_path, intermediate_size=256, top_bits=top_bits), dtype)
+    model, policies = load(make_nested(tmp_path, intermediate_size=256, **fields), dtype)
     sequences = prompts(10)
 
     def rows() -> list[Row]:
@@ -298,9 +319,10 @@ def test_a_precision_that_no_token_wants_is_not_read(tmp_path: Path) -> None:
     assert not torch.equal(at8, before[1])
 
 
-def test_the_compiled_step_serves_nested_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, PHI2], ids=["tied", "no_gate"])
+def test_the_compiled_step_serves_nested_checkpoints(tmp_path: Path, fields: dict[str, Any]) -> None:
     """Ready to serve, the model has freed its weights and planes, and computes what it computed before."""
-    directory = make_nested(tmp_path, tie_word_embeddings=True)
+    directory = make_nested(tmp_path, **fields)
     model, policies = load(directory)
     steps = Cached(model, NativeStep(model, "float32", 2), policies)
     inputs = steps.inputs(prefill=[(Row(list(prompts(1)[0]), 1 + index), 20) for index in range(len(policies))])
