@@ -113,11 +113,14 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
     assert len({tuple(part.flatten().tolist()) for part in ids.split(50, dim=1)}) == len(rows)
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("format", "kv_heads"), [("float32", 2), ("float32", 4), ("bfloat16", 2), ("bfloat16", 4), ("int8", 2), ("int4", 2)]
+)
 @pytest.mark.usefixtures("width")
-def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str) -> None:
-    """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three."""
-    model, policies = load(make_moe(tmp_path, intermediate_size=256), torch.bfloat16)
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, kv_heads: int) -> None:
+    """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three. With 4 key heads, a head
+    of a decoded token has one query."""
+    model, policies = load(make_moe(tmp_path, intermediate_size=256, num_key_value_heads=kv_heads), torch.bfloat16)
     sequences = prompts(9)
     alone = Cached(model, NativeStep(model, format, 1), policies)
     expected = []
