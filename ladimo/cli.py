@@ -85,11 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="make a MoE checkpoint from a dense LLaMA",
         description="Make the MoE checkpoint OUT from DENSE. After an interruption the same command resumes. Flags override "
         "the recipe. Progress is a bar on a terminal, otherwise a line at least every 30 seconds.",
-        epilog="Which method: auto takes nested. If FFNs have no gate, as in Phi-2, or if --experts, --top-k, --target-active "
-        "or numbers of layers are given, it takes elastic. The first line of output says which one and why. nested changes "
-        "bits; elastic changes parameters and stores copies of what its budgets keep. tomoe and disp change and copy no "
-        "weight; tomoe routes by token, disp does not. ladimo, cmoe and moefication follow their papers, and static is the "
-        "baseline. docs/choosing-a-method.md has the measurements.",
+        epilog="Which method: auto takes nested. If --experts, --top-k, --target-active or numbers of layers are given, it "
+        "takes elastic. The first line of output says which one and why. nested changes bits; elastic changes parameters and "
+        "stores copies of what its budgets keep. tomoe and disp change and copy no weight; tomoe routes by token, disp does "
+        "not. ladimo, cmoe and moefication follow their papers, and static is the baseline. docs/choosing-a-method.md has the "
+        "measurements.",
     )
     command.add_argument("source", metavar="DENSE", help="directory of the dense model in Hugging Face layout, or a hub id")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to make; it appears only when it is complete")

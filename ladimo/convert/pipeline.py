@@ -58,7 +58,7 @@ def convert(
     """
     directory = resolve_directory(source)
     torch_device = choose_device(device)
-    name, reason = choose_method(recipe, read_config(directory))
+    name, reason = choose_method(recipe)
     method, recipe = get_method(name), dataclasses.replace(recipe, method=name)
     check_fit(method, read_config(directory))
     check_parallel(method, jobs, ray)

@@ -139,12 +139,12 @@ class PolicyView:
         form, prefix = self.forms[layer], f"model.layers.{layer}.mlp."
         if form is None:
             up, up_bias, down, bias = (
-                self._tensor(f"{prefix}{name}_proj.{kind}") for name in ("up", "down") for kind in ("weight", "bias")
+                self._get(f"{prefix}{name}_proj.{kind}") for name in ("up", "down") for kind in ("weight", "bias")
             )
         else:
             assert isinstance(form, FixedExperts)
             chosen, scales = torch.tensor(form.experts), torch.tensor(form.weights, dtype=self.dtype)[:, None, None]
-            parts = (self._tensor(f"{prefix}experts.{name}")[chosen] for name in ("gate_up_proj", "up_bias", "down_proj"))
+            parts = (self._get(f"{prefix}experts.{name}")[chosen] for name in ("gate_up_proj", "up_bias", "down_proj"))
             up, up_bias, down = next(parts).flatten(0, 1), next(parts).flatten(), next(parts)
             down, bias = (down * scales).transpose(0, 1).flatten(1), self._tensor(f"{prefix}output_bias")
         idle = width - len(up)

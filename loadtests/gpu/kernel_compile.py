@@ -128,22 +128,24 @@ def meta_nested(*shape: int) -> NestedWeights:
 
 
 def launch_nested(num_tokens: int, hidden_size: int = 4096, size: int = 11008, num_words: int = 32000) -> None:
-    """A linear layer, an FFN and the output head."""
+    """A linear layer, an FFN with a gate and one without, and the output head."""
     x, bits = meta(num_tokens, hidden_size), meta(num_tokens, dtype=torch.float32)
     nested_linear.linear(x, meta_nested(hidden_size, hidden_size), bits)
     rows = meta(1, triton.cdiv(size, GROUP) * GROUP, hidden_size // 2, dtype=torch.int8)
     neurons = NeuronRows(rows, meta(1, triton.cdiv(size, GROUP), hidden_size))
     down = meta_nested(1, hidden_size, size)
-    nested_experts.apply_nested(
-        x,
-        meta(num_tokens, 1, dtype=torch.float32),
-        meta(num_tokens, 1, dtype=torch.int64),
-        meta_nested(1, 2 * size, hidden_size),
-        DownWeights(down.full, down.high, down.low, neurons),
-        meta(1, size, dtype=torch.float32),
-        bits,
-        bits,
-    )
+    for gated in (True, False):
+        nested_experts.apply_nested(
+            x,
+            meta(num_tokens, 1, dtype=torch.float32),
+            meta(num_tokens, 1, dtype=torch.int64),
+            meta_nested(1, (2 if gated else 1) * size, hidden_size),
+            DownWeights(down.full, down.high, down.low, neurons),
+            meta(1, size, dtype=torch.float32),
+            bits,
+            bits,
+            None if gated else meta(1, size),
+        )
     nested_head.logits(x, meta_nested(num_words, hidden_size), bits, bits)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ladimo.checkpoint import load_model, read_config, read_policies, write_poli
 from ladimo.export.gguf_blocks import to_blocks
 from ladimo.model.inputs import StepInputs
 from ladimo.model.nested.layers import NestedEmbedding, NestedExperts, NestedHead, NestedLinear
-from tests.factories import make_nested
+from tests.factories import PHI2, make_nested
 from tests.ladimo.stepping import make_tables
 from tests.ladimo.test_export import ours, theirs
 from tests.ladimo.test_export_moe import PROMPT
@@ -23,13 +24,13 @@ NEEDS_GGUF = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason
 
 
 @pytest.mark.parametrize(
-    ("tied", "top_bits"),
-    [(True, 16), (False, 16), (True, 8)],
-    ids=["tied head", "head of its own", "planes alone"],
+    "fields",
+    [{"tie_word_embeddings": True}, {}, {"tie_word_embeddings": True, "top_bits": 8}, PHI2, {**PHI2, "top_bits": 8}],
+    ids=["tied head", "head of its own", "planes alone", "no gate", "planes alone, no gate"],
 )
-def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, tied: bool, top_bits: int) -> None:
+def test_a_policy_of_bits_is_written_as_it_runs(tmp_path: Path, fields: dict[str, Any]) -> None:
     """Also where the head is rounded and the embedding, which it was, is not."""
-    nested = make_nested(tmp_path / "nested", tie_word_embeddings=tied, top_bits=top_bits)
+    nested = make_nested(tmp_path / "nested", **fields)
     written = []
     for policy in ("full", "fast"):
         export.export(nested, tmp_path / policy, "dense", policy)

@@ -16,7 +16,7 @@ from ladimo.hf import LadimoLlamaConfig, LadimoLlamaForCausalLM
 from ladimo.model.inputs import StepInputs
 from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import EOS_ID, VOCAB_SIZE, make_dense, make_moe, make_nested
+from tests.factories import EOS_ID, PHI2, VOCAB_SIZE, make_dense, make_moe, make_nested
 from tests.ladimo.stepping import Stepper, make_tables
 
 IDS = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -234,8 +234,10 @@ def test_a_nested_checkpoint_is_read_whole(tmp_path: Path) -> None:
         (16, {"model_type": "qwen3", "head_dim": 16}),
         (8, {"tie_word_embeddings": True}),
         (8, {"model_type": "qwen2", "dense_layers": ()}),
+        (16, PHI2),
+        (8, PHI2),
     ],
-    ids=["tied", "norms of heads", "planes, tied", "planes"],
+    ids=["tied", "norms of heads", "planes, tied", "planes", "no gate", "planes, no gate"],
 )
 def test_policies_of_bits_run_as_in_our_network(top_bits: int, fields: dict[str, Any], tmp_path: Path) -> None:
     """Also those that refine. Planes need no whole weights, and nothing is reported missing."""

@@ -1,19 +1,17 @@
 """The method of a conversion that names none (`--method auto`).
 
-It is `nested`, unless the FFNs have no gate or the user asks for what only experts have: then it is `elastic`.
+It is `nested`, unless the user asks for what only experts have: then it is `elastic`.
 """
 
-from ladimo.convert.methods.registry import get_method
 from ladimo.convert.recipe import AUTO, Recipe
-from ladimo.model.config import ModelConfig
 
 # Keys that `nested` cannot obey, with their flags.
 OF_EXPERTS = {"split.experts": "--experts", "split.top_k": "--top-k", "target_active": "--target-active"}
 FLAGS = {**OF_EXPERTS, "layers": "--layers", "nested.top_bits": "--top-bits"}
 
 
-def choose_method(recipe: Recipe, config: ModelConfig) -> tuple[str, str]:
-    """The method of a recipe for a model, and why, as the end of a sentence. Raises ValueError if keys ask for both methods."""
+def choose_method(recipe: Recipe) -> tuple[str, str]:
+    """The method of a recipe, and why, as the end of a sentence. Raises ValueError if keys ask for both methods."""
     if recipe.method != AUTO:
         return recipe.method, "as asked"
     asked = sorted(recipe.asked())
@@ -27,9 +25,7 @@ def choose_method(recipe: Recipe, config: ModelConfig) -> tuple[str, str]:
         return "nested", f"because of {_names(bits)}"
     if experts:
         return "elastic", f"because of {_names(experts)}"
-    if config.ffn_kind not in get_method("nested").ffn_kinds:
-        return "elastic", "because the FFNs have no gate, and method nested needs one"
-    return "nested", "the default for FFNs with a gate"
+    return "nested", "the default"
 
 
 def _names(keys: list[str]) -> str:

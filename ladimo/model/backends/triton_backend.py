@@ -102,12 +102,15 @@ class TritonBackend(TorchBackend):
         norms: Tensor,
         bits: Tensor,
         refine: Tensor,
+        up_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # The kernels know the mean score of this process's neurons only.
         if self.part is not WHOLE or _wants_gradients((hidden_states, topk_weights)):
-            return super().apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
+            weights = gate_up, down, norms
+            return super().apply_nested(hidden_states, topk_weights, topk_ids, *weights, bits, refine, up_bias)
         assert isinstance(down, DownWeights)  # by `prepare`
-        return nested_experts.apply_nested(hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine)
+        arguments = hidden_states, topk_weights, topk_ids, gate_up, down, norms, bits, refine, up_bias
+        return nested_experts.apply_nested(*arguments)
 
     def nested_logits(
         self, x: Tensor, weights: NestedWeights, bits: Tensor, refine: Tensor, bias: Tensor | None = None

@@ -78,6 +78,12 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def gelu(x):
+    """By its approximation with tanh: x (1 + tanh(u)) / 2 = x sigmoid(2 u), where 2 u = 1.5957691 (x + 0.044715 x^3)."""
+    return x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both [T, F]. Reference: `ladimo.model.norm_activation.silu_mul`."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)

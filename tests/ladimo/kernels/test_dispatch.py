@@ -16,7 +16,7 @@ from ladimo.model.backends.torch_backend import TorchBackend
 from ladimo.model.inputs import StepInputs, StepOutput
 from ladimo.model.quantization.layers import quantize_model
 from ladimo.policy import LayerRule, RoutingPolicy
-from tests.factories import make_moe, make_nested
+from tests.factories import PHI2, make_moe, make_nested
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
         pytest.param({"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1}, None, marks=pytest.mark.long),
         ({"layer": {"router": "table", "router_hidden_size": 5, "expert_weight": "one"}, "num_hidden_layers": 1}, None),
         pytest.param(
-            {"model_type": "phi", "num_key_value_heads": 4, "num_hidden_layers": 1, "dense_layers": ()},
+            {**PHI2, "num_hidden_layers": 1, "dense_layers": ()},
             "int4",
             marks=pytest.mark.long,
         ),
@@ -73,9 +73,11 @@ def test_a_model_on_kernels_is_the_model(fields: dict[str, Any], format: str | N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this model lives on the CPU; tests/gpu has one that does not")
-def test_a_nested_model_on_kernels_is_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, PHI2], ids=["", "no gate"])
+def test_a_nested_model_on_kernels_is_the_model(fields: dict[str, Any], tmp_path: Path) -> None:
     """A token at each precision, a refined one and padding in one step."""
-    directory, names = make_nested(tmp_path, num_experts=1, num_hidden_layers=1, vocab_size=60), ("full", "balanced", "refined")
+    directory = make_nested(tmp_path, num_experts=1, num_hidden_layers=1, vocab_size=60, **fields)
+    names = ("full", "balanced", "refined")
     model = load_model(directory, torch.float32, torch.device("cpu"))
     rule = LayerRule(1, renormalize=False, bits=4, attention_bits=4, refine=1.0)
     known = {**read_policies(directory, model.config), "refined": RoutingPolicy("refined", "", (rule,), 4, 2.0)}

@@ -159,11 +159,12 @@ def test_a_token_does_not_depend_on_what_others_want(device: torch.device) -> No
 Layer = tuple[NestedWeights, DownWeights, Tensor]
 
 
-def layer(num_experts: int, hidden: int, size: int, device: torch.device) -> Layer:
-    """Gate and up, down, and the norms of the columns of down."""
-    gate_up, down = (matrix(num_experts, *shape, device=device) for shape in ((2 * size, hidden), (hidden, size)))
-    rows = DownWeights(down.full, down.high, down.low, to_neuron_rows(down.low))
-    return gate_up, rows, column_norms(whole(down))
+def layer(num_experts: int, hidden: int, size: int, device: torch.device, gated: bool = True) -> Layer:
+    """Gate and up, or up alone, down, and the norms of the columns of down."""
+    rows = 2 * size if gated else size
+    gate_up, down = (matrix(num_experts, *shape, device=device) for shape in ((rows, hidden), (hidden, size)))
+    by_neuron = DownWeights(down.full, down.high, down.low, to_neuron_rows(down.low))
+    return gate_up, by_neuron, column_norms(whole(down))
 
 
 def route(kinds: list[str], num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -181,13 +182,15 @@ def route(kinds: list[str], num_experts: int, device: torch.device) -> tuple[Ten
     st.integers(1, 2),
     st.sampled_from([(20, 33), (70, 40), (40, 64)]),
 )
+@pytest.mark.parametrize("gated", [True, False])
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_experts(kinds: list[str], num_experts: int, sizes: tuple[int, int]) -> None:
+def test_experts(gated: bool, kinds: list[str], num_experts: int, sizes: tuple[int, int]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = layer(num_experts, *sizes, device)
+    weights = layer(num_experts, *sizes, device, gated)
+    bias = None if gated else draw(num_experts, sizes[1], device=device, seed=2)
     tokens = draw(len(kinds), sizes[0], device=device), *route(kinds, num_experts, device)
-    out, counts = nested_experts.apply_nested(*tokens, *weights, *wishes(kinds, device))
-    expected, expected_counts = REFERENCE.apply_nested(*tokens, *weights, *wishes(kinds, device))
+    out, counts = nested_experts.apply_nested(*tokens, *weights, *wishes(kinds, device), bias)
+    expected, expected_counts = REFERENCE.apply_nested(*tokens, *weights, *wishes(kinds, device), bias)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
     assert torch.equal(counts, expected_counts)
     every = (tokens[2] >= 0).sum(dim=1) * sizes[1]
@@ -195,11 +198,13 @@ def test_experts(kinds: list[str], num_experts: int, sizes: tuple[int, int]) -> 
         assert total == (number if kind == "all" else total if kind == "some" else 0)
 
 
-def test_experts_of_many_tokens(device: torch.device) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_of_many_tokens(gated: bool, device: torch.device) -> None:
     """In the tiles of prompts, cut into two parts."""
-    kinds, weights = [*KINDS][1:], layer(1, 20, 33, device)
+    kinds, weights = [*KINDS][1:], layer(1, 20, 33, device, gated)
+    bias = None if gated else draw(1, 33, device=device, seed=2)
     tokens = draw(len(kinds), 20, device=device), *route(kinds, 1, device)
-    wanted = wishes(kinds, device)
+    wanted = *wishes(kinds, device), bias
     expected, expected_counts = REFERENCE.apply_nested(*tokens, *weights, *wanted)
     out, counts = nested_experts.apply_nested(*tokens, *weights, *wanted, decode_tokens=0, max_tokens=5)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)

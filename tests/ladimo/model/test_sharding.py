@@ -16,7 +16,7 @@ from ladimo.checkpoint.sharded import load_shard
 from ladimo.model.inputs import StepInputs, StepOutput
 from ladimo.model.sharding import Shard
 from ladimo.model.transformer import MoeTransformer
-from tests.factories import VOCAB_SIZE, make_dense, make_moe, make_nested
+from tests.factories import PHI2, VOCAB_SIZE, make_dense, make_moe, make_nested
 from tests.ladimo.stepping import make_tables
 
 CPU = torch.device("cpu")
@@ -87,10 +87,12 @@ def test_two_parts_are_the_whole(name: str, tmp_path: Path) -> None:
             assert part.expert_ids is not None and torch.equal(part.expert_ids, whole.expert_ids)
 
 
-@pytest.mark.parametrize("router", ["mlp", "glu"])
-def test_four_parts_of_a_converted_model_are_the_whole(router: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("router", "model_type"), [("mlp", "llama"), ("glu", "llama"), ("linear", "phi")], ids=["mlp", "glu", "no gate"]
+)
+def test_four_parts_of_a_converted_model_are_the_whole(router: str, model_type: str, tmp_path: Path) -> None:
     layer = {"router": router, **({"router_hidden_size": 8} if router == "mlp" else {})}
-    directory = make_moe(tmp_path / "model", layer=layer, num_key_value_heads=4)
+    directory = make_moe(tmp_path / "model", layer=layer, num_key_value_heads=4, model_type=model_type)
     whole = run(load_model(directory, torch.float32, CPU), directory)
     for part in run_parts(directory, 4):
         torch.testing.assert_close(part.logits, whole.logits, rtol=1e-4, atol=1e-4)
@@ -120,11 +122,11 @@ def test_models_that_cannot_be_divided_are_refused_by_name(
         load_shard(directory, torch.float32, CPU, Shard(0, size), lambda tensor: None)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+@pytest.mark.parametrize("own", [{"tie_word_embeddings": True}, {}, PHI2], ids=["tied head", "head of its own", "no gate"])
 @pytest.mark.parametrize("top_bits", [16, 8], ids=["whole weights", "planes alone"])
-def test_two_parts_of_a_nested_model_are_the_whole(top_bits: int, tied: bool, tmp_path: Path) -> None:
+def test_two_parts_of_a_nested_model_are_the_whole(top_bits: int, own: dict[str, Any], tmp_path: Path) -> None:
     """Under every policy. What a token refines depends on the mean of all neurons, and all of them are counted."""
-    fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": tied}
+    fields: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, **own}
     directory = make_nested(tmp_path / "model", top_bits=top_bits, num_experts=2, **fields)
     policies = read_policies(directory, read_config(directory))
     if top_bits == 16:

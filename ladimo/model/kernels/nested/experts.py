@@ -1,7 +1,7 @@
 """Running experts with nested weights. References: `TorchBackend.apply_nested`, `ladimo.model.nested.refinement`.
 
 1. `product`: gate and up of every token at its bits.
-2. `_activate_kernel`: silu(gate) * up, and the neurons' scores of tokens that refine.
+2. `_activate_kernel`: silu(gate) * up, or gelu(up + bias) without a gate, and the neurons' scores of tokens that refine.
 3. `refine_kernel`: chooses a token's neurons by the mean of its scores, reads the low plane of gate and up for them, and
    replaces their activations.
 4. `product`: down at the tokens' bits.
@@ -30,8 +30,8 @@ from ladimo.model.kernels.nested.planes import (
     runs_expert,
     tokens_that_refine,
 )
-from ladimo.model.kernels.nested.refinement import expert_weight, hidden_of, low_columns_kernel, refine_kernel
-from ladimo.model.kernels.norm_activation import silu
+from ladimo.model.kernels.nested.refinement import expert_weight, hidden_of, low_columns_kernel, refine_kernel, up_of
+from ladimo.model.kernels.norm_activation import gelu, silu
 from ladimo.model.nested.plane_layout import BLOCK_COLUMNS, DownWeights
 from ladimo.model.nested.weights import NestedWeights
 from ladimo.model.precision import REFINED_GROUPS
@@ -53,6 +53,7 @@ def apply_nested(
     norms: Tensor,
     bits: Tensor,
     refine: Tensor,
+    up_bias: Tensor | None = None,
     decode_tokens: int = DECODE_TOKENS,
     max_tokens: int = MAX_TOKENS,
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,8 @@ def apply_nested(
         part = slice(begin, begin + max_tokens)
         x, weights, ids = (tensor[part].contiguous() for tensor in (hidden_states, topk_weights, topk_ids))
         few = len(out) <= decode_tokens
-        _apply(x, weights, Tokens(bits[part], ids), gate_up, down, norms, refine[part], out[part], counts[part], few)
+        tokens, results = Tokens(bits[part], ids), (out[part], counts[part])
+        _apply(x, weights, tokens, gate_up, down, norms, refine[part], up_bias, *results, few)
     return out, counts
 
 
@@ -78,6 +80,7 @@ def _apply(
     down: DownWeights,
     norms: Tensor,
     refine: Tensor,
+    up_bias: Tensor | None,
     out: Tensor,
     counts: Tensor,
     few: bool,
@@ -97,6 +100,7 @@ def _apply(
     sums = torch.empty(num_tokens, num_experts, blocks, dtype=torch.float32, device=x.device)
     _activate_kernel[(num_tokens, num_experts, blocks)](
         gates,
+        up_bias,
         weights,
         *rule,
         norms,
@@ -114,6 +118,7 @@ def _apply(
     refine_kernel[(num_experts * triton.cdiv(size, REFINE_NEURONS), triton.cdiv(num_tokens, tile))](
         x,
         gates,
+        up_bias,
         weights,
         *rule,
         scores,
@@ -186,6 +191,7 @@ def _apply(
 @triton.jit(do_not_specialize=["num_tokens", "bits_stride", "refine_stride"])
 def _activate_kernel(
     gates_ptr,
+    up_bias_ptr,
     weights_ptr,
     bits_ptr,
     bits_stride,
@@ -205,7 +211,8 @@ def _activate_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """hidden[t, e, n..n+BLOCK] = weight * silu(gate) * up, 0 if t did not choose e. If it refines: scores and their sum."""
+    """hidden[t, e, n..n+BLOCK] = weight * silu(gate) * up, 0 if t did not choose e. If it refines: scores and their sum.
+    With `up_bias_ptr` there is no gate: weight * gelu(up + bias)."""
     wait_for_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1)
@@ -218,9 +225,12 @@ def _activate_kernel(
 
     neurons = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = neurons < F
-    gate, up = hidden_of(gates_ptr, (token * E + expert) * (2 * F) + neurons, inside & runs, num_tokens, E, F, PARTS)
-    hidden = silu(gate) * up
     at = (token * E + expert) * F + neurons
+    if up_bias_ptr is None:
+        gate, up = hidden_of(gates_ptr, (token * E + expert) * (2 * F) + neurons, inside & runs, num_tokens, E, F, PARTS)
+        hidden = silu(gate) * up
+    else:
+        hidden = gelu(up_of(gates_ptr, up_bias_ptr, at, expert * F + neurons, inside & runs, num_tokens, E, F, PARTS))
     tl.store(hidden_ptr + at, (hidden * weight).to(hidden_ptr.dtype.element_ty), mask=inside)
     if refining:
         scores = tl.abs(hidden) * tl.load(norms_ptr + expert * F + neurons, mask=inside, other=0.0)

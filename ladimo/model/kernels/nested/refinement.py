@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ladimo.model.kernels.early_launch import wait_for_inputs
 from ladimo.model.kernels.nested.planes import GROUP, add_plane, bits_of_tokens, integers, runs_expert, tokens_that_refine
-from ladimo.model.kernels.norm_activation import silu
+from ladimo.model.kernels.norm_activation import gelu, silu
 
 
 @triton.jit
@@ -24,6 +24,15 @@ def hidden_of(gates_ptr, ptrs, mask, num_tokens, E: tl.constexpr, F: tl.constexp
         gate += tl.load(gates_ptr + step + ptrs, mask=mask, other=0.0)
         up += tl.load(gates_ptr + step + ptrs + F, mask=mask, other=0.0)
     return gate, up
+
+
+@triton.jit
+def up_of(gates_ptr, up_bias_ptr, ptrs, bias_ptrs, mask, num_tokens, E: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr):
+    """The same without a gate: up at places `ptrs` of [T, E, F], with the bias at places `bias_ptrs` of [E, F]."""
+    up = tl.load(gates_ptr + ptrs, mask=mask, other=0.0)
+    for part in range(1, PARTS):
+        up += tl.load(gates_ptr + part * num_tokens.to(tl.int64) * (E * F) + ptrs, mask=mask, other=0.0)
+    return up + tl.load(up_bias_ptr + bias_ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -41,6 +50,7 @@ def expert_weight(weights_ptr, ids_ptr, tokens, live, expert, PLACES: tl.constex
 def refine_kernel(
     x_ptr,
     gates_ptr,
+    up_bias_ptr,
     weights_ptr,
     bits_ptr,
     bits_stride,
@@ -98,17 +108,22 @@ def refine_kernel(
     if tl.max(wanted.to(tl.int32), axis=0) == 0:
         return
 
-    gate, up = hidden_of(
-        gates_ptr, ((tokens * E + expert) * (2 * F))[None, :] + neurons[:, None], chosen, num_tokens, E, F, PARTS
-    )
-    rows = expert.to(tl.int64) * (2 * F) + tl.minimum(neurons, F - 1)[:, None]
     x_ptrs = x_ptr + tokens[None, :] * D
-    mask, wanted = refining[None, :], wanted[:, None]
-    gate = add_plane(gate, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
-    up = add_plane(up, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows + F, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+    mask, wanted, last = refining[None, :], wanted[:, None], tl.minimum(neurons, F - 1)[:, None]
+    if up_bias_ptr is None:
+        places = ((tokens * E + expert) * (2 * F))[None, :] + neurons[:, None]
+        gate, up = hidden_of(gates_ptr, places, chosen, num_tokens, E, F, PARTS)
+        rows = expert.to(tl.int64) * (2 * F) + last
+        gate = add_plane(gate, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+        up = add_plane(up, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows + F, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+        hidden = silu(gate) * up
+    else:
+        rows = expert.to(tl.int64) * F + last
+        up = up_of(gates_ptr, up_bias_ptr, at, rows, chosen, num_tokens, E, F, PARTS)
+        up = add_plane(up, x_ptrs, mask, low_ptr, low_scales_ptr, None, rows, wanted, 0, BLOCKS, D, BLOCKS, EVEN, True)
+        hidden = gelu(up)
     weight = expert_weight(weights_ptr, ids_ptr, tokens, live, expert, PLACES, BLOCK_PLACES)
-    hidden = silu(gate) * up * weight[None, :]
-    tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask=chosen)
+    tl.store(hidden_ptr + at, (hidden * weight[None, :]).to(hidden_ptr.dtype.element_ty), mask=chosen)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bits_stride", "refine_stride"])

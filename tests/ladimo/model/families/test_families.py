@@ -41,6 +41,7 @@ from tests.factories import (
     VOCAB_SIZE,
     make_dense,
     make_moe,
+    make_nested,
 )
 from tests.ladimo.convert.conftest import make_text, small_recipe
 from tests.ladimo.stepping import Row, Stepper, make_tables
@@ -63,8 +64,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(directory: Path) -> LadimoLlamaForCausalLM:
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+def theirs(directory: Path, **options: Any) -> LadimoLlamaForCausalLM:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **options)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert isinstance(model, LadimoLlamaForCausalLM)
@@ -74,9 +75,10 @@ def theirs(directory: Path) -> LadimoLlamaForCausalLM:
 @torch.no_grad()
 def assert_halves_agree(directory: Path) -> None:
     """Our network and transformers' view give the same logits under every policy of the checkpoint."""
-    model, reference = load_model(directory, torch.float32, CPU), theirs(directory)
+    model = load_model(directory, torch.float32, CPU)
+    reference = theirs(directory, **({"policy": "fast"} if model.config.nested_bits else {}))  # so that it has the planes
     for policy in read_policies(directory, model.config).values():
-        reference.set_policy(policy.layers)
+        reference.set_policy(policy.layers, policy.head_bits, policy.head_refine)
         ours = model(StepInputs.whole_sequences(IDS), None, make_tables(model, [policy])).logits
         assert ours.abs().max() > 1
         assert (ours - reference(IDS).logits.flatten(0, 1)).abs().max() < 1e-4
@@ -139,15 +141,15 @@ def written_by_torch(directory: Path, prompt: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3", "phi3", "phi4_mini", "phi2"])
 async def test_the_engine_writes_what_transformers_writes(family: str, tmp_path: Path) -> None:
-    """Greedy, the dense model and the converted one, in the compiled step and in torch. The reference for the dense model is
-    the family's own class."""
+    """Greedy, the dense model, one with experts and a nested one, in the compiled step and in torch. The reference for the
+    dense model is the family's own class."""
     fields = dict(FAMILIES[family])
     if family == "phi4_mini":  # transformers changes the frequencies when a text outgrows this; an engine has one set of them
         fields["original_max_position_embeddings"] = CONTEXT
     dense = make_dense(tmp_path / "dense", **fields)
-    moe = make_moe(tmp_path / "moe", dense=dense)
+    moe, nested = make_moe(tmp_path / "moe", dense=dense), make_nested(tmp_path / "nested", dense=dense)
     prompt = IDS[:1, :11]
-    for directory in (dense, moe):
+    for directory in (dense, moe, nested):
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         expected = await asyncio.to_thread(written_by_transformers, reference, prompt)
         assert await written_by_the_engine(directory, prompt) == expected
@@ -254,7 +256,8 @@ def test_phi2_is_converted_by_methods_that_need_no_gate(method: str, tmp_path: P
     assert (config.parallel_block, config.norm_kind, config.head_bias) == (True, "layer", True)
     assert_halves_agree(moe)
     report = read_json(moe / "report.json")
-    assert min(policy["active_parameters_ratio"] for policy in report["policies"]) < 0.95
+    cost = "bytes_ratio" if config.nested_bits else "active_parameters_ratio"
+    assert min(policy[cost] for policy in report["policies"]) < 0.95
 
 
 @pytest.mark.parametrize(
