@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ladimo.prefill.random_weights import random_planes
 from server.engine.build import assemble_core
 from server.engine.config import EngineConfig
 from server.engine.request import GenerationRequest, SamplingParams, Trace
-from tests.factories import make_nested
+from tests.factories import PHI2, make_nested
 from tests.server.engine.graphs import Driver, assert_idle, random_prompts
 
 pytest.importorskip("triton")
@@ -29,7 +30,7 @@ from ladimo.model.kernels.nested import linear as nested_linear
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Layer = tuple[NestedWeights, DownWeights, Tensor]
+Layer = tuple[NestedWeights, DownWeights, Tensor, Tensor | None]
 
 INF = float("inf")
 HIDDEN, SIZE, WORDS = 4096, 11008, 32000
@@ -58,11 +59,17 @@ def square() -> NestedWeights:
     return matrices(HIDDEN, HIDDEN)
 
 
+def make_layer(gated: bool) -> Layer:
+    """Gate and up, or up alone, down, the norms of the columns of down, and the bias of up."""
+    gate_up, one = matrices(1, (2 if gated else 1) * SIZE, HIDDEN), matrices(1, HIDDEN, SIZE)
+    down = DownWeights(one.full, one.high, one.low, to_neuron_rows(one.low))
+    bias = None if gated else torch.randn(1, SIZE, device=CUDA).to(torch.bfloat16)
+    return gate_up, down, column_norms(down.at(INF, torch.float32)), bias
+
+
 @pytest.fixture(scope="module")
 def layer() -> Layer:
-    gate_up, one = matrices(1, 2 * SIZE, HIDDEN), matrices(1, HIDDEN, SIZE)
-    down = DownWeights(one.full, one.high, one.low, to_neuron_rows(one.low))
-    return gate_up, down, column_norms(down.at(INF, torch.float32))
+    return make_layer(gated=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,7 @@ def linear(x: Tensor, weights: NestedWeights, bits: Tensor) -> Tensor:
 
 
 def run_layer(tokens: Tokens, layer: Layer) -> tuple[Tensor, Tensor]:
-    return nested_experts.apply_nested(*tokens[:3], *layer, tokens[3], tokens[4])
+    return nested_experts.apply_nested(*tokens[:3], *layer[:3], tokens[3], tokens[4], layer[3])
 
 
 def logits(tokens: Tokens, head: NestedWeights) -> tuple[Tensor, Tensor]:
@@ -117,13 +124,14 @@ def test_linear(num_tokens: int, kinds: list[str], square: NestedWeights) -> Non
 
 @torch.inference_mode()
 @pytest.mark.parametrize("num_tokens", BATCHES)
-def test_experts(num_tokens: int, layer: Layer) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts(gated: bool, num_tokens: int) -> None:
     """A neuron close to the limit may be chosen by one and not by the other, so counts are compared in sum."""
-    tokens = draw(mixed(num_tokens))
+    tokens, layer = draw(mixed(num_tokens)), make_layer(gated)
     out, counts = run_layer(tokens, layer)
-    gate_up, down, norms = layer
+    gate_up, down, norms, bias = layer
     exact = tokens[0].float(), *tokens[1:3], in_fp32(gate_up), in_fp32(down), norms, *tokens[3:]
-    expected, expected_counts = EXACT.apply_nested(*exact)
+    expected, expected_counts = EXACT.apply_nested(*exact, None if bias is None else bias.float())
     assert_close(out, expected)
     refining = (tokens[3] == 4) & (tokens[4] < INF)
     assert (counts[~refining] == 0).all()
@@ -183,9 +191,10 @@ def test_capture_and_replay(num_tokens: int, square: NestedWeights, layer: Layer
 
 
 @torch.inference_mode()
-def test_nested_checkpoints_are_served_from_graphs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, PHI2], ids=["gate", "no gate"])
+def test_nested_checkpoints_are_served_from_graphs(fields: dict[str, Any], tmp_path: Path) -> None:
     """As the server loads them: replayed steps write what steps without graphs do, and what torch does on a CPU."""
-    directory = make_nested(tmp_path, num_experts=1)
+    directory = make_nested(tmp_path, num_experts=1, **fields)
     config = EngineConfig(device="cuda", max_num_seqs=8, max_step_tokens=4096, max_policies=12, max_model_len=256)
     policies = [*read_policies(directory, load_model(directory, torch.float32, torch.device("cpu")).config).values()]
     rule = LayerRule(1, renormalize=False, bits=4, attention_bits=4, refine=1.0)
