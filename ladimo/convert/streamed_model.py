@@ -51,12 +51,6 @@ class StreamedModel:
         assert isinstance(ffn, GatedMLP | GeluMLP)
         return ffn
 
-    def mlp(self, index: int) -> GatedMLP:
-        """The FFN of a layer, which must be dense and have a gate."""
-        mlp = self.ffn(index)
-        assert isinstance(mlp, GatedMLP)
-        return mlp
-
     def experts(self, index: int) -> ExpertLayer:
         """The FFN of a layer, which must be an expert layer."""
         mlp = self.layer(index).mlp

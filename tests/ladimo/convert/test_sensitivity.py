@@ -29,8 +29,8 @@ class Model:
         self.depth = self.dense.config.num_hidden_layers
 
     def experts(self, index: int) -> ExpertLayer:
-        mlp = self.dense.mlp(index)
-        partition = contiguous_partition(mlp.gate_proj.out_features, EXPERTS)
+        mlp = self.dense.ffn(index)
+        partition = contiguous_partition(mlp.up_proj.out_features, EXPERTS)
         config = MoeLayerConfig(EXPERTS, EXPERTS, partition.shape[1], expert_weight="one", router="none")
         return split_ffn(mlp, partition, config, {})
 

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_layers_are_loaded_once_as_far_as_they_fit(source: Path) -> None:
     whole, nothing = StreamedModel(source, CPU), StreamedModel(source, CPU, kept_bytes=0)
     assert whole.layer(1) is whole.layer(1)
-    assert whole.mlp(1) is whole.layer(1).mlp
+    assert whole.ffn(1) is whole.layer(1).mlp
     assert nothing.layer(1) is not nothing.layer(1)
     blocks = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
     for mine, theirs in zip(whole.ffn_data(blocks, [0, 2]), nothing.ffn_data(blocks, [0, 2]), strict=True):

@@ -48,13 +48,13 @@ class Toy(Method):
         parts = run.recipe.section(ToyRecipe).parts
 
         def weigh():
-            sizes = {index: run.dense.mlp(index).down_proj.weight.norm().item() for index in run.candidates}
+            sizes = {index: run.dense.ffn(index).down_proj.weight.norm().item() for index in run.candidates}
             return {"norms": {str(index): size for index, size in sizes.items()}, "smallest": min(sizes, key=sizes.get)}
 
         found = run.workspace.stage("norms", weigh)
         for index in run.candidates:
-            mlp = run.dense.mlp(index)
-            partition = contiguous_partition(mlp.gate_proj.out_features, parts)
+            mlp = run.dense.ffn(index)
+            partition = contiguous_partition(mlp.up_proj.out_features, parts)
             config = MoeLayerConfig(parts, parts, partition.shape[1], expert_weight="one", router="none")
             run.workspace.save_layer(index, split_ffn(mlp, partition, config, {}), run.dense.stored_dtype)
             run.workspace.finish_layer(index, config, {"seconds": 0.0})
