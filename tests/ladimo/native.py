@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ladimo.checkpoint import load_model, read_policies
 from ladimo.model.attention.kv_cache import KVCache
 from ladimo.model.cpu.native_step import NativeStep
 from ladimo.model.transformer import MoeTransformer
@@ -25,6 +27,11 @@ WIDTHS: dict[str, tuple[str, ...]] = {
 
 # Plain code in the place of matrix units, which few processors have.
 EMULATED_UNITS = ("-O0", "-DEMULATE_MATRIX_UNITS")
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:
+    model = load_model(path, dtype, torch.device("cpu"))
+    return model, list(read_policies(path, model.config).values())
 
 
 class Cached(Stepper):

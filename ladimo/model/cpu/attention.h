@@ -1,8 +1,8 @@
-// Attention over the KV cache: rotary embedding, the store of keys and values, and an online softmax.
+// Attention over the KV cache: rotary embedding, the store of keys and values, and attention to the tiles of a context.
 
 #pragma once
 
-#include "state.h"
+#include "attention_tiles.h"
 
 // Rotary embedding of the first `rotated` channels of one head, and all channels times `scale`. `table` has the cosines [rotated]
 // and sines [rotated] of the position.
@@ -65,26 +65,6 @@ static void store_token(const void *job, int64_t t) {
     }
 }
 
-// Keys and values of one tile: pieces of `width` positions each. Of a piece, keys are [C, key_stride] and values [width, C'], where C'
-// is C rounded up to whole vectors.
-typedef struct {
-    const void *keys[KEY_VECTORS], *values[KEY_VECTORS];
-    int64_t pieces, width, key_stride;
-} KeyTile;
-
-// The queries of one key head that attend together, and their online softmax: for each a running maximum, sums by lane, and an
-// output [C'].
-typedef struct {
-    int64_t width, padded;  // of a query, and C'
-    const float **q;
-    float *most, *out;
-    vf *total;
-} Queries;
-
-static inline vf read_vector(const void *data, int64_t i, int64_t bf16) {
-    return bf16 ? widen(*(const vh *)((const uint16_t *)data + i)) : *(const vf *)((const float *)data + i);
-}
-
 // The place of a key head in the cache of this layer, in numbers: of the block with this position. size: channels of a key or value.
 static inline int64_t block_at(const State *s, const int64_t *table, int64_t g, int64_t position, int64_t size) {
     int64_t bs = s->step->block_size, block = table[position / bs] * s->model->num_layers + s->layer_index;
@@ -101,7 +81,8 @@ static inline int in_place(const State *s) {
 static KeyTile find_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last) {
     int64_t bs = s->step->block_size, size = s->model->head_dim, keys = s->model->qk_head_dim;
     int64_t item = s->model->bf16 ? 2 : 4, width = least(bs, KEYS);
-    KeyTile tile = {.pieces = ceil_div(least(KEYS, last - first + 1), width), .width = width, .key_stride = bs};
+    enum TileKind kind = s->model->bf16 ? ROWS_BF16 : ROWS_FP32;
+    KeyTile tile = {.pieces = ceil_div(least(KEYS, last - first + 1), width), .width = width, .key_stride = bs, .kind = kind};
     for (int64_t i = 0; i < tile.pieces; i++) {
         int64_t position = first + i * width, offset = first % bs;
         tile.keys[i] = (const char *)s->step->k_cache + (block_at(s, table, g, position, keys) + offset) * item;
@@ -119,7 +100,7 @@ static KeyTile find_tile(const State *s, const int64_t *table, int64_t g, int64_
 }
 
 // The same tile as one piece of fp32, copied to keys [C, KEYS] and values [KEYS, C'].
-static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
+static KeyTile copy_wide(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last, float *keys, float *values) {
     const Model *m = s->model;
     const void *k_cache = s->step->k_cache, *v_cache = s->step->v_cache;
     int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = s->step->block_size, count = least(KEYS, last - first + 1);
@@ -142,122 +123,63 @@ static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_
             for (; c < padded; c++) to[c] = c < size ? read_one(v_cache, from + c, m->bf16) : 0.0f;
         }
     }
-    return (KeyTile){.keys = {keys}, .values = {values}, .pieces = 1, .width = KEYS, .key_stride = KEYS};
+    return (KeyTile){.keys = {keys}, .values = {values}, .pieces = 1, .width = KEYS, .key_stride = KEYS, .kind = ROWS_FP32};
 }
 
-// a * b + sum, rounded once. By an intrinsic with AVX2: where gcc tunes for AMD, it leaves some chains of sums unfused, and not the
-// same ones for every number of queries.
-static inline vf fused(vf a, vf b, vf sum) {
-#if LANES == 8 && defined(__FMA__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-    return a * b + sum;
+#if HAS_PAIR_PRODUCTS
+// The same tile of bf16 as one piece of pairs, copied to keys [C / 2, KEYS] and values [KEYS / 2, C'].
+static KeyTile copy_pairs(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last, uint32_t *keys, uint32_t *values) {
+    const Model *m = s->model;
+    const uint16_t *k_cache = s->step->k_cache, *v_cache = s->step->v_cache, *row[2];
+    int64_t size = m->head_dim, padded = ceil_div(size, LANES) * LANES, bs = s->step->block_size, count = least(KEYS, last - first + 1);
+    for (int64_t j = 0, run; j < count; j += run) {
+        int64_t offset = (first + j) % bs, at = block_at(s, table, g, first + j, m->qk_head_dim) + offset;
+        run = least(bs - offset, count - j);
+        for (int64_t c = 0; c < m->qk_head_dim / 2; c++) {
+            const uint16_t *even = k_cache + at + 2 * c * bs, *odd = even + bs;
+            uint32_t *to = keys + c * KEYS + j;
+            if (bs % LANES == 0)
+                for (int64_t i = 0; i < run; i += LANES) *(vu *)(to + i) = join(even + i, odd + i);
+            else
+                for (int64_t i = 0; i < run; i++) to[i] = (uint32_t)odd[i] << 16 | even[i];
+        }
+    }
+    for (int64_t j = 0; j < count; j += 2) {
+        for (int64_t i = 0; i < 2; i++) {
+            int64_t position = first + j + i;
+            row[i] = j + i < count ? v_cache + block_at(s, table, g, position, size) + position % bs * size : NULL;
+        }
+        uint32_t *to = values + j / 2 * padded;
+        int64_t c = 0;
+        for (; c + LANES <= size; c += LANES) *(vu *)(to + c) = join(row[0] + c, row[1] ? row[1] + c : NULL);
+        for (; c < padded; c++) to[c] = c < size ? (uint32_t)(row[1] ? row[1][c] : 0) << 16 | row[0][c] : 0;
+    }
+    return (KeyTile){.keys = {keys}, .values = {values}, .pieces = 1, .width = KEYS, .key_stride = KEYS, .kind = ROWS_PAIRS};
+}
 #endif
-}
 
-// Scores of n queries with v vectors of positions. A score is one chain of sums, channel by channel, for every n and v.
-static inline __attribute__((always_inline)) void score(
-    const int n, const int v, const int bf16, const void *keys, int64_t stride, const float *const *q, int64_t size, float (*scores)[KEYS]
-) {
-    vf sum[TILE][KEY_VECTORS] = {0};
-    for (int64_t c = 0; c < size; c++) {
-        vf key[KEY_VECTORS];
-        UNROLL for (int i = 0; i < v; i++) key[i] = read_vector(keys, c * stride + i * LANES, bf16);
-        FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] = fused(key[i], splat(q[t][c]), sum[t][i]);
-    }
-    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) ((vf *)scores[t])[i] = sum[t][i];
+// The same tile, copied in the form that is multiplied.
+static KeyTile copy_tile(const State *s, const int64_t *table, int64_t g, int64_t first, int64_t last, void *keys, void *values) {
+#if HAS_PAIR_PRODUCTS
+    if (s->model->bf16) return copy_pairs(s, table, g, first, last, keys, values);
+#endif
+    return copy_wide(s, table, g, first, last, keys, values);
 }
-
-// Turn the scores of query `i` into weights. Only the first `count` positions are visible. Not inlined on purpose: the compiler could
-// merge it into the sums around it, and round a * b + c * d in one of two ways, not in the same way for every number of queries.
-static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
-    vf *score = (vf *)scores, highest = splat(all->most[i]), total = {0};
-    int64_t whole = count / LANES, vectors = ceil_div(count, LANES);
-    vi visible;
-    for (int lane = 0; lane < LANES; lane++) visible[lane] = lane < count % LANES ? -1 : 0;
-    if (whole < vectors) score[whole] = choose(visible, score[whole], splat(-INFINITY));
-    for (int64_t v = 0; v < vectors; v++) highest = larger(highest, score[v]);
-    float most = max_lanes(highest), before = all->most[i];
-    if (before != most) {
-        float kept = before == -INFINITY ? 0.0f : expf(before - most);
-        for (int64_t c = 0; c < all->padded; c += LANES) *(vf *)(all->out + i * all->padded + c) *= kept;
-        all->total[i] *= kept;
-        all->most[i] = most;
-    }
-    for (int64_t v = 0; v < vectors; v++) {
-        vf weight = exp_within(larger(score[v] - most, splat(-87.0f)));
-        if (v == whole) weight = choose(visible, weight, splat(0.0f));
-        total += weight;
-        score[v] = weight;
-    }
-    for (int64_t v = vectors; v < KEY_VECTORS; v++) score[v] = splat(0.0f);
-    all->total[i] += total;
-}
-
-// Add the values of a tile, weighted, to v vectors of the outputs of n queries, beginning at vector `first`.
-static inline __attribute__((always_inline)) void add_values(
-    const int n, const int v, const int bf16, const KeyTile *tile, int64_t count, int64_t padded, int64_t first, float (*weights)[KEYS],
-    float *out
-) {
-    vf sum[TILE][MOST];
-    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] = ((vf *)(out + t * padded))[first + i];
-    for (int64_t piece = 0, k = 0; k < count; piece++)
-        for (int64_t row = 0; row < tile->width && k < count; row++, k++) {
-            vf value[MOST];
-            UNROLL for (int i = 0; i < v; i++) value[i] = read_vector(tile->values[piece], row * padded + (first + i) * LANES, bf16);
-            FOR_TOKENS UNROLL for (int i = 0; i < v; i++) sum[t][i] = fused(value[i], splat(weights[t][k]), sum[t][i]);
-        }
-    FOR_TOKENS UNROLL for (int i = 0; i < v; i++) ((vf *)(out + t * padded))[first + i] = sum[t][i];
-}
-
-// Add a tile to the online softmax of the queries begin .. begin + n - 1. Of these, number i sees the first counts[i] positions.
-// They share the loads of keys and values. The sums of a query run in the same order for every n.
-static inline __attribute__((always_inline)) void attend_tile(
-    const int n, const int bf16, const KeyTile *tile, const Queries *all, int64_t begin, const int64_t *counts
-) {
-    // As many vectors as fit into the registers, with their sums and a number of a query or a weight.
-    enum { PAIR = 2 * LANES <= KEYS ? 2 : 1 };
-    const int wide = n * 8 + n + 1 <= (int)REGISTERS || (n == 1 && REGISTERS >= 16) ? 8 : n * 4 + least(n, 4) + 1 <= (int)REGISTERS ? 4 : 2;
-    float weights[TILE][KEYS];
-    int64_t longest = 0, vectors = all->padded / LANES, first = 0;
-    for (int64_t piece = 0; piece < tile->pieces; piece++) {
-        const void *keys = tile->keys[piece];
-        for (int64_t at = 0, step; at < tile->width; at += step) {
-            const void *from = (const char *)keys + at * (bf16 ? 2 : 4);
-            float(*to)[KEYS] = (float(*)[KEYS])(weights[0] + piece * tile->width + at);
-            step = tile->width % (PAIR * LANES) ? LANES : PAIR * LANES;
-            if (step == PAIR * LANES) score(n, PAIR, bf16, from, tile->key_stride, all->q + begin, all->width, to);
-            else score(n, 1, bf16, from, tile->key_stride, all->q + begin, all->width, to);
-        }
-    }
-    for (int t = 0; t < n; t++) {
-        weigh(all, begin + t, weights[t], counts[t]);
-        longest = greatest(longest, counts[t]);
-    }
-    float *out = all->out + begin * all->padded;
-    for (; first + wide <= vectors; first += wide) add_values(n, wide, bf16, tile, longest, all->padded, first, weights, out);
-    for (; first < vectors; first++) add_values(n, 1, bf16, tile, longest, all->padded, first, weights, out);
-}
-
-typedef void (*Attend)(const KeyTile *, const Queries *, int64_t, const int64_t *);
-#define DEFINE_ATTEND(type, bf16, n) \
-    static void attend_##type##_##n(const KeyTile *tile, const Queries *all, int64_t begin, const int64_t *counts) { \
-        attend_tile(n, bf16, tile, all, begin, counts); \
-    }
-#define DEFINE_ATTENDS(type, bf16) \
-    DEFINE_ATTEND(type, bf16, 1) DEFINE_ATTEND(type, bf16, 2) DEFINE_ATTEND(type, bf16, 3) \
-    DEFINE_ATTEND(type, bf16, 4) DEFINE_ATTEND(type, bf16, 5) DEFINE_ATTEND(type, bf16, 6)
-DEFINE_ATTENDS(fp32, 0)
-DEFINE_ATTENDS(bf16, 1)
-#define LIST_ATTENDS(type) {attend_##type##_1, attend_##type##_2, attend_##type##_3, attend_##type##_4, attend_##type##_5, attend_##type##_6}
-static const Attend ATTEND[2][TILE] = {LIST_ATTENDS(fp32), LIST_ATTENDS(bf16)};
 
 // Results of `count` queries, placed in memory of this many floats.
 static int64_t result_floats(int64_t count, int64_t padded) { return count * padded + count * LANES + ceil_div(count, LANES) * LANES; }
-static Queries place_results(const Model *m, float *memory, int64_t count, const float **q) {
+static Queries place_results(const Model *m, float *memory, int64_t count, const void **q) {
     int64_t padded = ceil_div(m->head_dim, LANES) * LANES;
     float *total = memory + count * padded;
-    return (Queries){.width = m->qk_head_dim, .padded = padded, .q = q, .most = total + count * LANES, .out = memory, .total = (vf *)total};
+    return (Queries){
+        .width = m->qk_head_dim,
+        .padded = padded,
+        .paired = HAS_PAIR_PRODUCTS && m->bf16,
+        .q = q,
+        .most = total + count * LANES,
+        .out = memory,
+        .total = (vf *)total,
+    };
 }
 
 // The attention of a group of tokens to part `part` of their context, for key head g.
@@ -267,11 +189,14 @@ static void attend_part(const State *s, const int64_t *item, int64_t g, int64_t 
     int64_t last = position + length - 1, queries = length * group, bf16 = m->bf16;
     const int64_t *table = s->step->block_table + row * s->step->table_width;
     float keys[width * KEYS] __attribute__((aligned(64))), values[KEYS * all->padded] __attribute__((aligned(64)));
+    uint16_t rounded[all->paired ? queries * width : 1];
     memset(all->out, 0, queries * all->padded * sizeof(float));
     memset(all->total, 0, queries * sizeof(vf));
     for (int64_t i = 0; i < queries; i++) {
+        const float *q = s->qkv + (start + i / group) * qkv_width(m) + (g * group + i % group) * width;
         all->most[i] = -INFINITY;
-        all->q[i] = s->qkv + (start + i / group) * qkv_width(m) + (g * group + i % group) * width;
+        all->q[i] = all->paired ? (const void *)(rounded + i * width) : q;
+        if (all->paired) write_activations(rounded + i * width, q, width, BFLOAT16);
     }
     // Many queries read a tile often, so that it pays to convert it once.
     int copied = !in_place(s) || (bf16 && queries > TILE);
@@ -281,7 +206,7 @@ static void attend_part(const State *s, const int64_t *item, int64_t g, int64_t 
             int64_t counts[TILE];
             n = least(TILE, queries - i);
             for (int64_t j = 0; j < n; j++) counts[j] = least(KEYS, position + (i + j) / group - first + 1);
-            ATTEND[bf16 && !copied][n - 1](&tile, all, i, counts);
+            ATTEND[tile.kind][n - 1](&tile, all, i, counts);
         }
     }
 }
@@ -318,7 +243,7 @@ static void attend_item(const void *job, int64_t chunk) {
     int64_t g = chunk % m->kv_heads, queries = item[2] * (m->heads / m->kv_heads), padded = ceil_div(m->head_dim, LANES) * LANES;
     int64_t floats = result_floats(queries, padded);
     float memory[floats] __attribute__((aligned(64))), more[floats] __attribute__((aligned(64)));
-    const float *q[queries];
+    const void *q[queries];
     Queries all = place_results(m, memory, queries, q), part = place_results(m, more, queries, q);
     attend_part(s, item, g, 0, &all);
     for (int64_t p = 1; p < num_parts(item); p++) {
@@ -334,7 +259,7 @@ static int64_t part_floats(const Model *m) {
 }
 
 // The results of one part of a decoding token's context, in the step's buffer.
-static Queries results_of(const State *s, int64_t item_and_head, int64_t part, const float **q) {
+static Queries results_of(const State *s, int64_t item_and_head, int64_t part, const void **q) {
     const Model *m = s->model;
     int64_t group = m->heads / m->kv_heads, floats = part_floats(m);
     return place_results(m, s->part_results + (item_and_head * s->most_parts + part) * floats, group, q);
@@ -346,7 +271,7 @@ static void attend_one_part(const void *job, int64_t chunk) {
     int64_t heads = s->model->kv_heads, part = chunk / (s->num_items * heads), item_and_head = chunk % (s->num_items * heads);
     const int64_t *item = s->query_items + item_and_head / heads * 4;
     if (part >= num_parts(item)) return;
-    const float *q[s->model->heads / heads];
+    const void *q[s->model->heads / heads];
     Queries results = results_of(s, item_and_head, part, q);
     attend_part(s, item, item_and_head % heads, part, &results);
 }

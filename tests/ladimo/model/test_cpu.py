@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladimo.checkpoint import load_model, load_to_serve, read_policies
+from ladimo.checkpoint import load_to_serve
 from ladimo.model.config import ModelConfig
 from ladimo.model.cpu import build
 from ladimo.model.cpu.arena import Arena
@@ -18,10 +18,9 @@ from ladimo.model.cpu.pool import Pool
 from ladimo.model.inputs import RoutingTables, StepInputs
 from ladimo.model.moe import ExpertLayer
 from ladimo.model.quantization import GROUP, dequantize, find_format, quantize
-from ladimo.model.transformer import MoeTransformer
 from ladimo.policy import LayerRule, RoutingPolicy
 from tests.factories import PARTIAL_LONGROPE, VOCAB_SIZE, make_dense, make_moe
-from tests.ladimo.native import Cached, prompts
+from tests.ladimo.native import Cached, load, prompts
 from tests.ladimo.stepping import Row, Stepper, make_tables
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no compiled CPU kernel here")
@@ -44,11 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mha_tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "mqa_wide_heads": {"head_dim": 80, "num_key_value_heads": 1},
 }
-
-
-def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[MoeTransformer, list[RoutingPolicy]]:
-    model = load_model(path, dtype, torch.device("cpu"))
-    return model, list(read_policies(path, model.config).values())
 
 
 @pytest.mark.parametrize(
@@ -114,13 +108,23 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("format", "kv_heads"), [("float32", 2), ("float32", 4), ("bfloat16", 2), ("bfloat16", 4), ("int8", 2), ("int4", 2)]
+    ("format", "kv_heads", "head_dim"),
+    [
+        ("float32", 2, None),
+        ("float32", 4, 16),
+        ("bfloat16", 2, None),
+        ("bfloat16", 4, None),
+        ("bfloat16", 2, 16),
+        ("int8", 2, None),
+        ("int4", 2, None),
+    ],
 )
 @pytest.mark.usefixtures("width")
-def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, kv_heads: int) -> None:
+def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, kv_heads: int, head_dim: int | None) -> None:
     """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three. With 4 key heads, a head
-    of a decoded token has one query."""
-    model, policies = load(make_moe(tmp_path, intermediate_size=256, num_key_value_heads=kv_heads), torch.bfloat16)
+    of a decoded token has one query. Heads of 16 channels are read where they are, or copied, others are copied."""
+    sizes = {"num_key_value_heads": kv_heads} | ({"head_dim": head_dim} if head_dim else {})
+    model, policies = load(make_moe(tmp_path, intermediate_size=256, **sizes), torch.bfloat16)
     sequences = prompts(9)
     alone = Cached(model, NativeStep(model, format, 1), policies)
     expected = []
@@ -143,32 +147,6 @@ def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, k
     for place in range(30, 40):
         for logits, whole in zip(together.step(decode=again), expected, strict=True):
             assert torch.equal(logits[0], whole[place])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("width")
-def test_parts_of_a_long_context(tmp_path: Path, dtype: str) -> None:
-    """Their attention is computed by one thread or divided among several, and in chunks of a prompt, with equal bits. It is
-    torch's."""
-    model, policies = load(make_moe(tmp_path, max_position_embeddings=1024), getattr(torch, dtype))
-    tokens = [one for prompt in prompts(20) for one in prompt][:400]
-
-    def decoded(steps: Stepper, chunks: tuple[int, ...], others: int = 0) -> Tensor:
-        """The logits of 4 tokens from position sum(chunks) on."""
-        rows = [Row(tokens[: 400 - index], blocks=[]) for index in range(1 + others)]
-        for count in chunks:
-            steps.step(prefill=[(row, count) for row in rows])
-        return torch.cat([steps.step(decode=rows)[0] for _ in range(4)])
-
-    one = Cached(model, NativeStep(model, dtype, 1), policies, 64, num_blocks=512)
-    several = Cached(model, NativeStep(model, dtype, 3, wake_threads_from=0), policies, 64, num_blocks=512)
-    for length in (255, 300):
-        expected = decoded(one, (length,))
-        assert torch.equal(decoded(several, (200, length - 200)), expected)
-        assert torch.equal(decoded(several, (length,), others=6), expected)
-    if dtype == "float32":
-        reference = Stepper(model, make_tables(model, policies), 64, num_blocks=512)
-        torch.testing.assert_close(expected, decoded(reference, (300,)), rtol=0, atol=2e-5)
 
 
 @pytest.mark.usefixtures("width")
