@@ -123,8 +123,8 @@ def test_experts_are_torchs_under_every_rule(tmp_path: Path, layer: dict[str, An
 def test_a_token_has_the_same_bits_in_any_company(tmp_path: Path, format: str, kv_heads: int, head_dim: int | None) -> None:
     """Alone or among others, in one chunk or several, decoded or recomputed, on one thread or three. With 4 key heads, a head
     of a decoded token has one query. Heads of 16 channels are read where they are, or copied, others are copied."""
-    sizes = {"num_key_value_heads": kv_heads} | ({"head_dim": head_dim} if head_dim else {})
-    model, policies = load(make_moe(tmp_path, intermediate_size=256, **sizes), torch.bfloat16)
+    sizes: dict[str, Any] = {"head_dim": head_dim} if head_dim else {}
+    model, policies = load(make_moe(tmp_path, intermediate_size=256, num_key_value_heads=kv_heads, **sizes), torch.bfloat16)
     sequences = prompts(9)
     alone = Cached(model, NativeStep(model, format, 1), policies)
     expected = []
