@@ -1,9 +1,12 @@
 """Other engines that need an environment of their own. Each runs in a process of that environment, with the same weights."""
 
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +30,11 @@ INTEGERS: dict[str, tuple[str, ...]] = {"openvino": ("int8", "int4"), "vllm": ()
 
 
 class EngineProcess:
-    """An engine that completes prompts greedily. `version`: its package and release. It ends with this object."""
+    """An engine that completes prompts greedily. `version`: its package and release. It ends with this object.
+
+    It is stopped while it has nothing to do: the threads of some engines keep the cores busy while they wait, to the cost of
+    the others.
+    """
 
     def __init__(self, command: Sequence[str], model: Any, options: dict[str, Any], limit: TimeLimit) -> None:
         """`model`: transformers' dense model, whose weights the engine gets. `options`: see engine_worker. `limit`: when it
@@ -48,12 +55,14 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=said,
                 text=True,
+                start_new_session=True,  # a group of its own processes, for signals
             )
         self.version: str = self._answer()["version"]
 
     def complete(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:
         """Complete each prompt with so many tokens. Returns the seconds, and the new tokens of each prompt."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(json.dumps({"prompts": prompts, "tokens": tokens}), file=self._process.stdin, flush=True)
         answer = self._answer()
         if (counts := {len(found) for found in answer["tokens"]}) != {tokens}:
@@ -70,7 +79,7 @@ class EngineProcess:
 
     def close(self) -> None:
         """End the process. It can be called twice."""
-        self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.communicate()
         self._directory.cleanup()
 
@@ -78,9 +87,15 @@ class EngineProcess:
         if hasattr(self, "_process"):
             self.close()
 
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):  # it ends at this moment
+                os.killpg(self._process.pid, number)
+
     def _answer(self) -> dict[str, Any]:
+        """The next answer. Then the process is stopped."""
         assert self._process.stdout is not None
-        watch = threading.Timer(self._limit.left, self._process.kill)
+        watch = threading.Timer(self._limit.left, self._signal, (signal.SIGKILL,))
         watch.start()
         line = self._process.stdout.readline()
         watch.cancel()
@@ -89,6 +104,7 @@ class EngineProcess:
         if not line:
             said = self._said.read_text(errors="replace").strip().rpartition("\n")[2]  # of an exception: what it says
             raise Unavailable(f"its process ended: {said}")
+        self._signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -77,6 +77,10 @@ def test_an_engine_s_process_is_timed_by_its_own_clock() -> None:
     assert engine.version == "none 1.0"
     assert engine.prefill([[1, 2]]) == 2
     assert engine.decode([[1, 2], [3]], 5) == 8  # the first token is not counted
+    if Path("/proc/self").exists():
+        # Stopped: its waiting threads would slow down the others.
+        status = Path(f"/proc/{engine._process.pid}/status").read_text()
+        assert "State:\tT" in status
     with pytest.raises(peers.Unavailable, match=r"gave \[5\] tokens instead of 6"):
         engine.decode([[1]], 6)
     engine.close()
