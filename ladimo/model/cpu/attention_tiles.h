@@ -109,9 +109,11 @@ static inline __attribute__((always_inline)) void score(
 static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
     vf *score = (vf *)scores, highest = splat(all->most[i]), total = {0};
     int64_t whole = count / LANES, vectors = ceil_div(count, LANES);
-    vi visible;
-    for (int lane = 0; lane < LANES; lane++) visible[lane] = lane < count % LANES ? -1 : 0;
-    if (whole < vectors) score[whole] = choose(visible, score[whole], splat(-INFINITY));
+    vi visible = {0};  // lanes of the last vector, if it is not whole
+    if (whole < vectors) {
+        for (int lane = 0; lane < LANES; lane++) visible[lane] = lane < count % LANES ? -1 : 0;
+        score[whole] = choose(visible, score[whole], splat(-INFINITY));
+    }
     for (int64_t v = 0; v < vectors; v++) highest = larger(highest, score[v]);
     float most = max_lanes(highest), before = all->most[i];
     if (before != most) {

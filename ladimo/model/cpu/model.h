@@ -18,7 +18,7 @@
 #define TILE 6          // tokens that are multiplied with a block together
 #define TOKEN_BLOCK 96  // tokens of one chunk in a long step
 #define QUERIES 96      // queries of a prompt that read the keys of a head together, at most
-#define KEYS 32         // positions of one tile of attention
+#define KEYS (LANES == 16 ? 64 : 32)  // positions of one tile of attention
 #define PART 256        // positions of one part of a context, whole tiles
 #define KEY_VECTORS (KEYS / LANES)
 #define GROUP 32        // columns that share a scale in the integer formats
