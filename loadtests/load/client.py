@@ -126,7 +126,7 @@ class Client:
                     await self._read(reply, request, outcome)
                 else:
                     error = json.loads(await reply.aread()).get("error", {})
-                    outcome.code = error.get("code", "unknown")
+                    outcome.code = str(error.get("code", "unknown"))  # a number in vLLM
         except (httpx.HTTPError, ValueError) as error:
             outcome.code = type(error).__name__
         outcome.ended = self._now()
@@ -156,7 +156,7 @@ class Client:
 
     def _note(self, event: dict[str, Any], outcome: Outcome) -> None:
         if "error" in event:
-            outcome.code = event["error"].get("code", "unknown")
+            outcome.code = str(event["error"].get("code", "unknown"))
         usage, routing = event.get("usage"), event.get("routing")
         if usage:
             outcome.prompt_tokens, outcome.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]

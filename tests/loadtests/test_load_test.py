@@ -5,15 +5,16 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests import load_test
 from loadtests.load.arrivals import Arrival, arrivals, burst, constant, ramp, trace
-from loadtests.load.client import Outcome
+from loadtests.load.client import Client, Outcome
 from loadtests.load.figures import Objectives, parse_objectives, percentile, summary, table
-from loadtests.load.workload import Lengths, parse_routing, plan
+from loadtests.load.workload import Lengths, Planned, parse_routing, plan
 from tests.server.serving import Parts, serving_http
 
 TEXT = list(range(3, 103))
@@ -159,6 +160,21 @@ async def test_a_run_reports_everything_and_compares(tmp_path: Path, capsys: pyt
             and "http://" not in html.replace("http://www.w3.org", "").replace(str(server.client.base_url), "")
         )
         await server.idle()
+
+
+async def test_errors_of_other_servers_are_counted() -> None:
+    """Their codes may be numbers, and connections may break."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content)["seed"]:
+            raise httpx.RemoteProtocolError("closed")
+        return httpx.Response(503, json={"error": {"code": 503}})
+
+    routing = parse_routing("default=1")
+    planned = [Planned(0.0, TEXT, 4, routing, None, seed) for seed in (0, 1)]
+    async with httpx.AsyncClient(base_url="http://other", transport=httpx.MockTransport(answer)) as http:
+        outcomes = await Client(http).run_closed(planned, clients=2)
+    assert summary(outcomes, Objectives())["errors"] == {"503": 1, "RemoteProtocolError": 1}
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
