@@ -66,7 +66,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         text = args.text.read_text(encoding="utf-8")[:MAX_TEXT]
         tokens = (await first.post("/tokenize", json={"prompt": text})).raise_for_status().json()["tokens"]
         for http in clients.values():
-            await Client(http).run_closed(_planned(args, tokens, WARM_UP_REQUESTS, -1), 1)
+            await Client(http, seeded=args.seeds).run_closed(_planned(args, tokens, WARM_UP_REQUESTS, -1), 1)
         rows = []
         for number in args.clients:
             for round_number in range(args.rounds):
@@ -82,7 +82,7 @@ async def _run(
     requests = max(args.requests, args.requests_per_client * clients)
     planned = _planned(args, tokens, requests, round_number)  # the same for every server, others in every round
     before, other, started = await read_samples(http), OtherLoad(), time.perf_counter()
-    outcomes = await Client(http).run_closed(planned, clients)
+    outcomes = await Client(http, seeded=args.seeds).run_closed(planned, clients)
     busy = other.cores(time.perf_counter() - started)
     figures = {**summary(outcomes, Objectives()), **step_figures(before, await read_samples(http))}
     return {"server": name, "clients": clients, "round": round_number, "server_and_other_load_cores": busy, "figures": figures}
@@ -149,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--routing", type=parse_routing, action="append", metavar="NAME=SHARE", help="see loadtests.load_test")
     parser.add_argument("--cancelled", type=float, default=0.0, help="the share of clients that leave before the end")
     parser.add_argument("--text", type=Path, default=TEXT, help="what prompts are cut from")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, lengths and what clients do")
+    parser.add_argument(
+        "--no-seeds", dest="seeds", action="store_false", help="requests without a seed: vLLM on CPUs can fail on it"
+    )
     parser.add_argument("--json", type=Path, help="write the record to a file")
     parser.add_argument("--html", type=Path, help="write a page")
     return parser

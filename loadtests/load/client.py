@@ -68,10 +68,12 @@ class Knob:
 
 
 class Client:
-    """Sends requests to an OpenAI-style server. `deadline`: seconds, sent as X-Request-Timeout; None: none."""
+    """Sends requests to an OpenAI-style server. `deadline`: seconds, sent as X-Request-Timeout; None: none. `seeded`: whether
+    requests have a seed."""
 
-    def __init__(self, http: httpx.AsyncClient, deadline: float | None = None) -> None:
+    def __init__(self, http: httpx.AsyncClient, deadline: float | None = None, seeded: bool = True) -> None:
         self._http = http
+        self._seeded = seeded
         self._headers = {} if deadline is None else {"X-Request-Timeout": f"{deadline:g}"}
         self._start = 0.0
 
@@ -113,10 +115,11 @@ class Client:
             "prompt": request.prompt,
             "max_tokens": request.output_tokens,
             "ignore_eos": True,
-            "seed": request.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self._seeded:
+            body["seed"] = request.seed
         if request.routing.field is not None:
             body["routing"] = request.routing.field
         try:

@@ -177,6 +177,20 @@ async def test_errors_of_other_servers_are_counted() -> None:
     assert summary(outcomes, Objectives())["errors"] == {"503": 1, "RemoteProtocolError": 1}
 
 
+@pytest.mark.parametrize("seeded", [True, False])
+async def test_requests_can_be_without_a_seed(seeded: bool) -> None:
+    bodies = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(503, json={"error": {"code": 503}})
+
+    planned = [Planned(0.0, TEXT, 4, parse_routing("default=1"), None, 7)]
+    async with httpx.AsyncClient(base_url="http://other", transport=httpx.MockTransport(answer)) as http:
+        await Client(http, seeded=seeded).run_closed(planned, clients=1)
+    assert [body.get("seed") for body in bodies] == [7 if seeded else None]
+
+
 def test_a_server_that_is_not_there_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         load_test.main(["http://127.0.0.1:9", "--seconds", "1"])

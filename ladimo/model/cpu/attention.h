@@ -34,6 +34,16 @@ static void norm_heads(const Model *m, float *x, int64_t heads, const float *wei
     for (int64_t i = 0; i < heads * m->head_dim; i += size) normalise(x + i, weight, size, m->eps, x + i);
 }
 
+// Store a key [width] in the cache, where its channels are `stride` numbers apart.
+static void store_key(void *cache, int64_t at, int64_t stride, const float *key, int64_t width, int64_t bf16) {
+    uint32_t numbers[width];
+    write_activations(numbers, key, width, bf16 ? BFLOAT16 : FLOAT32);
+    if (bf16)
+        for (int64_t c = 0; c < width; c++) ((uint16_t *)cache)[at + c * stride] = ((uint16_t *)numbers)[c];
+    else
+        for (int64_t c = 0; c < width; c++) ((uint32_t *)cache)[at + c * stride] = numbers[c];
+}
+
 // Norm and rotate the queries and keys of a token, and store its keys and values in the cache. Queries are also scaled by 1 / sqrt(C).
 static void store_token(const void *job, int64_t t) {
     const State *s = job;
@@ -58,10 +68,10 @@ static void store_token(const void *job, int64_t t) {
     }
     int64_t block = slot / bs * m->num_layers + s->layer_index, offset = slot % bs;
     for (int64_t g = 0; g < groups; g++) {
-        for (int64_t c = 0; c < width; c++)
-            write_one(step->k_cache, ((block * groups + g) * width + c) * bs + offset, k[g * width + c], m->bf16);
-        for (int64_t c = 0; c < size; c++)
-            write_one(step->v_cache, ((block * groups + g) * bs + offset) * size + c, v[g * size + c], m->bf16);
+        int64_t at = block * groups + g, item = m->bf16 ? 2 : 4;
+        store_key(step->k_cache, at * width * bs + offset, bs, k + g * width, width, m->bf16);
+        uint8_t *value = (uint8_t *)step->v_cache + (at * bs + offset) * size * item;
+        write_activations(value, v + g * size, size, m->bf16 ? BFLOAT16 : FLOAT32);
     }
 }
 

@@ -24,8 +24,8 @@ typedef struct {
     enum TileKind kind;
 } KeyTile;
 
-// The queries of one key head that attend together, and their online softmax: for each a running maximum, sums by lane, and an
-// output [C'].
+// The queries of one key head that attend together, and their online softmax: for each a score whose weight is 1, sums by lane, and
+// an output [C'].
 typedef struct {
     int64_t width, padded;  // of a query, and C'
     int paired;             // whether queries and weights are rounded to bf16
@@ -59,14 +59,35 @@ static inline vf add_pair_products(vf sum, vu pairs, uint32_t pair) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int32_t)pair));
 }
 
-static inline vh round_weights(vf weights) { return (vh)_mm512_cvtneps_pbh((__m512)weights); }
+// 2^x, with an error of up to 3e-6 of it: weights are rounded to 8 bits. 0 for x below -150.
+static inline vf exp2_roughly(vf x) {
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
+    vf p = splat(0.00958284829f);
+    p = p * f + 0.0559064336f;
+    p = p * f + 0.240240991f;
+    p = p * f + 0.693124175f;
+    return (vf)_mm512_scalef_ps((__m512)(p * f + 1.0f), (__m512)n);
+}
+
+// Turn scores into weights e^(score - most) of bf16, which take the first half of the memory. Returns their sums by lane.
+static inline vf write_pairs(float *scores, float most) {
+    vf *score = (vf *)scores, total = {0};
+    for (int64_t v = 0; v < KEY_VECTORS; v += 2) {
+        vf weight[2];
+        for (int i = 0; i < 2; i++) weight[i] = exp2_roughly(larger(score[v + i] * LOG2_E - most * LOG2_E, splat(-200.0f)));
+        vu pairs = (vu)_mm512_cvtne2ps_pbh((__m512)weight[1], (__m512)weight[0]);
+        ((vu *)scores)[v / 2] = pairs;
+        total = add_pair_products(total, pairs, 0x3f803f80);  // twice 1
+    }
+    return total;
+}
 #else
 // Never called.
 static inline vu read_pairs(const enum TileKind kind, const void *rows, int64_t row, int64_t stride, int64_t i, int both) {
     return (void)kind, (void)rows, (void)row, (void)stride, (void)i, (void)both, (vu){0};
 }
 static inline vf add_pair_products(vf sum, vu pairs, uint32_t pair) { return (void)pairs, (void)pair, sum; }
-static inline vh round_weights(vf weights) { return narrow(weights); }
+static inline vf write_pairs(float *scores, float most) { return (void)scores, (void)most, (vf){0}; }
 #endif
 
 // a * b + sum, rounded once. By an intrinsic with AVX2: where gcc tunes for AMD, it leaves some chains of sums unfused, and not the
@@ -103,39 +124,34 @@ static inline __attribute__((always_inline)) void score(
     FOR_TOKENS UNROLL for (int i = 0; i < v; i++) ((vf *)scores[t])[i] = sum[t][i];
 }
 
-// Turn the scores of query `i` into weights, in place. Only the first `count` positions are visible. Rounded weights take the first
-// half of the memory. Not inlined on purpose: the compiler could merge it into the sums around it, and round a * b + c * d in one of
-// two ways, not in the same way for every number of queries.
-static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
-    vf *score = (vf *)scores, highest = splat(all->most[i]), total = {0};
-    int64_t whole = count / LANES, vectors = ceil_div(count, LANES);
-    vi visible = {0};  // lanes of the last vector, if it is not whole
-    if (whole < vectors) {
-        for (int lane = 0; lane < LANES; lane++) visible[lane] = lane < count % LANES ? -1 : 0;
-        score[whole] = choose(visible, score[whole], splat(-INFINITY));
+// Turn scores into weights e^(score - most), in place. Returns their sums by lane.
+static inline vf write_weights(float *scores, float most) {
+    vf *score = (vf *)scores, total = {0};
+    for (int64_t v = 0; v < KEY_VECTORS; v++) {
+        vf x = score[v] - most;
+        total += score[v] = choose(x > splat(-87.0f), exp_within(x), splat(0.0f));
     }
-    for (int64_t v = 0; v < vectors; v++) highest = larger(highest, score[v]);
-    float most = max_lanes(highest), before = all->most[i];
-    if (before != most) {
-        float kept = before == -INFINITY ? 0.0f : expf(before - most);
+    return total;
+}
+
+// Turn the scores of query `i` into weights, in place. If a score is too far above `most`, it becomes the new one, and the sums of
+// the tiles before are scaled. Only the first `count` positions are visible. Not inlined on purpose: the
+// compiler could merge it into the sums around it, and round a * b + c * d in one of two ways, not in the same way for every number
+// of queries.
+#define SLACK 8.0f  // so weights are at most e^8, and sums are seldom scaled
+static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
+    vf *score = (vf *)scores, highest = splat(all->most[i]);
+    for (int64_t v = count / LANES; v < KEY_VECTORS; v++)
+        score[v] = choose(LANE_NUMBERS < repeat((int32_t)(count - v * LANES)), score[v], splat(-INFINITY));
+    for (int64_t v = 0; v < KEY_VECTORS; v++) highest = larger(highest, score[v]);
+    float before = all->most[i];
+    if (any_above(highest, before + SLACK)) {
+        float most = max_lanes(highest), kept = before == -INFINITY ? 0.0f : expf(before - most);
         for (int64_t c = 0; c < all->padded; c += LANES) *(vf *)(all->out + i * all->padded + c) *= kept;
         all->total[i] *= kept;
         all->most[i] = most;
     }
-    for (int64_t v = 0; v < KEY_VECTORS; v++) {
-        vf weight = {0};
-        if (v < vectors) weight = exp_within(larger(score[v] - most, splat(-87.0f)));
-        if (v == whole) weight = choose(visible, weight, splat(0.0f));
-        if (all->paired) {
-            vh rounded = round_weights(weight);
-            ((vh *)scores)[v] = rounded;
-            weight = widen(rounded);
-        } else {
-            score[v] = weight;
-        }
-        total += weight;
-    }
-    all->total[i] += total;
+    all->total[i] += all->paired ? write_pairs(scores, all->most[i]) : write_weights(scores, all->most[i]);
 }
 
 // Add the values of a tile, weighted, to v vectors of the outputs of n queries, beginning at vector `first`. Of a last pair, only one
@@ -176,19 +192,17 @@ static inline __attribute__((always_inline)) void attend_tile(
     const int wide = n * 8 + n + 1 <= (int)REGISTERS || (n == 1 && REGISTERS >= 16) ? 8 : n * 4 + least(n, 4) + 1 <= (int)REGISTERS ? 4 : 2;
     float weights[TILE][KEYS];
     int64_t longest = 0, vectors = all->padded / LANES, first = 0;
+    for (int t = 0; t < n; t++) longest = greatest(longest, counts[t]);
     for (int64_t piece = 0; piece < tile->pieces; piece++) {
         const void *keys = tile->keys[piece];
-        for (int64_t at = 0, step; at < tile->width; at += step) {
+        for (int64_t at = 0, step; at < least(tile->width, longest - piece * tile->width); at += step) {
             float(*to)[KEYS] = (float(*)[KEYS])(weights[0] + piece * tile->width + at);
             step = tile->width % (PAIR * LANES) ? LANES : PAIR * LANES;
             if (step == PAIR * LANES) score(n, PAIR, kind, keys, at, tile->key_stride, all->q + begin, all->width, to);
             else score(n, 1, kind, keys, at, tile->key_stride, all->q + begin, all->width, to);
         }
     }
-    for (int t = 0; t < n; t++) {
-        weigh(all, begin + t, weights[t], counts[t]);
-        longest = greatest(longest, counts[t]);
-    }
+    for (int t = 0; t < n; t++) weigh(all, begin + t, weights[t], counts[t]);
     float *out = all->out + begin * all->padded;
     for (; first + wide <= vectors; first += wide) add_values(n, wide, kind, tile, longest, all->padded, first, weights, out);
     for (; first < vectors; first++) add_values(n, 1, kind, tile, longest, all->padded, first, weights, out);

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <stdint.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16  // numbers of fp32 in a vector
@@ -34,6 +37,14 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define UNROLL _Pragma("GCC unroll 8")
 
+#if LANES == 16
+#define LANE_NUMBERS ((vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#elif LANES == 8
+#define LANE_NUMBERS ((vi){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define LANE_NUMBERS ((vi){0, 1, 2, 3})
+#endif
+
 static inline vf splat(float x) { return x - (vf){0}; }
 static inline vi repeat(int32_t x) { return x - (vi){0}; }
 
@@ -48,7 +59,17 @@ static inline vi repeat(int32_t x) { return x - (vi){0}; }
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 static inline vf add(vf a, vf b) { return a + b; }
+// By intrinsics, because gcc 12 does not find them.
+#if LANES == 16
+static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif LANES == 8
+static inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+static inline vf smaller(vf a, vf b) { return choose(a < b, a, b); }
+#endif
 
 // Reduce `v` with `op` to four lanes, which are the first four of the result.
 #if LANES == 16
@@ -72,9 +93,22 @@ static inline float max_lanes(vf v) {
     return a > b ? a : b;
 }
 
+// Whether any lane of x is above `limit`.
+static inline int any_above(vf x, float limit) {
+#if LANES == 16
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(limit), _CMP_GT_OQ) != 0;
+#elif LANES == 8
+    return _mm256_movemask_ps((__m256)(x > splat(limit))) != 0;
+#else
+    return max_lanes(x) > limit;
+#endif
+}
+
+#define LOG2_E 1.44269504f
+
 // e^x, exact to about 2 units in the last place, for x from -87 to 88.
 static inline vf exp_within(vf x) {
-    vf n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 and subtracting it again rounds to an integer
+    vf n = (x * LOG2_E + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 and subtracting it again rounds to an integer
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -88,6 +122,5 @@ static inline vf exp_within(vf x) {
 
 // e^x for any x. Below -87 the result is e^-87, which is practically 0; above 88 it is e^88.
 static inline vf exp_lanes(vf x) {
-    x = choose(x > splat(-87.0f), x, splat(-87.0f));
-    return exp_within(choose(x < splat(88.0f), x, splat(88.0f)));
+    return exp_within(smaller(larger(x, splat(-87.0f)), splat(88.0f)));
 }

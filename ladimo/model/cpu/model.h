@@ -8,9 +8,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 #define ROWS 16         // rows of a panel
 #define VECTORS (ROWS / LANES)

@@ -19,6 +19,9 @@ static inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16)
 #endif
 
 static inline vh narrow(vf x) {  // rounds to the nearest, ties to even
+#ifdef __AVX512BF16__
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
     vu bits = (vu)x;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
 }
@@ -38,9 +41,4 @@ static inline float widen_one(uint16_t x) {
 
 static inline float read_one(const void *data, int64_t i, int64_t bf16) {
     return bf16 ? widen_one(((const uint16_t *)data)[i]) : ((const float *)data)[i];
-}
-
-static inline void write_one(void *data, int64_t i, float x, int64_t bf16) {
-    if (bf16) ((uint16_t *)data)[i] = narrow_one(x);
-    else ((float *)data)[i] = x;
 }

@@ -2,6 +2,9 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
+
+#define SHARE 16  // a thread takes 1 / SHARE of the chunks that are left of a range at once: many small ones, or one large one
 
 // Wait a moment: first spin, later give the core to other threads.
 static inline void relax(int *spins) {
@@ -19,16 +22,18 @@ static inline void relax(int *spins) {
 // The first chunk of a range. The number of ranges is a range number, too: its first chunk would be the one behind the last.
 static inline int64_t first_chunk(const Engine *engine, int64_t range) { return range * engine->count / (engine->num_helpers + 1); }
 
-// Take one chunk of the phase and compute it, from the own range if it has one left. Returns 0 if no chunk is left.
+// Take some chunks of the phase and compute them, from the own range if it has any left. Returns 0 if no chunk is left.
 static int take(Engine *engine, int own) {
     int ranges = engine->num_helpers + 1;
     for (int i = 0; i < ranges; i++) {
         int range = own + i < ranges ? own + i : own + i - ranges;
-        uint64_t seen = atomic_load_explicit(&engine->tickets[range], memory_order_acquire);
+        uint64_t seen = atomic_load_explicit(&engine->tickets[range].left, memory_order_acquire);
         while ((uint32_t)seen) {
-            if (!atomic_compare_exchange_weak(&engine->tickets[range], &seen, seen - 1)) continue;
-            engine->run(engine->job, first_chunk(engine, range + 1) - (int64_t)(uint32_t)seen);
-            atomic_fetch_sub(&engine->left, 1);
+            int64_t left = (uint32_t)seen, count = left / SHARE > 1 ? left / SHARE : 1;
+            if (!atomic_compare_exchange_weak(&engine->tickets[range].left, &seen, seen - (uint64_t)count)) continue;
+            int64_t chunk = first_chunk(engine, range + 1) - left;
+            for (int64_t last = chunk + count; chunk < last; chunk++) engine->run(engine->job, chunk);
+            atomic_fetch_sub(&engine->left, count);
             return 1;
         }
     }
@@ -61,10 +66,10 @@ void run(Engine *engine, Chunk chunk, const void *job, int64_t count) {
     engine->job = job;
     engine->count = count;
     atomic_store(&engine->left, count);
-    uint64_t phase = (atomic_load(&engine->tickets[0]) >> 32) + 1;
+    uint64_t phase = (atomic_load(&engine->tickets[0].left) >> 32) + 1;
     for (int range = 0; range <= engine->num_helpers; range++) {
         uint64_t chunks = (uint64_t)(first_chunk(engine, range + 1) - first_chunk(engine, range));
-        atomic_store_explicit(&engine->tickets[range], phase << 32 | chunks, memory_order_release);
+        atomic_store_explicit(&engine->tickets[range].left, phase << 32 | chunks, memory_order_release);
     }
     while (take(engine, 0)) {}
     int spins = 0;
@@ -92,8 +97,9 @@ void ladimo_destroy(Engine *engine) {
 }
 
 Engine *ladimo_create(int64_t threads) {
-    Engine *engine = calloc(1, sizeof *engine);
+    Engine *engine = aligned_alloc(_Alignof(Engine), sizeof *engine);
     if (!engine) return NULL;
+    memset(engine, 0, sizeof *engine);
     pthread_mutex_init(&engine->mutex, NULL);
     pthread_cond_init(&engine->wake, NULL);
     while (engine->num_helpers < threads - 1 && engine->num_helpers < MOST_HELPERS) {

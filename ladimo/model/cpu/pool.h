@@ -24,12 +24,16 @@ typedef struct {
     pthread_t thread;
 } Helper;
 
+// Low half: chunks of a range that are not taken yet. High half: the number of the phase, so that a late thread cannot take a chunk
+// of a new phase for one of an old phase. Each range has a line of the cache for itself.
+typedef struct {
+    _Alignas(64) _Atomic uint64_t left;
+} Tickets;
+
 struct Engine {
-    // For each range, low half: chunks that are not taken yet. High half: the number of the phase, so that a late thread cannot
-    // take a chunk of a new phase for one of an old phase.
-    _Atomic uint64_t tickets[MOST_HELPERS + 1];
-    _Atomic int64_t left;  // chunks that are not done yet
-    Chunk run;
+    Tickets tickets[MOST_HELPERS + 1];
+    _Alignas(64) _Atomic int64_t left;  // chunks that are not done yet
+    _Alignas(64) Chunk run;
     const void *job;
     int64_t count;  // chunks of the phase
     _Atomic int awake, stop;

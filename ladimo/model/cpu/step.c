@@ -1,7 +1,7 @@
 // One forward step of the whole network on CPU cores. It is C17 with GNU vector extensions and needs libc, libm and pthreads only.
 //
 // The numbers of a token are computed in an order that depends only on the token's own sequence: dot products column by column,
-// attention by tiles of 32 positions and parts of 256, experts in the order of their numbers. So a token has the same bits alone, in
+// attention by tiles of 32 or 64 positions and parts of 256, experts in the order of their numbers. So a token has the same bits alone, in
 // a batch of any size, in any chunk of a prompt, and with any number of threads. The only exception are policies with a batch budget
 // of experts: under these the choice of experts depends on the other tokens.
 //
