@@ -320,5 +320,8 @@ def _weights(layer: nn.Linear | nn.Embedding | NestedLinear | NestedEmbedding) -
 
 
 def _release(module: nn.Module) -> None:
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.new_empty(0)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.new_empty(0))  # a buffer that is a view would keep the memory that it is a view of

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -275,8 +276,11 @@ def test_a_model_of_planes_takes_little_memory(tmp_path: Path) -> None:
     stored = sum(parameter.numel() for parameter in load_model(dense, torch.bfloat16, torch.device("cpu")).parameters())
     planes = make_nested(tmp_path / "nested", dense=dense, num_experts=1, top_bits=8)
     model = load_model(planes, torch.bfloat16, torch.device("cpu"))
+    viewed = [ref(buffer._base) for buffer in model.buffers() if buffer._base is not None]
+    assert viewed
     step = NativeStep(model, "bfloat16", 1, release=True)
     assert step.weight_bytes <= 0.6 * 2 * stored
+    assert not any(base() is not None for base in viewed)  # else their memory would not be free
     assert not [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and tensor.numel()]
     assert all(tensor.numel() == 0 for name, tensor in model.named_buffers() if "rotary" not in name)
 
