@@ -134,11 +134,12 @@ static inline vf write_weights(float *scores, float most) {
     return total;
 }
 
-// Turn the scores of query `i` into weights, in place. If a score is too far above `most`, it becomes the new one, and the sums of
-// the tiles before are scaled. Only the first `count` positions are visible. Not inlined on purpose: the
-// compiler could merge it into the sums around it, and round a * b + c * d in one of two ways, not in the same way for every number
-// of queries.
-#define SLACK 8.0f  // so weights are at most e^8, and sums are seldom scaled
+// How far a score may be above `most`. So weights are at most e^8, and sums are seldom scaled.
+#define SLACK 8.0f
+
+// Turn the scores of query `i` into weights, in place. Only the first `count` positions are visible. If a score is too far above
+// `most`, the highest one takes its place, and the sums of the tiles before are scaled. Not inlined on purpose: the compiler could
+// merge it into the sums around it, and round a * b + c * d in one of two ways, not in the same way for every number of queries.
 static __attribute__((noinline)) void weigh(const Queries *all, int64_t i, float *scores, int64_t count) {
     vf *score = (vf *)scores, highest = splat(all->most[i]);
     for (int64_t v = count / LANES; v < KEY_VECTORS; v++)

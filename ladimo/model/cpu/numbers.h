@@ -21,9 +21,10 @@ static inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16)
 static inline vh narrow(vf x) {  // rounds to the nearest, ties to even
 #ifdef __AVX512BF16__
     return (vh)_mm512_cvtneps_pbh((__m512)x);
-#endif
+#else
     vu bits = (vu)x;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
+#endif
 }
 
 static inline uint16_t narrow_one(float x) {
